@@ -1,0 +1,1 @@
+"""A hospital's side: ClientApp, site file, command line."""

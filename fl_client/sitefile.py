@@ -1,0 +1,111 @@
+"""The site file: what one hospital writes about itself, in TOML."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from flwr.app import Context
+from pydantic import Field
+
+from fl_client.site import Site
+from icmoe.config import Section, parse, read_toml
+from icmoe.data.folder import Slice, read_folder
+from icmoe.errors import Fault, IcmoeError
+from icmoe.features import FeatureCache, default_cache_folder
+from icmoe.study import Study, read_study
+
+ENVIRONMENT = "FL_CLIENT_SITE_FILE"
+
+
+class SiteFile(Section):
+    """Settings of a site; all paths are relative to the file."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$")]
+    """Name registered with the site's key."""
+    data: str
+    """Folder with <name>/{images,masks} and splits/{train,val,test}.csv."""
+    studies: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Study files that this site approves."""
+    cache: str | None = None
+    """Feature cache; the user's cache folder where absent."""
+    state: str = "state"
+    """Folder of the parts that never leave the site."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+    """CPU threads of a training step."""
+
+
+def read_site_file(path: Path) -> tuple[SiteFile, tuple[Study, ...]]:
+    """Return the settings and the approved studies.
+
+    Raises
+    ------
+    IcmoeError
+        201-205, every fault of the site file at once.
+    """
+    settings = parse(SiteFile, read_toml(path), where=str(path))
+    return settings, tuple(read_study(path.parent / name) for name in settings.studies)
+
+
+def site_slices(path: Path, settings: SiteFile, study: Study) -> tuple[Slice, ...]:
+    """Return the site's usable slices.
+
+    Raises
+    ------
+    IcmoeError
+        107-110 for the folder, 108 where this site has no usable training image.
+    """
+    site = read_folder(path.parent / settings.data, study.labels).get(settings.name)
+    if site is None or not site.of("train"):
+        faults = site.exclusions[:20] if site is not None else ()
+        raise IcmoeError(*faults, Fault(number=108, where=settings.name, did="The site cannot take part."))
+    return site.slices
+
+
+def read_site(path: Path) -> Site:
+    """Return the site of a site file, ready to train; its features must be in the cache.
+
+    Raises
+    ------
+    IcmoeError
+        As `read_site_file` and `site_slices`; 207 where features are not there yet.
+    """
+    settings, studies = read_site_file(path)
+    slices = site_slices(path, settings, studies[0])
+    cache_folder = path.parent / settings.cache if settings.cache else default_cache_folder()
+    cache = FeatureCache.of(cache_folder, studies[0])
+    keys = [cache.key(item.image_digest, item.window, "identity") for item in slices]
+    if missing := sum(not cache.contains(key) for key in keys):
+        todo = f"Run fl_client --site {settings.name} prepare."
+        fault = Fault(
+            number=207, where=settings.name, what="features are not in the cache", value=f"{missing} of {len(keys)}", todo=todo
+        )
+        raise IcmoeError(fault)
+    return Site(
+        name=settings.name,
+        studies=studies,
+        train=tuple(item for item in slices if item.split == "train"),
+        val=tuple(item for item in slices if item.split == "val"),
+        cache_folder=cache_folder,
+        state_folder=path.parent / settings.state,
+        device=settings.device,
+        threads=settings.threads,
+    )
+
+
+def site_from_environment(context: Context) -> Site:
+    """Return the site whose file the environment names; what the coordinator sends has no say in it.
+
+    Raises
+    ------
+    IcmoeError
+        205 where the environment names no file.
+    """
+    del context
+    name = os.environ.get(ENVIRONMENT, "")
+    if not name:
+        raise IcmoeError(Fault(number=205, where=ENVIRONMENT, what="the environment names no site file"))
+    return read_site(Path(name))

@@ -1,0 +1,78 @@
+"""The coordinator's Flower ServerApp: a study's rounds from its seeded start to its final model file."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fl_server.rounds import RoundStrategy, RunState, introduce, run_rounds
+from fl_server.router_aware import RouterAware
+from fl_server.server_optimizer import ServerOptimized
+from icmoe.errors import IcmoeError, print_faults
+from icmoe.exchange import CONFIG, SLICES_KEY, global_state
+from icmoe.model import build_model
+from icmoe.modelfile import ModelHeader, write_model
+from icmoe.study import Study, derived_seed, read_study
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """Who takes part.
+
+    Parameters
+    ----------
+    sites
+        Name by node.
+    sizes
+        Announced n_k by name.
+    """
+
+    sites: dict[int, str]
+    sizes: dict[str, int]
+
+
+def make_strategy(study: Study, roster: Roster) -> RoundStrategy:
+    """Return the study's strategy: router-aware FedAvg, wrapped by a server optimiser where the study names one."""
+    strategy = RouterAware(study, roster.sites, roster.sizes)
+    return strategy if study.aggregation.optimizer == "none" else ServerOptimized(strategy)
+
+
+def meet(grid: Grid, nodes: int, study: Study, *, poll_s: float = 1.0) -> Roster:
+    """Return the sites behind the connected nodes."""
+    answers = introduce(grid, nodes, study, deadline_s=study.deadline_s, poll_s=poll_s)
+    sites = {node: str(answer[CONFIG]["site"]) for node, answer in answers.items()}  # type: ignore[index, call-overload]
+    sizes = {str(answer[CONFIG]["site"]): int(answer[CONFIG][SLICES_KEY]) for answer in answers.values()}  # type: ignore[index, call-overload]
+    return Roster(sites, sizes)
+
+
+def start_state(study: Study) -> RunState:
+    """Return round 0: the seeded initial tensors, equal for every method with the study's seed."""
+    model = build_model(study, seed=derived_seed(study, "model"))
+    return RunState(study.digest, {name: tensor.numpy() for name, tensor in global_state(model).items()})
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the study that the run configuration names and write its model beside it."""
+    try:
+        path = Path(str(context.run_config["study"]))
+        study = read_study(path)
+        roster = meet(grid, study.quorum, study)
+        committed = path.with_suffix(".state.safetensors")
+        state = RunState.load(committed, study) if committed.exists() else start_state(study)
+        strategy = make_strategy(study, roster)
+        run_rounds(grid, strategy, study, state, sites=roster.sites, commit=lambda now: now.commit(committed))
+        header = ModelHeader(study=study, method="router-aware", round=state.round, phantoms=False)
+        tensors = {name: torch.from_numpy(tensor) for name, tensor in state.arrays.items()}
+        write_model(path.with_suffix(".model.safetensors"), tensors, header)
+    except IcmoeError as error:
+        print_faults(error.faults)
+        sys.exit(1)

@@ -1,0 +1,299 @@
+"""The rounds of a study over a Flower Grid, committed to disk after each one.
+
+A round asks every site once: the site scores the incoming model on its own validation patients, trains, and answers
+with both. The validation score of round r therefore arrives with round r + 1, and one evaluation closes the study;
+this halves what is sent down and saves a process start per site and round.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from fl_server.router_aware import RoundReport, Tensors
+from icmoe.atomic import write_atomically
+from icmoe.errors import Fault, IcmoeError
+from icmoe.exchange import CONFIG, DICE_KEY, LOSS_KEY, NUMBERS, PATIENTS_KEY, STUDY_KEY
+from icmoe.model import names_of
+from icmoe.study import Study
+
+RoundRecord = dict[str, Any]
+
+
+class RoundStrategy(Protocol):
+    """A Flower strategy that also reports what it saw."""
+
+    @property
+    def report(self) -> RoundReport:
+        """What the strategy saw in the last round."""
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """Return the round's training messages."""
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Return the new global arrays."""
+
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """Return the closing evaluation messages."""
+
+
+@dataclass(slots=True)
+class RunState:
+    """What is committed after each round.
+
+    Parameters
+    ----------
+    study_digest
+        Of the study that this is the state of.
+    arrays
+        Global tensors.
+    round
+        Rounds done.
+    history
+        One record per round.
+    extra
+        State of a server optimiser.
+    closed
+        Whether the closing evaluation is in the history.
+    """
+
+    study_digest: str
+    arrays: Tensors
+    round: int = 0
+    history: list[RoundRecord] = field(default_factory=list)
+    extra: Tensors = field(default_factory=dict)
+    closed: bool = False
+
+    def commit(self, path: Path) -> None:
+        """Write the state atomically."""
+        header = {"study": self.study_digest, "round": self.round, "history": self.history, "closed": self.closed}
+        tensors = {**{f"global.{name}": value for name, value in self.arrays.items()}, **self.extra}
+        write_atomically(path, save(dict(sorted(tensors.items())), metadata={"state": json.dumps(header)}))
+
+    @staticmethod
+    def load(path: Path, study: Study) -> RunState:
+        """Return the committed state.
+
+        Raises
+        ------
+        IcmoeError
+            502 where the file is damaged or belongs to another study.
+        """
+        try:
+            with safe_open(path, framework="numpy") as file:
+                header = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise IcmoeError(Fault(number=502, where=path.name, what="committed state is damaged", value=str(error))) from None
+        if header["study"] != study.digest:
+            value, limit = header["study"][:12], study.digest[:12]
+            raise IcmoeError(
+                Fault(number=502, where=path.name, what="committed state of another study", value=value, limit=limit)
+            )
+        arrays = {name.removeprefix("global."): value for name, value in tensors.items() if name.startswith("global.")}
+        extra = {name: value for name, value in tensors.items() if not name.startswith("global.")}
+        return RunState(header["study"], arrays, header["round"], header["history"], extra, header["closed"])
+
+
+def ask(
+    grid: Grid,
+    messages: Iterable[Message],
+    *,
+    deadline_s: float,
+    poll_s: float = 1.0,
+    on_reply: Callable[[Message], None] | None = None,
+) -> list[Message]:
+    """Return the replies that arrive before the deadline.
+
+    Parameters
+    ----------
+    grid
+        Flower's Grid.
+    messages
+        One per node.
+    deadline_s
+        Seconds after which the wait ends, whoever is missing.
+    poll_s
+        Seconds between looks.
+    on_reply
+        Called with each reply as it arrives.
+    """
+    ends = time.monotonic() + deadline_s
+    waiting = set(grid.push_messages(messages))
+    replies: list[Message] = []
+    while waiting and time.monotonic() < ends:
+        for reply in grid.pull_messages(waiting):
+            waiting.discard(reply.metadata.reply_to_message_id)
+            replies.append(reply)
+            if on_reply is not None:
+                on_reply(reply)
+        if waiting:
+            time.sleep(poll_s)
+    return replies
+
+
+def introduce(grid: Grid, nodes: int, study: Study, *, deadline_s: float, poll_s: float = 1.0) -> dict[int, MetricRecord]:
+    """Return the sites' answers to "who are you" by node, as soon as `nodes` of them are there.
+
+    Raises
+    ------
+    IcmoeError
+        501 where fewer than `nodes` are there at the deadline.
+    """
+    ends = time.monotonic() + deadline_s
+    while len(ids := list(grid.get_node_ids())) < nodes:
+        if time.monotonic() > ends:
+            raise IcmoeError(Fault(number=501, what="too few sites connected", value=str(len(ids)), limit=f"at least {nodes}"))
+        time.sleep(poll_s)
+    content = RecordDict({CONFIG: ConfigRecord({STUDY_KEY: study.digest})})
+    questions = [Message(content, dst_node_id=node, message_type="query.site") for node in ids]
+    replies = ask(grid, questions, deadline_s=deadline_s, poll_s=poll_s)
+    failed = [reply.error.reason for reply in replies if reply.has_error()]
+    if failed or len(replies) < nodes:
+        value = f"{len(replies) - len(failed)} of {nodes} sites answered" + (f"; {failed[0]}" if failed else "")
+        raise IcmoeError(Fault(number=501, what="sites did not introduce themselves", value=value))
+    return {reply.metadata.src_node_id: reply.content for reply in replies}  # type: ignore[misc]
+
+
+def run_rounds(
+    grid: Grid,
+    strategy: RoundStrategy,
+    study: Study,
+    state: RunState,
+    *,
+    sites: Mapping[int, str],
+    commit: Callable[[RunState], None],
+    poll_s: float = 1.0,
+    on_reply: Callable[[int, str], None] | None = None,
+    on_round: Callable[[RoundRecord], None] | None = None,
+) -> RunState:
+    """Run the rounds that are left and the closing evaluation; `state` is moved on and committed after each.
+
+    Parameters
+    ----------
+    grid, strategy, study
+        As in Flower.
+    state
+        Start or committed state.
+    sites
+        Names by node.
+    commit
+        Called with the state after each round; must be atomic.
+    poll_s
+        Seconds between looks for replies.
+    on_reply
+        Called with (round, site) as replies arrive.
+    on_round
+        Called with each round's record.
+
+    Raises
+    ------
+    IcmoeError
+        501 where a round brings no usable update at all; what was committed stays.
+    """
+
+    def heard(number: int) -> Callable[[Message], None]:
+        return lambda reply: on_reply(number, sites.get(reply.metadata.src_node_id, "?")) if on_reply is not None else None
+
+    while state.round < study.rounds:
+        number = state.round + 1
+        began = time.perf_counter()
+        arrays = ArrayRecord({name: Array(tensor) for name, tensor in state.arrays.items()})
+        messages = strategy.configure_train(number, arrays, ConfigRecord(), grid)
+        replies = ask(grid, messages, deadline_s=study.deadline_s, poll_s=poll_s, on_reply=heard(number))
+        trained_s = time.perf_counter() - began
+        moved, _ = strategy.aggregate_train(number, replies)
+        if not strategy.report.updates:
+            raise IcmoeError(*(strategy.report.faults or [Fault(number=501, where=f"round {number}")]))
+        if moved is not None:
+            state.arrays = {name: array.numpy() for name, array in moved.items()}
+        note_validation(state, _validation(replies, sites))
+        seconds = {"train": trained_s, "aggregate": time.perf_counter() - began - trained_s}
+        size_down_bytes = sum(len(array.data) for array in arrays.values())
+        state.history.append(round_record(number, strategy.report, study, size_down_bytes, seconds))
+        state.round = number
+        commit(state)
+        if on_round is not None:
+            on_round(state.history[-1])
+    if not state.closed:
+        arrays = ArrayRecord({name: Array(tensor) for name, tensor in state.arrays.items()})
+        messages = strategy.configure_evaluate(study.rounds, arrays, ConfigRecord(), grid)
+        replies = ask(grid, messages, deadline_s=study.deadline_s, poll_s=poll_s, on_reply=heard(study.rounds))
+        note_validation(state, _validation(replies, sites))
+        state.closed = True
+        commit(state)
+    return state
+
+
+def _validation(replies: Iterable[Message], sites: Mapping[int, str]) -> dict[str, tuple[float, int]]:
+    """Return validation Dice and patients per site that has validation patients."""
+    found = {}
+    for reply in replies:
+        numbers = reply.content.get(NUMBERS) if reply.has_content() else None
+        if isinstance(numbers, MetricRecord) and numbers.get(PATIENTS_KEY):
+            dice, patients = numbers.get(DICE_KEY), numbers.get(PATIENTS_KEY)
+            if isinstance(dice, float) and isinstance(patients, int) and 0.0 <= dice <= 1.0:
+                found[sites[reply.metadata.src_node_id]] = (dice, patients)
+    return found
+
+
+def note_validation(state: RunState, found: Mapping[str, tuple[float, int]]) -> None:
+    """Enter the scores of the model that the last recorded round left behind."""
+    if not state.history or not found:
+        return
+    record = state.history[-1]
+    for site, (dice, _) in found.items():
+        if site in record["sites"]:
+            record["sites"][site]["val_dice"] = dice
+    patients = sum(count for _, count in found.values())
+    record["val_dice"] = sum(dice * count for dice, count in found.values()) / patients
+
+
+def round_record(
+    number: int, report: RoundReport, study: Study, size_down_bytes: int, seconds: Mapping[str, float]
+) -> RoundRecord:
+    """Return the record of a round as plain values."""
+    experts = names_of(study.model)
+    sites = {
+        update.site: {
+            "loss": update.loss,
+            "val_dice": None,
+            "usage": list(update.usage_M),
+            "steps": update.steps,
+            "seconds": update.train_s,
+            "bytes_up": update.size_bytes,
+            "bytes_down": size_down_bytes,
+        }
+        for update in report.updates
+    }
+    shares: dict[str, dict[str, float]] = {}
+    if report.weights is not None:
+        names = [update.site for update in report.updates]
+        shares = {
+            expert: dict(zip(names, report.weights.share_SM[:, index].tolist(), strict=True))
+            for index, expert in enumerate(experts)
+        }
+    sizes = np.array([update.size for update in report.updates], dtype=np.float64)
+    losses = np.array([update.loss for update in report.updates])
+    return {
+        "round": number,
+        "sites": sites,
+        LOSS_KEY: float(sizes @ losses / sizes.sum()),
+        "val_dice": None,
+        "usage_spread": report.spread,
+        "expert_weights": shares,
+        "bytes_up": sum(update.size_bytes for update in report.updates),
+        "bytes_down": size_down_bytes * len(report.updates),
+        "seconds": dict(seconds),
+        "faults": [fault.record() for fault in report.faults],
+    }

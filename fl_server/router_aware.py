@@ -1,0 +1,173 @@
+"""Router-aware FedAvg as a Flower strategy (design section 7).
+
+    theta_e += s_e sum_k p_ke delta_ke    for semantic and adaptive experts, weights from `fl_server.weights`
+    theta   += sum_k n_k / N delta_k      for everything else
+
+With ``usage_exponent = 0``, no floor, no cap, no gate and no shrinkage this is FedAvg (McMahan et al., arXiv
+1602.05629). Each site MUST send its trained tensors minus the round's global tensors under "update", and under
+"numbers" its size n_k and, per expert, the share u_ke of gate mass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fl_server.replies import Update, parse_replies
+from fl_server.weights import ExpertWeights, balance_step, expert_weights, plain_share, usage_spread
+from icmoe.errors import Fault
+from icmoe.exchange import (
+    ARRAYS,
+    BALANCE_BIAS,
+    CONFIG,
+    DICE_KEY,
+    LOSS_KEY,
+    NUMBERS,
+    PATIENTS_KEY,
+    ROUND_KEY,
+    STUDY_KEY,
+    expert_of,
+    is_usage_weighted,
+)
+from icmoe.study import Study
+
+Tensors = dict[str, npt.NDArray[np.float32]]
+
+
+@dataclass(slots=True)
+class RoundReport:
+    """What the strategy saw in a round.
+
+    Parameters
+    ----------
+    updates
+        Accepted, in site order, without their tensors.
+    faults
+        One per site that failed or was refused.
+    weights
+        None without experts or below the quorum.
+    """
+
+    updates: list[Update] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    weights: ExpertWeights | None = None
+
+    @property
+    def spread(self) -> float:
+        """Spread of usage between sites."""
+        return usage_spread(np.array([update.usage_M for update in self.updates]))
+
+
+class RouterAware(Strategy):
+    """Weigh each expert's updates by how much each site's router used it.
+
+    Parameters
+    ----------
+    study
+        The study; its `aggregation`, `quorum` and `model` decide.
+    sites
+        Names of the participating sites by node.
+    sizes
+        Announced sizes n_k, so that the largest site is asked first and no core idles at the end of a round.
+    """
+
+    def __init__(self, study: Study, sites: Mapping[int, str], sizes: Mapping[str, int] | None = None) -> None:
+        self.study = study
+        self.sites = dict(sites)
+        self.sizes = dict(sizes or {})
+        self._current: Tensors = {}
+        self.report = RoundReport()
+
+    def summary(self) -> None:
+        """Print nothing: the caller shows the study."""
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
+        """Return one training message per site; it carries study digest, round and tensors, nothing else."""
+        del grid
+        self._current = {name: array.numpy() for name, array in arrays.items()}
+        return self._messages(server_round, arrays, config, MessageType.TRAIN)
+
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
+        """Return one evaluation message per site."""
+        del grid
+        return self._messages(server_round, arrays, config, MessageType.EVALUATE)
+
+    def _messages(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, kind: str) -> list[Message]:
+        config[STUDY_KEY], config[ROUND_KEY] = self.study.digest, server_round
+        content = RecordDict({ARRAYS: arrays, CONFIG: config})
+        order = sorted(self.sites, key=lambda node: (-self.sizes.get(self.sites[node], 0), self.sites[node]))
+        return [Message(content, dst_node_id=node, message_type=kind) for node in order]
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Return the new global arrays, or None below the quorum: the model does not move then."""
+        del server_round
+        updates, faults = parse_replies(replies, self.sites, self.study, self._current)
+        self.report = RoundReport([update.without_tensors() for update in updates], faults)
+        if len(updates) < self.study.quorum or not updates:
+            return None, None
+        size_S = np.array([update.size for update in updates], dtype=np.float64)
+        usage_SM = np.array([update.usage_M for update in updates], dtype=np.float64)
+        if self.study.model.experts:
+            self.report.weights = expert_weights(size_S, usage_SM, self.study.aggregation)
+        moved = {
+            name: combine(tensor, [update.tensors.get(name) for update in updates], *self._share(name, size_S))
+            for name, tensor in self._current.items()
+        }
+        if BALANCE_BIAS in moved and self.study.aggregation.balance_step > 0.0:
+            bias_M = moved[BALANCE_BIAS].astype(np.float64)
+            moved[BALANCE_BIAS] = balance_step(bias_M, size_S, usage_SM, self.study.aggregation.balance_step).astype(np.float32)
+        loss = float(plain_share(size_S) @ np.array([update.loss for update in updates]))
+        return ArrayRecord({name: Array(tensor) for name, tensor in moved.items()}), MetricRecord({LOSS_KEY: loss})
+
+    def unmoved(self) -> ArrayRecord:
+        """Return the round's arrays as they were sent out."""
+        return ArrayRecord({name: Array(tensor) for name, tensor in self._current.items()})
+
+    def _share(self, name: str, size_S: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], float]:
+        """Return each site's weight for a tensor and the step it takes."""
+        weights, expert = self.report.weights, expert_of(name)
+        if weights is None or expert is None or not is_usage_weighted(name, self.study.model):
+            return plain_share(size_S), 1.0
+        return weights.share_SM[:, expert], float(weights.step_M[expert])
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return the validation Dice over the patients of all sites, None where no site has any."""
+        del server_round
+        rows = [reply.content[NUMBERS] for reply in replies if reply.has_content() and NUMBERS in reply.content]
+        scored = [(int(row[PATIENTS_KEY]), float(row[DICE_KEY])) for row in rows if row.get(PATIENTS_KEY)]  # type: ignore[arg-type]
+        patients = sum(count for count, _ in scored)
+        if not patients:
+            return None
+        return MetricRecord({DICE_KEY: sum(count * dice for count, dice in scored) / patients, PATIENTS_KEY: patients})
+
+
+def combine(
+    tensor: npt.NDArray[np.float32],
+    deltas: list[npt.NDArray[np.float32] | None],
+    share_S: npt.NDArray[np.float64],
+    step: float,
+) -> npt.NDArray[np.float32]:
+    """Return ``tensor + step * sum_k share_k delta_k`` in float32, one pass per update, in the order given.
+
+    Parameters
+    ----------
+    tensor
+        Global tensor of the round.
+    deltas
+        Of each site in site order; None where a tensor stays at the sites, which leaves it as it is.
+    share_S
+        Weights.
+    step
+        s in [0, 1].
+    """
+    moved = tensor.copy()
+    for share, delta in zip(share_S, deltas, strict=True):
+        if delta is not None:
+            moved += np.float32(step * share) * delta
+    return moved

@@ -1,0 +1,87 @@
+"""FedAdam and FedYogi over router-aware FedAvg, with Flower's own mathematics.
+
+Reddi et al., arXiv 2003.00295, algorithm 2. Flower's classes average the replies and then take an adaptive step.
+Handed one reply that holds the wrapped strategy's aggregate, their average is the identity and their step is taken
+as published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAdam, FedYogi, Strategy
+
+from fl_server.router_aware import RoundReport, RouterAware, Tensors
+from icmoe.exchange import ARRAYS, BALANCE_BIAS
+
+FLOWER_STRATEGIES: dict[str, type[FedAdam] | type[FedYogi]] = {"adam": FedAdam, "yogi": FedYogi}
+
+
+class ServerOptimized(Strategy):
+    """Take the wrapped strategy's mean update as the pseudo-gradient of an adaptive step.
+
+    Parameters
+    ----------
+    inner
+        The strategy whose study names the optimiser "adam" or "yogi".
+    """
+
+    def __init__(self, inner: RouterAware) -> None:
+        self.inner = inner
+        settings = inner.study.aggregation
+        self._flower = FLOWER_STRATEGIES[settings.optimizer](eta=settings.server_learning_rate, tau=1e-3)
+
+    @property
+    def report(self) -> RoundReport:
+        """What the wrapped strategy saw in the round."""
+        return self.inner.report
+
+    def summary(self) -> None:
+        """Print nothing: the caller shows the study."""
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
+        """Remember the round's arrays for Flower's class and ask the sites."""
+        self._flower.current_arrays = {name: array.numpy() for name, array in arrays.items() if name != BALANCE_BIAS}
+        return self.inner.configure_train(server_round, arrays, config, grid)
+
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
+        """Delegate."""
+        return self.inner.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Delegate."""
+        return self.inner.aggregate_evaluate(server_round, replies)
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Return the arrays after the adaptive step, or None below the quorum."""
+        arrays, metrics = self.inner.aggregate_train(server_round, replies)
+        if arrays is None:
+            return None, metrics
+        trained = ArrayRecord({name: array for name, array in arrays.items() if name != BALANCE_BIAS})
+        stepped, _ = self._flower.aggregate_train(server_round, [_only_reply(trained)])
+        assert stepped is not None
+        # Flower's learning rate is a float64 scalar and lifts the tensors to float64; the model stays float32.
+        moved = {name: Array(array.numpy().astype(np.float32)) for name, array in stepped.items()}
+        return ArrayRecord({name: moved.get(name, array) for name, array in arrays.items()}), metrics
+
+    def state(self) -> Tensors:
+        """Return both moments by tensor name, for the checkpoint."""
+        moments = {"m": self._flower.m_t or {}, "v": self._flower.v_t or {}}
+        return {f"optimizer.{kind}.{name}": np.asarray(value) for kind, part in moments.items() for name, value in part.items()}
+
+    def load_state(self, state: Tensors) -> None:
+        """Take the moments back from a checkpoint."""
+        self._flower.m_t, self._flower.v_t = (_part(state, kind) or None for kind in ("m", "v"))
+
+
+def _part(state: Tensors, kind: str) -> Tensors:
+    prefix = f"optimizer.{kind}."
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _only_reply(arrays: ArrayRecord) -> Message:
+    content = RecordDict({ARRAYS: arrays, "metrics": MetricRecord({"num-examples": 1})})
+    return Message(content, reply_to=Message(RecordDict(), dst_node_id=1, message_type="train"))

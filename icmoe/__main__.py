@@ -1,0 +1,5 @@
+"""`python -m icmoe`."""
+
+from icmoe.cli import main
+
+main()

@@ -1,0 +1,36 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+
+def write_atomically(path: Path, data: bytes, *, durable: bool = True, private: bool = False) -> None:
+    """Write `data` to `path` so that a reader sees the old file or the new one, never a part.
+
+    Parameters
+    ----------
+    path
+        Target; its folder is made.
+    data
+        The bytes.
+    durable
+        Whether to wait for the disk; not needed for what can be computed again.
+    private
+        Whether only the owner may read the file: patient data and what was trained on it alone.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = path.parent / f".{path.name[:32]}.{secrets.token_hex(8)}"
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        name.replace(path)
+    except BaseException:
+        name.unlink(missing_ok=True)
+        raise

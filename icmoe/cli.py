@@ -1,0 +1,84 @@
+"""`icmoe`: what one does with a trained model. Also `python -m icmoe`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from icmoe import __version__
+from icmoe.errors import Fault, exit_on_fault
+from icmoe.platform import require_supported_platform
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+@app.callback(invoke_without_command=True)
+def icmoe(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    """Use a model that hospitals trained together."""
+    if version:
+        sys.stdout.write(f"icmoe-federated {__version__}\n")
+        raise typer.Exit
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Option(help="Model file written by a study or a rehearsal, *.safetensors.")],
+    data: Annotated[Path, typer.Option(help="Folder DIR/<site>/{images,masks} with DIR/splits/NAME.csv or DIR/NAME.csv.")],
+    split: Annotated[str, typer.Option(help="NAME of the split to score.")] = "test",
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights file, for a model over a sam-vit backbone.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    cache: Annotated[Path | None, typer.Option(help="Feature cache. Default: the user's cache folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """Score a saved model on any folder of hospitals, also on sites it never saw."""
+    with exit_on_fault():
+        require_supported_platform()
+        # Imported late: --help and a mistyped option are answered without waiting for PyTorch.
+        from icmoe.scoring import score_folder
+
+        record, faults = score_folder(
+            model, data, split, checkpoint=checkpoint, device_name=device, cache_folder=cache, console=Console(stderr=True)
+        )
+        if as_json:
+            sys.stdout.write(json.dumps(record, indent=1) + "\n")
+        else:
+            _print_scores(record, faults)
+
+
+def _print_scores(record: dict[str, Any], faults: list[Fault]) -> None:
+    console = Console()
+    for fault in faults:
+        console.print(f"[yellow]{fault}[/yellow]", highlight=False, soft_wrap=True)
+    about = record["model"]
+    stamp = " [bold red](trained on phantoms)[/bold red]" if about["phantoms"] else ""
+    table = Table(title=f"{about['method']}, study {about['study']}, seed {about['seed']}{stamp}", title_justify="left")
+    for column in ("site", "Dice", "IoU", "HD95 mm", "patients", "found", "used"):
+        table.add_column(column, justify="left" if column == "site" else "right")
+    for name, row in record["sites"].items():
+        counts = [str(row[key]) for key in ("patients", "images_found", "images_used")]
+        table.add_row(name, _shown(row["dice"]), _shown(row["iou"]), _shown(row["hd95_mm"], 1), *counts)
+    table.add_section()
+    table.add_row("mean of sites", _shown(record["mean"]["dice"]), _shown(record["mean"]["iou"]))
+    table.add_row(
+        "all patients", _shown(record["pooled"]["dice"]), _shown(record["pooled"]["iou"]), "", str(record["pooled"]["patients"])
+    )
+    console.print(table)
+
+
+def _shown(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def main() -> None:
+    """Run the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

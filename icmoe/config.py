@@ -1,0 +1,92 @@
+"""Typed, frozen configuration: TOML at the door, complete objects inside, every fault reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from icmoe.errors import Fault, IcmoeError
+
+
+class Section(BaseModel):
+    """Base of every configuration section: frozen, strict, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+def parse(section: type[SectionT], values: Mapping[str, Any], *, where: str) -> SectionT:
+    """Return `values` as a complete `section`.
+
+    Parameters
+    ----------
+    section
+        The configuration class.
+    values
+        Keys and values as read from TOML or the command line.
+    where
+        Name of the source, for the fault lines.
+
+    Raises
+    ------
+    IcmoeError
+        With one fault per unknown key, missing key or value outside its range.
+    """
+    try:
+        # TOML has lists where sections have tuples: JSON mode reads lists as tuples and stays strict otherwise.
+        return section.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        raise IcmoeError(*(_fault(section, dict(item), where) for item in error.errors())) from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the tables of a TOML file.
+
+    Raises
+    ------
+    IcmoeError
+        205 where the file cannot be opened, 204 where it is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise IcmoeError(Fault(number=205, where=str(path), value=error.strerror or "", did="Nothing was started.")) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise IcmoeError(Fault(number=204, where=str(path), value=str(error), did="Nothing was started.")) from None
+
+
+def _fault(section: type[BaseModel], item: dict[str, Any], where: str) -> Fault:
+    path = [str(part) for part in item["loc"]]
+    key = ".".join(path)
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path[-1], _keys(section, path[:-1]), n=1, cutoff=0.5)
+        hint = f'Did you mean "{near[0]}"?' if near else ""
+        return Fault(number=201, where=where, value=key, did="Nothing was started.", todo=hint)
+    if item["type"] == "missing":
+        return Fault(number=203, where=where, value=key, did="Nothing was started.")
+    given = repr(item["input"])
+    shown = given if len(given) <= 80 else given[:77] + "..."
+    limit = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return Fault(number=202, where=where, value=f"{key} = {shown}" if key else shown, limit=limit, did="Nothing was started.")
+
+
+def _keys(section: type[BaseModel], path: list[str]) -> list[str]:
+    """Return the known keys at `path` below `section`, so that a mistyped key finds its nearest."""
+    model: Any = section
+    for part in path:
+        if part.isdigit():
+            continue
+        field = model.model_fields.get(part)
+        kinds = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)

@@ -1,0 +1,1 @@
+"""A hospital's images and masks, read once, checked fully, and described by typed records."""

@@ -1,0 +1,357 @@
+"""Read DIR/<site>/{images,masks} with DIR/splits/{train,val,test}.csv: every file is opened once before anything starts.
+
+What is wrong with one image excludes that image, by number; what is wrong with the splits stops the work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icmoe.data.images import LEFT_OUT, pixel_digest, read_classes, read_grey
+from icmoe.data.splits import Row, patients_in_two_splits, read_rows, spacing_mm
+from icmoe.errors import Fault, IcmoeError
+from icmoe.preprocess import Window, series_window
+from icmoe.study import Label
+
+Progress = Callable[[int, int], None]
+"""Called with the number of images read so far and the number of all."""
+
+_NOT_STARTED = "Nothing was started."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """One usable image with its mask.
+
+    Parameters
+    ----------
+    site
+        Hospital that the image comes from; virtual sites keep it.
+    patient
+        Pseudonym, unique within `site`.
+    index
+        Position along the acquisition axis.
+    split
+        Split the patient belongs to.
+    image
+        PNG file of the image.
+    mask
+        PNG file of the mask.
+    image_digest
+        SHA-256 of the decoded pixels, their shape and type.
+    shape
+        Height and width, pixels.
+    window
+        Grey values mapped to 0 and 1, common to all slices of the patient.
+    spacing_mm
+        Distance of neighbouring slices, rows and columns, or None where unknown.
+    """
+
+    site: str
+    patient: str
+    index: int
+    split: str
+    image: Path
+    mask: Path
+    image_digest: str
+    shape: tuple[int, int]
+    window: Window
+    spacing_mm: tuple[float, float, float] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteData:
+    """All that one site offers, and what was left out.
+
+    Parameters
+    ----------
+    name
+        Name of the site.
+    slices
+        Usable slices, ordered by hospital, patient, index and file.
+    images_found
+        Rows of the splits for this site.
+    exclusions
+        One fault per image that was left out, then a fault 108 where no training image is usable.
+    unlisted
+        Image files in the site's folder that no split lists.
+    """
+
+    name: str
+    slices: tuple[Slice, ...]
+    images_found: int
+    exclusions: tuple[Fault, ...]
+    unlisted: int = 0
+
+    @property
+    def images_used(self) -> int:
+        """Number of usable slices in all splits."""
+        return len(self.slices)
+
+    def of(self, split: str) -> tuple[Slice, ...]:
+        """Return the usable slices of one split, ordered by patient and index."""
+        return tuple(item for item in self.slices if item.split == split)
+
+
+def read_folder(
+    root: Path, labels: Sequence[Label], *, splits: Sequence[str] = ("train", "val", "test"), progress: Progress | None = None
+) -> dict[str, SiteData]:
+    """Return every site of a data folder, sorted by name.
+
+    A site without a usable training slice stays in the answer with a fault 108 among its exclusions.
+
+    Parameters
+    ----------
+    root
+        The data folder.
+    labels
+        Classes of the study.
+    splits
+        Splits to read; each needs its file DIR/splits/NAME.csv.
+    progress
+        Told after each patient how many images were read.
+
+    Raises
+    ------
+    IcmoeError
+        107, 109 and 110: everything that is wrong with the folder's layout and its split files, at once.
+    """
+    _check_root(root)
+    rows: list[Row] = []
+    faults: list[Fault] = []
+    for name in splits:
+        try:
+            rows += read_rows(root / "splits" / f"{name}.csv", name, where=f"splits/{name}.csv", same_split=True)
+        except IcmoeError as error:
+            faults.extend(error.faults)
+    faults.extend(patients_in_two_splits(rows))
+    if faults:
+        raise IcmoeError(*faults)
+    names = sorted({row.site for row in rows} | _site_folders(root))
+    if not names:
+        raise IcmoeError(Fault(number=109, where=root.name, what="no site and no image is listed", did=_NOT_STARTED))
+    sites = _read_sites(root, rows, names, labels, progress)
+    return {name: _with_108(site) for name, site in sites.items()} if "train" in splits else sites
+
+
+def read_split(root: Path, name: str, labels: Sequence[Label], *, progress: Progress | None = None) -> dict[str, SiteData]:
+    """Return the sites of one split alone, DIR/splits/NAME.csv or DIR/NAME.csv, sorted by name.
+
+    The split column is not compared with `name`, so that a file that gathers several splits can be read; every slice
+    gets `name` as its split. `SiteData.unlisted` is 0: other splits may list the other files.
+
+    Parameters
+    ----------
+    root
+        The data folder.
+    name
+        Name of the split file without ".csv".
+    labels
+        Classes of the study.
+    progress
+        As for `read_folder`.
+
+    Raises
+    ------
+    IcmoeError
+        109 and 110, all faults of the file at once.
+    """
+    _check_root(root)
+    if not name or Path(name).name != name or not name.isprintable():
+        raise IcmoeError(Fault(number=109, where=repr(name), what="name of a split is needed, not a path", did=_NOT_STARTED))
+    where = next((option for option in (f"splits/{name}.csv", f"{name}.csv") if _is(Path.is_file, root / option)), None)
+    if where is None:
+        what = "split file is missing"
+        raise IcmoeError(Fault(number=109, where=f"splits/{name}.csv or {name}.csv", what=what, did=_NOT_STARTED))
+    rows = read_rows(root / where, name, where=where, same_split=False)
+    if not rows:
+        raise IcmoeError(Fault(number=110, where=where, what="no image is listed", did=_NOT_STARTED))
+    return _read_sites(root, rows, sorted({row.site for row in rows}), labels, progress, count_unlisted=False)
+
+
+def load_image(item: Slice) -> npt.NDArray[np.float32]:
+    """Return the grey values of a slice, H x W.
+
+    Raises
+    ------
+    IcmoeError
+        101 or 102 where the file is gone, unreadable or no longer the one that was read at the start.
+    """
+    where = f"{item.site}/{item.image.name}"
+    pixels_HW = read_grey(item.image, where=where)
+    if pixel_digest(pixels_HW) != item.image_digest:
+        todo = "Start again: features, window and digest belong to the former image."
+        raise IcmoeError(
+            Fault(number=102, where=where, what="image changed since the folder was read", did="It was not used.", todo=todo)
+        )
+    return pixels_HW.astype(np.float32)
+
+
+def load_mask(path: Path, labels: Sequence[Label]) -> npt.NDArray[np.uint8]:
+    """Return a mask as class indices, H x W.
+
+    Raises
+    ------
+    IcmoeError
+        103, 104 or 106 as in `icmoe.data.images.read_classes`.
+    """
+    return read_classes(path, labels, where=path.name)
+
+
+def _check_root(root: Path) -> None:
+    if not _is(Path.is_dir, root):
+        raise IcmoeError(Fault(number=109, where=str(root), what="data folder is not there", did=_NOT_STARTED))
+
+
+def _read_sites(
+    root: Path,
+    rows: Sequence[Row],
+    names: Sequence[str],
+    labels: Sequence[Label],
+    progress: Progress | None,
+    *,
+    count_unlisted: bool = True,
+) -> dict[str, SiteData]:
+    first, twice = _twice(rows)
+    slices, faults = _read_patients(root, first, labels, progress)
+    listed = {row.image for row in rows}
+    return {
+        name: SiteData(
+            name=name,
+            slices=tuple(item for item in slices if item.site == name),
+            images_found=sum(row.site == name for row in rows),
+            exclusions=(*faults.get(name, ()), *twice.get(name, ())),
+            unlisted=len(_image_files(root, name) - listed) if count_unlisted else 0,
+        )
+        for name in names
+    }
+
+
+def _twice(rows: Sequence[Row]) -> tuple[list[Row], dict[str, list[Fault]]]:
+    """Return the first row of every image, and a fault 112 per further row by site."""
+    first: dict[str, Row] = {}
+    twice: dict[str, list[Fault]] = {}
+    for row in rows:
+        if first.setdefault(row.image, row) is not row:
+            twice.setdefault(row.site, []).append(Fault(number=112, where=row.image, did="The first row was used."))
+    return list(first.values()), twice
+
+
+def _read_patients(
+    root: Path, rows: Sequence[Row], labels: Sequence[Label], progress: Progress | None
+) -> tuple[list[Slice], dict[str, list[Fault]]]:
+    """Read patient by patient in threads (decoding releases the GIL), so that few pixels are in memory at a time."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (row.site, row.patient, row.split, row.index, row.image)):
+        groups.setdefault((row.site, row.patient, row.split), []).append(row)
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        jobs = {pool.submit(_read_patient, root, group, labels): len(group) for group in groups.values()}
+        done = 0
+        for job in as_completed(jobs):
+            done += jobs[job]
+            if progress:
+                progress(done, len(rows))
+    slices: list[Slice] = []
+    faults: dict[str, list[Fault]] = {}
+    for (site, _, _), job in zip(groups, jobs, strict=True):
+        usable, refused = job.result()
+        slices += usable
+        faults.setdefault(site, []).extend(refused)
+    return slices, faults
+
+
+def _read_patient(root: Path, rows: Sequence[Row], labels: Sequence[Label]) -> tuple[list[Slice], list[Fault]]:
+    usable: list[tuple[Row, npt.NDArray[Any], tuple[float, float, float] | None]] = []
+    faults: list[Fault] = []
+    for row in rows:
+        try:
+            spacing = spacing_mm(row, did=LEFT_OUT)
+            usable.append((row, _checked_pixels(root, row, labels), spacing))
+        except IcmoeError as error:
+            faults.extend(error.faults)
+    if not usable:
+        return [], faults
+    window = series_window([pixels for _, pixels, _ in usable])
+    return [_slice(root, row, pixels, spacing, window) for row, pixels, spacing in usable], faults
+
+
+def _checked_pixels(root: Path, row: Row, labels: Sequence[Label]) -> npt.NDArray[Any]:
+    """Return the image's pixels once image and mask are known to be usable together.
+
+    Raises
+    ------
+    IcmoeError
+        101-106 or 113, the first that applies.
+    """
+    pixels = read_grey(root / row.image, where=row.image)
+    classes = read_classes(root / row.mask, labels, where=row.mask)
+    if pixels.shape != classes.shape:
+        sizes = [f"{shape[1]} x {shape[0]}" for shape in (classes.shape, pixels.shape)]
+        raise IcmoeError(Fault(number=105, where=row.mask, value=sizes[0], limit=sizes[1], did=LEFT_OUT))
+    if pixels.min() == pixels.max():
+        raise IcmoeError(Fault(number=113, where=row.image, value=f"every pixel is {pixels.flat[0]}", did=LEFT_OUT))
+    return pixels
+
+
+def _slice(root: Path, row: Row, pixels: npt.NDArray[Any], spacing: tuple[float, float, float] | None, window: Window) -> Slice:
+    return Slice(
+        site=row.site,
+        patient=row.patient,
+        index=row.index,
+        split=row.split,
+        image=root / row.image,
+        mask=root / row.mask,
+        image_digest=pixel_digest(pixels),
+        shape=(pixels.shape[0], pixels.shape[1]),
+        window=window,
+        spacing_mm=spacing,
+    )
+
+
+def _with_108(site: SiteData) -> SiteData:
+    if site.of("train"):
+        return site
+    found = f"{site.images_found} images listed, {site.images_used} usable, none of them for training"
+    fault = Fault(
+        number=108, where=site.name, what="site has no usable training image", value=found, did="It takes no part in training."
+    )
+    return SiteData(
+        name=site.name,
+        slices=site.slices,
+        images_found=site.images_found,
+        exclusions=(*site.exclusions, fault),
+        unlisted=site.unlisted,
+    )
+
+
+def _site_folders(root: Path) -> set[str]:
+    return {path.name for path in _entries(root) if not path.name.startswith(".") and _is(Path.is_dir, path / "images")}
+
+
+def _image_files(root: Path, site: str) -> set[str]:
+    return {f"{site}/images/{path.name}" for path in _entries(root / site / "images") if path.suffix.lower() == ".png"}
+
+
+def _entries(folder: Path) -> Iterable[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:  # what a split lists there is reported file by file
+        return ()
+
+
+def _is(kind: Callable[[Path], bool], path: Path) -> bool:
+    try:
+        return kind(path)
+    except OSError:
+        return False
+
+
+__all__ = ["Progress", "SiteData", "Slice", "load_image", "load_mask", "read_folder", "read_split"]

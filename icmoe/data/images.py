@@ -1,0 +1,154 @@
+"""PNG files as arrays: grey images, masks as class indices, and the digest of decoded pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from icmoe.errors import Fault, IcmoeError
+from icmoe.study import Label
+
+MAX_PIXELS = 2**26
+"""Largest image that is decoded; a PNG of a few bytes can claim any size."""
+
+LUMINANCE = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue (ITU-R BT.601) for images whose channels differ."""
+
+LEFT_OUT = "The image was left out."
+
+_UNKNOWN = 255
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def read_grey(path: Path, *, where: str) -> npt.NDArray[Any]:
+    """Return a grey image.
+
+    One channel of 8 or 16 bits is kept as it is; colour with equal channels becomes that channel, other colour its
+    luminance (`LUMINANCE`, float32); one bit becomes 0 and 255; alpha is ignored.
+
+    Parameters
+    ----------
+    path
+        PNG file.
+    where
+        Its name in faults.
+
+    Returns
+    -------
+    ndarray
+        H x W, uint8, uint16 or float32.
+
+    Raises
+    ------
+    IcmoeError
+        101 where the file is missing, 102 where it cannot be read.
+    """
+    pixels = _decode(path, where, missing=101, unreadable=102, palette_is_colour=True)
+    if pixels.ndim == 2:
+        return pixels
+    return np.asarray(pixels.astype(np.float32) @ np.asarray(LUMINANCE, dtype=np.float32))
+
+
+def read_classes(path: Path, labels: Sequence[Label], *, where: str) -> npt.NDArray[np.uint8]:
+    """Return a mask as class indices.
+
+    Parameters
+    ----------
+    path
+        PNG file with one channel (or equal ones); one bit counts as 0 and 255, a palette's indices are the values.
+    labels
+        Classes of the study; the position is the class index.
+    where
+        The file's name in faults.
+
+    Returns
+    -------
+    ndarray
+        H x W uint8, 0 to K - 1.
+
+    Raises
+    ------
+    IcmoeError
+        103 where the file is missing, 104 where it cannot be read, 106 where it holds a value that no label names.
+    """
+    values_HW = _decode(path, where, missing=103, unreadable=104, palette_is_colour=False)
+    if values_HW.ndim != 2:
+        raise _fault(104, where, "colour instead of one channel")
+    table = np.full(65536, _UNKNOWN, dtype=np.uint8)
+    for index, label in enumerate(labels):
+        table[list(label.values)] = index
+    classes_HW: npt.NDArray[np.uint8] = table[values_HW]
+    if (classes_HW == _UNKNOWN).any():
+        raise _fault(106, where, _some(np.unique(values_HW[classes_HW == _UNKNOWN])), limit=_named(labels))
+    return classes_HW
+
+
+def pixel_digest(pixels_HW: npt.NDArray[Any]) -> str:
+    """Return the SHA-256 of decoded pixels with their shape and type: equal for equal images, however compressed."""
+    little = np.ascontiguousarray(pixels_HW, dtype=pixels_HW.dtype.newbyteorder("<"))
+    header = f"{little.dtype.kind}{little.dtype.itemsize}:{'x'.join(map(str, little.shape))}:"
+    return hashlib.sha256(header.encode() + little.tobytes()).hexdigest()
+
+
+def _decode(path: Path, where: str, *, missing: int, unreadable: int, palette_is_colour: bool) -> npt.NDArray[Any]:
+    """Return H x W, or H x W x 3 where the channels differ."""
+    try:
+        if not path.is_file():
+            raise _fault(unreadable, where, "not a file") if path.exists() else _fault(missing, where)
+        with Image.open(path, formats=("PNG",)) as opened:
+            return _pixels(opened, palette_is_colour=palette_is_colour)
+    except UnidentifiedImageError:
+        raise _fault(unreadable, where, "not a PNG file") from None
+    except _UNREADABLE as error:
+        # An OSError's text holds the absolute path; its strerror does not.
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise _fault(unreadable, where, reason) from None
+
+
+def _pixels(opened: Image.Image, *, palette_is_colour: bool) -> npt.NDArray[Any]:
+    if opened.width * opened.height > MAX_PIXELS:
+        raise ValueError(f"{opened.width} x {opened.height} pixels, more than {MAX_PIXELS}")
+    opened.load()
+    plain = opened.convert("L") if opened.mode == "1" else opened
+    plain = plain.convert("RGB") if plain.mode == "P" and palette_is_colour else plain
+    pixels = np.asarray(plain)
+    if pixels.dtype.kind == "i":  # Pillow's 32-bit mode for some 16-bit files
+        pixels = pixels.astype(np.uint16)
+    if pixels.ndim == 2:
+        return pixels
+    colour = pixels[..., :1] if pixels.shape[2] < 3 else pixels[..., :3]
+    equal = bool((colour == colour[..., :1]).all())
+    return np.ascontiguousarray(colour[..., 0]) if equal else colour
+
+
+def _fault(number: int, where: str, value: str = "", limit: str = "") -> IcmoeError:
+    return IcmoeError(Fault(number=number, where=where, value=value, limit=limit, did=LEFT_OUT))
+
+
+def _some(values: npt.NDArray[Any]) -> str:
+    return ", ".join(map(str, values[:5])) + (f" and {len(values) - 5} more" if len(values) > 5 else "")
+
+
+def _named(labels: Sequence[Label]) -> str:
+    return ", ".join(str(value) for label in labels for value in label.values)

@@ -1,0 +1,109 @@
+"""Training slices as cached features and area-fraction targets; images themselves are not touched here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from icmoe.backbone import grid_of
+from icmoe.data.folder import Slice, load_mask
+from icmoe.features import FeatureCache, Features
+from icmoe.preprocess import target, view_target
+from icmoe.study import Study
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Features of B images and their targets, B K h w, on the training device."""
+
+    features: Features
+    target_BKhw: Tensor
+
+
+class TrainingSet:
+    """The training slices of one site.
+
+    Parameters
+    ----------
+    slices
+        At least one; their features must be in the cache for every view of the study.
+    study
+        Labels, views and batch size.
+    cache
+        Where the features are.
+    """
+
+    def __init__(self, slices: Sequence[Slice], study: Study, cache: FeatureCache) -> None:
+        if not slices:
+            raise ValueError("a training set needs at least one slice")
+        self.views = study.training.views
+        self.batch_size = min(study.training.batch_size, len(slices))
+        self._cache = cache
+        self._keys = [[cache.key(item.image_digest, item.window, view) for view in self.views] for item in slices]
+        side = 2 * grid_of(study.backbone)
+        masks = (load_mask(item.mask, study.labels) for item in slices)
+        self._target_NKhw = torch.stack([target(mask, study.classes, side) for mask in masks])
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def steps(self, epochs: int) -> int:
+        """Return the number of steps of `epochs` passes."""
+        return steps_of(len(self), self.batch_size, epochs)
+
+    def batches(self, *, steps: int, seed: int, device: torch.device) -> Iterator[Batch]:
+        """Yield `steps` batches in seeded order, the next one being read while the last one is used.
+
+        Parameters
+        ----------
+        steps
+            Number of batches.
+        seed
+            Fixes order and views.
+        device
+            Where the batch goes; on CUDA through pinned memory, without waiting.
+        """
+        draws = self._draws(steps, seed)
+        with ThreadPoolExecutor(1, thread_name_prefix="features") as reader:
+            pending = [reader.submit(self._read, *draw, device) for draw in draws[:1]]
+            for draw in draws[1:]:
+                pending.append(reader.submit(self._read, *draw, device))
+                yield pending.pop(0).result()
+            if pending:
+                yield pending.pop().result()
+
+    def _draws(self, steps: int, seed: int) -> list[tuple[list[int], list[int]]]:
+        """Return slice and view indices per step: one endless chain of permutations cut into batches."""
+        rng = np.random.default_rng(seed)
+        wanted = steps * self.batch_size
+        order = np.concatenate([rng.permutation(len(self)) for _ in range(-(-wanted // len(self)) or 1)])[:wanted]
+        views = rng.integers(len(self.views), size=wanted)
+        cut = range(0, wanted, self.batch_size)
+        return [(order[at : at + self.batch_size].tolist(), views[at : at + self.batch_size].tolist()) for at in cut]
+
+    def _read(self, rows: list[int], views: list[int], device: torch.device) -> Batch:
+        features = self._cache.load([self._keys[row][view] for row, view in zip(rows, views, strict=True)])
+        targets = [view_target(self._target_NKhw[row], self.views[view]) for row, view in zip(rows, views, strict=True)]
+        return to_device(Batch(features, torch.stack(targets)), device)
+
+
+def steps_of(slices: int, batch_size: int, epochs: int) -> int:
+    """Return the number of steps of `epochs` passes over `slices` slices; a batch never holds a slice twice."""
+    return epochs * -(-slices // min(batch_size, slices))
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch on `device`; for CUDA through pinned memory, so that the copy runs beside the computation."""
+    if device.type != "cuda":
+        return batch
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    features = Features(move(batch.features.embedding_BCHW), tuple(move(block) for block in batch.features.blocks))
+    return Batch(features, move(batch.target_BKhw))

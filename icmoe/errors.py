@@ -1,0 +1,165 @@
+"""Numbered errors: what happened, the value, the limit, what the system did, what to do next.
+
+Ranges: ICM1xx data, 2xx study and configuration, 3xx network and deployment, 4xx privacy, 5xx server and runs.
+A number is never reused; a retired one stays in the catalogue with the word "retired".
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.text import Text
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A catalogue line: the title of an error number and its usual remedy."""
+
+    title: str
+    remedy: str
+
+
+CATALOGUE: dict[int, Entry] = {
+    101: Entry("image is missing", "Restore the file or remove its row from the split."),
+    102: Entry("image cannot be read", "Export the image again; PNG, 8 or 16 bit, one channel is expected."),
+    103: Entry("mask is missing", "Add the mask or remove the row from the split."),
+    104: Entry("mask cannot be read", "Export the mask again; PNG with one channel is expected."),
+    105: Entry("mask and image differ in size", "Export mask and image on the same pixel grid."),
+    106: Entry("mask holds a value that no label of the study names", "Name the value in [[study.labels]] or correct the mask."),
+    107: Entry(
+        "one patient stands in two splits", "Give each patient to one of train, val and test; scores would lie otherwise."
+    ),
+    108: Entry("site has no usable image", "Look at the exclusions listed for the site."),
+    109: Entry(
+        "data folder does not have the expected layout",
+        "Expected DIR/<site>/images, DIR/<site>/masks and DIR/splits/{train,val,test}.csv.",
+    ),
+    110: Entry("split file cannot be used", "Expected columns split, site, patient, slice, image, mask."),
+    111: Entry("cached features were damaged", "Nothing: the entry was computed again. If it recurs, check the disk."),
+    112: Entry("image is listed twice", "Keep one of the rows."),
+    113: Entry("image has no contrast", "A constant image teaches nothing; check the export."),
+    114: Entry("pixel spacing is not usable", "Give positive millimetres in all three spacing columns, or leave them out."),
+    115: Entry("phantoms cannot be written", "Name a new or empty folder in a place you may write to."),
+    201: Entry("key is not known", "Use the suggested key or remove the line."),
+    202: Entry("value is outside its allowed range or of another type", "Give a value in the allowed range."),
+    203: Entry("required key is missing", "Add the key."),
+    204: Entry("file is not readable TOML", "Correct the syntax at the named position."),
+    205: Entry("file cannot be opened", "Check the path and the permissions."),
+    206: Entry(
+        "backbone weights have another digest",
+        "Use the file that the study names, or change the study with everybody's agreement.",
+    ),
+    207: Entry("backbone weights are not there", "Install or name the weights as shown in README, section Backbones."),
+    208: Entry("model file was written for another version", "Use the version of icmoe-federated that wrote it."),
+    209: Entry("model file is damaged or is not an IC-MoE model", "Fetch the file again and compare its digest."),
+    210: Entry("option does not fit the others", "Change one of the options named."),
+    211: Entry("device is not available", "Use --device cpu, or install a CUDA build of PyTorch and its driver."),
+    212: Entry("backbone is for tests only", "Choose a pretrained backbone, or set test_only = true in a study that is a test."),
+    301: Entry(
+        "message carries something the study does not allow",
+        "Install the same version at coordinator and site and approve the same study.",
+    ),
+    302: Entry(
+        "study is not approved at this site", "Compare the digests; approve the study at the site if it is the agreed one."
+    ),
+    303: Entry("this platform is not supported", "Use Linux on x86-64 (Windows through WSL2) with Python 3.11 or newer."),
+    304: Entry("site did not finish its part of a round", "Read the site's own log; the coordinator only sees this number."),
+    401: Entry("frozen backbone changed during training", "Do not use the result; report the case with the two digests."),
+    501: Entry("no site delivered a usable update", "Look at the sites' errors; the global model was kept."),
+    502: Entry("run folder is in use or holds another run", "Choose another --out, or continue the same run with --resume."),
+    503: Entry("simulation stopped before its end", "Continue with --resume after removing the cause."),
+    504: Entry("update was refused", "Look at the named tensor at the site; the round went on without it."),
+    505: Entry("Ray cluster cannot be reached", "Check --address, or leave it out to start a cluster on this machine."),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One thing that is wrong.
+
+    Parameters
+    ----------
+    number
+        Key of `CATALOGUE`.
+    where
+        File, site or option concerned; never a patient's name.
+    what
+        What happened, if the catalogue's title does not say it all.
+    value
+        The offending value.
+    limit
+        What is allowed, or the value expected.
+    did
+        What the system did about it.
+    todo
+        What to do next; the catalogue's remedy where empty.
+    """
+
+    number: int
+    where: str = ""
+    what: str = ""
+    value: str = ""
+    limit: str = ""
+    did: str = ""
+    todo: str = ""
+
+    def __str__(self) -> str:
+        """Return the fault as one line."""
+        entry = CATALOGUE[self.number]
+        sentence = f"ICM{self.number} " + (f"{self.where}: " if self.where else "") + (self.what or entry.title)
+        if self.value:
+            sentence += f": {self.value}"
+        if self.limit:
+            sentence += f" (allowed: {self.limit})"
+        return " ".join(filter(None, [sentence.rstrip(".") + ".", self.did, self.todo or entry.remedy]))
+
+    def record(self) -> dict[str, str | int]:
+        """Return the fault as plain values for JSON."""
+        return {**asdict(self), "sentence": str(self)}
+
+
+class IcmoeError(Exception):
+    """One or more faults that stop the work; all that were found are reported together.
+
+    Parameters
+    ----------
+    *faults
+        At least one fault.
+    """
+
+    def __init__(self, *faults: Fault) -> None:
+        if not faults:
+            raise ValueError("IcmoeError needs at least one fault")
+        self.faults: tuple[Fault, ...] = faults
+        super().__init__("\n".join(str(fault) for fault in faults))
+
+    def __reduce__(self) -> tuple[type[IcmoeError], tuple[Fault, ...]]:
+        """Return how to rebuild the error in another process."""
+        return (type(self), self.faults)
+
+
+def print_faults(faults: Sequence[Fault], *, stderr: bool = True) -> None:
+    """Print one line per fault, the number in colour where there is a terminal."""
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    for fault in faults:
+        number, _, rest = str(fault).partition(" ")
+        console.print(Text.assemble((number, "bold red"), " ", rest))
+
+
+@contextmanager
+def exit_on_fault() -> Iterator[None]:
+    """Turn an `IcmoeError` into its lines and exit code 1: a user never sees a traceback for bad input.
+
+    Yields
+    ------
+    None
+    """
+    try:
+        yield
+    except IcmoeError as error:
+        print_faults(error.faults)
+        sys.exit(1)

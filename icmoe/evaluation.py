@@ -1,0 +1,102 @@
+"""Scores of a model on slices: predictions are brought back to the source's pixels and a patient is scored as a volume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from icmoe.data.folder import Slice, load_mask
+from icmoe.dataset import Batch, to_device
+from icmoe.features import FeatureCache
+from icmoe.metrics import PatientScore, patient_scores
+from icmoe.preprocess import restore
+from icmoe.study import Label
+
+EVALUATION_BATCH = 16
+
+ClassMap = npt.NDArray[np.uint8]
+
+
+@torch.no_grad()
+def predict_slices(
+    model: nn.Module, slices: Sequence[Slice], cache: FeatureCache, device: torch.device, *, batch_size: int = EVALUATION_BATCH
+) -> Iterator[ClassMap]:
+    """Yield the class map of each slice, H W on its own pixel grid, in the order given.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode on `device`.
+    slices
+        Their identity view must be in the cache.
+    cache
+        Where the features are.
+    device
+        CPU or CUDA.
+    batch_size
+        Slices per forward pass.
+    """
+    for at in range(0, len(slices), batch_size):
+        chunk = slices[at : at + batch_size]
+        features = cache.load([cache.key(item.image_digest, item.window, "identity") for item in chunk])
+        batch = to_device(Batch(features, torch.empty(0)), device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits_BKhw = model(batch.features).logits_BKhw
+        for item, logits_Khw in zip(chunk, logits_BKhw.float().cpu(), strict=True):
+            yield restore(logits_Khw, item.shape).argmax(dim=0).to(torch.uint8).numpy()
+
+
+def score_slices(
+    model: nn.Module,
+    slices: Sequence[Slice],
+    labels: Sequence[Label],
+    cache: FeatureCache,
+    device: torch.device,
+    *,
+    surfaces: bool = True,
+    on_patient: Callable[[], None] | None = None,
+) -> list[PatientScore]:
+    """Return one score per patient: its slices of this list, stacked in slice order, are one volume.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode on `device`.
+    slices
+        Of any number of sites; ordered by site, patient and slice index.
+    labels
+        Of the study.
+    cache, device
+        As in `predict_slices`.
+    surfaces
+        Whether HD95 and surface Dice are wanted where the pixel size is known; they cost more than the prediction.
+    on_patient
+        Called after each patient.
+    """
+    ordered = sorted(slices, key=lambda item: (item.site, item.patient, item.index))
+    predictions = predict_slices(model, ordered, cache, device)
+    scores = []
+    for (site, patient), group in groupby(ordered, key=lambda item: (item.site, item.patient)):
+        members = list(group)
+        prediction = [next(predictions) for _ in members]
+        truth = [load_mask(item.mask, labels) for item in members]
+        spacing_mm = members[0].spacing_mm if surfaces else None
+        classes = patient_scores(_stack(prediction), _stack(truth), len(labels), spacing_mm)
+        scores.append(PatientScore(site, patient, tuple(classes)))
+        if on_patient is not None:
+            on_patient()
+    return scores
+
+
+def _stack(slices: Sequence[ClassMap]) -> ClassMap:
+    """Return a volume D H W; smaller slices are padded with background."""
+    shapes = {item.shape for item in slices}
+    if len(shapes) == 1:
+        return np.stack(slices)
+    height, width = max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
+    return np.stack([np.pad(item, ((0, height - item.shape[0]), (0, width - item.shape[1]))) for item in slices])

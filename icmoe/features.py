@@ -1,0 +1,179 @@
+"""The feature cache: what the frozen backbone says of each view, computed once and kept at the site.
+
+One safetensors file per view, fp16, named by its key: the SHA-256 of backbone digest, input size, preprocessing
+version, dtype, image digest, intensity window and view. An entry is written to a temporary file and
+renamed, so several processes may share a folder and a kill leaves no half entry. Its header repeats the key and a CRC-32 of
+the tensors; an entry that is damaged or foreign counts as absent and is computed again. A process checks an entry when
+it first reads it, not on every step.
+
+Features are patient data: the folder has the images' access and deletion rules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from icmoe.atomic import write_atomically
+from icmoe.errors import Fault, IcmoeError
+from icmoe.preprocess import PREPROCESSING_VERSION, Window
+from icmoe.study import Study, View
+
+FORMAT = "icmoe-features-1"
+HALF_MAX = 65504.0
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Output of the backbone for a batch.
+
+    Parameters
+    ----------
+    embedding_BCHW
+        The final embedding.
+    blocks
+        Intermediate features, each B 128 H W.
+    """
+
+    embedding_BCHW: Tensor
+    blocks: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A view that has to be in the cache.
+
+    Parameters
+    ----------
+    key
+        Its key.
+    read
+        Returns the pixels, 3 S S in [0, 1].
+    """
+
+    key: str
+    read: Callable[[], Tensor]
+
+
+def default_cache_folder() -> Path:
+    """Return the user's cache folder for features."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "icmoe" / "features"
+
+
+@dataclass(slots=True)
+class FeatureCache:
+    """A folder of features of one backbone.
+
+    Parameters
+    ----------
+    folder
+        Where the files are.
+    digest
+        The backbone's.
+    image_size
+        Side of its input, pixels.
+    block_features
+        Whether `load` hands out the blocks; they are always kept, so that both kinds of study share the entries.
+    """
+
+    folder: Path
+    digest: str
+    image_size: int
+    block_features: bool
+    _checked: set[str] = field(default_factory=set, repr=False)
+
+    @staticmethod
+    def of(folder: Path, study: Study) -> FeatureCache:
+        """Return the cache of a study's backbone below `folder`."""
+        chosen = study.backbone
+        return FeatureCache(folder, chosen.digest, chosen.image_size, chosen.block_features)
+
+    def key(self, image_digest: str, window: Window, view: View) -> str:
+        """Return the key of one view of one image, 64 hexadecimal digits."""
+        own = (FORMAT, self.digest, self.image_size, PREPROCESSING_VERSION, "float16")
+        return hashlib.sha256(json.dumps([*own, image_digest, window.low, window.high, view]).encode()).hexdigest()
+
+    def path(self, key: str) -> Path:
+        """Return the file of a key."""
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def contains(self, key: str) -> bool:
+        """Return whether a sound entry is there."""
+        try:
+            self._read(key)
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return False
+        return True
+
+    def put(self, key: str, embedding_CHW: Tensor, blocks: Sequence[Tensor]) -> None:
+        """Write an entry atomically.
+
+        Raises
+        ------
+        IcmoeError
+            102 where a value does not fit into fp16; such features would turn into infinity.
+        """
+        tensors = {"embedding": embedding_CHW, **{f"block{index}": block for index, block in enumerate(blocks)}}
+        for name, tensor in tensors.items():
+            largest = float(tensor.abs().max())
+            if not largest <= HALF_MAX:
+                fault = Fault(
+                    number=102, what=f"features ({name}) leave the range of fp16", value=str(largest), limit=str(HALF_MAX)
+                )
+                raise IcmoeError(fault)
+        halves = {name: tensor.to("cpu", torch.float16).contiguous() for name, tensor in tensors.items()}
+        header = {"format": FORMAT, "key": key, "crc32": str(_checksum(halves))}
+        write_atomically(self.path(key), save(halves, metadata=header), durable=False, private=True)
+
+    def load(self, keys: Sequence[str]) -> Features:
+        """Return a batch in float32, in the order of the keys.
+
+        Raises
+        ------
+        IcmoeError
+            111 where an entry is absent or damaged.
+        """
+        try:
+            rows = [self._read(key) for key in keys]
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            did, todo = "Training stopped.", "Start again: damaged entries are computed anew."
+            raise IcmoeError(Fault(number=111, value=type(error).__name__, did=did, todo=todo)) from None
+        names = [f"block{index}" for index in range(len(rows[0]) - 1)] if self.block_features else []
+        blocks = tuple(_batch([row[name] for row in rows]) for name in names)
+        return Features(_batch([row["embedding"] for row in rows]), blocks)
+
+    def _read(self, key: str) -> dict[str, Tensor]:
+        with safe_open(self.path(key), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            if key not in self._checked:
+                header = file.metadata() or {}
+                if header.get("format") != FORMAT or header["key"] != key or int(header["crc32"]) != _checksum(tensors):
+                    raise ValueError("damaged")
+                self._checked.add(key)
+        return tensors
+
+
+def _checksum(tensors: dict[str, Tensor]) -> int:
+    crc = 0
+    for _, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(tensor.numpy().data, crc)
+    return crc
+
+
+def _batch(halves: Sequence[Tensor]) -> Tensor:
+    """Return the tensors as one float32 batch, converted while they are copied."""
+    batch = torch.empty(len(halves), *halves[0].shape)
+    for row, half in zip(batch, halves, strict=True):
+        row.copy_(half)
+    return batch

@@ -1,0 +1,307 @@
+"""The trained part of IC-MoE around a frozen backbone (design section 6).
+
+    x = E + sum_l sigmoid(a_l) Conv1x1_l(F_l) ;  xn = GroupNorm(x)
+    D_e = up_e(body_e(xn)) ;  v_e = softmax_K(Vote(x + D_e)) ;  g = voting(Router(xn), v)
+    y = x + sum_e g_e D_e ;  logits = Head(y) ;  z = normalise(Proj(y))
+
+Without experts y = x and the model is the plain frozen backbone with a mask head.
+Shapes: B images, C channels of the embedding, M experts, b bottleneck, K classes, H x W grid of the backbone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from icmoe.backbone import widths
+from icmoe.contrast import prototype_pull, semantic_contrast
+from icmoe.experts import Expert, expert_names, make_experts
+from icmoe.features import Features
+from icmoe.losses import (
+    cross_entropy,
+    dice_loss,
+    halve,
+    label_consistency,
+    load_balance,
+    router_anchor,
+    router_z,
+)
+from icmoe.pointwise import Pointwise, mix_channels
+from icmoe.router import Router
+from icmoe.study import LossWeights, ModelShape, Study
+from icmoe.voting import vote
+
+HEAD_CHANNELS = 48
+PROJECTION_CHANNELS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What the model says of a batch.
+
+    Parameters
+    ----------
+    logits_BKhw
+        Class logits on twice the backbone's grid: half of the input's resolution, where training takes place.
+    fused_BCHW
+        y, the embedding after the experts.
+    experts
+        Votes, gates and router logits; None where the model has no experts.
+    """
+
+    logits_BKhw: Tensor
+    fused_BCHW: Tensor
+    experts: Votes | None
+
+
+class Votes(NamedTuple):
+    """What the experts and the router say of each pixel."""
+
+    normed_BCHW: Tensor
+    router_logits_BMHW: Tensor
+    log_votes_BMKHW: Tensor
+    gates_BMHW: Tensor
+
+    def fused(self) -> Tensor:
+        """Return the fused class probabilities sum_e g_e v_e, B K H W."""
+        return (self.gates_BMHW.unsqueeze(2) * self.log_votes_BMKHW.exp()).sum(dim=1)
+
+
+class Lateral(nn.Module):
+    """sum_l sigmoid(a_l) Conv1x1_l(F_l) over the backbone's intermediate blocks; zero at start.
+
+    Parameters
+    ----------
+    block_channels
+        Channels of each block's features.
+    channels
+        C.
+    """
+
+    def __init__(self, block_channels: tuple[int, ...], channels: int) -> None:
+        super().__init__()
+        convs = [Pointwise(width, channels) for width in block_channels]
+        for conv in convs:
+            nn.init.zeros_(conv.weight)
+            nn.init.zeros_(conv.bias)
+        self.convs = nn.ModuleList(convs)
+        self.gate_L = nn.Parameter(torch.zeros(len(block_channels)))
+
+    def forward(self, blocks: tuple[Tensor, ...]) -> Tensor:
+        """Return the sum over blocks, B C H W."""
+        gates = self.gate_L.sigmoid().unbind()
+        return torch.stack([gate * conv(block) for gate, conv, block in zip(gates, self.convs, blocks, strict=True)]).sum(dim=0)
+
+
+class MaskHead(nn.Module):
+    """From the fused embedding to class logits on twice its grid.
+
+    Parameters
+    ----------
+    channels
+        C.
+    classes
+        K.
+    """
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.down = Pointwise(channels, HEAD_CHANNELS)
+        self.norm = nn.GroupNorm(8, HEAD_CHANNELS)
+        self.refine = nn.Conv2d(HEAD_CHANNELS, HEAD_CHANNELS // 2, 3, padding=1)
+        self.classify = Pointwise(HEAD_CHANNELS // 2, classes)
+
+    def forward(self, y_BCHW: Tensor) -> Tensor:
+        """Return logits, B K 2H 2W."""
+        h = F.gelu(self.norm(self.down(y_BCHW)))
+        h = F.interpolate(h, scale_factor=2.0, mode="bilinear", align_corners=False)
+        logits: Tensor = self.classify(F.gelu(self.refine(h)))
+        return logits
+
+
+class ICMoE(nn.Module):
+    """The trained part: laterals, experts, router, vote head, mask head, projection.
+
+    Parameters
+    ----------
+    shape
+        Numbers of experts, widths, voting.
+    classes
+        K, at least 2.
+    channels
+        C of the backbone's embedding, a multiple of 8.
+    block_channels
+        Channels of each intermediate block; empty without block features.
+    seed
+        Origin of the initial weights; the global random state is left alone.
+    """
+
+    balance_bias_M: Tensor
+    round_prototypes_KD: Tensor
+
+    def __init__(self, shape: ModelShape, *, classes: int, channels: int, block_channels: tuple[int, ...], seed: int) -> None:
+        super().__init__()
+        self.shape = shape
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.lateral = Lateral(block_channels, channels) if block_channels else None
+            self.head = MaskHead(channels, classes)
+            self.project = Pointwise(channels, PROJECTION_CHANNELS)
+            self.prototypes_KD = nn.Parameter(F.normalize(torch.randn(classes, PROJECTION_CHANNELS), dim=1))
+            self.register_buffer("round_prototypes_KD", self.prototypes_KD.detach().clone(), persistent=False)
+            if shape.experts:
+                self.norm = nn.GroupNorm(8, channels)
+                self.experts, _ = make_experts(
+                    basic=shape.basic_experts,
+                    semantic=shape.semantic_experts,
+                    adaptive=shape.adaptive_experts,
+                    channels=channels,
+                    bottleneck=shape.bottleneck,
+                    classes=classes,
+                )
+                self.router = Router(channels, shape.experts, shape.bottleneck, shape.router_noise)
+                self.vote_head = Pointwise(channels, classes)
+                # Moved by the server from the sites' usage, never by a gradient.
+                self.register_buffer("balance_bias_M", torch.zeros(shape.experts))
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """Names of the experts in order."""
+        return names_of(self.shape)
+
+    def start_round(self) -> None:
+        """Fix the prototypes that the contrast meets during this round."""
+        with torch.no_grad():
+            self.round_prototypes_KD.copy_(F.normalize(self.prototypes_KD, dim=1))
+
+    def forward(self, features: Features, generator: torch.Generator | None = None) -> Output:
+        """Return logits, fused embedding and votes.
+
+        Parameters
+        ----------
+        features
+            Of the frozen backbone.
+        generator
+            Source of the router's noise in training; None in evaluation.
+        """
+        x_BCHW = features.embedding_BCHW
+        if self.lateral is not None:
+            x_BCHW = x_BCHW + self.lateral(features.blocks)
+        if not self.shape.experts:
+            return Output(self.head(x_BCHW), x_BCHW, None)
+        y_BCHW, votes = self._mix(x_BCHW, generator)
+        return Output(self.head(y_BCHW), y_BCHW, votes)
+
+    def _mix(self, x_BCHW: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Votes]:
+        normed_BCHW = self.norm(x_BCHW)
+        hidden_BMbHW = torch.stack([expert(normed_BCHW) for expert in self.experts], dim=1)
+        ups = [cast("Expert", expert).up for expert in self.experts]
+        up_MCb, bias_MC = torch.stack([up.weight for up in ups]), torch.stack([up.bias for up in ups])
+        log_votes_BMKHW = self._log_votes(x_BCHW, hidden_BMbHW, up_MCb, bias_MC)
+        router_logits_BMHW = self.router(normed_BCHW, generator).float()
+        gates_BMHW = vote(
+            router_logits_BMHW,
+            log_votes_BMKHW.exp(),
+            self.balance_bias_M,
+            top_k=self.shape.top_k,
+            consensus=self.shape.consensus if self.shape.voting else 0.0,
+        )
+        # sum_e g_e up_e(h_e) as one matrix product over the gated hidden maps of all experts.
+        gated_BXHW = torch.cat([(hidden_BMbHW * gates_BMHW.unsqueeze(2)).flatten(1, 2), gates_BMHW], dim=1)
+        up_CX = torch.cat([up_MCb.permute(1, 0, 2).flatten(1), bias_MC.T], dim=1)
+        y_BCHW = x_BCHW + mix_channels(gated_BXHW, up_CX)
+        return y_BCHW, Votes(normed_BCHW, router_logits_BMHW, log_votes_BMKHW, gates_BMHW)
+
+    def _log_votes(self, x_BCHW: Tensor, hidden_BMbHW: Tensor, up_MCb: Tensor, bias_MC: Tensor) -> Tensor:
+        """Return log softmax_K(Vote(x + D_e)), B M K H W, from the narrow hidden maps: the vote head is linear."""
+        head_KC = self.vote_head.weight
+        shared_B1KHW: Tensor = self.vote_head(x_BCHW).unsqueeze(1)
+        own_BMKN = torch.matmul(head_KC @ up_MCb, hidden_BMbHW.flatten(3)) + (bias_MC @ head_KC.T)[..., None]
+        own_BMKHW = own_BMKN.view(*own_BMKN.shape[:3], *x_BCHW.shape[2:])
+        return (shared_B1KHW + own_BMKHW).float().log_softmax(dim=2)
+
+    def losses(
+        self,
+        features: Features,
+        target_BKhw: Tensor,
+        weights: LossWeights,
+        generator: torch.Generator,
+        anchor_router: Router | None = None,
+    ) -> tuple[dict[str, Tensor], Output]:
+        """Return every loss term that is switched on, one value per image (each B), and the output.
+
+        Parameters
+        ----------
+        features
+            Of the frozen backbone.
+        target_BKhw
+            Area fractions on twice the grid.
+        weights
+            Terms with weight 0 are not computed.
+        generator
+            Source of the router's noise and of the contrast's anchors.
+        anchor_router
+            The round's global router, where `weights.router_anchor` is on.
+        """
+        output = self(features, generator)
+        log_p_BKhw = output.logits_BKhw.float().log_softmax(dim=1)
+        terms: dict[str, Callable[[], Tensor]] = {
+            "cross_entropy": lambda: cross_entropy(log_p_BKhw, target_BKhw),
+            "dice": lambda: dice_loss(log_p_BKhw.exp(), target_BKhw),
+        }
+        target_BKHW = halve(target_BKhw)
+        if output.experts is not None:
+            votes = output.experts
+            terms |= {
+                "vote": lambda: cross_entropy(votes.fused().clamp(min=1e-7).log(), target_BKHW),
+                "label_consistency": lambda: label_consistency(votes.router_logits_BMHW, votes.log_votes_BMKHW, target_BKHW),
+                "load_balance": lambda: load_balance(votes.router_logits_BMHW, votes.gates_BMHW, target_BKHW),
+                "router_z": lambda: router_z(votes.router_logits_BMHW),
+            }
+            if anchor_router is not None:
+                terms["router_anchor"] = lambda: router_anchor(
+                    votes.router_logits_BMHW, anchor_router(votes.normed_BCHW.detach()).float()
+                )
+        terms["contrast"] = lambda: self._contrast(features, output, target_BKHW, generator)
+        return {name: term() for name, term in terms.items() if getattr(weights, name) > 0.0}, output
+
+    def _contrast(self, features: Features, output: Output, target_BKHW: Tensor, generator: torch.Generator) -> Tensor:
+        z_BDN = F.normalize(self.project(output.fused_BCHW).float(), dim=1).flatten(2)
+        class_BN = target_BKHW.argmax(dim=1).flatten(1)
+        if output.experts is not None:
+            guess_BKHW = output.experts.fused()
+        else:
+            guess_BKHW = halve(output.logits_BKhw.detach())
+        wrong_BN = guess_BKHW.argmax(dim=1).flatten(1) != class_BN
+        frozen_BCN = features.embedding_BCHW.flatten(2)
+        pull_B = prototype_pull(z_BDN, class_BN, F.normalize(self.prototypes_KD, dim=1))
+        return semantic_contrast(z_BDN, frozen_BCN, class_BN, wrong_BN, self.round_prototypes_KD, generator) + pull_B
+
+
+def names_of(shape: ModelShape) -> tuple[str, ...]:
+    """Return the names of the experts that `shape` asks for, in the model's order."""
+    return expert_names(basic=shape.basic_experts, semantic=shape.semantic_experts, adaptive=shape.adaptive_experts)
+
+
+def total_loss(terms: dict[str, Tensor], weights: LossWeights) -> Tensor:
+    """Return the batch mean of the weighted sum of the terms, a scalar."""
+    return torch.stack([getattr(weights, name) * value.mean() for name, value in terms.items()]).sum()
+
+
+def build_model(study: Study, *, seed: int) -> ICMoE:
+    """Return the study's model with its seeded initial weights.
+
+    Parameters
+    ----------
+    study
+        The study.
+    seed
+        Origin of the initial weights.
+    """
+    channels, block_channels = widths(study.backbone.name, block_features=study.backbone.block_features)
+    return ICMoE(study.model, classes=study.classes, channels=channels, block_channels=block_channels, seed=seed)

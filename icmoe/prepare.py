@@ -1,0 +1,94 @@
+"""From slices to cached features: what a site does once, before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from icmoe.backbone import Backbone
+from icmoe.data.folder import Slice, load_image
+from icmoe.features import FeatureCache, Wanted
+from icmoe.preprocess import apply_view, prepare
+from icmoe.study import Study, View
+
+# One image at a time is fastest on a CPU: its intermediate maps stay in the cache.
+CPU_BATCH, GPU_BATCH = 1, 16
+
+
+def wanted_views(
+    slices: Sequence[Slice], training_views: tuple[View, ...], cache: FeatureCache, image_size: int
+) -> Iterator[Wanted]:
+    """Yield what has to be in the cache: every view of a training slice, the identity view of any slice."""
+    for item in slices:
+        views: set[View] = {"identity", *training_views} if item.split == "train" else {"identity"}
+        for view in sorted(views):
+            yield Wanted(cache.key(item.image_digest, item.window, view), _reader(item, view, image_size))
+
+
+def _reader(item: Slice, view: View, image_size: int) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        return apply_view(prepare(load_image(item), item.window, image_size), view)
+
+    return read
+
+
+def encode_slices(
+    slices: Sequence[Slice],
+    study: Study,
+    backbone: Backbone,
+    cache: FeatureCache,
+    *,
+    views: tuple[View, ...] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Encode what the cache does not hold yet; return how many views were encoded.
+
+    Parameters
+    ----------
+    slices
+        Of any number of sites; equal images are encoded once.
+    study
+        Names the views of training slices.
+    backbone
+        The frozen encoder.
+    cache
+        Where the features go.
+    views
+        Views of training slices where they are not the study's.
+    on_progress
+        Called with (done, to do).
+    """
+    unique = {item.key: item for item in wanted_views(slices, views or study.training.views, cache, backbone.image_size)}
+    return encode_missing(list(unique.values()), backbone, cache, on_progress=on_progress)
+
+
+def encode_missing(
+    wanted: Sequence[Wanted], backbone: Backbone, cache: FeatureCache, *, on_progress: Callable[[int, int], None] | None = None
+) -> int:
+    """Encode the views that the cache does not hold and return their number; may be killed and started again.
+
+    Parameters
+    ----------
+    wanted
+        Views by key.
+    backbone
+        On its device.
+    cache
+        Written as batches are done.
+    on_progress
+        Called with (done, to do).
+    """
+    missing = [item for item in wanted if not cache.contains(item.key)]
+    device = next(backbone.buffers()).device
+    batch_size = GPU_BATCH if device.type == "cuda" else CPU_BATCH
+    for at in range(0, len(missing), batch_size):
+        chunk = missing[at : at + batch_size]
+        images_B3SS = torch.stack([item.read() for item in chunk]).to(device)
+        features = backbone.encode(images_B3SS)
+        for row, item in enumerate(chunk):
+            cache.put(item.key, features.embedding_BCHW[row], [block[row] for block in features.blocks])
+        if on_progress is not None:
+            on_progress(at + len(chunk), len(missing))
+    return len(missing)

@@ -1,0 +1,234 @@
+"""segment-anything's ViT image encoders: import without torchvision, any input size, faster attention, block outputs.
+
+SAM: Kirillov et al., arXiv 2304.02643. The encoder class is segment-anything's own; only its attention is computed in
+another order. Shapes: B images, H x W tokens, L = H W, n heads of d channels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PIXEL_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
+PIXEL_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VitShape:
+    """Numbers of an encoder, as in segment-anything's factories.
+
+    Parameters
+    ----------
+    width, depth, heads
+        Of the transformer.
+    global_blocks
+        Blocks whose attention sees the whole image.
+    taps
+        Blocks whose outputs feed the laterals.
+    patch
+        Side of a patch, pixels.
+    window
+        Side of an attention window, tokens; 0 for none.
+    out_channels
+        Channels of the embedding.
+    positions
+        Whether absolute and relative positions are learned.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    global_blocks: tuple[int, ...]
+    taps: tuple[int, ...]
+    patch: int = 16
+    window: int = 14
+    out_channels: int = 256
+    positions: bool = True
+
+
+SHAPES = {
+    "sam-vit-b": VitShape(width=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11), taps=(2, 5, 8)),
+    "sam-vit-l": VitShape(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23), taps=(5, 11, 17)),
+    "sam-vit-h": VitShape(width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31), taps=(7, 15, 23)),
+    # Without positions its weights do not depend on the input size, so its digest is one constant.
+    "sam-vit-test": VitShape(
+        width=16, depth=2, heads=2, global_blocks=(0, 1), taps=(0,), patch=4, window=0, out_channels=16, positions=False
+    ),
+}
+
+
+def import_image_encoder() -> type[nn.Module]:
+    """Return segment-anything's `ImageEncoderViT`.
+
+    The package's own `__init__` needs torchvision although the encoder does not; where torchvision is absent, the
+    package is entered without it.
+    """
+    try:
+        from segment_anything.modeling import ImageEncoderViT
+    except ImportError:
+        for name in [name for name in sys.modules if name.split(".")[0] == "segment_anything"]:
+            del sys.modules[name]
+        found = importlib.util.find_spec("segment_anything")
+        if found is None or found.submodule_search_locations is None:
+            raise
+        package = types.ModuleType("segment_anything")
+        package.__path__ = list(found.submodule_search_locations)
+        package.__spec__ = found
+        sys.modules["segment_anything"] = package
+        from segment_anything.modeling import ImageEncoderViT
+    encoder: type[nn.Module] = ImageEncoderViT
+    return encoder
+
+
+class FoldedAttention(nn.Module):
+    """segment-anything's attention with the relative positions folded into query and key.
+
+    The decomposed position term is linear in the query, so it rides as extra channels: ``[s q, q R_h, q R_w]`` meets
+    ``[k, row, column]`` with one-hot rows and columns, and PyTorch's fused attention needs no mask. The value is padded
+    to the same width because the fused kernel wants one width for all three.
+
+    Parameters
+    ----------
+    stock
+        The module whose weights are used.
+    """
+
+    def __init__(self, stock: Any) -> None:  # noqa: ANN401  (segment-anything is untyped)
+        super().__init__()
+        self.num_heads: int = stock.num_heads
+        self.scale: float = stock.scale
+        self.qkv: nn.Linear = stock.qkv
+        self.proj: nn.Linear = stock.proj
+        self.rel_pos_h: nn.Parameter = stock.rel_pos_h
+        self.rel_pos_w: nn.Parameter = stock.rel_pos_w
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """Return B H W C."""
+        B, H, W, _ = x_BHWC.shape
+        q, k, v = self.qkv(x_BHWC).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        d = q.shape[-1]
+        q_grid = q.unflatten(2, (H, W))
+        row = torch.einsum("bnhwd,hkd->bnhwk", q_grid, relative_positions(self.rel_pos_h, H)).flatten(2, 3)
+        column = torch.einsum("bnhwd,wkd->bnhwk", q_grid, relative_positions(self.rel_pos_w, W)).flatten(2, 3)
+        onehot_LX = torch.cat([_onehot(H).repeat_interleave(W, 0), _onehot(W).repeat(H, 1)], dim=1).to(k)
+        query = torch.cat([q * self.scale, row, column], dim=-1)
+        key = torch.cat([k, onehot_LX.expand(B, self.num_heads, -1, -1)], dim=-1)
+        mixed = F.scaled_dot_product_attention(query, key, F.pad(v, (0, H + W)), scale=1.0)[..., :d]
+        attended: Tensor = self.proj(mixed.transpose(1, 2).reshape(B, H, W, -1))
+        return attended
+
+
+def _onehot(size: int) -> Tensor:
+    return torch.eye(size)
+
+
+def relative_positions(table_Pd: Tensor, size: int) -> Tensor:
+    """Return R, size x size x d: the learned vector of each offset between two rows or two columns.
+
+    Parameters
+    ----------
+    table_Pd
+        One vector per offset from -(n-1) to n-1; resampled where n is not `size`.
+    size
+        Tokens along the axis.
+    """
+    wanted = 2 * size - 1
+    if table_Pd.shape[0] != wanted:
+        table_Pd = F.interpolate(table_Pd.T[None], size=wanted, mode="linear")[0].T
+    at = torch.arange(size, device=table_Pd.device)
+    return table_Pd[at[:, None] - at + size - 1]
+
+
+class SamEncoder(nn.Module):
+    """A frozen SAM encoder that also returns the outputs of some blocks.
+
+    Parameters
+    ----------
+    shape
+        Which encoder.
+    image_size
+        Side of the input, pixels, a multiple of the patch.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, shape: VitShape, image_size: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.vit: Any = import_image_encoder()(
+            img_size=image_size,
+            patch_size=shape.patch,
+            embed_dim=shape.width,
+            depth=shape.depth,
+            num_heads=shape.heads,
+            out_chans=shape.out_channels,
+            qkv_bias=True,
+            use_abs_pos=shape.positions,
+            use_rel_pos=shape.positions,
+            window_size=shape.window,
+            global_attn_indexes=shape.global_blocks,
+            norm_layer=lambda width: nn.LayerNorm(width, eps=1e-6),
+        )
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+
+    def freeze(self) -> SamEncoder:
+        """Return the encoder with faster attention, no gradients, in evaluation mode."""
+        if self.shape.positions:
+            for block in self.vit.blocks:
+                block.attn = FoldedAttention(block.attn)
+        return self.requires_grad_(requires_grad=False).eval()
+
+    def forward(self, images_B3SS: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the embedding B C H W and the tapped blocks' outputs, each B width H W.
+
+        Parameters
+        ----------
+        images_B3SS
+            In [0, 1].
+        """
+        x_BHWC = self.vit.patch_embed((images_B3SS - self.pixel_mean) / self.pixel_std)
+        if self.vit.pos_embed is not None:
+            x_BHWC = x_BHWC + self.vit.pos_embed
+        tapped = []
+        for index, block in enumerate(self.vit.blocks):
+            x_BHWC = block(x_BHWC)
+            if index in self.shape.taps:
+                tapped.append(x_BHWC.permute(0, 3, 1, 2))
+        return self.vit.neck(x_BHWC.permute(0, 3, 1, 2)), tuple(tapped)
+
+
+def fitted(weights: dict[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
+    """Return an encoder's weights, positions resampled to the encoder's input size.
+
+    Parameters
+    ----------
+    weights
+        A whole SAM ("image_encoder." in front) or the encoder alone.
+    encoder
+        The `ImageEncoderViT` that is to take them.
+    """
+    prefix = "image_encoder."
+    whole = any(name.startswith(prefix) for name in weights)
+    own = {name.removeprefix(prefix): value for name, value in weights.items() if not whole or name.startswith(prefix)}
+    wanted = encoder.state_dict()
+    return {name: _resampled(name, value, wanted[name].shape) if name in wanted else value for name, value in own.items()}
+
+
+def _resampled(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    if value.shape == shape:
+        return value
+    if name == "pos_embed" and value.ndim == 4 and value.shape[3] == shape[3]:
+        resized = F.interpolate(value.permute(0, 3, 1, 2), size=tuple(shape[1:3]), mode="bicubic", align_corners=False)
+        return resized.permute(0, 2, 3, 1)
+    if "rel_pos_" in name and value.ndim == 2 and value.shape[1] == shape[1]:
+        return F.interpolate(value.T[None], size=shape[0], mode="linear")[0].T
+    return value

@@ -1,0 +1,229 @@
+"""The study: what the coordinator proposes and every site approves, as one typed, frozen record with one digest.
+
+The schema is versioned; its canonical SHA-256 names the study in messages, caches, model files and reports.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from icmoe.config import Section, parse, read_toml
+
+Count = Annotated[int, Field(ge=0, le=64)]
+Weight = Annotated[float, Field(ge=0.0, le=100.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+BackboneName = Literal["lite-medsam", "sam-vit-b", "sam-vit-l", "sam-vit-h", "sam-vit-test"]
+View = Literal["identity", "flip", "dark", "bright"]
+ServerOptimizer = Literal["none", "adam", "yogi"]
+
+
+class Label(Section):
+    """One class of the segmentation."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _-]{0,63}$")]
+    """Name, as reports show it."""
+    values: Annotated[tuple[Annotated[int, Field(ge=0, le=65535)], ...], Field(min_length=1)]
+    """Mask values that mean this class."""
+
+
+class BackboneChoice(Section):
+    """The frozen image encoder, known by the SHA-256 of its weights."""
+
+    name: BackboneName = "lite-medsam"
+    """Architecture."""
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """SHA-256 of the weights file."""
+    image_size: Annotated[int, Field(ge=32, le=1024, multiple_of=32)] = 128
+    """Side of the square input, pixels."""
+    block_features: bool = True
+    """Whether intermediate blocks feed the laterals (design: decoders that see only the embedding can lose 9-15 points)."""
+
+
+class ModelShape(Section):
+    """IC-MoE's trained part; every ablation is a value here or in `LossWeights`."""
+
+    basic_experts: Count = 2
+    """Experts for local texture and edges."""
+    semantic_experts: Count = 2
+    """Experts with class prototypes attending to all pixels."""
+    adaptive_experts: Count = 2
+    """Experts modulated by the image's own pooled vector."""
+    top_k: Annotated[int, Field(ge=1, le=64)] = 2
+    """Experts fused per pixel."""
+    bottleneck: Annotated[int, Field(ge=4, le=512, multiple_of=4)] = 64
+    """Channels inside an expert."""
+    voting: bool = True
+    """Pixel-probability adaptive voting; off: plain top-k of the router."""
+    consensus: Annotated[float, Field(ge=0.0, le=20.0)] = 2.0
+    """beta, weight of an expert's agreement with the consensus."""
+    router_noise: Annotated[float, Field(ge=0.0, le=5.0)] = 0.1
+    """Standard deviation of the noise on the router's logits in training."""
+
+    @property
+    def experts(self) -> int:
+        """Number of experts M; 0 is the plain frozen backbone with its mask head."""
+        return self.basic_experts + self.semantic_experts + self.adaptive_experts
+
+
+class LossWeights(Section):
+    """Weights of the loss terms; 0 switches a term off."""
+
+    cross_entropy: Weight = 0.2
+    """Pixel cross-entropy (SAMed's weight)."""
+    dice: Weight = 0.8
+    """Soft Dice per image (SAMed's weight)."""
+    vote: Weight = 0.3
+    """Cross-entropy of the fused votes."""
+    label_consistency: Weight = 0.1
+    """KL from the experts' label fit to the router."""
+    load_balance: Weight = 0.01
+    """Even use of the experts (SegMoTE's weight)."""
+    router_z: Weight = 0.001
+    """Mean squared log-partition of the router."""
+    contrast: Weight = 0.1
+    """Semantic-guided contrast."""
+    router_anchor: Weight = 0.0
+    """KL from the round's global router to the local one."""
+
+
+class Training(Section):
+    """What a site does in one round."""
+
+    local_epochs: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Passes over the site's training slices per round."""
+    batch_size: Annotated[int, Field(ge=1, le=1024)] = 4
+    """Slices per step."""
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 1e-2
+    """Decoupled weight decay."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Learning rate across rounds."""
+    clip_norm: Annotated[float, Field(gt=0.0, le=1e6)] = 1.0
+    """Largest norm of a step's gradient."""
+    proximal_mu: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
+    """FedProx: weight of half the squared distance to the round's global tensors."""
+    views: Annotated[tuple[View, ...], Field(min_length=1)] = ("identity", "flip")
+    """Fixed views of each image that are encoded; one is drawn per step."""
+
+
+class Aggregation(Section):
+    """Router-aware FedAvg; `usage_exponent = 0` is FedAvg."""
+
+    usage_exponent: Annotated[float, Field(ge=0.0, le=4.0)] = 1.0
+    """t in n_k u_ke^t."""
+    floor: Share = 0.1
+    """eta: least share of a site's plain weight n_k / N."""
+    cap: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Largest share of one site in an expert, where more than two sites take part."""
+    min_contributors: Annotated[int, Field(ge=1, le=1000)] = 3
+    """Sites that must really use an expert before usage decides its weights."""
+    min_usage: Share = 0.02
+    """Usage above which a site counts as contributor of an expert."""
+    starved: Literal["keep", "plain"] = "plain"
+    """Below `min_contributors`: keep the old expert (private mode) or weigh by n_k / N."""
+    shrinkage: bool = True
+    """Whether rarely used experts move less."""
+    personal: bool = False
+    """Adaptive experts and router stay at the site."""
+    balance_step: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05
+    """Per-round step of the balance bias towards even use."""
+    optimizer: ServerOptimizer = "none"
+    """Adaptive server optimiser (Reddi et al., arXiv 2003.00295)."""
+    server_learning_rate: Annotated[float, Field(gt=0.0, le=10.0)] = 0.01
+    """eta of the adaptive server optimiser; unused for "none"."""
+
+
+class Study(Section):
+    """One federated study."""
+
+    schema_version: Literal[1] = 1
+    """Version of this schema."""
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    """Short name."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)]
+    """Origin of every derived seed; recorded in every output."""
+    rounds: Annotated[int, Field(ge=1, le=10000)] = 10
+    """Number of rounds."""
+    quorum: Annotated[int, Field(ge=1, le=10000)] = 1
+    """Usable updates without which the global model does not move."""
+    deadline_s: Annotated[float, Field(gt=0.0, le=7 * 86400.0)] = 3600.0
+    """Seconds that a round waits for its sites."""
+    test_only: bool = False
+    """Stamped on every output; the only studies that may use `sam-vit-test`."""
+    labels: Annotated[tuple[Label, ...], Field(min_length=2, max_length=32)]
+    """Classes; the first is the background."""
+    backbone: BackboneChoice
+    """The frozen encoder."""
+    model: ModelShape = ModelShape()
+    """The trained part."""
+    loss: LossWeights = LossWeights()
+    """Loss weights."""
+    training: Training = Training()
+    """Local training."""
+    aggregation: Aggregation = Aggregation()
+    """What the server does with the updates."""
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_are_distinct(cls, labels: tuple[Label, ...]) -> tuple[Label, ...]:
+        names = [label.name for label in labels]
+        values = [value for label in labels for value in label.values]
+        if len(set(names)) < len(names) or len(set(values)) < len(values):
+            raise ValueError("each label name and each mask value once")
+        return labels
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Study:
+        if self.model.experts and self.model.top_k > self.model.experts:
+            raise ValueError(f"model.top_k at most the number of experts, {self.model.experts}")
+        if self.backbone.name == "sam-vit-test" and not self.test_only:
+            raise ValueError("sam-vit-test only with test_only = true")
+        return self
+
+    @property
+    def classes(self) -> int:
+        """Number of classes K, the background counted."""
+        return len(self.labels)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical form: the study's identity, 64 hexadecimal digits."""
+        return hashlib.sha256(canonical(self).encode()).hexdigest()
+
+
+def canonical(study: Study) -> str:
+    """Return the study as JSON with sorted keys, no white space and every default spelled out."""
+    return json.dumps(study.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def read_study(path: Path) -> Study:
+    """Return the study of a TOML file.
+
+    Raises
+    ------
+    IcmoeError
+        201-205, every fault of the file at once.
+    """
+    return parse(Study, read_toml(path), where=str(path))
+
+
+def derived_seed(study: Study, *parts: str | int) -> int:
+    """Return a seed in [0, 2^63) for one purpose, such as ("train", site, round), fixed by the study's seed alone.
+
+    The aggregation method does not enter, so that methods are compared on the same draws.
+    """
+    text = "/".join([str(study.seed), *map(str, parts)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def is_digest(text: str) -> bool:
+    """Return whether `text` is a SHA-256 in lower-case hexadecimal."""
+    return re.fullmatch(r"[0-9a-f]{64}", text) is not None

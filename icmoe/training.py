@@ -1,0 +1,170 @@
+"""One round of local training on cached features; the same code on CPU and CUDA.
+
+The loop never waits for the device: losses and usage are summed there and read once at the end.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from icmoe.dataset import TrainingSet
+from icmoe.errors import Fault, IcmoeError
+from icmoe.losses import proximal
+from icmoe.model import ICMoE, total_loss
+from icmoe.study import Study
+
+WARM_UP_STEPS = 5
+FINAL_RATE = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundResult:
+    """What a round of local training measured.
+
+    Parameters
+    ----------
+    loss
+        Mean weighted loss over the steps.
+    terms
+        Mean of each loss term, unweighted.
+    usage_M
+        Share of gate mass each expert received, on the simplex; empty without experts.
+    steps
+        Steps taken.
+    train_s
+        Seconds.
+    """
+
+    loss: float
+    terms: dict[str, float]
+    usage_M: tuple[float, ...]
+    steps: int
+    train_s: float
+
+
+def learning_rate(study: Study, *, round_number: int, step: int, steps: int) -> float:
+    """Return the rate of one step: cosine over all rounds, a short warm-up in each because the optimiser starts anew.
+
+    Parameters
+    ----------
+    study
+        Peak rate, schedule, rounds.
+    round_number
+        From 1.
+    step
+        From 0 within the round.
+    steps
+        Steps of the round.
+    """
+    rate = study.training.learning_rate * min(1.0, (step + 1) / WARM_UP_STEPS)
+    if study.training.schedule == "constant":
+        return rate
+    done = (round_number - 1 + step / steps) / study.rounds
+    return rate * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def train_round(
+    model: ICMoE,
+    data: TrainingSet,
+    study: Study,
+    *,
+    round_number: int,
+    seed: int,
+    device: torch.device,
+    steps: int | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> RoundResult:
+    """Train `model` in place for one round.
+
+    Parameters
+    ----------
+    model
+        Holds the round's global tensors on entry, on `device`.
+    data
+        The site's training slices.
+    study
+        Loss weights and training settings.
+    round_number
+        From 1; places the round in the learning-rate schedule.
+    seed
+        Of order, views, router noise and contrast anchors; same seed, same bytes on one machine and thread count.
+    device
+        CPU or CUDA; autocast to bfloat16 on CUDA.
+    steps
+        Number of steps; `local_epochs` passes where None.
+    on_step
+        Called with (steps done, steps in all).
+
+    Raises
+    ------
+    IcmoeError
+        304 where the loss is not finite; the update must not be used then.
+    """
+    steps = steps or data.steps(study.training.local_epochs)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    start = [parameter.detach().clone() for parameter in trained]
+    anchor = (
+        copy.deepcopy(model.router).requires_grad_(requires_grad=False)
+        if study.loss.router_anchor and model.shape.experts
+        else None
+    )
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(trained, weight_decay=study.training.weight_decay, fused=fused)
+    generator = torch.Generator(device).manual_seed(seed)
+    sums = _Sums()
+    model.train()
+    model.start_round()
+    began = time.perf_counter()
+    for step, batch in enumerate(data.batches(steps=steps, seed=seed, device=device)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(study, round_number=round_number, step=step, steps=steps)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            terms, output = model.losses(batch.features, batch.target_BKhw, study.loss, generator, anchor)
+            loss = total_loss(terms, study.loss)
+        if study.training.proximal_mu > 0.0:
+            loss = loss + study.training.proximal_mu * proximal(trained, start)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, study.training.clip_norm)
+        optimizer.step()
+        sums.add(loss, terms, None if output.experts is None else output.experts.gates_BMHW)
+        if on_step is not None:
+            on_step(step + 1, steps)
+    model.eval()
+    return sums.result(steps, time.perf_counter() - began)
+
+
+class _Sums:
+    """Running sums of a round, kept on the device."""
+
+    def __init__(self) -> None:
+        self.loss = torch.zeros(())
+        self.terms: dict[str, Tensor] = {}
+        self.usage_M: Tensor | None = None
+
+    def add(self, loss: Tensor, terms: dict[str, Tensor], gates_BMHW: Tensor | None) -> None:
+        self.loss = self.loss.to(loss.device) + loss.detach()
+        for name, value in terms.items():
+            self.terms[name] = self.terms.get(name, 0.0) + value.detach().mean()
+        if gates_BMHW is not None:
+            usage_M = gates_BMHW.detach().double().mean(dim=(0, 2, 3))
+            self.usage_M = usage_M if self.usage_M is None else self.usage_M + usage_M
+
+    def result(self, steps: int, train_s: float) -> RoundResult:
+        loss = self.loss.item() / steps
+        if not math.isfinite(loss):
+            raise IcmoeError(
+                Fault(number=304, what="the training loss is not finite", value=str(loss), did="The round's update was not sent.")
+            )
+        usage: tuple[float, ...] = ()
+        if self.usage_M is not None:
+            usage = tuple((self.usage_M / self.usage_M.sum()).tolist())
+        terms = {name: value.item() / steps for name, value in self.terms.items()}
+        return RoundResult(loss=loss, terms=terms, usage_M=usage, steps=steps, train_s=train_s)

@@ -1,0 +1,1 @@
+"""Many virtual hospitals on one machine: phantoms, virtual sites, scenarios and benchmarks."""

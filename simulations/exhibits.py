@@ -1,0 +1,44 @@
+"""Which test slices the report shows: the best, median and worst patient, on the slice with most of the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from icmoe.data.folder import Slice, load_image, load_mask
+from icmoe.evaluation import predict_slices
+from icmoe.metrics import PatientScore
+from icmoe.model import ICMoE
+from icmoe.study import Label, Study
+from simulations.overlays import Overlay
+from simulations.scoring import Examiner, best_median_worst, patient_label
+
+
+def overlays(examiner: Examiner, study: Study, model: ICMoE, patients: Sequence[PatientScore]) -> list[Overlay]:
+    """Return an overlay for the best, median and worst patient; titles name the site, never the patient.
+
+    Parameters
+    ----------
+    examiner
+        Data, cache and device.
+    study
+        Labels.
+    model
+        In evaluation mode.
+    patients
+        Scores of the test patients.
+    """
+    shown = []
+    for rank, patient in best_median_worst(patients):
+        test = examiner.hospitals.sites[patient.site].of("test")
+        rows = [item for item in test if patient_label(patient.site, item.site, item.patient) == patient.patient]
+        item = fullest(rows, study.labels)
+        (prediction_HW,) = predict_slices(model, [item], examiner.cache, examiner.site.torch_device())
+        image_HW = (load_image(item) - item.window.low) / (item.window.high - item.window.low)
+        title = f"{rank} test patient, {patient.site}: Dice {patient.dice:.2f}"
+        shown.append(Overlay(title, image_HW.clip(0.0, 1.0), load_mask(item.mask, study.labels), prediction_HW))
+    return shown
+
+
+def fullest(slices: Sequence[Slice], labels: Sequence[Label]) -> Slice:
+    """Return the slice with most foreground, the first of them where several share it."""
+    return max(slices, key=lambda item: (int((load_mask(item.mask, labels) > 0).sum()), -item.index))

@@ -1,0 +1,217 @@
+"""Many virtual hospitals on Flower's simulation engine with Ray: one engine start for all methods and seeds."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+# Both must be set before the libraries are imported: a hospital's network carries no telemetry.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+from pydantic import TypeAdapter
+
+from fl_client.app import make_client_app
+from fl_client.site import Site
+from fl_server.app import Roster, make_strategy, meet, start_state
+from fl_server.rounds import RoundRecord, RunState, run_rounds
+from icmoe.atomic import write_atomically
+from icmoe.errors import Fault, IcmoeError
+from icmoe.study import Study
+from simulations.alone import POOLED, Alone, spread_out
+
+POLL_S = 0.05
+# Flower's engine runs at most this many clients at once, whatever the cluster has.
+MOST_ACTORS = 32
+
+_SITES = TypeAdapter(tuple[Site, ...])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One study to run: a method with a seed.
+
+    Parameters
+    ----------
+    method
+        Name of `simulations.methods.FEDERATED`, or "alone" for local and pooled side by side.
+    study
+        The study as that method wants it.
+    names
+        Sites that take part.
+    state_path
+        Where its state is committed.
+    """
+
+    method: str
+    study: Study
+    names: tuple[str, ...]
+    state_path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class SitesOnDisk:
+    """Finds a virtual node's site by its partition; only the path travels to the actors.
+
+    Parameters
+    ----------
+    path
+        JSON written by `write_sites`.
+    """
+
+    path: Path
+
+    def __call__(self, context: Context) -> Site:
+        """Return the site of the node's partition."""
+        return _read_sites(self.path)[int(context.node_config["partition-id"])]
+
+
+def write_sites(path: Path, sites: Sequence[Site]) -> None:
+    """Write the sites for the actors."""
+    write_atomically(path, _SITES.dump_json(tuple(sites)))
+
+
+@lru_cache(maxsize=2)
+def _read_sites(path: Path) -> tuple[Site, ...]:
+    return _SITES.validate_json(path.read_bytes())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """Where the virtual sites run.
+
+    Parameters
+    ----------
+    address
+        "local" starts a cluster on this machine; "auto" or HOST:PORT joins an existing one.
+    cpus
+        Processors to use of this machine.
+    gpus_per_site
+        Share of a GPU that one training site takes; 0 without a GPU.
+    """
+
+    address: str = "local"
+    cpus: int = 1
+    gpus_per_site: float = 0.0
+
+    def backend_config(self) -> dict[str, dict[str, object]]:
+        """Return Flower's configuration of its Ray backend."""
+        init: dict[str, object] = {"address": self.address, "log_to_driver": False, "logging_level": logging.ERROR}
+        if self.address == "local":
+            init |= {"num_cpus": min(self.cpus, MOST_ACTORS), "include_dashboard": False}
+        return {"client_resources": {"num_cpus": 1, "num_gpus": self.gpus_per_site}, "init_args": init}
+
+
+Listener = Callable[[Job, RoundRecord | None, str], None]
+
+
+def run_jobs(jobs: Sequence[Job], sites_path: Path, engine: Engine, on_event: Listener) -> dict[tuple[str, int], RunState]:
+    """Run the jobs one after the other on one engine and return their final states by (method, seed).
+
+    A job continues from its committed state where there is one.
+
+    Parameters
+    ----------
+    jobs
+        What to run.
+    sites_path
+        From `write_sites`.
+    engine
+        Where to run it.
+    on_event
+        Called with (job, None, site) as replies arrive and with (job, record, "") after each round.
+
+    Raises
+    ------
+    IcmoeError
+        503 where the engine stops, 505 where the cluster cannot be reached, and whatever stops a study.
+    """
+    quiet_libraries()
+    sites = _read_sites(sites_path)
+    finished: dict[tuple[str, int], RunState] = {}
+    server_app = ServerApp()
+
+    def rehearse(grid: Grid, context: Context) -> None:
+        del context
+        roster = meet(grid, len(sites), jobs[0].study, poll_s=POLL_S)
+        for job in jobs:
+            finished[job.method, job.study.seed] = run_job(grid, job, roster, on_event)
+
+    server_app.main()(rehearse)
+    try:
+        run_simulation(
+            server_app=server_app,
+            client_app=make_client_app(SitesOnDisk(sites_path)),
+            num_supernodes=len(sites),
+            backend_config=engine.backend_config(),  # type: ignore[arg-type]
+        )
+    except IcmoeError:
+        raise
+    except (ConnectionError, ValueError) as error:
+        if engine.address == "local":
+            raise
+        fault = Fault(number=505, where=engine.address, value=str(error).splitlines()[0], did="Nothing was trained.")
+        raise IcmoeError(fault) from error
+    if len(finished) < len(jobs):
+        raise IcmoeError(Fault(number=503, value=f"{len(finished)} of {len(jobs)} studies finished"))
+    return finished
+
+
+def run_job(grid: Grid, job: Job, roster: Roster, on_event: Listener) -> RunState:
+    """Run one study on the connected nodes, from its committed state where there is one."""
+    chosen = {node: name for node, name in roster.sites.items() if name in job.names}
+    mine = Roster(chosen, {name: roster.sizes[name] for name in chosen.values()})
+    alone = job.method == "alone"
+    state = start_state(job.study)
+    if alone:
+        state.arrays = spread_out(state.arrays, job.names)
+    if job.state_path.exists():
+        state = RunState.load(job.state_path, job.study)
+    strategy = Alone(job.study, mine) if alone else make_strategy(job.study, mine)
+    return run_rounds(
+        grid,
+        strategy,
+        job.study,
+        state,
+        sites=chosen,
+        commit=lambda now: commit_whole(now, job.state_path),
+        poll_s=POLL_S,
+        on_reply=lambda _, name: on_event(job, None, name),
+        on_round=lambda record: on_event(job, record, ""),
+    )
+
+
+def commit_whole(state: RunState, path: Path) -> None:
+    """Commit a round in which every virtual site took part.
+
+    At real hospitals a round goes on without a site that fails. Here a failure is ours, most often memory: Flower puts
+    a dead actor back into its pool and every later round would fail too, so the rehearsal stops before the commit.
+
+    Raises
+    ------
+    IcmoeError
+        503 with the sites that failed.
+    """
+    faults = state.history[-1]["faults"] if state.history else []
+    if faults:
+        value = ", ".join(f"{row['where']} (ICM{row['number']})" for row in faults)
+        did = "The round was not kept; the rounds before it were."
+        raise IcmoeError(Fault(number=503, what="virtual sites failed", value=value, did=did))
+    state.commit(path)
+
+
+def quiet_libraries() -> None:
+    """Keep Flower's and Ray's own lines off the screen; errors still show."""
+    for name in ("flwr", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+__all__ = ["POOLED", "Engine", "Job", "SitesOnDisk", "quiet_libraries", "run_jobs", "write_sites"]

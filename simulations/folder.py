@@ -1,0 +1,105 @@
+"""The output folder of a rehearsal: one run at a time, committed work apart from results, results all or nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from icmoe.atomic import write_atomically
+from icmoe.errors import Fault, IcmoeError
+
+RESULTS = "results.json"
+REPORT = "report.html"
+
+
+class RunFolder:
+    """Where a rehearsal writes.
+
+    Parameters
+    ----------
+    root
+        The folder given by --out.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.work = root / ".work"
+        self.phantoms = root / "phantoms"
+        self.results = root / RESULTS
+
+    def model(self, method: str, seed: int, site: str = "") -> Path:
+        """Return where a final model goes."""
+        name = f"{method}-{site}-seed{seed}" if site else f"{method}-seed{seed}"
+        return self.root / "models" / f"{name}.safetensors"
+
+    @contextmanager
+    def claimed(self, *, resume: bool) -> Iterator[None]:
+        """Hold the folder for this process.
+
+        Parameters
+        ----------
+        resume
+            Whether committed work of the same run may be there.
+
+        Yields
+        ------
+        None
+
+        Raises
+        ------
+        IcmoeError
+            502 where another process holds it, or where it holds a run and `resume` is off.
+        """
+        if not resume and (self.results.exists() or self.work.exists()):
+            raise IcmoeError(
+                Fault(number=502, where=str(self.root), what="folder holds a run already", did="Nothing was started.")
+            )
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            lock = (self.work / "lock").open("w")
+        except OSError as error:
+            fault = Fault(number=205, where=str(self.root), what="output folder cannot be written", value=error.strerror or "")
+            raise IcmoeError(fault) from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise IcmoeError(Fault(number=502, where=str(self.root), what="another process writes here")) from None
+            yield
+
+    def check_identity(self, identity: Mapping[str, str]) -> None:
+        """Write what the run is, or compare with what was written by the run that is continued.
+
+        Raises
+        ------
+        IcmoeError
+            502 where study, data or backbone differ, naming which.
+        """
+        path = self.work / "run.json"
+        if not path.exists():
+            write_atomically(path, json.dumps(dict(identity), sort_keys=True).encode())
+            return
+        before = json.loads(path.read_text())
+        changed = sorted(key for key in identity if before.get(key) != identity[key])
+        if changed:
+            fault = Fault(
+                number=502,
+                where=str(self.root),
+                what="the committed run differs",
+                value=", ".join(changed),
+                did="Nothing was started.",
+            )
+            raise IcmoeError(fault)
+
+    def publish(self, staged: Path) -> None:
+        """Move what is complete in `staged` into the folder, results.json last: where it is, everything is."""
+        files = sorted((path for path in staged.rglob("*") if path.is_file()), key=lambda path: (path.name == RESULTS, path))
+        for path in files:
+            target = self.root / path.relative_to(staged)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+        shutil.rmtree(staged)

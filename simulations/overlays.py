@@ -1,0 +1,120 @@
+"""Overlays of a slice: image, truth and prediction as small pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+CLASS_COLOURS = ((255, 176, 0), (150, 110, 255), (214, 80, 160), (0, 170, 120), (240, 100, 60))
+"""Fills of the foreground classes, told apart with any colour vision; further classes start again."""
+
+OUTLINE_COLOUR = (0, 229, 255)
+"""Outline of the truth; stands out from grey values and from every fill."""
+
+PANEL_PIXELS = 320
+"""Longest side of a panel."""
+
+Picture = npt.NDArray[np.uint8]
+
+
+@dataclass
+class Overlay:
+    """One slice with its truth and prediction.
+
+    Parameters
+    ----------
+    title
+        Why it is shown, such as "median test patient: Dice 0.71".
+    image_HW
+        Grey values in [0, 1].
+    truth_HW, prediction_HW
+        Class indices, uint8, of the image's shape; 0 is the background.
+
+    Raises
+    ------
+    ValueError
+        Where the three shapes differ or are not H W.
+    """
+
+    title: str
+    image_HW: npt.NDArray[np.floating[Any]]
+    truth_HW: npt.NDArray[np.uint8]
+    prediction_HW: npt.NDArray[np.uint8]
+
+    def __post_init__(self) -> None:
+        shapes = [self.image_HW.shape, self.truth_HW.shape, self.prediction_HW.shape]
+        if self.image_HW.ndim != 2 or len(set(shapes)) > 1:
+            raise ValueError(f"image, truth and prediction have shapes {shapes}: one shape (rows, columns) expected")
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One picture of an overlay: caption, text alternative and PNG as data URI."""
+
+    caption: str
+    alternative: str
+    uri: str
+
+
+def panels(overlay: Overlay) -> list[Panel]:
+    """Return image, truth and prediction as PNG; the prediction carries the truth's outline."""
+    image_HW3, truth_HW3, prediction_HW3 = pictures(overlay)
+    truth, prediction = _marked(overlay.truth_HW), _marked(overlay.prediction_HW)
+    return [
+        Panel("image", f"{overlay.title}: the image", _data_uri(image_HW3)),
+        Panel("truth", f"{overlay.title}: truth, {truth}", _data_uri(truth_HW3)),
+        Panel("prediction", f"{overlay.title}: prediction, {prediction}", _data_uri(prediction_HW3)),
+    ]
+
+
+def pictures(overlay: Overlay) -> tuple[Picture, Picture, Picture]:
+    """Return image, truth and prediction, uint8 H W 3, enlarged to at most `PANEL_PIXELS`; see `panels`."""
+    grey_HW3 = np.repeat(np.clip(overlay.image_HW, 0, 1).astype(np.float32)[..., None] * 255, 3, axis=2)
+    prediction_HW3 = _enlarged(_filled(grey_HW3, overlay.prediction_HW))
+    # Drawn after enlarging, so that the line stays thin on coarse images.
+    truth = Image.fromarray((overlay.truth_HW > 0).astype(np.uint8))
+    marked_HW = np.asarray(truth.resize(prediction_HW3.shape[1::-1], Image.Resampling.NEAREST)) > 0
+    prediction_HW3[_edge(marked_HW)] = OUTLINE_COLOUR
+    return _enlarged(grey_HW3), _enlarged(_filled(grey_HW3, overlay.truth_HW)), prediction_HW3
+
+
+def _marked(classes_HW: npt.NDArray[np.uint8]) -> str:
+    return f"{int((classes_HW > 0).sum())} of {classes_HW.size} pixels marked"
+
+
+def _filled(grey_HW3: npt.NDArray[np.float32], classes_HW: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    painted_HW3 = grey_HW3.copy()
+    for index in range(1, int(classes_HW.max(initial=0)) + 1):
+        colour_3 = np.array(CLASS_COLOURS[(index - 1) % len(CLASS_COLOURS)], np.float32)
+        inside_HW = classes_HW == index
+        painted_HW3[inside_HW] = 0.45 * painted_HW3[inside_HW] + 0.55 * colour_3
+    return painted_HW3
+
+
+def _enlarged(panel_HW3: npt.NDArray[np.float32]) -> Picture:
+    height, width = panel_HW3.shape[:2]
+    scale = PANEL_PIXELS / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.array(Image.fromarray(panel_HW3.round().astype(np.uint8)).resize(size, Image.Resampling.BICUBIC))
+
+
+def _data_uri(picture_HW3: Picture) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(picture_HW3).save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _edge(mask_HW: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return the mask's inner border, two pixels wide: one would vanish where the page shrinks the panel."""
+    inner_HW = mask_HW
+    for _ in range(2):
+        padded = np.pad(inner_HW, 1)
+        inner_HW = inner_HW & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    edge_HW: npt.NDArray[np.bool_] = mask_HW & ~inner_HW
+    return edge_HW

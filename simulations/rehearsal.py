@@ -1,0 +1,284 @@
+"""A rehearsal from its scenario to its results: prepare, run, score, publish."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fl_server.rounds import RoundRecord, RunState
+from icmoe.atomic import write_atomically
+from icmoe.backbone import Backbone, load_backbone
+from icmoe.device import available_device
+from icmoe.exchange import State
+from icmoe.features import FeatureCache, default_cache_folder
+from icmoe.modelfile import ModelHeader, write_model
+from icmoe.prepare import encode_slices
+from icmoe.study import Study
+from simulations.alone import POOLED, of_site
+from simulations.exhibits import overlays
+from simulations.federation import Engine, Job, run_jobs, write_sites
+from simulations.folder import REPORT, RESULTS, RunFolder
+from simulations.hospitals import Hospitals, find_hospitals, make_sites
+from simulations.methods import ALONE, study_for
+from simulations.overlays import Overlay
+from simulations.report import write_report
+from simulations.results import results_record
+from simulations.scenario import Simulation
+from simulations.scoring import (
+    Examiner,
+    federated_test,
+    local_test,
+    pooled_test,
+    require_unchanged,
+    tensors,
+)
+from simulations.screen import Screen
+
+Record = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds by phase.
+
+    Parameters
+    ----------
+    screen
+        Told of each phase.
+    seconds
+        Filled as phases end.
+    """
+
+    screen: Screen
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase.
+
+        Yields
+        ------
+        None
+        """
+        began = time.perf_counter()
+        with self.screen.step(name):
+            yield
+        self.seconds[name] = time.perf_counter() - began
+
+
+def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Screen) -> Record:
+    """Run everything and return what was written to results.json.
+
+    Parameters
+    ----------
+    study
+        The router-aware study.
+    simulation
+        Data, methods, seeds, device.
+    folder
+        Claimed by this process.
+    screen
+        For people.
+
+    Raises
+    ------
+    IcmoeError
+        With its faults; no results are written then, and --resume continues.
+    """
+    clock = Clock(screen)
+    began = time.perf_counter()
+    device = available_device(simulation.device)
+    torch.set_num_threads(os.cpu_count() or 1)
+    with clock.phase("read"):
+        hospitals = find_hospitals(simulation, study, folder.phantoms, lambda done, total: screen.progress("read", done, total))
+    report_sites(hospitals, screen)
+    with clock.phase("encode"):
+        backbone = _backbone(study, simulation, device)
+        before = backbone.weights_digest()
+        cache = FeatureCache.of(default_cache_folder(), study)
+        everything = [item for split in ("train", "val", "test") for item in hospitals.slices(split)]
+        encode_slices(everything, study, backbone, cache, on_progress=lambda done, total: screen.progress("encode", done, total))
+    jobs = make_jobs(study, simulation, hospitals, folder)
+    folder.check_identity(_identity(jobs, simulation, hospitals, backbone))
+    sites = make_sites(
+        hospitals,
+        tuple(job.study for job in jobs),
+        cache=cache,
+        state_folder=folder.work / "sites",
+        simulation=simulation,
+    )
+    write_sites(folder.work / "sites.json", sites)
+    with clock.phase("train"):
+        states = run_jobs(jobs, folder.work / "sites.json", engine_of(simulation, device), screen.on_event)
+    with clock.phase("score"):
+        staged = folder.work / "publish"
+        shutil.rmtree(staged, ignore_errors=True)
+        examiner = Examiner(hospitals=hospitals, cache=cache, site=sites[0])
+        methods = score_methods(jobs, states, simulation, examiner, RunFolder(staged))
+    after = backbone.weights_digest()
+    require_unchanged(before, after)
+    clock.seconds |= _seconds_of(methods)
+    clock.seconds["total"] = time.perf_counter() - began
+    results = results_record(
+        study=study,
+        simulation=simulation,
+        hospitals=hospitals,
+        backbone={
+            **study.backbone.model_dump(mode="json"),
+            "weights_digest_before": before,
+            "weights_digest_after": after,
+        },
+        methods=methods,
+        seconds=clock.seconds,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    write_report(results, exhibits(jobs, states, examiner), staged / REPORT)
+    write_atomically(staged / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
+    folder.publish(staged)
+    return results
+
+
+def _backbone(study: Study, simulation: Simulation, device: torch.device) -> Backbone:
+    return load_backbone(
+        study.backbone.name,
+        image_size=study.backbone.image_size,
+        checkpoint=Path(simulation.checkpoint) if simulation.checkpoint else None,
+        expected_digest=study.backbone.digest,
+        device=device,
+    )
+
+
+def report_sites(hospitals: Hospitals, screen: Screen) -> None:
+    """Say what was found, used and left out, and that phantoms are phantoms."""
+    if hospitals.phantoms:
+        screen.say("These hospitals are [bold]phantoms[/bold]: drawn heads with drawn lesions, no patients.")
+    for name, site in hospitals.sources.items():
+        patients = len({item.patient for item in site.of("train")})
+        screen.say(f"{name}: found {site.images_found}, used {site.images_used} images; {patients} patients train")
+        for fault in site.exclusions[:10]:
+            screen.say(f"  [yellow]{fault}[/yellow]")
+        if len(site.exclusions) > 10:
+            screen.say(f"  [yellow]and {len(site.exclusions) - 10} more, all in results.json[/yellow]")
+
+
+def make_jobs(study: Study, simulation: Simulation, hospitals: Hospitals, folder: RunFolder) -> list[Job]:
+    """Return one job per method and seed; local and pooled share one, since neither waits for the other."""
+    federated = [name for name in simulation.methods if name not in ALONE]
+    alone = [name for name in simulation.methods if name in ALONE]
+    jobs: list[Job] = []
+    for seed in simulation.seeds:
+        jobs += [_job(method, study_for(method, study, seed), hospitals.training, folder) for method in federated]
+        if alone:
+            names = (hospitals.training if "local" in alone else ()) + ((POOLED,) if "pooled" in alone else ())
+            jobs.append(_job("alone", study_for(alone[0], study, seed), names, folder))
+    return jobs
+
+
+def _job(method: str, study: Study, names: tuple[str, ...], folder: RunFolder) -> Job:
+    path = folder.work / f"{method}-seed{study.seed}.safetensors"
+    return Job(method=method, study=study, names=names, state_path=path)
+
+
+def engine_of(simulation: Simulation, device: torch.device) -> Engine:
+    """Return where the virtual sites run; on a GPU they share it evenly."""
+    cpus = os.cpu_count() or 1
+    return Engine(address=simulation.address, cpus=cpus, gpus_per_site=1.0 / cpus if device.type == "cuda" else 0.0)
+
+
+def _identity(jobs: list[Job], simulation: Simulation, hospitals: Hospitals, backbone: Backbone) -> dict[str, str]:
+    return {
+        "studies": ",".join(f"{job.method}:{job.study.digest}" for job in jobs),
+        "data": hospitals.digest(),
+        "backbone": backbone.digest,
+        "methods": ",".join(simulation.methods),
+        "device": simulation.device,
+        "exact counts": str(simulation.exact_counts),
+    }
+
+
+def score_methods(
+    jobs: list[Job], states: Mapping[tuple[str, int], RunState], simulation: Simulation, examiner: Examiner, out: RunFolder
+) -> dict[str, dict[str, Record]]:
+    """Return rounds, test scores and model path by method and seed; the models are written to `out`."""
+    methods: dict[str, dict[str, Record]] = {name: {} for name in simulation.methods}
+    for job in jobs:
+        run = states[job.method, job.study.seed]
+        seed = str(job.study.seed)
+        if job.method != "alone":
+            test, own = federated_test(examiner, job.study, run, examiner.site.state_folder)
+            record = {"rounds": run.history, "test": test, "own_test": own}
+            methods[job.method][seed] = record | _write(out, examiner, job, job.method, tensors(run.arrays))
+            continue
+        if "local" in simulation.methods:
+            test, own, everywhere = local_test(examiner, job.study, run)
+            record = {"rounds": part_of(run.history, examiner.hospitals.training), "test": test, "own_test": own}
+            models = {
+                name: _write(out, examiner, job, "local", tensors(of_site(run.arrays, name)), name)["model"]
+                for name in examiner.hospitals.training
+            }
+            methods["local"][seed] = record | {"everywhere": everywhere, "model": None, "models": models}
+        if "pooled" in simulation.methods:
+            record = {"rounds": part_of(run.history, (POOLED,)), "test": pooled_test(examiner, job.study, run), "own_test": None}
+            methods["pooled"][seed] = record | _write(out, examiner, job, "pooled", tensors(of_site(run.arrays, POOLED)))
+    return methods
+
+
+def _write(out: RunFolder, examiner: Examiner, job: Job, method: str, state: State, site: str = "") -> Record:
+    header = ModelHeader(
+        study=job.study,
+        method=method,
+        round=job.study.rounds,
+        phantoms=examiner.hospitals.phantoms,
+    )
+    path = out.model(method, job.study.seed, site)
+    write_model(path, state, header)
+    return {"model": str(path.relative_to(out.root))}
+
+
+def part_of(history: list[RoundRecord], names: tuple[str, ...]) -> list[RoundRecord]:
+    """Return the rounds of some nodes of an "alone" job; nothing travels there, so no bytes."""
+    rounds = []
+    for record in history:
+        sites = {name: {**row, "bytes_up": 0, "bytes_down": 0} for name, row in record["sites"].items() if name in names}
+        losses = [row["loss"] for row in sites.values()]
+        dice = [row["val_dice"] for row in sites.values() if row["val_dice"] is not None]
+        rounds.append(
+            {
+                **record,
+                "sites": sites,
+                "loss": sum(losses) / len(losses) if losses else None,
+                "val_dice": sum(dice) / len(dice) if dice else None,
+                "usage_spread": None,
+                "bytes_up": 0,
+                "bytes_down": 0,
+                "seconds": {"train": sum(row["seconds"] for row in sites.values()), "aggregate": 0.0},
+            }
+        )
+    return rounds
+
+
+def _seconds_of(methods: Mapping[str, Mapping[str, Record]]) -> dict[str, float]:
+    """Return seconds of the rounds by method, summed over the seeds."""
+    return {
+        name: sum(sum(row["seconds"].values()) for run in by_seed.values() for row in run["rounds"])
+        for name, by_seed in methods.items()
+    }
+
+
+def exhibits(jobs: list[Job], states: Mapping[tuple[str, int], RunState], examiner: Examiner) -> list[Overlay]:
+    """Return the overlays of the first federated method and seed, none where only local and pooled were run."""
+    job = next((job for job in jobs if job.method != "alone"), None)
+    if job is None:
+        return []
+    state = tensors(states[job.method, job.study.seed].arrays)
+    return overlays(examiner, job.study, examiner.model(job.study, state), examiner.scores(job.study, state))

@@ -1,0 +1,138 @@
+"""Rehearse a federated study with virtual hospitals on this machine: `python simulations/run_sim.py --help`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from icmoe.errors import Fault, IcmoeError, exit_on_fault, print_faults
+from icmoe.platform import require_supported_platform
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+Option = typer.Option
+
+
+@app.command()
+def rehearse_command(
+    data: Annotated[
+        Path | None,
+        Option(
+            help="Folder of real hospitals: DIR/<site>/{images,masks} and DIR/splits/{train,val,test}.csv. Phantoms if absent."
+        ),
+    ] = None,
+    methods: Annotated[
+        str | None, Option(help="Comma-separated: router-aware, fedavg, fedprox, fedadam, fedyogi, personal, local, pooled.")
+    ] = None,
+    rounds: Annotated[int | None, Option(help="Rounds of the federation.")] = None,
+    local_epochs: Annotated[int | None, Option(help="Passes over a site's images per round.")] = None,
+    sites: Annotated[
+        int | None, Option(help="Number of virtual sites: hospitals are repeated, or dealt anew with --alpha.")
+    ] = None,
+    alpha: Annotated[
+        float | None, Option(help="Deal patients to the virtual sites by Dirichlet(alpha); small is uneven.")
+    ] = None,
+    backbone: Annotated[str | None, Option(help="lite-medsam, sam-vit-b, sam-vit-l, sam-vit-h or sam-vit-test.")] = None,
+    checkpoint: Annotated[Path | None, Option(help="Weights file of a sam-vit backbone.")] = None,
+    image_size: Annotated[int | None, Option(help="Side of the encoder's input, pixels, a multiple of 32.")] = None,
+    t: Annotated[float | None, Option(help="Exponent of the usage weights; 0 is FedAvg.")] = None,
+    seed: Annotated[int | None, Option(help="One seed.")] = None,
+    seeds: Annotated[int | None, Option(help="Number of seeds 1..N, for mean and spread.")] = None,
+    device: Annotated[str | None, Option(help="cpu, cuda or cuda:N.")] = None,
+    out: Annotated[Path | None, Option(help="Folder for results.json, report.html and models. Default: runs/<name>.")] = None,
+    resume: Annotated[bool, Option("--resume", help="Continue a stopped run in --out.")] = False,
+    as_json: Annotated[
+        bool, Option("--json", help="Print results.json on standard output, everything else on standard error.")
+    ] = False,
+    scenario: Annotated[Path | None, Option(help="TOML file with [study] and [simulation]; options go on top.")] = None,
+    address: Annotated[str | None, Option(help="Existing Ray cluster: auto or HOST:PORT.")] = None,
+) -> None:
+    """Train one IC-MoE across virtual hospitals and compare it with FedAvg, each hospital alone, and pooled data."""
+    study_options = _given(
+        {
+            "rounds": rounds,
+            "training": _given({"local_epochs": local_epochs}),
+            "backbone": _given({"name": backbone, "image_size": image_size}),
+            "aggregation": _given({"usage_exponent": t}),
+            "test_only": True if backbone == "sam-vit-test" else None,
+        }
+    )
+    with exit_on_fault():
+        require_supported_platform()
+        simulation_options = _given(
+            {
+                "data": str(data) if data else None,
+                "methods": [name.strip() for name in methods.split(",")] if methods else None,
+                "seeds": _seeds(seed, seeds),
+                "sites": sites,
+                "alpha": alpha,
+                "device": device,
+                "address": address,
+                "checkpoint": str(checkpoint) if checkpoint else None,
+            }
+        )
+        _run(scenario, study_options, simulation_options, out, resume=resume, as_json=as_json)
+
+
+def _run(
+    scenario: Path | None,
+    study_options: dict[str, Any],
+    simulation_options: dict[str, Any],
+    out: Path | None,
+    *,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    # Imported late: --help answers at once, and a wrong option is not paid for with ten seconds of imports.
+    from simulations.folder import RunFolder
+    from simulations.rehearsal import rehearse
+    from simulations.scenario import read_scenario
+    from simulations.screen import Screen, comparison_lines, final_table
+
+    console = Console(stderr=as_json)
+    study, simulation = read_scenario(scenario, study_options, simulation_options)
+    name = Path(simulation.data).resolve().name if simulation.data else "phantoms"
+    folder = RunFolder(out or Path("runs") / f"{name}-{study.digest[:8]}")
+    with folder.claimed(resume=resume), Screen(console) as screen:
+        if resume and folder.results.exists():
+            screen.say(f"{folder.root} is complete; nothing was left to do.")
+            results = json.loads(folder.results.read_text())
+        else:
+            results = rehearse(study, simulation, folder, screen)
+    console.print(final_table(results))
+    for line in comparison_lines(results):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"Report: {folder.root / 'report.html'}", highlight=False, soft_wrap=True)
+    if as_json:
+        sys.stdout.write(folder.results.read_text())
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given."""
+    return {key: value for key, value in options.items() if value is not None and value != {}}
+
+
+def _seeds(seed: int | None, seeds: int | None) -> list[int] | None:
+    if seed is not None and seeds is not None:
+        raise IcmoeError(Fault(number=210, value="--seed and --seeds", limit="one of them", did="Nothing was started."))
+    if seeds is not None and not 1 <= seeds <= 100:
+        raise IcmoeError(Fault(number=202, where="--seeds", value=str(seeds), limit="1 to 100", did="Nothing was started."))
+    return [seed] if seed is not None else list(range(1, seeds + 1)) if seeds else None
+
+
+def main() -> None:
+    """Run the command; an interrupted run says how to go on."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print_faults([Fault(number=503, what="interrupted", did="Finished rounds are kept.", todo="Continue with --resume.")])
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

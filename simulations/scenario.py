@@ -1,0 +1,112 @@
+"""What a rehearsal is asked to do: a scenario file, `[study]` + `[simulation]`, with the command line on top."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from icmoe.backbone import backbone_digest
+from icmoe.config import Section, parse, read_toml
+from icmoe.errors import Fault, IcmoeError
+from icmoe.study import BackboneName, Study
+from simulations.methods import DEFAULT_METHODS, METHODS
+
+DEFAULT_LABELS = [{"name": "background", "values": [0]}, {"name": "lesion", "values": [1, 255]}]
+DEFAULT_BACKBONE: BackboneName = "lite-medsam"
+PHANTOM_STUDY: dict[str, Any] = {"rounds": 6, "training": {"local_epochs": 3}}
+"""The embedded default: small enough for two cores and four minutes."""
+
+
+class Simulation(Section):
+    """How a study is rehearsed."""
+
+    data: str | None = None
+    """Folder of real hospitals; phantoms where absent."""
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    """What is compared."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, le=2**31 - 1)], ...], Field(min_length=1)] = (1,)
+    """One run per seed."""
+    sites: Annotated[int, Field(ge=1, le=10000)] | None = None
+    """Number of virtual sites; the data's own where absent."""
+    alpha: Annotated[float, Field(gt=0.0, le=1e6)] | None = None
+    """Dirichlet concentration with which patients are dealt to the virtual sites."""
+    device: str = "cpu"
+    """Of the training: cpu, cuda or cuda:N."""
+    address: str = "local"
+    """Ray cluster: local, auto or HOST:PORT."""
+    checkpoint: str | None = None
+    """Weights file of a sam-vit backbone."""
+    exact_counts: bool = True
+    """Whether sites announce their exact size; at real hospitals it is rounded up to ten."""
+    phantom_seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 7
+    """Seed of the phantom hospitals."""
+
+    @field_validator("methods")
+    @classmethod
+    def _methods_are_known(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        if not methods or set(methods) - set(METHODS) or len(set(methods)) < len(methods):
+            raise ValueError(f"each once of {', '.join(METHODS)}")
+        return methods
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_are_distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("each seed once")
+        return seeds
+
+
+def read_scenario(
+    path: Path | None, study_options: Mapping[str, Any], simulation_options: Mapping[str, Any]
+) -> tuple[Study, Simulation]:
+    """Return study and simulation of a scenario file with the command line's options on top.
+
+    Parameters
+    ----------
+    path
+        TOML with `[study]` and `[simulation]`; None for the embedded default.
+    study_options, simulation_options
+        What the command line gives; nested like the file.
+
+    Raises
+    ------
+    IcmoeError
+        201-205, every fault at once; 206 or 207 where the backbone is not the study's.
+    """
+    tables = read_toml(path) if path else {}
+    where = str(path) if path else "command line"
+    unknown = sorted(set(tables) - {"study", "simulation"})
+    if unknown:
+        raise IcmoeError(*(Fault(number=201, where=where, value=key, limit="[study] and [simulation]") for key in unknown))
+    simulation = parse(Simulation, {**tables.get("simulation", {}), **simulation_options}, where=where)
+    default: dict[str, Any] = {"name": "rehearsal", "seed": simulation.seeds[0], "labels": DEFAULT_LABELS}
+    if simulation.data is None:
+        default = merged(default, PHANTOM_STUDY)
+    values = merged(merged(default, tables.get("study", {})), study_options)
+    return parse(Study, with_backbone(values, simulation.checkpoint), where=where), simulation
+
+
+def with_backbone(values: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:
+    """Return the study's values with the digest of the backbone that is at hand, where they name none.
+
+    A digest that the scenario names stays; loading the weights compares it.
+    """
+    backbone = values.get("backbone", {})
+    if not isinstance(backbone, dict) or "digest" in backbone:
+        return values
+    name = backbone.get("name", DEFAULT_BACKBONE)
+    if name not in BackboneName.__args__:  # type: ignore[attr-defined]
+        return merged(values, {"backbone": {"digest": "0" * 64}})
+    return merged(values, {"backbone": {"digest": backbone_digest(name, Path(checkpoint) if checkpoint else None)}})
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `below` with the values of `above` on top, table by table."""
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result

@@ -1,0 +1,183 @@
+"""What a person sees while a rehearsal runs: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fl_server.rounds import RoundRecord
+from simulations.federation import Job
+
+
+class Screen:
+    """Live view of a rehearsal.
+
+    Parameters
+    ----------
+    console
+        Where to print; lines instead of a live view where it is no terminal.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+        )
+        self._live = Live(self._progress, console=console, refresh_per_second=4) if console.is_terminal else None
+        self._rows: dict[str, RoundRecord] = {}
+        self._job: Job | None = None
+        self._tasks: dict[str, Any] = {}
+        self._began: dict[str, float] = defaultdict(time.monotonic)
+
+    def __enter__(self) -> Screen:
+        """Start the live view."""
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop the live view, whatever happened."""
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Name a piece of work and, at its end, its seconds.
+
+        Parameters
+        ----------
+        name
+            For example "encode".
+
+        Yields
+        ------
+        None
+        """
+        began = time.monotonic()
+        yield
+        if name in self._tasks:
+            self._progress.remove_task(self._tasks.pop(name))
+        self.say(f"[dim]{name}: {time.monotonic() - began:.1f} s[/dim]")
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        """Move the bar called `name`; without a terminal, a line every tenth."""
+        if self._live is None:
+            if total >= 20 and done % max(1, total // 5) == 0 and done:
+                self.say(f"{name} {done}/{total}")
+            return
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total)
+        self._progress.update(self._tasks[name], completed=done, total=total)
+
+    def on_event(self, job: Job, record: RoundRecord | None, site: str) -> None:
+        """Show a reply of a site, or the end of a round."""
+        name = f"{job.method} seed {job.study.seed}"
+        if job is not self._job:
+            self._job, self._rows = job, {}
+        if record is None:
+            self._waiting(name, site)
+            return
+        self._rows[str(record["round"])] = record
+        for fault in record["faults"]:
+            self.say(f"[red]{fault['sentence']}[/red]")
+        self.progress(name, record["round"], job.study.rounds)
+        if self._live is None:
+            self.say(self._line(job, name, record))
+        else:
+            self._live.update(Group(self._table(job, record), self._progress))
+        if record["round"] == job.study.rounds and name in self._tasks:
+            self._progress.remove_task(self._tasks.pop(name))
+
+    def _waiting(self, name: str, site: str) -> None:
+        if self._live is not None and name in self._tasks:
+            self._progress.update(self._tasks[name], description=f"{name} < {site}")
+
+    def _line(self, job: Job, name: str, record: RoundRecord) -> str:
+        elapsed_s = time.monotonic() - self._began[name]
+        sites = "  ".join(f"{site} {row['loss']:.3f}" for site, row in record["sites"].items())
+        dice = self._last_dice()
+        shown = "" if dice is None else f"  val Dice {dice:.3f}"
+        size = f"  {record['bytes_up'] / 1e6:.1f} MB up" if job.method != "alone" else ""
+        return f"{name}  round {record['round']}/{job.study.rounds}  loss {sites}{shown}{size}  {elapsed_s:.0f} s"
+
+    def _last_dice(self) -> float | None:
+        """Return the newest validation Dice; it belongs to the round before the newest."""
+        found = [row["val_dice"] for row in self._rows.values() if row["val_dice"] is not None]
+        return found[-1] if found else None
+
+    def _table(self, job: Job, record: RoundRecord) -> RenderableType:
+        title = f"{job.method}, seed {job.study.seed}, round {record['round']} of {job.study.rounds}"
+        table = Table(title=title, title_justify="left")
+        for column in ("site", "loss", "val Dice", "usage per expert", "steps", "MB up"):
+            table.add_column(column, justify="left" if column in ("site", "usage per expert") else "right")
+        before = self._rows.get(str(record["round"] - 1), {"sites": {}})
+        for site, row in record["sites"].items():
+            dice = before["sites"].get(site, {}).get("val_dice")
+            usage = " ".join(_shade(share, len(row["usage"])) for share in row["usage"])
+            size = "-" if job.method == "alone" else f"{row['bytes_up'] / 1e6:.2f}"
+            table.add_row(site, f"{row['loss']:.3f}", "-" if dice is None else f"{dice:.3f}", usage, str(row["steps"]), size)
+        return table
+
+
+def _shade(share: float, experts: int) -> str:
+    """Return a bar of eight levels; half height is even use."""
+    level = min(7, int(share * experts * 4))
+    return "▁▂▃▄▅▆▇█"[level]
+
+
+def final_table(results: dict[str, Any]) -> Table:
+    """Return the test Dice per method and site, mean over the seeds."""
+    sites = [name for name, row in results["sites"].items() if row["patients"]["test"]]
+    table = Table(title="Test Dice (per patient, mean over seeds)", title_justify="left")
+    table.add_column("method")
+    for name in [*sites, "mean of sites", "worst site", "all patients"]:
+        table.add_column(name, justify="right")
+    for method, row in results["summary"].items():
+        cells = [_cell(row["per_site"].get(name, {}).get("mean"), row["per_site"].get(name, {}).get("std")) for name in sites]
+        table.add_row(
+            method,
+            *cells,
+            _cell(row["dice_mean"], row["dice_mean_std"]),
+            _cell(row["dice_worst_site"], None),
+            _cell(row["dice_pooled"], row["dice_std"]),
+        )
+    return table
+
+
+def sites_table(results: dict[str, Any]) -> Table:
+    """Return what was found and used at each site."""
+    table = Table(title="Sites", title_justify="left")
+    for column in ("site", "found", "used", "patients train/val/test"):
+        table.add_column(column, justify="left" if column == "site" else "right")
+    for name, row in results["sites"].items():
+        patients = "/".join(str(row["patients"][split]) for split in ("train", "val", "test"))
+        table.add_row(name, str(row["images_found"]), str(row["images_used"]), patients)
+    return table
+
+
+def _cell(mean: float | None, std: float | None) -> str:
+    if mean is None:
+        return "-"
+    return f"{mean:.3f}" if not std else f"{mean:.3f} ±{std:.3f}"
+
+
+def comparison_lines(results: dict[str, Any]) -> list[str]:
+    """Return the answers of the rehearsal, one line each, with the bar where there is one."""
+    lines = []
+    for row in results["comparisons"]:
+        verdict = "" if row["bar"] is None else f" [bar {row['bar']}: {'met' if row['met'] else 'not met'}]"
+        lines.append(row["sentence"] + verdict.replace("[", "(").replace("]", ")"))
+    return lines
