@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from flwr.app import Context
+from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from fl_server.rounds import RoundStrategy, RunState, introduce, run_rounds
 from fl_server.router_aware import RouterAware
 from fl_server.server_optimizer import ServerOptimized
-from icmoe.errors import IcmoeError, print_faults
+from icmoe.errors import Fault, IcmoeError, print_faults
 from icmoe.exchange import CONFIG, SLICES_KEY, global_state
 from icmoe.model import build_model
 from icmoe.modelfile import ModelHeader, write_model
@@ -43,10 +43,22 @@ def make_strategy(study: Study, roster: Roster) -> RoundStrategy:
 
 
 def meet(grid: Grid, nodes: int, study: Study, *, poll_s: float = 1.0) -> Roster:
-    """Return the sites behind the connected nodes."""
-    answers = introduce(grid, nodes, study, deadline_s=study.deadline_s, poll_s=poll_s)
-    sites = {node: str(answer[CONFIG]["site"]) for node, answer in answers.items()}  # type: ignore[index, call-overload]
-    sizes = {str(answer[CONFIG]["site"]): int(answer[CONFIG][SLICES_KEY]) for answer in answers.values()}  # type: ignore[index, call-overload]
+    """Return the sites behind the connected nodes.
+
+    Raises
+    ------
+    IcmoeError
+        501 where too few answer, 301 where an answer is not a name and a size, or a name comes twice.
+    """
+    sites: dict[int, str] = {}
+    sizes: dict[str, int] = {}
+    for node, answer in introduce(grid, nodes, study, deadline_s=study.deadline_s, poll_s=poll_s).items():
+        about = answer.config_records.get(CONFIG, ConfigRecord())
+        name, size = about.get("site"), about.get(SLICES_KEY)
+        if not isinstance(name, str) or not isinstance(size, int) or name in sizes:
+            what = "a site introduced itself badly, or by the name of another"
+            raise IcmoeError(Fault(number=301, what=what, value=repr(name)[:40], did="Nothing was started."))
+        sites[node], sizes[name] = name, size
     return Roster(sites, sizes)
 
 

@@ -142,7 +142,7 @@ def ask(
     return replies
 
 
-def introduce(grid: Grid, nodes: int, study: Study, *, deadline_s: float, poll_s: float = 1.0) -> dict[int, MetricRecord]:
+def introduce(grid: Grid, nodes: int, study: Study, *, deadline_s: float, poll_s: float = 1.0) -> dict[int, RecordDict]:
     """Return the sites' answers to "who are you" by node, as soon as `nodes` of them are there.
 
     Raises
@@ -162,7 +162,7 @@ def introduce(grid: Grid, nodes: int, study: Study, *, deadline_s: float, poll_s
     if failed or len(replies) < nodes:
         value = f"{len(replies) - len(failed)} of {nodes} sites answered" + (f"; {failed[0]}" if failed else "")
         raise IcmoeError(Fault(number=501, what="sites did not introduce themselves", value=value))
-    return {reply.metadata.src_node_id: reply.content for reply in replies}  # type: ignore[misc]
+    return {reply.metadata.src_node_id: reply.content for reply in replies}
 
 
 def run_rounds(
@@ -243,7 +243,7 @@ def _validation(replies: Iterable[Message], sites: Mapping[int, str]) -> dict[st
         if isinstance(numbers, MetricRecord) and numbers.get(PATIENTS_KEY):
             dice, patients = numbers.get(DICE_KEY), numbers.get(PATIENTS_KEY)
             if isinstance(dice, float) and isinstance(patients, int) and 0.0 <= dice <= 1.0:
-                found[sites[reply.metadata.src_node_id]] = (dice, patients)
+                found[sites.get(reply.metadata.src_node_id, "")] = (dice, patients)
     return found
 
 

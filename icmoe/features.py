@@ -16,7 +16,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,8 +29,11 @@ from icmoe.errors import Fault, IcmoeError
 from icmoe.preprocess import PREPROCESSING_VERSION, Window
 from icmoe.study import Study, View
 
+METADATA_KEY = "icmoe"
 FORMAT = "icmoe-features-1"
 HALF_MAX = 65504.0
+# Entries that this process has verified; every round makes a new cache object.
+_CHECKED: set[Path] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,6 @@ class FeatureCache:
     digest: str
     image_size: int
     block_features: bool
-    _checked: set[str] = field(default_factory=set, repr=False)
 
     @staticmethod
     def of(folder: Path, study: Study) -> FeatureCache:
@@ -133,8 +135,9 @@ class FeatureCache:
                 )
                 raise IcmoeError(fault)
         halves = {name: tensor.to("cpu", torch.float16).contiguous() for name, tensor in tensors.items()}
-        header = {"format": FORMAT, "key": key, "crc32": str(_checksum(halves))}
-        write_atomically(self.path(key), save(halves, metadata=header), durable=False, private=True)
+        # One metadata key: safetensors writes several in random order, and equal features shall be equal bytes.
+        header = json.dumps({"format": FORMAT, "key": key, "crc32": _checksum(halves)}, sort_keys=True)
+        write_atomically(self.path(key), save(halves, metadata={METADATA_KEY: header}), durable=False, private=True)
 
     def load(self, keys: Sequence[str]) -> Features:
         """Return a batch in float32, in the order of the keys.
@@ -156,11 +159,11 @@ class FeatureCache:
     def _read(self, key: str) -> dict[str, Tensor]:
         with safe_open(self.path(key), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-            if key not in self._checked:
-                header = file.metadata() or {}
-                if header.get("format") != FORMAT or header["key"] != key or int(header["crc32"]) != _checksum(tensors):
+            if self.path(key) not in _CHECKED:
+                header = json.loads((file.metadata() or {})[METADATA_KEY])
+                if header != {"format": FORMAT, "key": key, "crc32": _checksum(tensors)}:
                     raise ValueError("damaged")
-                self._checked.add(key)
+                _CHECKED.add(self.path(key))
         return tensors
 
 

@@ -3,58 +3,48 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import ValidationError
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from icmoe import __version__
 from icmoe.atomic import write_atomically
+from icmoe.config import Section, parse
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import load_state
 from icmoe.model import ICMoE, build_model
-from icmoe.study import Study, canonical
+from icmoe.study import Study
 
+METADATA_KEY = "icmoe"
 FORMAT = "icmoe-model"
 FORMAT_VERSION = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelHeader:
-    """What a model file says of itself.
-
-    Parameters
-    ----------
-    study
-        The study that trained it, with its backbone's digest.
-    method
-        For example "router-aware".
-    round
-        Rounds behind the weights.
-    phantoms
-        Whether it was trained on phantoms.
-    """
+class ModelHeader(Section):
+    """What a model file says of itself."""
 
     study: Study
+    """The study that trained it, with its backbone's digest."""
     method: str
-    round: int
+    """For example "router-aware"."""
+    round: Annotated[int, Field(ge=0)]
+    """Rounds behind the weights."""
     phantoms: bool
+    """Whether it was trained on phantoms."""
 
     def metadata(self) -> dict[str, str]:
-        """Return the header as safetensors metadata."""
-        return {
+        """Return the header as safetensors metadata: one key, since the library writes several in random order."""
+        about = {
             "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
-            "study": canonical(self.study),
+            "format_version": FORMAT_VERSION,
             "study_digest": self.study.digest,
-            "method": self.method,
-            "round": str(self.round),
-            "phantoms": json.dumps(self.phantoms),
             "written_by": f"icmoe-federated {__version__}",
         }
+        return {METADATA_KEY: json.dumps({**about, **self.model_dump(mode="json")}, sort_keys=True)}
 
     def record(self) -> dict[str, object]:
         """Return the header as plain values for JSON."""
@@ -100,25 +90,21 @@ def read_model(path: Path) -> tuple[ICMoE, ModelHeader]:
 
 
 def _parse_header(path: Path, metadata: dict[str, str]) -> ModelHeader:
-    if metadata.get("format") != FORMAT:
-        raise IcmoeError(Fault(number=209, where=str(path), value=metadata.get("format", "no header"), limit=FORMAT))
-    version = metadata.get("format_version", "")
-    if version != str(FORMAT_VERSION):
-        raise IcmoeError(Fault(number=208, where=str(path), value=version, limit=str(FORMAT_VERSION), did="Nothing was scored."))
+    def refused(number: int, value: str, limit: str = "") -> IcmoeError:
+        return IcmoeError(Fault(number=number, where=str(path), value=value, limit=limit, did="Nothing was scored."))
+
     try:
-        study = Study.model_validate_json(metadata["study"])
-        header = ModelHeader(
-            study=study,
-            method=metadata["method"],
-            round=int(metadata["round"]),
-            phantoms=bool(json.loads(metadata["phantoms"])),
-        )
-    except (KeyError, ValueError, TypeError, ValidationError) as error:
-        raise IcmoeError(
-            Fault(number=209, where=str(path), value=str(error).splitlines()[0], did="Nothing was scored.")
-        ) from None
-    if study.digest != metadata.get("study_digest"):
-        raise IcmoeError(
-            Fault(number=209, where=str(path), what="study and digest in the header differ", did="Nothing was scored.")
-        )
+        found = json.loads(metadata.get(METADATA_KEY, "{}"))
+    except ValueError:
+        raise refused(209, "header is not JSON") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise refused(209, "no header of an IC-MoE model", FORMAT)
+    if found.get("format_version") != FORMAT_VERSION:
+        raise refused(208, str(found.get("format_version")), str(FORMAT_VERSION))
+    try:
+        header = parse(ModelHeader, {key: found[key] for key in ModelHeader.model_fields}, where=str(path))
+    except (KeyError, IcmoeError) as error:
+        raise refused(209, f"header is incomplete: {str(error).splitlines()[0]}") from None
+    if header.study.digest != found.get("study_digest"):
+        raise refused(209, "study and digest in the header differ")
     return header

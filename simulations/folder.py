@@ -14,6 +14,7 @@ from icmoe.errors import Fault, IcmoeError
 
 RESULTS = "results.json"
 REPORT = "report.html"
+FIGURE = "figure.png"
 
 
 class RunFolder:

@@ -27,10 +27,11 @@ from icmoe.study import Study
 from simulations.alone import POOLED, of_site
 from simulations.exhibits import overlays
 from simulations.federation import Engine, Job, run_jobs, write_sites
-from simulations.folder import REPORT, RESULTS, RunFolder
+from simulations.folder import FIGURE, REPORT, RESULTS, RunFolder
 from simulations.hospitals import Hospitals, find_hospitals, make_sites
 from simulations.methods import ALONE, study_for
 from simulations.overlays import Overlay
+from simulations.readme_figure import figure_from_results
 from simulations.report import write_report
 from simulations.results import results_record
 from simulations.scenario import Simulation
@@ -142,7 +143,10 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
         seconds=clock.seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    write_report(results, exhibits(jobs, states, examiner), staged / REPORT)
+    shown = exhibits(jobs, states, examiner)
+    write_report(results, shown, staged / REPORT)
+    if shown:
+        figure_from_results(results, shown, staged / FIGURE)
     write_atomically(staged / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
     folder.publish(staged)
     return results

@@ -65,7 +65,7 @@ def test_phantoms_are_called_phantoms_on_screen_and_in_every_output(rehearsed: t
     assert json.loads((out / "results.json").read_text())["phantoms"] is True
     assert "phantom" in (out / "report.html").read_text().lower()
     with safe_open(out / "models" / "router-aware-seed1.safetensors", framework="pt") as file:
-        assert file.metadata()["phantoms"] == "true"
+        assert json.loads(file.metadata()["icmoe"])["phantoms"] is True
 
 
 def test_results_hold_what_the_schema_promises(rehearsed: tuple[Path, str]) -> None:
@@ -259,3 +259,18 @@ def test_real_hospitals_train_together_and_the_tiny_one_harms_nobody(
     assert test["sites"]["EZ"]["dice"] is None  # no test patient: no score, and no zero
     assert test["pooled"]["dice"] > 0.4  # nine steps per site already find the tumour; chance is near 0.05
     assert test["sites"]["CS"]["hd95_mm"] is None  # the pixel size is not known
+
+
+def test_each_ablation_is_a_configuration_of_the_same_federation(environment: dict[str, str], tmp_path: Path) -> None:
+    scenario = tmp_path / "tiny.toml"
+    scenario.write_text('[study]\ntest_only = true\n[study.backbone]\nname = "sam-vit-test"\nimage_size = 64\n')
+    only = "full,mask head alone,no block features"
+    script = [sys.executable, str(ROOT / "simulations" / "ablation.py")]
+    options = ["--scenario", str(scenario), "--rounds", "1", "--only", only, "--out", str(tmp_path / "out")]
+    done = run([*script, *options], environment)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    assert set(record["val_dice"]) == set(only.split(","))
+    wrong = run([*script, "--only", "no router", "--out", str(tmp_path / "wrong")], environment)
+    assert wrong.returncode == 1
+    assert "ICM210" in wrong.stderr
