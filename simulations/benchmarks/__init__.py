@@ -1,0 +1,1 @@
+"""Speed and bytes as ratios, measured side by side in one run."""

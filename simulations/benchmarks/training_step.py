@@ -1,0 +1,181 @@
+"""What the feature cache saves: a training step on cached features beside one that runs the frozen encoder.
+
+`python simulations/benchmarks/training_step.py` prints ratios and their bars. One torch thread, process CPU seconds,
+the least of the repeats. SAM ViT-B has random weights here: its cost does not depend on them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import torch
+import typer
+from flwr.app import Array, ArrayRecord
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from icmoe.backbone import LITE_MEDSAM_DIGEST, Backbone, grid_of, load_backbone
+from icmoe.errors import exit_on_fault
+from icmoe.exchange import global_state, update_of
+from icmoe.features import FeatureCache, Features
+from icmoe.model import ICMoE, build_model, total_loss
+from icmoe.preprocess import Window
+from icmoe.sam import SHAPES, SamEncoder
+from icmoe.study import BackboneChoice, Label, Study
+
+BATCH = 4
+SAM_B_PARAMETERS = 93_735_472
+LABELS = (Label(name="background", values=(0,)), Label(name="lesion", values=(255,)))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One comparison: what, the two figures, their ratio and the bar."""
+
+    what: str
+    ours: float
+    other: float
+    unit: str
+    ratio: float
+    bar: float
+
+
+def study_of(choice: BackboneChoice) -> Study:
+    """Return the default study over a backbone."""
+    return Study(name="benchmark", seed=1, labels=LABELS, backbone=choice)
+
+
+def cpu_s(work: Callable[[], object], repeats: int) -> float:
+    """Return the least process CPU seconds of `repeats` calls."""
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.process_time()
+        work()
+        best = min(best, time.process_time() - began)
+    return best
+
+
+def train_step(model: ICMoE, study: Study, features: Features, target_BKhw: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take one training step."""
+    terms, _ = model.losses(features, target_BKhw, study.loss, torch.Generator().manual_seed(0))
+    optimizer.zero_grad(set_to_none=True)
+    total_loss(terms, study.loss).backward()
+    optimizer.step()
+
+
+def compare(
+    study: Study, encode: Callable[[Tensor], Features], folder: Path, repeats: int, encoded_at_once: int
+) -> tuple[float, float]:
+    """Return CPU seconds of a step on cached features and of the same step with the encoder.
+
+    Parameters
+    ----------
+    study
+        The default study over the backbone.
+    encode
+        The frozen encoder.
+    folder
+        For a cache of its own.
+    repeats
+        Steps of which the least counts.
+    encoded_at_once
+        Images given to the encoder; its time is scaled to the batch.
+    """
+    image_size, grid = study.backbone.image_size, grid_of(study.backbone)
+    images = torch.rand(encoded_at_once, 3, image_size, image_size, generator=torch.Generator().manual_seed(1))
+    encode_s = cpu_s(lambda: encode(images), max(1, repeats // 3)) * BATCH / encoded_at_once
+    one = encode(images[:1])
+    cache = FeatureCache.of(folder, study)
+    keys = [cache.key(str(index), Window(0.0, 1.0), "identity") for index in range(BATCH)]
+    for key in keys:
+        cache.put(key, one.embedding_BCHW[0], [block[0] for block in one.blocks])
+    target_BKhw = torch.full((BATCH, 2, 2 * grid, 2 * grid), 0.5)
+    model = build_model(study, seed=1)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    cached_s = cpu_s(lambda: train_step(model, study, cache.load(keys), target_BKhw, optimizer), repeats)
+    return cached_s, cached_s + encode_s
+
+
+def lite_medsam() -> tuple[Study, Callable[[Tensor], Features]]:
+    """Return study and encoder of the default backbone at 128 px."""
+    study = study_of(BackboneChoice(digest=LITE_MEDSAM_DIGEST))
+    return study, load_backbone("lite-medsam", image_size=128, device=torch.device("cpu")).encode
+
+
+def sam_vit_b() -> tuple[Study, Callable[[Tensor], Features]]:
+    """Return study and encoder of SAM ViT-B at 1024 px, with random weights."""
+    shape = SHAPES["sam-vit-b"]
+    study = study_of(BackboneChoice(name="sam-vit-b", digest="0" * 64, image_size=1024))
+    backbone = Backbone(
+        "sam-vit-b",
+        SamEncoder(shape, 1024).freeze(),
+        digest="0" * 64,
+        image_size=1024,
+        stride=shape.patch,
+        channels=shape.out_channels,
+        block_widths=(shape.width,) * len(shape.taps),
+    )
+    return study, backbone.encode
+
+
+def update_bytes(study: Study) -> tuple[int, int]:
+    """Return bytes of a site's update and of the global tensors, as Flower sends them."""
+    model = build_model(study, seed=1)
+    state = global_state(model)
+    update = update_of(model, state, personal=False, shape=study.model)
+
+    def size(tensors: dict[str, Tensor]) -> int:
+        return sum(len(array.data) for array in ArrayRecord({name: Array(t.numpy()) for name, t in tensors.items()}).values())
+
+    return size(update), size(state)
+
+
+def measure(repeats: int, *, with_sam_b: bool) -> list[Row]:
+    """Return all comparisons."""
+    rows = []
+    parts = [("step, lite-medsam 128 px", lite_medsam, BATCH, repeats, 10.0)]
+    if with_sam_b:
+        parts.append(("step, sam-vit-b 1024 px, random weights, one image scaled to four", sam_vit_b, 1, min(repeats, 3), 50.0))
+    for what, make, at_once, count, bar in parts:
+        study, encode = make()
+        with TemporaryDirectory() as folder:
+            cached_s, uncached_s = compare(study, encode, Path(folder), count, at_once)
+        rows.append(Row(what, cached_s, uncached_s, "CPU s", uncached_s / cached_s, bar))
+    study, _ = lite_medsam()
+    up_bytes, down_bytes = update_bytes(study)
+    whole = 4 * SAM_B_PARAMETERS
+    rows.append(Row("update of a site and round, up, against all of SAM-B", up_bytes, whole, "bytes", whole / up_bytes, 150.0))
+    rows.append(
+        Row("global model to a site and round, down, against all of SAM-B", down_bytes, whole, "bytes", whole / down_bytes, 150.0)
+    )
+    return rows
+
+
+def main(
+    repeats: Annotated[int, typer.Option(min=1, help="Steps of which the fastest counts.")] = 10,
+    skip_sam_b: Annotated[bool, typer.Option("--skip-sam-b", help="Leave out SAM ViT-B at 1024 px.")] = False,  # noqa: FBT002
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,  # noqa: FBT002
+) -> None:
+    """Compare training steps with and without the feature cache, and bytes with sending all of SAM-B."""
+    torch.set_num_threads(1)
+    with exit_on_fault():
+        rows = measure(repeats, with_sam_b=not skip_sam_b)
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        return
+    table = Table("what", "ours", "other", "unit", "ratio", "bar")
+    for row in rows:
+        table.add_row(row.what, f"{row.ours:,.3f}", f"{row.other:,.3f}", row.unit, f"{row.ratio:.0f}x", f"{row.bar:.0f}x")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
