@@ -1,0 +1,56 @@
+"""What many tests share: one thread, a tiny study, features without any image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from icmoe.backbone import backbone_digest, grid_of, widths
+from icmoe.config import parse
+from icmoe.features import Features
+from icmoe.study import Study
+from simulations.scenario import merged
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_study() -> Callable[..., Study]:
+    """A study over the seeded test backbone; changes are nested like the TOML file."""
+
+    def make(**changes: Any) -> Study:
+        base = {
+            "name": "tiny",
+            "seed": 3,
+            "rounds": 2,
+            "test_only": True,
+            "labels": [{"name": "background", "values": [0]}, {"name": "lesion", "values": [1, 255]}],
+            "backbone": {"name": "sam-vit-test", "digest": backbone_digest("sam-vit-test", None), "image_size": 32},
+            "model": {"basic_experts": 1, "semantic_experts": 1, "adaptive_experts": 1, "bottleneck": 8},
+        }
+        return parse(Study, merged(base, changes), where="test")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_features() -> Callable[..., tuple[Features, torch.Tensor]]:
+    """Random features and soft targets that depend on the first channel, so that there is something to learn."""
+
+    def make(study: Study, batch: int = 2, seed: int = 0) -> tuple[Features, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        channels, blocks = widths(study.backbone.name, block_features=study.backbone.block_features)
+        grid = grid_of(study.backbone)
+        embedding = torch.randn(batch, channels, grid, grid, generator=generator)
+        features = Features(embedding, tuple(torch.randn(batch, width, grid, grid, generator=generator) for width in blocks))
+        lesion = (embedding[:, :1] > 0.3).float().repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        rest = (1 - lesion) / (study.classes - 1)
+        return features, torch.cat([rest, lesion, *[rest] * (study.classes - 2)], dim=1)
+
+    return make

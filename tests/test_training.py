@@ -1,0 +1,167 @@
+"""Local training: seeded to the byte, schedules, order of slices, usage, refusal of a broken loss."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from icmoe.backbone import load_backbone
+from icmoe.data.folder import load_image, read_folder
+from icmoe.dataset import TrainingSet, steps_of
+from icmoe.errors import IcmoeError
+from icmoe.evaluation import predict_slices, score_slices
+from icmoe.exchange import global_state, state_digest
+from icmoe.features import FeatureCache
+from icmoe.model import build_model
+from icmoe.prepare import encode_slices
+from icmoe.preprocess import apply_view, prepare
+from icmoe.study import Study
+from icmoe.training import WARM_UP_STEPS, learning_rate, train_round
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def hospital(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two patients of six discs each, one more for validation."""
+    root = tmp_path_factory.mktemp("hospital")
+    rng = np.random.default_rng(0)
+    rows = {"train": [], "val": [], "test": []}
+    for split, patients in (("train", ("a", "b")), ("val", ("c",))):
+        for patient in patients:
+            for index in range(5):
+                y, x = np.mgrid[:40, :32]
+                centre = rng.uniform(12, 20, 2)
+                mask = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 < 49
+                image = (90 * mask + 60 + rng.normal(0, 6, mask.shape)).astype(np.uint8)
+                for kind, pixels in (("images", image), ("masks", (mask * 255).astype(np.uint8))):
+                    path = root / "S" / kind / f"{patient}_{index}.png"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(pixels).save(path)
+                rows[split].append(f"{split},S,{patient},{index},S/images/{patient}_{index}.png,S/masks/{patient}_{index}.png")
+    (root / "splits").mkdir()
+    for split, lines in rows.items():
+        (root / "splits" / f"{split}.csv").write_text("split,site,patient,slice,image,mask\n" + "\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def prepared(hospital: Path, make_study, tmp_path_factory: pytest.TempPathFactory):
+    study = make_study(training={"learning_rate": 5e-3, "batch_size": 3, "local_epochs": 2})
+    site = read_folder(hospital, study.labels)["S"]
+    cache = FeatureCache.of(tmp_path_factory.mktemp("cache"), study)
+    backbone = load_backbone("sam-vit-test", image_size=32, device=CPU)
+    encode_slices(site.slices, study, backbone, cache)
+    return study, site, cache, backbone
+
+
+def trained(study: Study, data: TrainingSet, seed: int = 9) -> tuple[str, object]:
+    model = build_model(study, seed=1)
+    result = train_round(model, data, study, round_number=1, seed=seed, device=CPU)
+    return state_digest(global_state(model)), result
+
+
+def test_same_seed_same_bytes_and_another_seed_other_bytes(prepared) -> None:
+    study, site, cache, _ = prepared
+    data = TrainingSet(site.of("train"), study, cache)
+    first, result = trained(study, data)
+    torch.manual_seed(123)  # the global generator has no say
+    assert trained(study, data)[0] == first
+    assert trained(study, data, seed=10)[0] != first
+    assert sum(result.usage_M) == pytest.approx(1.0)
+    assert all(share > 0 for share in result.usage_M)
+    assert result.steps == data.steps(2) == 8
+
+
+def test_training_finds_the_disc_and_the_backbone_stays_as_it_was(prepared) -> None:
+    study, site, cache, backbone = prepared
+    before = backbone.weights_digest()
+    data = TrainingSet(site.of("train"), study, cache)
+    model = build_model(study, seed=1)
+    start = score_slices(model, site.of("val"), study.labels, cache, CPU)[0].dice
+    for round_number in (1, 2):
+        train_round(model, data, study, round_number=round_number, seed=round_number, device=CPU, steps=40)
+    after = score_slices(model, site.of("val"), study.labels, cache, CPU)[0].dice
+    assert after > max(0.7, start)
+    assert backbone.weights_digest() == before
+    (prediction, *_) = predict_slices(model, site.of("val"), cache, CPU)
+    assert prediction.shape == (40, 32)  # back on the source's own pixels
+
+
+def test_cached_features_are_the_backbones_own(prepared) -> None:
+    study, site, cache, backbone = prepared
+    for item in site.of("train")[:3]:
+        for view in study.training.views:
+            pixels = apply_view(prepare(load_image(item), item.window, 32), view)
+            fresh = backbone.encode(pixels[None])
+            kept = cache.load([cache.key(item.image_digest, item.window, view)])
+            assert torch.allclose(kept.embedding_BCHW, fresh.embedding_BCHW, rtol=2e-3, atol=2e-3)
+            assert torch.allclose(kept.blocks[0], fresh.blocks[0], rtol=2e-3, atol=2e-3)
+
+
+def test_every_slice_is_seen_once_per_epoch_and_never_twice_in_a_batch(prepared) -> None:
+    study, site, cache, _ = prepared
+    data = TrainingSet(site.of("train"), study, cache)
+    draws = data._draws(data.steps(1), 4)
+    rows = [row for batch, _ in draws for row in batch]
+    assert set(rows) == set(range(10))
+    assert all(len(set(batch)) == len(batch) for batch, _ in draws[:3])
+    assert data._draws(5, 4) == data._draws(5, 4) != data._draws(5, 5)
+    tiny = TrainingSet(site.of("train")[:2], study, cache)
+    assert all(len(set(batch)) == 2 for batch, _ in tiny._draws(6, 1))  # a one-patient hospital
+    assert len(list(tiny.batches(steps=6, seed=1, device=CPU))) == 6
+
+
+def test_steps_of_an_epoch() -> None:
+    assert [steps_of(n, 4, 1) for n in (1, 3, 4, 5, 12)] == [1, 1, 1, 2, 3]
+    assert steps_of(5, 4, 3) == 6
+
+
+def test_a_flipped_view_has_a_flipped_target(prepared) -> None:
+    study, site, cache, _ = prepared
+    data = TrainingSet(site.of("train")[:1], study, cache)
+    views = {view: data._read([0], [index], CPU).target_BKhw for index, view in enumerate(study.training.views)}
+    assert torch.equal(views["flip"], views["identity"].flip(3))
+    assert not torch.equal(views["flip"], views["identity"])
+
+
+def test_the_rate_warms_up_in_each_round_and_falls_over_the_study(make_study) -> None:
+    study = make_study(rounds=4, training={"learning_rate": 1.0})
+    first = [learning_rate(study, round_number=1, step=step, steps=50) for step in range(50)]
+    assert first[0] == pytest.approx(1 / WARM_UP_STEPS, rel=0.01)
+    assert max(first) == first[WARM_UP_STEPS - 1]
+    last = learning_rate(study, round_number=4, step=49, steps=50)
+    assert 0.0 < last < 0.1
+    half = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (1 + 10 / 50) / 4))
+    assert learning_rate(study, round_number=2, step=10, steps=50) == pytest.approx(half)
+    constant = make_study(rounds=4, training={"learning_rate": 1.0, "schedule": "constant"})
+    assert learning_rate(constant, round_number=4, step=49, steps=50) == 1.0
+
+
+def test_a_loss_that_is_not_finite_is_refused_by_number(prepared) -> None:
+    study, site, cache, _ = prepared
+    model = build_model(study, seed=1)
+    with torch.no_grad():
+        model.head.classify.bias.fill_(float("nan"))
+    with pytest.raises(IcmoeError) as caught:
+        train_round(model, TrainingSet(site.of("train"), study, cache), study, round_number=1, seed=1, device=CPU)
+    assert caught.value.faults[0].number == 304
+
+
+def test_the_proximal_term_keeps_the_update_small(prepared, make_study) -> None:
+    study, site, cache, _ = prepared
+    values = {"training": {**study.training.model_dump(), "views": list(study.training.views)}}
+    near = make_study(**{**values, "training": {**values["training"], "proximal_mu": 50.0}})
+
+    def moved(chosen: Study) -> float:
+        model = build_model(chosen, seed=1)
+        start = global_state(model)
+        train_round(model, TrainingSet(site.of("train"), chosen, cache), chosen, round_number=1, seed=1, device=CPU)
+        return sum((tensor - start[name]).square().sum().item() for name, tensor in global_state(model).items())
+
+    assert moved(near) < 0.5 * moved(study)
