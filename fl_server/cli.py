@@ -44,7 +44,7 @@ def check(
         table.add_row("digest", proposal.digest)
         table.add_row("labels", ", ".join(label.name for label in proposal.labels))
         table.add_row("backbone", f"{proposal.backbone.name} {proposal.backbone.digest[:12]}, {proposal.backbone.image_size} px")
-        table.add_row("experts", f"{proposal.model.experts}, {proposal.model.top_k} fused per pixel")
+        table.add_row("experts", f"{proposal.model.experts}, {min(proposal.model.top_k, proposal.model.experts)} fused per pixel")
         table.add_row("rounds", f"{proposal.rounds}, quorum {proposal.quorum}, deadline {proposal.deadline_s:.0f} s")
         Console().print(table)
 

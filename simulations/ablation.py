@@ -44,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no load balance": {"loss": {"load_balance": 0.0}, "aggregation": {"balance_step": 0.0}},
     "no contrast": {"loss": {"contrast": 0.0}},
     "no block features": {"backbone": {"block_features": False}},
-    "all experts fused": {"model": {"top_k": 6}},
+    "two experts fused": {"model": {"top_k": 2}},
 }
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -20,6 +20,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _flower_task() -> None:
+    """Messages can only be made inside a task of a run; Flower sets this in the processes that it starts."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
+
+
 @pytest.fixture(scope="session")
 def make_study() -> Callable[..., Study]:
     """A study over the seeded test backbone; changes are nested like the TOML file."""

@@ -47,7 +47,8 @@ def test_folded_fusion_and_votes_equal_the_formulas(make_study, make_features) -
     model.balance_bias_M.copy_(torch.tensor([0.1, -0.2, 0.1]))
     output = model(features)
     x = features.embedding_BCHW + sum(
-        gate * conv(block) for gate, conv, block in zip(model.lateral.gate_L.sigmoid(), model.lateral.convs, features.blocks, strict=True)
+        gate * conv(block)
+        for gate, conv, block in zip(model.lateral.gate_L.sigmoid(), model.lateral.convs, features.blocks, strict=True)
     )
     xn = model.norm(x)
     contributions = [expert.up(expert.body(xn)) for expert in model.experts]
@@ -99,7 +100,7 @@ def test_each_ablation_is_a_configuration_that_learns(name: str, make_study, mak
 
 
 def test_gradients_reach_every_trained_tensor_and_no_frozen_one(make_study, make_features) -> None:
-    study = make_study(model={"top_k": 3}, loss={"router_anchor": 0.1})
+    study = make_study(loss={"router_anchor": 0.1})
     features, target = make_features(study)
     features.embedding_BCHW.requires_grad_(requires_grad=False)
     model = randomised(build_model(study, seed=1))  # zero-initialised layers would hide what lies before them

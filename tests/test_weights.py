@@ -113,7 +113,9 @@ def test_no_site_passes_the_cap_and_each_keeps_its_floor(federation, settings):
 def test_plain_settings_are_fedavg(federation):
     size_S, usage_SM = federation
     weights = expert_weights(size_S, usage_SM, PLAIN)
-    np.testing.assert_allclose(weights.share_SM, np.repeat((size_S / size_S.sum())[:, None], usage_SM.shape[1], axis=1), atol=NEAR)
+    np.testing.assert_allclose(
+        weights.share_SM, np.repeat((size_S / size_S.sum())[:, None], usage_SM.shape[1], axis=1), atol=NEAR
+    )
     assert (weights.step_M == 1.0).all()
 
 

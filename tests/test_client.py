@@ -1,0 +1,239 @@
+"""A hospital's ClientApp, asked through real Flower messages: what it answers, what it refuses, what it keeps."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from typer.testing import CliRunner
+
+from fl_client import cli
+from fl_client.app import make_client_app
+from fl_client.personal import personal_path
+from fl_client.site import Site
+from fl_client.sitefile import ENVIRONMENT, read_site, site_from_environment
+from icmoe.data.folder import read_folder
+from icmoe.errors import CATALOGUE, IcmoeError
+from icmoe.exchange import ARRAYS, CONFIG, NUMBERS, ROUND_KEY, STUDY_KEY, UPDATE, global_state, is_personal, update_of
+from icmoe.features import FeatureCache
+from icmoe.model import build_model
+from icmoe.study import Study, canonical
+from simulations.phantoms import PhantomSite, write_phantoms
+
+CONTEXT = Context(run_id=1, node_id=5, node_config={}, state=RecordDict(), run_config={})
+
+
+@pytest.fixture(scope="module")
+def hospital(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("hospital") / "export"
+    write_phantoms(root, seed=1, size_px=32, sites=[PhantomSite(name="Alder", train_patients=2, val_patients=1, test_patients=1)])
+    return root
+
+
+@pytest.fixture(scope="module")
+def site(hospital: Path, make_study, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    from icmoe.backbone import load_backbone
+    from icmoe.prepare import encode_slices
+
+    shared, personal = make_study(), make_study(name="own", aggregation={"personal": True})
+    data = read_folder(hospital, shared.labels)["Alder"]
+    folder = tmp_path_factory.mktemp("cache")
+    backbone = load_backbone("sam-vit-test", image_size=32, device=torch.device("cpu"))
+    encode_slices(data.slices, shared, backbone, FeatureCache.of(folder, shared))
+    return Site(
+        name="Alder",
+        studies=(shared, personal),
+        train=data.of("train"),
+        val=data.of("val"),
+        cache_folder=folder,
+        state_folder=tmp_path_factory.mktemp("state"),
+    )
+
+
+def ask(site: Site, content: RecordDict, kind: str = "train") -> Message:
+    return make_client_app(lambda _: site)(Message(content, dst_node_id=5, message_type=kind), CONTEXT)
+
+
+def request(study: Study, round_number: int = 1, **extra: object) -> RecordDict:
+    arrays = ArrayRecord({name: Array(t.numpy()) for name, t in global_state(build_model(study, seed=1)).items()})
+    return RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord({STUDY_KEY: study.digest, ROUND_KEY: round_number, **extra})})
+
+
+def number_of(reply: Message) -> int:
+    assert reply.has_error()
+    return int(reply.error.reason[3:6])
+
+
+def test_a_site_introduces_itself_with_its_size_in_tens(site: Site) -> None:
+    content = RecordDict({CONFIG: ConfigRecord({STUDY_KEY: site.studies[0].digest})})
+    about = ask(site, content, "query.site").content[CONFIG]
+    assert dict(about) == {"site": "Alder", "slices": 10}  # six slices, rounded up
+    exact = ask(replace(site, exact_counts=True), content, "query.site").content[CONFIG]
+    assert exact["slices"] == 6
+
+
+def test_the_update_is_exactly_the_declared_tensors_and_numbers(site: Site) -> None:
+    study = site.studies[0]
+    reply = ask(site, request(study))
+    model = build_model(study, seed=1)
+    start = global_state(model)
+    assert set(reply.content) == {UPDATE, NUMBERS}
+    assert set(reply.content[UPDATE]) == set(update_of(model, start, personal=False, shape=study.model))
+    assert set(reply.content[NUMBERS]) == {"slices", "usage", "loss", "steps", "seconds", "val-dice", "val-patients"}
+    assert sum(reply.content[NUMBERS]["usage"]) == pytest.approx(1.0)
+    assert reply.content[NUMBERS]["val-patients"] == 1
+    moved = sum(float(np.abs(array.numpy()).sum()) for array in reply.content[UPDATE].values())
+    assert moved > 0
+    again = ask(site, request(study))
+    assert all(again.content[UPDATE][name].data == array.data for name, array in reply.content[UPDATE].items())
+
+
+def test_personal_parts_stay_at_the_site_and_continue_from_round_to_round(site: Site) -> None:
+    study = site.studies[1]
+    first = ask(site, request(study, 1))
+    assert not [name for name in first.content[UPDATE] if is_personal(name, study.model)]
+    kept = personal_path(site.state_folder, study, "Alder", 1)
+    assert kept.is_file()
+    second = ask(site, request(study, 2))
+    assert not second.has_error()
+    assert personal_path(site.state_folder, study, "Alder", 2).read_bytes() != kept.read_bytes()
+    kept.unlink()
+    assert number_of(ask(site, request(study, 2))) == 304  # the round before is needed
+
+
+def test_a_site_without_validation_patients_sends_no_score(site: Site) -> None:
+    numbers = ask(replace(site, val=()), request(site.studies[0])).content[NUMBERS]
+    assert numbers["val-patients"] == 0
+
+
+REFUSED = {
+    "an extra key": (lambda study: request(study, learning_rate=0.1), 301),
+    "an extra record": (lambda study: RecordDict({**request(study), "code": ConfigRecord({"run": "x"})}), 301),
+    "no arrays": (lambda study: RecordDict({CONFIG: request(study)[CONFIG]}), 301),
+    "a round beyond the study": (lambda study: request(study, 3), 301),
+    "round zero": (lambda study: request(study, 0), 301),
+    "another study": (
+        lambda study: RecordDict({**request(study), CONFIG: ConfigRecord({STUDY_KEY: "0" * 64, ROUND_KEY: 1})}),
+        302,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_what_does_not_belong_in_a_message_is_refused_by_number(name: str, kind: str, site: Site) -> None:
+    content, number = REFUSED[name]
+    assert number_of(ask(site, content(site.studies[0]), kind)) == number
+
+
+@pytest.mark.parametrize("harm", ["NaN", "another shape", "another type", "missing", "extra"])
+def test_a_doctored_global_model_is_refused(harm: str, site: Site) -> None:
+    content = request(site.studies[0])
+    tensors = {name: array.numpy().copy() for name, array in content[ARRAYS].items()}
+    if harm == "NaN":
+        tensors["head.classify.bias"][0] = np.nan
+    elif harm == "another shape":
+        tensors["head.classify.bias"] = np.zeros(9, np.float32)
+    elif harm == "another type":
+        tensors["head.classify.bias"] = tensors["head.classify.bias"].astype(np.float64)
+    elif harm == "missing":
+        del tensors["head.classify.bias"]
+    else:
+        tensors["backbone.patch_embed"] = np.zeros(3, np.float32)
+    content[ARRAYS] = ArrayRecord({name: Array(tensor) for name, tensor in tensors.items()})
+    assert number_of(ask(site, content)) == 301
+
+
+def test_the_text_of_an_exception_never_leaves(site: Site) -> None:
+    marker = "Mustermann-1970"
+    reply = make_client_app(lambda _: (_ for _ in ()).throw(RuntimeError(marker)))(
+        Message(request(site.studies[0]), dst_node_id=5, message_type="train"), CONTEXT
+    )
+    assert reply.error.reason == f"ICM304 {CATALOGUE[304].title}"
+    broken = replace(site, cache_folder=site.cache_folder / marker)
+    reply = ask(broken, request(site.studies[0]))
+    assert number_of(reply) == 111
+    assert marker not in reply.error.reason
+
+
+def write_site_file(folder: Path, hospital: Path, study: Study, **changes: str) -> Path:
+    text = {"name": '"Alder"', "data": f'"{hospital}"', "studies": '["study.toml"]', "cache": '"cache"'} | changes
+    path = folder / "site.toml"
+    path.write_text("\n".join(f"{key} = {value}" for key, value in text.items()))
+    values = json.loads(canonical(study))
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if not isinstance(value, dict | list)]
+    lines += [f"[[labels]]\nname = {json.dumps(label['name'])}\nvalues = {label['values']}" for label in values["labels"]]
+    for section, keys in values.items():
+        if isinstance(keys, dict):
+            lines.append(f"[{section}]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in keys.items()))
+    (folder / "study.toml").write_text("\n".join(lines))
+    assert tomllib.loads((folder / "study.toml").read_text())
+    return path
+
+
+def test_a_site_file_leads_to_a_site_that_trains(
+    hospital: Path, make_study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make_study()
+    path = write_site_file(tmp_path, hospital, study)
+    with pytest.raises(IcmoeError) as caught:
+        read_site(path)
+    assert caught.value.faults[0].number == 207  # features first
+    runner = CliRunner()
+    prepared = runner.invoke(cli.app, ["--site", "Alder", "--config", str(path), "prepare"])
+    assert prepared.exit_code == 0, prepared.output
+    monkeypatch.setenv(ENVIRONMENT, str(path))
+    found = site_from_environment(CONTEXT)
+    assert found.studies[0].digest == study.digest
+    assert not found.exact_counts
+    reply = make_client_app(site_from_environment)(Message(request(study), dst_node_id=5, message_type="train"), CONTEXT)
+    assert reply.content[NUMBERS]["slices"] == 10
+
+
+def test_the_command_line_shows_the_site(hospital: Path, make_study, tmp_path: Path) -> None:
+    path = write_site_file(tmp_path, hospital, make_study())
+    shown = CliRunner().invoke(cli.app, ["--site", "Alder", "--config", str(path), "show", "--json"])
+    assert shown.exit_code == 0
+    assert '"images_found": 12' in shown.output
+    assert CliRunner().invoke(cli.app, ["--site", "Alder", "--config", str(path)]).exit_code == 0
+
+
+BAD_SITES = {
+    "an unknown key": ({"nmae": '"x"'}, 201),
+    "a wrong type": ({"threads": '"two"'}, 202),
+    "a name with a path": ({"name": '"../x"'}, 202),
+    "a folder that is not there": ({"data": '"nowhere"'}, 109),
+    "a study that is not there": ({"studies": '["other.toml"]'}, 205),
+    "another site": ({"name": '"Birch"'}, 210),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SITES)
+def test_a_bad_site_file_is_one_numbered_sentence(name: str, hospital: Path, make_study, tmp_path: Path) -> None:
+    changes, number = BAD_SITES[name]
+    path = write_site_file(tmp_path, hospital, make_study(), **changes)
+    done = CliRunner().invoke(cli.app, ["--site", "Alder", "--config", str(path), "show"])
+    assert done.exit_code == 1
+    assert f"ICM{number}" in done.output + done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_without_a_site_or_its_file_the_command_says_so(tmp_path: Path) -> None:
+    missing = CliRunner().invoke(cli.app, ["--site", "Alder", "--config", str(tmp_path / "none.toml"), "show"])
+    assert missing.exit_code == 1
+    assert "ICM205" in missing.output + missing.stderr
+    unnamed = CliRunner().invoke(cli.app, ["show"])
+    assert unnamed.exit_code == 1
+    assert "ICM203" in unnamed.output + unnamed.stderr
+
+
+def test_the_environment_must_name_the_site_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    with pytest.raises(IcmoeError, match="ICM205"):
+        site_from_environment(CONTEXT)
