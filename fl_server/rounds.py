@@ -46,6 +46,12 @@ class RoundStrategy(Protocol):
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Return the closing evaluation messages."""
 
+    def state(self) -> Tensors:
+        """Return what the strategy must remember between rounds."""
+
+    def load_state(self, state: Tensors) -> None:
+        """Take it back from a commit."""
+
 
 @dataclass(slots=True)
 class RunState:
@@ -205,6 +211,7 @@ def run_rounds(
     def heard(number: int) -> Callable[[Message], None]:
         return lambda reply: on_reply(number, sites.get(reply.metadata.src_node_id, "?")) if on_reply is not None else None
 
+    strategy.load_state(state.extra)
     while state.round < study.rounds:
         number = state.round + 1
         began = time.perf_counter()
@@ -217,6 +224,7 @@ def run_rounds(
             raise IcmoeError(*(strategy.report.faults or [Fault(number=501, where=f"round {number}")]))
         if moved is not None:
             state.arrays = {name: array.numpy() for name, array in moved.items()}
+        state.extra = strategy.state()
         note_validation(state, _validation(replies, sites))
         seconds = {"train": trained_s, "aggregate": time.perf_counter() - began - trained_s}
         size_down_bytes = sum(len(array.data) for array in arrays.values())

@@ -125,6 +125,14 @@ class RouterAware(Strategy):
         loss = float(plain_share(size_S) @ np.array([update.loss for update in updates]))
         return ArrayRecord({name: Array(tensor) for name, tensor in moved.items()}), MetricRecord({LOSS_KEY: loss})
 
+    def state(self) -> Tensors:
+        """Return nothing: each round stands for itself."""
+        return {}
+
+    def load_state(self, state: Tensors) -> None:
+        """Take nothing back."""
+        del state
+
     def unmoved(self) -> ArrayRecord:
         """Return the round's arrays as they were sent out."""
         return ArrayRecord({name: Array(tensor) for name, tensor in self._current.items()})

@@ -84,6 +84,14 @@ class Alone(Strategy):
         arrays = ArrayRecord({f"{name}|{key}": array for name, record in moved.items() for key, array in record.items()})
         return arrays, None
 
+    def state(self) -> Tensors:
+        """Return nothing: each round stands for itself."""
+        return {}
+
+    def load_state(self, state: Tensors) -> None:
+        """Take nothing back."""
+        del state
+
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return nothing: each site's score stands for itself."""
         del server_round, replies

@@ -1,0 +1,203 @@
+"""The rounds of a study: commit and resume, deadlines, failing sites; only the wire is a fake."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+
+from fl_server.app import Roster, make_strategy, meet, start_state
+from fl_server.rounds import RunState, ask, run_rounds
+from fl_server.server_optimizer import ServerOptimized
+from icmoe.errors import IcmoeError
+from icmoe.exchange import ARRAYS, BALANCE_BIAS, CONFIG, NUMBERS, ROUND_KEY, UPDATE
+from icmoe.study import Study
+
+SITES = {11: "Alder", 12: "Birch", 13: "Cedar"}
+ROSTER = Roster(SITES, {"Alder": 30, "Birch": 20, "Cedar": 10})
+
+Answer = Callable[[Message, str], Message | None]
+
+
+class Wire:
+    """Flower's Grid with sites that answer at once; an answer of None is a site that is silent."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self.asked: list[Message] = []
+        self._replies: dict[str, Message] = {}
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(SITES)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            number = f"m{len(self.asked)}"
+            message.metadata.__dict__["_message_id"] = number
+            self.asked.append(message)
+            ids.append(number)
+            reply = self.answer(message, SITES[message.metadata.dst_node_id])
+            if reply is not None:
+                reply.metadata.__dict__["_reply_to_message_id"] = number
+                reply.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id
+                self._replies[number] = reply
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._replies.pop(number) for number in list(message_ids) if number in self._replies]
+
+
+def honest(message: Message, site: str) -> Message:
+    """Answer with an update that depends on site, round and the global model, so that every bit matters."""
+    if message.metadata.message_type == "query.site":
+        about = ConfigRecord({"site": site, "slices": ROSTER.sizes[site]})
+        return Message(RecordDict({CONFIG: about}), reply_to=message)
+    numbers = {"val-dice": 0.1 * message.content[CONFIG][ROUND_KEY], "val-patients": 2}
+    if message.metadata.message_type == "evaluate":
+        return Message(RecordDict({NUMBERS: MetricRecord({**numbers, "val-dice": 0.9})}), reply_to=message)
+    rng = np.random.default_rng([len(site), ord(site[0]), message.content[CONFIG][ROUND_KEY]])
+    update = {
+        name: Array((0.1 * array.numpy() + rng.normal(0, 0.01, array.numpy().shape)).astype(np.float32))
+        for name, array in message.content[ARRAYS].items()
+        if name != BALANCE_BIAS
+    }
+    usage = rng.dirichlet(np.ones(3)).tolist()
+    numbers |= {"slices": ROSTER.sizes[site], "usage": usage, "loss": 0.5, "steps": 3, "seconds": 0.1}
+    return Message(RecordDict({UPDATE: ArrayRecord(update), NUMBERS: MetricRecord(numbers)}), reply_to=message)
+
+
+def run(study: Study, path: Path, answer: Answer = honest, stop_after: int | None = None) -> RunState:
+    state = RunState.load(path, study) if path.exists() else start_state(study)
+    strategy = make_strategy(study, ROSTER)
+
+    def on_round(record: dict) -> None:
+        if record["round"] == stop_after:
+            raise KeyboardInterrupt
+
+    def commit(now: RunState) -> None:
+        now.commit(path)
+
+    return run_rounds(Wire(answer), strategy, study, state, sites=SITES, commit=commit, poll_s=0.01, on_round=on_round)
+
+
+@pytest.mark.parametrize("optimizer", ["none", "adam", "yogi"])
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_a_stopped_study_ends_with_the_same_bytes(optimizer: str, stop_after: int, make_study, tmp_path: Path) -> None:
+    study = make_study(rounds=4, aggregation={"optimizer": optimizer})
+    undisturbed = run(study, tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        run(study, tmp_path / "b", stop_after=stop_after)
+    resumed = run(study, tmp_path / "b")
+    assert resumed.round == 4
+    assert all(np.array_equal(resumed.arrays[name], tensor) for name, tensor in undisturbed.arrays.items())
+    assert [row["sites"]["Alder"]["usage"] for row in resumed.history] == [
+        row["sites"]["Alder"]["usage"] for row in undisturbed.history
+    ]
+
+
+def test_the_validation_score_of_a_round_is_that_of_its_model(make_study, tmp_path: Path) -> None:
+    state = run(make_study(rounds=3), tmp_path / "s")
+    # Round r + 1 scores what round r left behind, and the closing evaluation the last one.
+    assert [row["val_dice"] for row in state.history] == pytest.approx([0.2, 0.3, 0.9])
+    assert state.history[0]["sites"]["Birch"]["val_dice"] == pytest.approx(0.2)
+    assert state.closed
+
+
+def test_a_finished_study_asks_nobody_again(make_study, tmp_path: Path) -> None:
+    study = make_study()
+    run(study, tmp_path / "s")
+    again = run(study, tmp_path / "s", answer=lambda message, site: pytest.fail(f"{site} was asked"))
+    assert again.round == study.rounds
+
+
+def test_the_round_goes_on_without_a_site_that_fails_or_is_silent(make_study, tmp_path: Path) -> None:
+    def answer(message: Message, site: str) -> Message | None:
+        if site == "Birch":
+            return Message(Error(1304, "ICM304 site did not finish its part of a round"), reply_to=message)
+        return None if site == "Cedar" else honest(message, site)
+
+    began = time.monotonic()
+    state = run(make_study(rounds=1, deadline_s=0.3), tmp_path / "s", answer)
+    assert time.monotonic() - began < 5
+    record = state.history[0]
+    assert set(record["sites"]) == {"Alder"}
+    assert [(fault["where"], fault["number"]) for fault in record["faults"]] == [("Birch", 304)]
+
+
+def test_without_any_update_the_study_stops_and_what_was_committed_stays(make_study, tmp_path: Path) -> None:
+    study = make_study(rounds=3, deadline_s=0.2)
+
+    def answer(message: Message, site: str) -> Message | None:
+        return honest(message, site) if message.content[CONFIG][ROUND_KEY] == 1 else None
+
+    with pytest.raises(IcmoeError) as caught:
+        run(study, tmp_path / "s", answer)
+    assert caught.value.faults[0].number == 501
+    assert RunState.load(tmp_path / "s", study).round == 1
+
+
+def test_below_the_quorum_the_model_does_not_move(make_study, tmp_path: Path) -> None:
+    study = make_study(rounds=1, quorum=2, deadline_s=0.2)
+    state = run(study, tmp_path / "s", lambda message, site: honest(message, site) if site == "Alder" else None)
+    assert all(np.array_equal(state.arrays[name], tensor) for name, tensor in start_state(study).arrays.items())
+
+
+def test_bytes_are_those_of_the_tensors_as_sent(make_study, tmp_path: Path) -> None:
+    state = run(make_study(rounds=1), tmp_path / "s")
+    row = state.history[0]["sites"]["Alder"]
+    values = sum(tensor.nbytes for name, tensor in state.arrays.items() if name != BALANCE_BIAS)
+    assert values < row["bytes_up"] < 1.5 * values + 200 * len(state.arrays)
+    assert state.history[0]["bytes_up"] == 3 * row["bytes_up"]
+
+
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "another study"])
+def test_a_damaged_or_foreign_state_is_refused(damage: str, make_study, tmp_path: Path) -> None:
+    study, path = make_study(), tmp_path / "s"
+    run(study, path)
+    if damage == "garbage":
+        path.write_bytes(b"\x00" * 100)
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-50])
+    else:
+        study = make_study(seed=99)
+    with pytest.raises(IcmoeError) as caught:
+        RunState.load(path, study)
+    assert caught.value.faults[0].number == 502
+
+
+def test_a_state_round_trips_with_the_optimisers_moments(make_study, tmp_path: Path) -> None:
+    study = make_study(rounds=2, aggregation={"optimizer": "adam"})
+    state = run(study, tmp_path / "s")
+    loaded = RunState.load(tmp_path / "s", study)
+    assert loaded.history == state.history
+    assert loaded.extra.keys() == state.extra.keys() != set()
+    assert isinstance(make_strategy(study, ROSTER), ServerOptimized)
+
+
+def test_sites_that_introduce_themselves_badly_are_refused(make_study) -> None:
+    study = make_study(deadline_s=0.5)
+    assert meet(Wire(honest), 3, study, poll_s=0.01) == ROSTER
+
+    def impostor(message: Message, site: str) -> Message:
+        return honest(message, "Alder")
+
+    with pytest.raises(IcmoeError) as caught:
+        meet(Wire(impostor), 3, study, poll_s=0.01)
+    assert caught.value.faults[0].number == 301
+    with pytest.raises(IcmoeError) as caught:
+        meet(Wire(honest), 4, study, poll_s=0.01)
+    assert caught.value.faults[0].number == 501
+
+
+def test_the_wait_ends_at_the_deadline(make_study) -> None:
+    wire = Wire(lambda message, site: None)
+    message = Message(RecordDict({CONFIG: ConfigRecord({})}), dst_node_id=11, message_type="train")
+    began = time.monotonic()
+    assert ask(wire, [copy.copy(message)], deadline_s=0.2, poll_s=0.02) == []
+    assert 0.15 < time.monotonic() - began < 3
