@@ -1,0 +1,186 @@
+"""The rehearsal's own parts: methods, scenarios, the folder it writes, the sentences it prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from icmoe.errors import IcmoeError
+from icmoe.study import derived_seed
+from simulations.folder import RunFolder
+from simulations.methods import METHODS, study_for
+from simulations.results import comparisons, summary_of
+from simulations.run_sim import _given, _seeds
+from simulations.scenario import merged, read_scenario
+from simulations.scoring import best_median_worst, mean_record, require_unchanged
+
+TEST_BACKBONE = {"test_only": True, "backbone": {"name": "sam-vit-test", "image_size": 64}}
+
+
+def test_methods_differ_in_what_they_say_and_in_nothing_else(make_study) -> None:
+    base = make_study()
+    studies = {method: study_for(method, base, seed=5) for method in METHODS}
+    assert studies["local"] == studies["pooled"]
+    assert len({study.digest for study in studies.values()}) == len(METHODS) - 1
+    assert all(study.seed == 5 and study.model == base.model and study.loss == base.loss for study in studies.values())
+    assert len({derived_seed(study, "train", "Alder", 1) for study in studies.values()}) == 1  # the same batches for all
+    plain = studies["fedavg"].aggregation
+    assert (plain.usage_exponent, plain.floor, plain.cap, plain.shrinkage, plain.min_contributors) == (0.0, 0.0, 1.0, False, 1)
+    assert studies["fedprox"].training.proximal_mu > 0
+    assert studies["personal"].aggregation.personal
+    assert studies["fedyogi"].aggregation.optimizer == "yogi"
+    assert studies["router-aware"].aggregation == base.aggregation
+
+
+def test_a_scenario_is_read_with_the_command_line_on_top(tmp_path: Path) -> None:
+    path = tmp_path / "s.toml"
+    path.write_text(
+        '[study]\nrounds = 7\ntest_only = true\n[study.backbone]\nname = "sam-vit-test"\nimage_size = 64\n'
+        "[simulation]\nseeds = [4, 5]\n"
+    )
+    study, simulation = read_scenario(path, {"training": {"local_epochs": 9}}, {"methods": ["fedavg"]})
+    assert (study.rounds, study.training.local_epochs, study.seed) == (7, 9, 4)
+    assert simulation.seeds == (4, 5)
+    assert simulation.methods == ("fedavg",)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("[simulatoin]\nseeds = [1]\n", 201),
+        ("[simulation]\nmetods = []\n", 201),
+        ("[simulation]\nseeds = []\n", 202),
+        ("[simulation]\nseeds = [1, 1]\n", 202),
+        ('[simulation]\nmethods = ["fedavg", "fedavg"]\n', 202),
+        ("[simulation]\nalpha = 0.0\n", 202),
+        ("[study\n", 204),
+    ],
+)
+def test_a_wrong_scenario_is_refused_by_number(text: str, number: int, tmp_path: Path) -> None:
+    path = tmp_path / "s.toml"
+    path.write_text(text)
+    with pytest.raises(IcmoeError) as caught:
+        read_scenario(path, TEST_BACKBONE, {})
+    assert caught.value.faults[0].number == number
+
+
+def test_tables_are_merged_value_by_value() -> None:
+    assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"c": 4}, "e": 5}) == {"a": {"b": 1, "c": 4}, "d": 3, "e": 5}
+
+
+def test_options_that_were_not_given_stay_out() -> None:
+    assert _given({"a": None, "b": {}, "c": 0, "d": "x"}) == {"c": 0, "d": "x"}
+    assert _seeds(None, 3) == [1, 2, 3]
+    assert _seeds(7, None) == [7]
+    assert _seeds(None, None) is None
+    for wrong in ((1, 2), (None, 0), (None, 101)):
+        with pytest.raises(IcmoeError):
+            _seeds(*wrong)
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "out")
+    with folder.claimed(resume=False):
+        with pytest.raises(IcmoeError, match="another process"), RunFolder(tmp_path / "out").claimed(resume=True):
+            pass
+        folder.check_identity({"data": "x", "studies": "y"})
+    with pytest.raises(IcmoeError, match="holds a run already"), folder.claimed(resume=False):
+        pass
+    with folder.claimed(resume=True):
+        folder.check_identity({"data": "x", "studies": "y"})
+        with pytest.raises(IcmoeError, match=r"ICM502.*data"):
+            folder.check_identity({"data": "other", "studies": "y"})
+
+
+def test_results_appear_last(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "out")
+    staged = folder.root / ".work" / "publish"
+    for name in ("results.json", "report.html", "models/a.safetensors"):
+        (staged / name).parent.mkdir(parents=True, exist_ok=True)
+        (staged / name).write_text(name)
+    (folder.root / "models").mkdir()
+    (folder.root / "models" / "a.safetensors").mkdir()  # a model cannot be put in place
+    with pytest.raises(OSError, match="directory"):
+        folder.publish(staged)
+    assert not folder.results.exists()
+    (folder.root / "models" / "a.safetensors").rmdir()
+    folder.publish(staged)
+    assert folder.results.read_text() == "results.json"
+    assert not staged.exists()
+
+
+def row(dice: float | None, **extra: object) -> dict[str, object]:
+    return {"dice": dice, "iou": None, "hd95_mm": None, **extra}
+
+
+def evaluation(a: float, b: float, pooled: float) -> dict[str, object]:
+    worst, value = ("A", a) if a < b else ("B", b)
+    return {
+        "sites": {"A": row(a), "B": row(b), "Tiny": row(None)},
+        "mean": row((a + b) / 2),
+        "worst_site": {"site": worst, "dice": value},
+        "pooled": row(pooled, patients=3),
+    }
+
+
+def test_the_mean_of_records_is_taken_number_by_number_and_null_stays_null() -> None:
+    mean = mean_record([evaluation(0.2, 0.9, 0.5), evaluation(0.8, 0.1, 0.3)])
+    assert mean["sites"]["A"]["dice"] == pytest.approx(0.5)
+    assert mean["sites"]["Tiny"]["dice"] is None
+    assert mean["pooled"] == pytest.approx({"dice": 0.4, "iou": None, "hd95_mm": None, "patients": 3})
+    assert mean["worst_site"] == {"site": "A", "dice": pytest.approx(0.5)}
+
+
+def test_the_printed_answers_follow_from_the_numbers_whatever_they_show() -> None:
+    def record(test: dict[str, object], **extra: object) -> dict[str, object]:
+        return {"test": test, "rounds": [{"usage_spread": 0.01}], "own_test": None, **extra}
+
+    methods = {
+        "router-aware": {"1": record(evaluation(0.6, 0.7, 0.65)), "2": record(evaluation(0.6, 0.7, 0.67))},
+        "fedavg": {"1": record(evaluation(0.6, 0.7, 0.66)), "2": record(evaluation(0.6, 0.7, 0.66))},
+        "pooled": {seed: record(evaluation(0.7, 0.7, 0.70)) for seed in "12"},
+        "local": {
+            seed: record(
+                evaluation(0.5, 0.6, 0.55), own_test=evaluation(0.65, 0.6, 0.6), everywhere={"A": 0.64, "B": 0.62, "Tiny": 0.2}
+            )
+            for seed in "12"
+        },
+    }
+    for run in methods["local"].values():
+        run["own_test"] = run.pop("own_test")
+    summary = {name: summary_of(list(runs.values())) for name, runs in methods.items()}
+    assert summary["router-aware"]["dice_pooled"] == pytest.approx(0.66)
+    assert summary["router-aware"]["dice_std"] == pytest.approx(0.01414, abs=1e-4)
+    found = comparisons(summary, methods)
+    assert json.loads(json.dumps(found)) == found
+    pooled, local, honest, *sites, usage = found
+    assert pooled["value"] == pytest.approx(0.66 / 0.70)
+    assert pooled["met"] is False
+    assert local["value"] == pytest.approx(0.11)
+    assert local["met"] is True
+    assert honest["value"] == pytest.approx(0.66 - 0.63)  # without the site that is too small to test on
+    assert [line["sentence"].split()[:2] for line in sites] == [["A", "loses"], ["B", "gains"]]
+    assert usage["value"] == pytest.approx(0.0, abs=1e-9)
+    assert "+0.0000" in usage["sentence"] or "-0.0000" in usage["sentence"]
+
+
+def test_a_backbone_that_changed_stops_everything() -> None:
+    require_unchanged("a", "a")
+    with pytest.raises(IcmoeError, match="ICM401"):
+        require_unchanged("a", "b")
+
+
+def test_best_median_worst_of_few_patients() -> None:
+    from icmoe.metrics import ClassScore, PatientScore
+
+    patients = [
+        PatientScore("A", name, (ClassScore(dice, dice, None, None),)) for name, dice in (("x", 0.9), ("y", 0.1), ("z", 0.5))
+    ]
+    assert [(rank, patient.patient) for rank, patient in best_median_worst(patients)] == [
+        ("best", "x"),
+        ("median", "z"),
+        ("worst", "y"),
+    ]
+    assert best_median_worst([]) == []
