@@ -47,7 +47,7 @@ from icmoe.training import train_round
 
 log = logging.getLogger("fl_client")
 
-Handler = Callable[[Message, Context], Message]
+Answer = Callable[[Message, Context], Message]
 SiteOf = Callable[[Context], Site]
 
 ERROR_CODE = 1000
@@ -150,12 +150,12 @@ def _validation(site: Site, study: Study, model: ICMoE) -> dict[str, int | float
     return {DICE_KEY: dice, PATIENTS_KEY: len(scores)}
 
 
-def _numbers_only(handler: Handler) -> Handler:
-    """Return the handler with every exception replaced by a number and its title before it leaves."""
+def _numbers_only(answer: Answer) -> Answer:
+    """Return the answer with every exception replaced by a number and its title before it leaves."""
 
     def guarded(message: Message, context: Context) -> Message:
         try:
-            return handler(message, context)
+            return answer(message, context)
         except IcmoeError as error:
             log.error("%s", error)
             return _refusal(error.faults[0].number, message)

@@ -106,18 +106,11 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
     with clock.phase("encode"):
         backbone = _backbone(study, simulation, device)
         before = backbone.weights_digest()
-        cache = FeatureCache.of(default_cache_folder(), study)
-        everything = [item for split in ("train", "val", "test") for item in hospitals.slices(split)]
-        encode_slices(everything, study, backbone, cache, on_progress=lambda done, total: screen.progress("encode", done, total))
+        cache = _encoded(hospitals, study, backbone, screen)
     jobs = make_jobs(study, simulation, hospitals, folder)
     folder.check_identity(_identity(jobs, simulation, hospitals, backbone))
-    sites = make_sites(
-        hospitals,
-        tuple(job.study for job in jobs),
-        cache=cache,
-        state_folder=folder.work / "sites",
-        simulation=simulation,
-    )
+    studies = tuple(job.study for job in jobs)
+    sites = make_sites(hospitals, studies, cache=cache, state_folder=folder.work / "sites", simulation=simulation)
     write_sites(folder.work / "sites.json", sites)
     with clock.phase("train"):
         states = run_jobs(jobs, folder.work / "sites.json", engine_of(simulation, device), screen.on_event)
@@ -134,22 +127,29 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
         study=study,
         simulation=simulation,
         hospitals=hospitals,
-        backbone={
-            **study.backbone.model_dump(mode="json"),
-            "weights_digest_before": before,
-            "weights_digest_after": after,
-        },
+        backbone=study.backbone.model_dump(mode="json") | {"weights_digest_before": before, "weights_digest_after": after},
         methods=methods,
         seconds=clock.seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    shown = exhibits(jobs, states, examiner)
+    _write_results(results, exhibits(jobs, states, examiner), staged)
+    folder.publish(staged)
+    return results
+
+
+def _encoded(hospitals: Hospitals, study: Study, backbone: Backbone, screen: Screen) -> FeatureCache:
+    """Return the user's feature cache, with every slice of every split in it."""
+    cache = FeatureCache.of(default_cache_folder(), study)
+    everything = [item for split in ("train", "val", "test") for item in hospitals.slices(split)]
+    encode_slices(everything, study, backbone, cache, on_progress=lambda done, total: screen.progress("encode", done, total))
+    return cache
+
+
+def _write_results(results: Record, shown: list[Overlay], staged: Path) -> None:
     write_report(results, shown, staged / REPORT)
     if shown:
         figure_from_results(results, shown, staged / FIGURE)
     write_atomically(staged / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
-    folder.publish(staged)
-    return results
 
 
 def _backbone(study: Study, simulation: Simulation, device: torch.device) -> Backbone:
