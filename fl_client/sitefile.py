@@ -36,6 +36,8 @@ class SiteFile(Section):
     """cpu, cuda or cuda:N."""
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     """CPU threads of a training step."""
+    allow_test_only: bool = False
+    """Whether studies over the untrained test backbone may run here."""
 
 
 def read_site_file(path: Path) -> tuple[SiteFile, tuple[Study, ...]]:
@@ -44,10 +46,14 @@ def read_site_file(path: Path) -> tuple[SiteFile, tuple[Study, ...]]:
     Raises
     ------
     IcmoeError
-        201-205, every fault of the site file at once.
+        201-205, every fault of the site file at once; 212 per study for tests where the site does not allow them.
     """
     settings = parse(SiteFile, read_toml(path), where=str(path))
-    return settings, tuple(read_study(path.parent / name) for name in settings.studies)
+    studies = tuple(read_study(path.parent / name) for name in settings.studies)
+    tests = [] if settings.allow_test_only else [study for study in studies if study.test_only]
+    if tests:
+        raise IcmoeError(*(Fault(number=212, where=str(path), value=study.name, did="Nothing was started.") for study in tests))
+    return settings, studies
 
 
 def site_slices(path: Path, settings: SiteFile, study: Study) -> tuple[Slice, ...]:

@@ -58,7 +58,7 @@ CATALOGUE: dict[int, Entry] = {
     209: Entry("model file is damaged or is not an IC-MoE model", "Fetch the file again and compare its digest."),
     210: Entry("option does not fit the others", "Change one of the options named."),
     211: Entry("device is not available", "Use --device cpu, or install a CUDA build of PyTorch and its driver."),
-    212: Entry("backbone is for tests only", "Choose a pretrained backbone, or set test_only = true in a study that is a test."),
+    212: Entry("study is for tests only", "Approve the real study, or set allow_test_only = true in the site file of a test."),
     301: Entry(
         "message carries something the study does not allow",
         "Install the same version at coordinator and site and approve the same study.",

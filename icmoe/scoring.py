@@ -52,7 +52,7 @@ def score_folder(
     Raises
     ------
     IcmoeError
-        205-212 for model and backbone, 107-110 for the folder, 108 where no image of the split is usable.
+        205-211 for model and backbone, 107-110 for the folder, 108 where no image of the split is usable.
     """
     device = available_device(device_name)
     model, header = read_model(model_path)

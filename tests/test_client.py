@@ -163,7 +163,13 @@ def test_the_text_of_an_exception_never_leaves(site: Site) -> None:
 
 
 def write_site_file(folder: Path, hospital: Path, study: Study, **changes: str) -> Path:
-    text = {"name": '"Alder"', "data": f'"{hospital}"', "studies": '["study.toml"]', "cache": '"cache"'} | changes
+    text = {
+        "name": '"Alder"',
+        "data": f'"{hospital}"',
+        "studies": '["study.toml"]',
+        "cache": '"cache"',
+        "allow_test_only": "true",
+    } | changes
     path = folder / "site.toml"
     path.write_text("\n".join(f"{key} = {value}" for key, value in text.items()))
     values = json.loads(canonical(study))
@@ -205,6 +211,7 @@ def test_the_command_line_shows_the_site(hospital: Path, make_study, tmp_path: P
 
 
 BAD_SITES = {
+    "a study for tests only": ({"allow_test_only": "false"}, 212),
     "an unknown key": ({"nmae": '"x"'}, 201),
     "a wrong type": ({"threads": '"two"'}, 202),
     "a name with a path": ({"name": '"../x"'}, 202),

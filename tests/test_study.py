@@ -1,0 +1,147 @@
+"""The study: one digest for one meaning, every fault of a file at once, the nearest key for a mistyped one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icmoe.config import parse
+from icmoe.errors import IcmoeError
+from icmoe.study import Study, canonical, derived_seed, is_digest, read_study
+
+DIGEST = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
+SMALL = f"""
+name = "lesion-study"
+seed = 1
+[[labels]]
+name = "background"
+values = [0]
+[[labels]]
+name = "lesion"
+values = [1, 255]
+[backbone]
+digest = "{DIGEST}"
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "study.toml"
+    path.write_text(text)
+    return path
+
+
+def faults_of(folder: Path, text: str) -> list[str]:
+    with pytest.raises(IcmoeError) as caught:
+        read_study(write(folder, text))
+    return [str(fault) for fault in caught.value.faults]
+
+
+def test_the_digest_of_a_known_study_never_changes(tmp_path: Path) -> None:
+    # A change of this value is a change of the schema: sites would refuse studies that they have approved.
+    study = read_study(write(tmp_path, SMALL))
+    assert study.digest == "0ec97b7439061f857001fd6f58f3e94e35560e6549b337f2403edcd68f5a7878"
+
+
+def test_the_digest_does_not_depend_on_order_or_on_spelled_out_defaults(tmp_path: Path) -> None:
+    study = read_study(write(tmp_path, SMALL))
+    turned = dict(reversed(list(json.loads(canonical(study)).items())))
+    assert parse(Study, turned, where="turned").digest == study.digest
+    assert read_study(write(tmp_path, SMALL + "[training]\nbatch_size = 4\n")).digest == study.digest
+    assert read_study(write(tmp_path, SMALL + "[training]\nbatch_size = 5\n")).digest != study.digest
+
+
+def test_every_setting_enters_the_digest(make_study) -> None:
+    base = make_study()
+    changes = [
+        {"rounds": 3},
+        {"deadline_s": 9.0},
+        {"loss": {"contrast": 0.0}},
+        {"model": {"voting": False}},
+        {"aggregation": {"usage_exponent": 0.0}},
+        {"backbone": {"block_features": False}},
+    ]
+    assert len({base.digest, *(make_study(**change).digest for change in changes)}) == len(changes) + 1
+
+
+def test_all_faults_of_a_file_come_together(tmp_path: Path) -> None:
+    lines = faults_of(
+        tmp_path,
+        SMALL.replace("seed = 1", "seed = -4\nround = 3")
+        + '[training]\nlearning_rate = "fast"\nlocal_epoch = 2\n[aggregation]\ncap = 0.0\n',
+    )
+    assert sorted(line[:6] for line in lines) == ["ICM201", "ICM201", "ICM202", "ICM202", "ICM202"]
+    assert any('round. Nothing was started. Did you mean "rounds"?' in line for line in lines)
+    assert any('training.local_epoch. Nothing was started. Did you mean "local_epochs"?' in line for line in lines)
+    assert any("seed = -4 (allowed: greater than or equal to 0)" in line for line in lines)
+    assert any("training.learning_rate = 'fast' (allowed: a valid number)" in line for line in lines)
+    assert all("study.toml" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "number", "said"),
+    [
+        (lambda text: text.replace('name = "lesion-study"\n', ""), 203, "name"),
+        (lambda text: text.replace("[1, 255]", "[0]"), 202, "each label name and each mask value once"),
+        (lambda text: text.replace("[1, 255]", "[1, -5]"), 202, "labels.1.values.1 = -5"),
+        (lambda text: text.replace(DIGEST, "79d8"), 202, "backbone.digest"),
+        (lambda text: text.replace("[backbone]", '[backbone]\nname = "sam-vit-test"'), 202, "test_only = true"),
+        (lambda text: text.replace("seed = 1", "seed = 1.0"), 202, "seed = 1.0"),
+        (lambda text: text.replace("seed = 1", "seed = true"), 202, "seed = True"),
+        (lambda text: text.replace("seed = 1", "seed = 1\ndeadline_s = inf"), 202, "deadline_s"),
+        (lambda text: text.replace("seed = 1", "seed = 1\nschema_version = 2"), 202, "schema_version"),
+        (lambda text: text + "[[labels]\n", 204, "study.toml"),
+    ],
+)
+def test_bad_studies_are_refused_by_number(change, number: int, said: str, tmp_path: Path) -> None:
+    lines = faults_of(tmp_path, change(SMALL))
+    assert len(lines) == 1
+    assert lines[0].startswith(f"ICM{number} ")
+    assert said in lines[0]
+
+
+def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
+    with pytest.raises(IcmoeError) as caught:
+        read_study(tmp_path / "absent.toml")
+    assert caught.value.faults[0].number == 205
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(IcmoeError) as caught:
+        read_study(tmp_path / "binary.toml")
+    assert caught.value.faults[0].number == 204
+
+
+def test_a_study_cannot_be_changed(make_study) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        make_study().rounds = 5
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(1, 1000))
+def test_seeds_differ_by_purpose_site_and_round_and_fit_numpy_and_torch(seed: int, number: int) -> None:
+    study = parse(Study, {**_values(), "seed": seed}, where="test")
+    seeds = {
+        derived_seed(study, "train", "Alder", number),
+        derived_seed(study, "train", "Birch", number),
+        derived_seed(study, "train", "Alder", number + 1),
+        derived_seed(study, "model"),
+    }
+    assert len(seeds) == 4
+    assert all(0 <= value < 2**63 for value in seeds)
+
+
+def test_the_method_does_not_enter_a_seed() -> None:
+    study = parse(Study, _values(), where="test")
+    fedavg = study.model_copy(update={"aggregation": study.aggregation.model_copy(update={"usage_exponent": 0.0})})
+    assert derived_seed(study, "train", "Alder", 1) == derived_seed(fedavg, "train", "Alder", 1)
+
+
+def test_digests_are_recognised() -> None:
+    assert is_digest(DIGEST)
+    assert not any(map(is_digest, ("", DIGEST[:-1], DIGEST.upper(), DIGEST + "\n")))
+
+
+def _values() -> dict:
+    labels = [{"name": "background", "values": [0]}, {"name": "lesion", "values": [1]}]
+    return {"name": "s", "seed": 1, "labels": labels, "backbone": {"digest": DIGEST}}
