@@ -44,7 +44,7 @@ def parse(section: type[SectionT], values: Mapping[str, Any], *, where: str) -> 
         # TOML has lists where sections have tuples: JSON mode reads lists as tuples and stays strict otherwise.
         return section.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        items = [dict(item) for item in error.errors()]
+        items: list[dict[str, Any]] = [dict(item) for item in error.errors()]
         inner = {item["loc"][:depth] for item in items for depth in range(len(item["loc"]))}
         # A table is also reported for what is wrong inside it; the innermost report says it best.
         raise IcmoeError(*(_fault(section, item, where) for item in items if item["loc"] not in inner)) from None
