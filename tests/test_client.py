@@ -23,7 +23,8 @@ from icmoe.errors import CATALOGUE, IcmoeError
 from icmoe.exchange import ARRAYS, CONFIG, NUMBERS, ROUND_KEY, STUDY_KEY, UPDATE, global_state, is_personal, update_of
 from icmoe.features import FeatureCache
 from icmoe.model import build_model
-from icmoe.study import Study, canonical
+from icmoe.study import Study, canonical, derived_seed
+from icmoe.training import train_round
 from simulations.phantoms import PhantomSite, write_phantoms
 
 CONTEXT = Context(run_id=1, node_id=5, node_config={}, state=RecordDict(), run_config={})
@@ -92,6 +93,22 @@ def test_the_update_is_exactly_the_declared_tensors_and_numbers(site: Site) -> N
     assert moved > 0
     again = ask(site, request(study))
     assert all(again.content[UPDATE][name].data == array.data for name, array in reply.content[UPDATE].items())
+
+
+def test_each_round_draws_anew_from_study_site_and_round(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+
+    def spy(*arguments, seed: int, **settings):
+        seeds.append(seed)
+        return train_round(*arguments, seed=seed, **settings)
+
+    monkeypatch.setattr("fl_client.app.train_round", spy)
+    study = site.studies[0]
+    for number in (1, 2, 1):
+        content = request(study)
+        content[CONFIG][ROUND_KEY] = number
+        assert ask(site, content).has_content()
+    assert seeds == [derived_seed(study, "train", "Alder", number) for number in (1, 2, 1)]
 
 
 def test_personal_parts_stay_at_the_site_and_continue_from_round_to_round(site: Site) -> None:

@@ -165,3 +165,59 @@ def test_the_proximal_term_keeps_the_update_small(prepared, make_study) -> None:
         return sum((tensor - start[name]).square().sum().item() for name, tensor in global_state(model).items())
 
     assert moved(near) < 0.5 * moved(study)
+
+
+def recorded(prepared, make_study, monkeypatch: pytest.MonkeyPatch, **training: object):
+    """Train one round and return what the optimiser was given: its settings and the gradient norm of each step."""
+    study, site, cache, _ = prepared
+    chosen = make_study(training={**study.training.model_dump(), "views": list(study.training.views), **training})
+    seen: dict[str, list] = {"norms": [], "rates": [], "decay": []}
+
+    class Spy(torch.optim.AdamW):
+        def step(self, closure=None):
+            gradients = [p.grad for group in self.param_groups for p in group["params"]]
+            seen["norms"].append(torch.stack([gradient.norm() for gradient in gradients]).norm().item())
+            seen["rates"].append(self.param_groups[0]["lr"])
+            seen["decay"].append(self.param_groups[0]["weight_decay"])
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    train_round(
+        build_model(chosen, seed=1), TrainingSet(site.of("train"), chosen, cache), chosen, round_number=2, seed=1, device=CPU
+    )
+    return chosen, seen
+
+
+def test_the_gradient_is_clipped_and_the_settings_arrive(prepared, make_study, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, free = recorded(prepared, make_study, monkeypatch, clip_norm=1e6, weight_decay=0.125)
+    assert max(free["norms"]) > 0.2
+    assert set(free["decay"]) == {0.125}
+    steps = len(free["rates"])
+    assert free["rates"] == [learning_rate(study, round_number=2, step=step, steps=steps) for step in range(steps)]
+    _, clipped = recorded(prepared, make_study, monkeypatch, clip_norm=0.1)
+    assert max(clipped["norms"]) < 0.1001
+
+
+def test_the_contrast_meets_the_prototypes_of_the_incoming_model(prepared) -> None:
+    study, site, cache, _ = prepared
+    model = build_model(study, seed=1)
+    with torch.no_grad():
+        model.prototypes_KD.copy_(torch.randn(model.prototypes_KD.shape, generator=torch.Generator().manual_seed(8)))
+    incoming = torch.nn.functional.normalize(model.prototypes_KD.detach().clone(), dim=1)
+    train_round(model, TrainingSet(site.of("train"), study, cache), study, round_number=1, seed=1, device=CPU)
+    assert torch.equal(model.round_prototypes_KD, incoming)
+    assert not torch.allclose(model.prototypes_KD, incoming)
+
+
+def test_mixed_precision_runs_the_same_code(prepared) -> None:
+    study, site, cache, _ = prepared
+    model = build_model(study, seed=1)
+    batch = next(TrainingSet(site.of("train"), study, cache).batches(steps=1, seed=1, device=CPU))
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            terms, _ = model.losses(batch.features, batch.target_BKhw, study.loss, torch.Generator().manual_seed(1))
+        results.append({name: value.mean().item() for name, value in terms.items()})
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        assert results[1][name] == pytest.approx(value, rel=0.1, abs=0.02), name
