@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -141,8 +142,14 @@ def _shade(share: float, experts: int) -> str:
 def final_table(results: dict[str, Any]) -> Table:
     """Return the test Dice per method and site, mean over the seeds."""
     sites = [name for name, row in results["sites"].items() if row["patients"]["test"]]
-    table = Table(title="Test Dice (per patient, mean over seeds)", title_justify="left")
-    table.add_column("method")
+    table = Table(
+        title="Test Dice (per patient, mean over seeds)",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("method", no_wrap=True)
     for name in [*sites, "mean of sites", "worst site", "all patients"]:
         table.add_column(name, justify="right")
     for method, row in results["summary"].items():
