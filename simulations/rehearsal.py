@@ -168,7 +168,7 @@ def report_sites(hospitals: Hospitals, screen: Screen) -> None:
         screen.say("These hospitals are [bold]phantoms[/bold]: drawn heads with drawn lesions, no patients.")
     for name, site in hospitals.sources.items():
         patients = len({item.patient for item in site.of("train")})
-        screen.say(f"{name}: found {site.images_found}, used {site.images_used} images; {patients} patients train")
+        screen.say(f"{name}: found {site.images_found}, used {site.images_used} images; patients in training: {patients}")
         for fault in site.exclusions[:10]:
             screen.say(f"  [yellow]{fault}[/yellow]")
         if len(site.exclusions) > 10:

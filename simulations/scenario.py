@@ -79,14 +79,27 @@ def read_scenario(
     tables = read_toml(path) if path else {}
     where = str(path) if path else "command line"
     unknown = sorted(set(tables) - {"study", "simulation"})
-    if unknown:
-        raise IcmoeError(*(Fault(number=201, where=where, value=key, limit="[study] and [simulation]") for key in unknown))
-    simulation = parse(Simulation, {**tables.get("simulation", {}), **simulation_options}, where=where)
+    faults = [Fault(number=201, where=where, value=key, limit="[study] and [simulation]") for key in unknown]
+    simulation = Simulation()
+    try:
+        simulation = parse(Simulation, {**tables.get("simulation", {}), **simulation_options}, where=where)
+    except IcmoeError as error:
+        faults += error.faults
+    try:
+        study = _study(tables, study_options, simulation, where)
+    except IcmoeError as error:
+        raise IcmoeError(*faults, *error.faults) from None
+    if faults:
+        raise IcmoeError(*faults)
+    return study, simulation
+
+
+def _study(tables: Mapping[str, Any], options: Mapping[str, Any], simulation: Simulation, where: str) -> Study:
     default: dict[str, Any] = {"name": "rehearsal", "seed": simulation.seeds[0], "labels": DEFAULT_LABELS}
     if simulation.data is None:
         default = merged(default, PHANTOM_STUDY)
-    values = merged(merged(default, tables.get("study", {})), study_options)
-    return parse(Study, with_backbone(values, simulation.checkpoint), where=where), simulation
+    values = merged(merged(default, tables.get("study", {})), options)
+    return parse(Study, with_backbone(values, simulation.checkpoint), where=where)
 
 
 def with_backbone(values: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:

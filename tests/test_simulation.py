@@ -66,6 +66,14 @@ def test_a_wrong_scenario_is_refused_by_number(text: str, number: int, tmp_path:
     assert caught.value.faults[0].number == number
 
 
+def test_every_fault_of_a_scenario_is_told_at_once(tmp_path) -> None:
+    path = tmp_path / "s.toml"
+    path.write_text("[simulatoin]\n[study]\nronds = 3\n[simulation]\nalpha = -1.0\n")
+    with pytest.raises(IcmoeError) as caught:
+        read_scenario(path, TEST_BACKBONE, {})
+    assert [fault.number for fault in caught.value.faults] == [201, 202, 201]
+
+
 def test_tables_are_merged_value_by_value() -> None:
     assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"c": 4}, "e": 5}) == {"a": {"b": 1, "c": 4}, "d": 3, "e": 5}
 
