@@ -83,7 +83,7 @@ def read_site(path: Path) -> Site:
     slices = site_slices(path, settings, studies[0])
     cache_folder = path.parent / settings.cache if settings.cache else default_cache_folder()
     cache = FeatureCache.of(cache_folder, studies[0])
-    keys = [cache.key(item.image_digest, item.window, "identity") for item in slices]
+    keys = [cache.key(item.image_digest, "identity") for item in slices]
     if missing := sum(not cache.contains(key) for key in keys):
         todo = f"Run fl_client --site {settings.name} prepare."
         fault = Fault(

@@ -44,7 +44,7 @@ class TrainingSet:
         self.views = study.training.views
         self.batch_size = min(study.training.batch_size, len(slices))
         self._cache = cache
-        self._keys = [[cache.key(item.image_digest, item.window, view) for view in self.views] for item in slices]
+        self._keys = [[cache.key(item.image_digest, view) for view in self.views] for item in slices]
         side = 2 * grid_of(study.backbone)
         masks = (load_mask(item.mask, study.labels) for item in slices)
         self._target_NKhw = torch.stack([target(mask, study.classes, side) for mask in masks])

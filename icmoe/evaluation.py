@@ -43,7 +43,7 @@ def predict_slices(
     """
     for at in range(0, len(slices), batch_size):
         chunk = slices[at : at + batch_size]
-        features = cache.load([cache.key(item.image_digest, item.window, "identity") for item in chunk])
+        features = cache.load([cache.key(item.image_digest, "identity") for item in chunk])
         batch = to_device(Batch(features, torch.empty(0)), device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits_BKhw = model(batch.features).logits_BKhw

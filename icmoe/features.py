@@ -1,7 +1,7 @@
 """The feature cache: what the frozen backbone says of each view, computed once and kept at the site.
 
 One safetensors file per view, fp16, named by its key: the SHA-256 of backbone digest, input size, preprocessing
-version, dtype, image digest, intensity window and view. An entry is written to a temporary file and
+version, dtype, digest of the normalised image and view. An entry is written to a temporary file and
 renamed, so several processes may share a folder and a kill leaves no half entry. Its header repeats the key and a CRC-32 of
 the tensors; an entry that is damaged or foreign counts as absent and is computed again. A process checks an entry when
 it first reads it, not on every step.
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError
-from icmoe.preprocess import PREPROCESSING_VERSION, Window
+from icmoe.preprocess import PREPROCESSING_VERSION
 from icmoe.study import Study, View
 
 METADATA_KEY = "icmoe"
@@ -101,10 +101,10 @@ class FeatureCache:
         chosen = study.backbone
         return FeatureCache(folder, chosen.digest, chosen.image_size, chosen.block_features)
 
-    def key(self, image_digest: str, window: Window, view: View) -> str:
+    def key(self, image_digest: str, view: View) -> str:
         """Return the key of one view of one image, 64 hexadecimal digits."""
         own = (FORMAT, self.digest, self.image_size, PREPROCESSING_VERSION, "float16")
-        return hashlib.sha256(json.dumps([*own, image_digest, window.low, window.high, view]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([*own, image_digest, view]).encode()).hexdigest()
 
     def path(self, key: str) -> Path:
         """Return the file of a key."""

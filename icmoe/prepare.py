@@ -24,12 +24,12 @@ def wanted_views(
     for item in slices:
         views: set[View] = {"identity", *training_views} if item.split == "train" else {"identity"}
         for view in sorted(views):
-            yield Wanted(cache.key(item.image_digest, item.window, view), _reader(item, view, image_size))
+            yield Wanted(cache.key(item.image_digest, view), _reader(item, view, image_size))
 
 
 def _reader(item: Slice, view: View, image_size: int) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        return apply_view(prepare(load_image(item), item.window, image_size), view)
+        return apply_view(prepare(load_image(item), image_size), view)
 
     return read
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from icmoe.study import View
 
-PREPROCESSING_VERSION = 1
-"""Part of every feature-cache key; raised whenever `prepare` or `apply_view` give other pixels."""
+PREPROCESSING_VERSION = 2
+"""Part of every feature-cache key; raised whenever `normalise`, `prepare` or `apply_view` give other pixels."""
 
 DARK_GAMMA = 1.5
 BRIGHT_GAMMA = 0.67
@@ -79,8 +79,8 @@ def series_window(images: Sequence[npt.NDArray[Any]]) -> Window:
     return Window(low, high if high > low else low + 1.0)
 
 
-def prepare(image_HW: npt.NDArray[Any], window: Window, size: int) -> Tensor:
-    """Return the backbone's input for one image.
+def normalise(image_HW: npt.NDArray[Any], window: Window) -> npt.NDArray[np.float32]:
+    """Return grey values on the scale of their series, the same whatever linear scale a file stored them in.
 
     Parameters
     ----------
@@ -88,6 +88,23 @@ def prepare(image_HW: npt.NDArray[Any], window: Window, size: int) -> Tensor:
         Grey image, any real dtype; pixels that are not finite count as `window.low`.
     window
         Grey values mapped to 0 and 1; what lies outside is clipped.
+
+    Returns
+    -------
+    ndarray
+        H x W float32 in [0, 1].
+    """
+    scaled_HW = (np.asarray(image_HW, dtype=np.float64) - window.low) / (window.high - window.low)
+    return np.clip(np.nan_to_num(scaled_HW, nan=0.0, posinf=0.0, neginf=0.0), 0.0, 1.0).astype(np.float32)
+
+
+def prepare(image_HW: npt.NDArray[np.float32], size: int) -> Tensor:
+    """Return the backbone's input for one image.
+
+    Parameters
+    ----------
+    image_HW
+        Grey values in [0, 1], as `normalise` returns them.
     size
         Side S of the square, pixels.
 
@@ -97,11 +114,9 @@ def prepare(image_HW: npt.NDArray[Any], window: Window, size: int) -> Tensor:
         3 S S float32 in [0, 1], three equal channels; padding below or to the right is 0.
     """
     shape = _shape(image_HW)
-    scaled_HW = (np.asarray(image_HW, dtype=np.float64) - window.low) / (window.high - window.low)
-    clipped_HW = np.clip(np.nan_to_num(scaled_HW, nan=0.0, posinf=0.0, neginf=0.0), 0.0, 1.0).astype(np.float32)
     rows, columns = (_resize(_covered(n, size, max(shape)), n, size / max(shape)) for n in shape)
     square_SS = torch.zeros(size, size)
-    square_SS[: rows.shape[0], : columns.shape[0]] = (rows @ torch.from_numpy(clipped_HW) @ columns.T).clamp(0.0, 1.0)
+    square_SS[: rows.shape[0], : columns.shape[0]] = (rows @ torch.from_numpy(image_HW) @ columns.T).clamp(0.0, 1.0)
     return square_SS.expand(3, size, size).contiguous()
 
 

@@ -33,9 +33,8 @@ def overlays(examiner: Examiner, study: Study, model: ICMoE, patients: Sequence[
         rows = [item for item in test if patient_label(patient.site, item.site, item.patient) == patient.patient]
         item = fullest(rows, study.labels)
         (prediction_HW,) = predict_slices(model, [item], examiner.cache, examiner.site.torch_device())
-        image_HW = (load_image(item) - item.window.low) / (item.window.high - item.window.low)
         title = f"{rank} test patient, {patient.site}: Dice {patient.dice:.2f}"
-        shown.append(Overlay(title, image_HW.clip(0.0, 1.0), load_mask(item.mask, study.labels), prediction_HW))
+        shown.append(Overlay(title, load_image(item), load_mask(item.mask, study.labels), prediction_HW))
     return shown
 
 

@@ -14,9 +14,6 @@ from icmoe.backbone import load_backbone
 from icmoe.errors import IcmoeError
 from icmoe.features import FeatureCache, Wanted, default_cache_folder
 from icmoe.prepare import encode_missing
-from icmoe.preprocess import Window
-
-WINDOW = Window(0.0, 255.0)
 
 
 @pytest.fixture
@@ -31,7 +28,7 @@ def sample(seed: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 def test_what_is_put_is_loaded_as_float32_in_the_order_asked(cache: FeatureCache) -> None:
-    keys = [cache.key(str(seed), WINDOW, "identity") for seed in range(3)]
+    keys = [cache.key(str(seed), "identity") for seed in range(3)]
     for seed, key in enumerate(keys):
         cache.put(key, *sample(seed))
     batch = cache.load([keys[2], keys[0]])
@@ -42,27 +39,26 @@ def test_what_is_put_is_loaded_as_float32_in_the_order_asked(cache: FeatureCache
 
 def test_the_key_names_everything_that_changes_the_features(cache: FeatureCache, tmp_path: Path) -> None:
     keys = {
-        cache.key("a", WINDOW, "identity"),
-        cache.key("b", WINDOW, "identity"),
-        cache.key("a", Window(0.0, 254.0), "identity"),
-        cache.key("a", WINDOW, "flip"),
-        FeatureCache(tmp_path, "e" * 64, 32, block_features=True).key("a", WINDOW, "identity"),
-        FeatureCache(tmp_path, "d" * 64, 64, block_features=True).key("a", WINDOW, "identity"),
+        cache.key("a", "identity"),
+        cache.key("b", "identity"),
+        cache.key("a", "flip"),
+        FeatureCache(tmp_path, "e" * 64, 32, block_features=True).key("a", "identity"),
+        FeatureCache(tmp_path, "d" * 64, 64, block_features=True).key("a", "identity"),
     }
-    assert len(keys) == 6
+    assert len(keys) == 5
     without = FeatureCache(tmp_path, "d" * 64, 32, block_features=False)
-    assert without.key("a", WINDOW, "identity") in keys  # both kinds of study share the entries
+    assert without.key("a", "identity") in keys  # both kinds of study share the entries
 
 
 def test_a_study_without_block_features_gets_none(cache: FeatureCache, tmp_path: Path) -> None:
-    key = cache.key("a", WINDOW, "identity")
+    key = cache.key("a", "identity")
     cache.put(key, *sample())
     assert FeatureCache(tmp_path, "d" * 64, 32, block_features=False).load([key]).blocks == ()
 
 
 @pytest.mark.parametrize("damage", ["flip a bit", "truncate", "another key's entry", "empty", "not safetensors"])
 def test_a_damaged_or_foreign_entry_counts_as_absent_and_is_never_used(cache: FeatureCache, damage: str) -> None:
-    key, other = (cache.key(name, WINDOW, "identity") for name in "ab")
+    key, other = (cache.key(name, "identity") for name in "ab")
     cache.put(key, *sample())
     cache.put(other, *sample(1))
     path = cache.path(key)
@@ -86,7 +82,7 @@ def test_a_damaged_or_foreign_entry_counts_as_absent_and_is_never_used(cache: Fe
 def test_damage_is_cured_by_encoding_again_and_the_rest_is_left_alone(cache: FeatureCache, tmp_path: Path) -> None:
     backbone = load_backbone("sam-vit-test", image_size=32, device=torch.device("cpu"))
     own = FeatureCache(tmp_path, backbone.digest, 32, block_features=True)
-    images = {own.key(str(seed), WINDOW, "identity"): torch.rand(3, 32, 32) for seed in range(4)}
+    images = {own.key(str(seed), "identity"): torch.rand(3, 32, 32) for seed in range(4)}
     wanted = [Wanted(key, lambda image=image: image) for key, image in images.items()]
     progress: list[tuple[int, int]] = []
     assert encode_missing(wanted, backbone, own, on_progress=lambda done, total: progress.append((done, total))) == 4
@@ -105,12 +101,12 @@ def test_features_outside_fp16_are_refused(cache: FeatureCache, value: float) ->
     embedding, blocks = sample()
     embedding[0, 0, 0] = value
     with pytest.raises(IcmoeError, match="fp16"):
-        cache.put(cache.key("a", WINDOW, "identity"), embedding, blocks)
+        cache.put(cache.key("a", "identity"), embedding, blocks)
     assert list(cache.folder.rglob("*.safetensors")) == []
 
 
 def test_entries_are_readable_by_their_owner_only(cache: FeatureCache) -> None:
-    key = cache.key("a", WINDOW, "identity")
+    key = cache.key("a", "identity")
     cache.put(key, *sample())
     assert cache.path(key).stat().st_mode & 0o077 == 0
 
@@ -118,10 +114,9 @@ def test_entries_are_readable_by_their_owner_only(cache: FeatureCache) -> None:
 def test_two_processes_may_write_the_same_entries(tmp_path: Path) -> None:
     script = (
         "import sys, torch\nfrom pathlib import Path\nfrom icmoe.features import FeatureCache\n"
-        "from icmoe.preprocess import Window\n"
         "cache = FeatureCache(Path(sys.argv[1]), 'd' * 64, 32, block_features=True)\n"
         "for n in range(100):\n"
-        "    key = cache.key(str(n % 5), Window(0.0, 255.0), 'identity')\n"
+        "    key = cache.key(str(n % 5), 'identity')\n"
         "    cache.put(key, torch.full((4, 3, 3), float(n % 5)), [])\n"
         "    assert cache.load([key]).embedding_BCHW[0, 0, 0, 0] == n % 5\n"
     )

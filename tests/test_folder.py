@@ -12,7 +12,7 @@ from PIL import Image
 
 from icmoe.data.folder import load_image, load_mask, read_folder, read_split
 from icmoe.errors import IcmoeError
-from icmoe.preprocess import Window
+from icmoe.preprocess import Window, normalise
 from icmoe.study import Label
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -93,7 +93,7 @@ def test_a_sound_folder_is_used_whole(root: Path):
     assert first.window == second.window != other.window
     assert first.shape == (20, 24)
     assert first.spacing_mm is None
-    assert np.array_equal(load_image(first), _image(1).astype(np.float32))
+    assert np.array_equal(load_image(first), normalise(_image(1), first.window))
     assert set(np.unique(load_mask(first.mask, LABELS))) == {0, 1}
 
 
@@ -105,6 +105,13 @@ def test_digest_is_of_pixels_not_of_bytes(root: Path):
     changed[0, 0] ^= 1
     _save(root / FIRST, changed)
     assert read_folder(root, LABELS)["A"].slices[0].image_digest != before
+
+
+def test_digest_is_of_the_picture_not_of_the_scale_it_is_stored_in(root: Path):
+    before = [item.image_digest for item in read_folder(root, LABELS)["A"].slices if item.patient == "p1"]
+    for path in sorted((root / "A/images").glob("p1_*.png")):
+        Image.fromarray(np.asarray(Image.open(path)).astype(np.uint16) * 16).save(path)
+    assert [item.image_digest for item in read_folder(root, LABELS)["A"].slices if item.patient == "p1"] == before
 
 
 def _cut(path: Path) -> None:
@@ -310,7 +317,7 @@ def test_kinds_of_png_become_grey(root: Path, stored: Image.Image, expected: np.
     stored.save(root / FIRST)
     first = read_folder(root, LABELS)["A"].slices[0]
     assert first.index == 1
-    assert np.allclose(load_image(first), expected, atol=1e-3)
+    assert np.allclose(load_image(first), normalise(expected, first.window), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["16 bit", "1 bit", "equal channels", "palette"])

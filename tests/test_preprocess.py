@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
-from icmoe.preprocess import Window, apply_view, prepare, restore, series_window, target, view_target
+from icmoe.preprocess import Window, apply_view, normalise, prepare, restore, series_window, target, view_target
 
 sides = st.integers(1, 70)
 settings.register_profile("quick", max_examples=40, deadline=None)
@@ -45,7 +45,7 @@ def test_target_refuses_a_class_beyond_K():
 
 @given(sides, sides, st.integers(8, 64))
 def test_prepare_fills_the_upper_left_and_pads_with_zero(height: int, width: int, size: int):
-    square = prepare(np.ones((height, width), np.float32), Window(0.0, 1.0), size)
+    square = prepare(normalise(np.ones((height, width), np.float32), Window(0.0, 1.0)), size)
     assert square.shape == (3, size, size)
     assert square.dtype == torch.float32
     rows = max(1, int(np.ceil(height * size / max(height, width) - 0.5)))
@@ -60,19 +60,19 @@ def test_prepare_equals_torch_where_torch_has_the_same_grid(shape: tuple[int, in
     image = np.random.default_rng(1).random(shape, dtype=np.float32)
     out = tuple(n * size // max(shape) for n in shape)
     reference = interpolate(torch.from_numpy(image)[None, None], out, mode="bilinear", antialias=True)[0, 0]
-    assert torch.allclose(prepare(image, Window(0.0, 1.0), size)[1, : out[0], : out[1]], reference, atol=2e-6)
+    assert torch.allclose(prepare(normalise(image, Window(0.0, 1.0)), size)[1, : out[0], : out[1]], reference, atol=2e-6)
 
 
 def test_prepare_windows_clips_and_survives_pixels_that_are_not_finite():
     image = np.array([[-5.0, 0.0, 5.0], [10.0, 99.0, np.nan], [np.inf, -np.inf, 2.5]])
     expected = torch.tensor([[0.0, 0.0, 0.5], [1.0, 1.0, 0.0], [0.0, 0.0, 0.25]])
-    assert torch.equal(prepare(image, Window(0.0, 10.0), 3), expected.expand(3, 3, 3))
+    assert torch.equal(prepare(normalise(image, Window(0.0, 10.0)), 3), expected.expand(3, 3, 3))
 
 
 @given(st.integers(16, 70), st.integers(16, 70), st.sampled_from([64, 96, 128]))
 def test_restore_undoes_the_letterbox(height: int, width: int, size: int):
     image = _ramp(height, width)
-    restored = restore(prepare(image, Window(0.0, 1.0), size), (height, width))
+    restored = restore(prepare(normalise(image, Window(0.0, 1.0)), size), (height, width))
     assert restored.shape == (3, height, width)
     inner = np.s_[3:-3, 3:-3]
     assert np.abs(restored[0].numpy() - image)[inner].max() < 0.02
@@ -105,7 +105,7 @@ def test_padding_does_not_bleed_into_the_restored_border():
 def test_flip_moves_image_and_target_alike(height: int, width: int, seed: int):
     classes = np.random.default_rng(seed).integers(0, 2, (height, width)).astype(np.uint8)
     size = max(height, width)  # scale 1: the target of class 1 is the image itself
-    square = prepare(classes, Window(0.0, 1.0), size)
+    square = prepare(normalise(classes, Window(0.0, 1.0)), size)
     areas = target(classes, 2, size)
     assert torch.allclose(square[0], areas[1], atol=1e-6)
     assert torch.allclose(apply_view(square, "flip")[0], view_target(areas, "flip")[1], atol=1e-6)
@@ -148,4 +148,4 @@ def test_windows_without_pixels_or_width_are_refused():
     with pytest.raises(ValueError, match="low < high"):
         Window(1.0, 1.0)
     with pytest.raises(ValueError, match="H x W"):
-        prepare(np.zeros((2, 2, 3)), Window(0.0, 1.0), 8)
+        prepare(normalise(np.zeros((2, 2, 3)), Window(0.0, 1.0)), 8)

@@ -97,9 +97,9 @@ def test_cached_features_are_the_backbones_own(prepared) -> None:
     study, site, cache, backbone = prepared
     for item in site.of("train")[:3]:
         for view in study.training.views:
-            pixels = apply_view(prepare(load_image(item), item.window, 32), view)
+            pixels = apply_view(prepare(load_image(item), 32), view)
             fresh = backbone.encode(pixels[None])
-            kept = cache.load([cache.key(item.image_digest, item.window, view)])
+            kept = cache.load([cache.key(item.image_digest, view)])
             assert torch.allclose(kept.embedding_BCHW, fresh.embedding_BCHW, rtol=2e-3, atol=2e-3)
             assert torch.allclose(kept.blocks[0], fresh.blocks[0], rtol=2e-3, atol=2e-3)
 

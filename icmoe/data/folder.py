@@ -18,7 +18,7 @@ import numpy.typing as npt
 from icmoe.data.images import LEFT_OUT, pixel_digest, read_classes, read_grey
 from icmoe.data.splits import Row, patients_in_two_splits, read_rows, spacing_mm
 from icmoe.errors import Fault, IcmoeError
-from icmoe.preprocess import Window, series_window
+from icmoe.preprocess import Window, normalise, series_window
 from icmoe.study import Label
 
 Progress = Callable[[int, int], None]
@@ -46,7 +46,7 @@ class Slice:
     mask
         PNG file of the mask.
     image_digest
-        SHA-256 of the decoded pixels, their shape and type.
+        SHA-256 of the normalised pixels and their shape: the same for every file that stores the same picture.
     shape
         Height and width, pixels.
     window
@@ -178,7 +178,7 @@ def read_split(root: Path, name: str, labels: Sequence[Label], *, progress: Prog
 
 
 def load_image(item: Slice) -> npt.NDArray[np.float32]:
-    """Return the grey values of a slice, H x W.
+    """Return a slice on the scale of its series, H x W in [0, 1].
 
     Raises
     ------
@@ -186,13 +186,13 @@ def load_image(item: Slice) -> npt.NDArray[np.float32]:
         101 or 102 where the file is gone, unreadable or no longer the one that was read at the start.
     """
     where = f"{item.site}/{item.image.name}"
-    pixels_HW = read_grey(item.image, where=where)
+    pixels_HW = normalise(read_grey(item.image, where=where), item.window)
     if pixel_digest(pixels_HW) != item.image_digest:
         todo = "Start again: features, window and digest belong to the former image."
         raise IcmoeError(
             Fault(number=102, where=where, what="image changed since the folder was read", did="It was not used.", todo=todo)
         )
-    return pixels_HW.astype(np.float32)
+    return pixels_HW
 
 
 def load_mask(path: Path, labels: Sequence[Label]) -> npt.NDArray[np.uint8]:
@@ -309,7 +309,7 @@ def _slice(root: Path, row: Row, pixels: npt.NDArray[Any], spacing: tuple[float,
         split=row.split,
         image=root / row.image,
         mask=root / row.mask,
-        image_digest=pixel_digest(pixels),
+        image_digest=pixel_digest(normalise(pixels, window)),
         shape=(pixels.shape[0], pixels.shape[1]),
         window=window,
         spacing_mm=spacing,

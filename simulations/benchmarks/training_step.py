@@ -27,7 +27,6 @@ from icmoe.errors import exit_on_fault
 from icmoe.exchange import global_state, update_of
 from icmoe.features import FeatureCache, Features
 from icmoe.model import ICMoE, build_model, total_loss
-from icmoe.preprocess import Window
 from icmoe.sam import SHAPES, SamEncoder
 from icmoe.study import BackboneChoice, Label, Study
 
@@ -94,7 +93,7 @@ def compare(
     encode_s = cpu_s(lambda: encode(images), max(1, repeats // 3)) * BATCH / encoded_at_once
     one = encode(images[:1])
     cache = FeatureCache.of(folder, study)
-    keys = [cache.key(str(index), Window(0.0, 1.0), "identity") for index in range(BATCH)]
+    keys = [cache.key(str(index), "identity") for index in range(BATCH)]
     for key in keys:
         cache.put(key, one.embedding_BCHW[0], [block[0] for block in one.blocks])
     target_BKhw = torch.full((BATCH, 2, 2 * grid, 2 * grid), 0.5)
