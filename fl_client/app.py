@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -146,7 +147,7 @@ def _model(site: Site, study: Study, start: State, *, after_round: int) -> ICMoE
 
 def _validation(site: Site, study: Study, model: ICMoE) -> dict[str, int | float | list[int] | list[float]]:
     scores = score_slices(model, site.val, study.labels, site.cache(study), site.torch_device(), surfaces=False)
-    dice = sum(score.dice for score in scores) / len(scores) if scores else 0.0
+    dice = math.fsum(score.dice for score in scores) / len(scores) if scores else 0.0
     return {DICE_KEY: dice, PATIENTS_KEY: len(scores)}
 
 

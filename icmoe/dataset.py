@@ -31,7 +31,8 @@ class TrainingSet:
     Parameters
     ----------
     slices
-        At least one; their features must be in the cache for every view of the study.
+        At least one, in any order: a batch holds the same pictures whatever files and patients are called. Their
+        features must be in the cache for every view of the study.
     study
         Labels, views and batch size.
     cache
@@ -41,6 +42,7 @@ class TrainingSet:
     def __init__(self, slices: Sequence[Slice], study: Study, cache: FeatureCache) -> None:
         if not slices:
             raise ValueError("a training set needs at least one slice")
+        slices = sorted(slices, key=lambda item: item.image_digest)
         self.views = study.training.views
         self.batch_size = min(study.training.batch_size, len(slices))
         self._cache = cache
