@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from icmoe.data.folder import Slice
+from icmoe.data.slices import Slice
 from icmoe.device import available_device
 from icmoe.errors import Fault, IcmoeError
 from icmoe.features import FeatureCache

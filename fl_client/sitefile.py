@@ -11,7 +11,8 @@ from pydantic import Field
 
 from fl_client.site import Site
 from icmoe.config import Section, parse, read_toml
-from icmoe.data.folder import Slice, read_folder
+from icmoe.data.folder import read_folder
+from icmoe.data.slices import Slice
 from icmoe.errors import Fault, IcmoeError
 from icmoe.features import FeatureCache, default_cache_folder
 from icmoe.study import Study, read_study

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from icmoe.backbone import grid_of
-from icmoe.data.folder import Slice, load_mask
+from icmoe.data.slices import Slice, load_mask
 from icmoe.features import FeatureCache, Features
 from icmoe.preprocess import target, view_target
 from icmoe.study import Study

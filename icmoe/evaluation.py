@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from icmoe.data.folder import Slice, load_mask
+from icmoe.data.slices import Slice, load_mask
 from icmoe.dataset import Batch, to_device
 from icmoe.features import FeatureCache
 from icmoe.metrics import PatientScore, patient_scores

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from icmoe.backbone import Backbone
-from icmoe.data.folder import Slice, load_image
+from icmoe.data.slices import Slice, load_image
 from icmoe.features import FeatureCache, Wanted
 from icmoe.preprocess import apply_view, prepare
 from icmoe.study import Study, View

@@ -6,9 +6,6 @@ left corner of a square; what it does not cover is padding. H, W: source pixels;
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, assert_never
 
@@ -24,78 +21,6 @@ PREPROCESSING_VERSION = 2
 
 DARK_GAMMA = 1.5
 BRIGHT_GAMMA = 0.67
-PERCENTILES = (0.5, 99.5)
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Grey values that become 0 and 1.
-
-    Parameters
-    ----------
-    low
-        Grey value mapped to 0; finite.
-    high
-        Grey value mapped to 1; finite and above `low`.
-
-    Raises
-    ------
-    ValueError
-        Where `high` is not above `low` or one of them is not finite.
-    """
-
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise ValueError(f"a window needs finite low < high, not {self.low} and {self.high}")
-
-
-def series_window(images: Sequence[npt.NDArray[Any]]) -> Window:
-    """Return the window of one patient's slices: percentiles 0.5 and 99.5 of all their finite pixels.
-
-    Where the percentiles coincide (a small object on an empty ground) the extremes are taken, and [v, v + 1] where
-    every pixel is v.
-
-    Parameters
-    ----------
-    images
-        At least one array, H x W each, any real dtype; sizes may differ.
-
-    Raises
-    ------
-    ValueError
-        Where there is no finite pixel.
-    """
-    pixels = np.concatenate([np.asarray(image).ravel() for image in images]) if images else np.empty(0)
-    if pixels.dtype.kind == "f":
-        pixels = pixels[np.isfinite(pixels)]
-    if pixels.size == 0:
-        raise ValueError("a window needs at least one finite pixel")
-    low, high = (float(value) for value in np.percentile(pixels, PERCENTILES))
-    if low >= high:
-        low, high = float(pixels.min()), float(pixels.max())
-    return Window(low, high if high > low else low + 1.0)
-
-
-def normalise(image_HW: npt.NDArray[Any], window: Window) -> npt.NDArray[np.float32]:
-    """Return grey values on the scale of their series, the same whatever linear scale a file stored them in.
-
-    Parameters
-    ----------
-    image_HW
-        Grey image, any real dtype; pixels that are not finite count as `window.low`.
-    window
-        Grey values mapped to 0 and 1; what lies outside is clipped.
-
-    Returns
-    -------
-    ndarray
-        H x W float32 in [0, 1].
-    """
-    scaled_HW = (np.asarray(image_HW, dtype=np.float64) - window.low) / (window.high - window.low)
-    return np.clip(np.nan_to_num(scaled_HW, nan=0.0, posinf=0.0, neginf=0.0), 0.0, 1.0).astype(np.float32)
 
 
 def prepare(image_HW: npt.NDArray[np.float32], size: int) -> Tensor:

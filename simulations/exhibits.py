@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from icmoe.data.folder import Slice, load_image, load_mask
+from icmoe.data.slices import Slice, load_image, load_mask
 from icmoe.evaluation import predict_slices
 from icmoe.metrics import PatientScore
 from icmoe.model import ICMoE

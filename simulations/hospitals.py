@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fl_client.site import Site
-from icmoe.data.folder import SiteData, Slice, read_folder
+from icmoe.data.folder import read_folder
+from icmoe.data.slices import SiteData, Slice
 from icmoe.dataset import steps_of
 from icmoe.errors import Fault, IcmoeError
 from icmoe.features import FeatureCache

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from icmoe import __version__
-from icmoe.data.folder import SiteData
+from icmoe.data.slices import SiteData
 from icmoe.model import names_of
 from icmoe.study import Study
 from simulations.hospitals import Hospitals

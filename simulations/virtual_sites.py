@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from icmoe.data.folder import SiteData, Slice
+from icmoe.data.slices import SiteData, Slice
 from icmoe.errors import Fault, IcmoeError
 
 MAX_SITES = 10_000

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from icmoe.data.folder import load_image, load_mask, read_folder, read_split
+from icmoe.data.folder import read_folder, read_split
+from icmoe.data.slices import load_image, load_mask
 from icmoe.errors import IcmoeError
-from icmoe.preprocess import Window, normalise
 from icmoe.study import Label
+from icmoe.window import Window, normalise
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 LABELS = (Label(name="background", values=(0,)), Label(name="lesion", values=(255, 300)))

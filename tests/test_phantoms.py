@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from icmoe.data.folder import load_image, load_mask, read_folder
+from icmoe.data.folder import read_folder
 from icmoe.data.images import read_grey
+from icmoe.data.slices import load_image, load_mask
 from icmoe.errors import IcmoeError
 from icmoe.study import Label
 from simulations.phantoms import DEFAULT_SITES, PhantomSite, write_phantoms

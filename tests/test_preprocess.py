@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
-from icmoe.preprocess import Window, apply_view, normalise, prepare, restore, series_window, target, view_target
+from icmoe.preprocess import apply_view, prepare, restore, target, view_target
+from icmoe.window import Window, normalise, series_window
 
 sides = st.integers(1, 70)
 settings.register_profile("quick", max_examples=40, deadline=None)

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from icmoe.backbone import load_backbone
-from icmoe.data.folder import load_image, read_folder
+from icmoe.data.folder import read_folder
+from icmoe.data.slices import load_image
 from icmoe.dataset import TrainingSet, steps_of
 from icmoe.errors import IcmoeError
 from icmoe.evaluation import predict_slices, score_slices

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icmoe.data.folder import SiteData, Slice
+from icmoe.data.slices import SiteData, Slice
 from icmoe.errors import Fault, IcmoeError
-from icmoe.preprocess import Window
+from icmoe.window import Window
 from simulations.virtual_sites import choose_sites, dirichlet_sites, repeat_sites
 
 

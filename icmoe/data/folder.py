@@ -8,97 +8,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from icmoe.data.images import LEFT_OUT, pixel_digest, read_classes, read_grey
+from icmoe.data.slices import SiteData, Slice
 from icmoe.data.splits import Row, patients_in_two_splits, read_rows, spacing_mm
 from icmoe.errors import Fault, IcmoeError
-from icmoe.preprocess import Window, normalise, series_window
 from icmoe.study import Label
+from icmoe.window import Window, normalise, series_window
 
 Progress = Callable[[int, int], None]
 """Called with the number of images read so far and the number of all."""
 
 _NOT_STARTED = "Nothing was started."
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Slice:
-    """One usable image with its mask.
-
-    Parameters
-    ----------
-    site
-        Hospital that the image comes from; virtual sites keep it.
-    patient
-        Pseudonym, unique within `site`.
-    index
-        Position along the acquisition axis.
-    split
-        Split the patient belongs to.
-    image
-        PNG file of the image.
-    mask
-        PNG file of the mask.
-    image_digest
-        SHA-256 of the normalised pixels and their shape: the same for every file that stores the same picture.
-    shape
-        Height and width, pixels.
-    window
-        Grey values mapped to 0 and 1, common to all slices of the patient.
-    spacing_mm
-        Distance of neighbouring slices, rows and columns, or None where unknown.
-    """
-
-    site: str
-    patient: str
-    index: int
-    split: str
-    image: Path
-    mask: Path
-    image_digest: str
-    shape: tuple[int, int]
-    window: Window
-    spacing_mm: tuple[float, float, float] | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteData:
-    """All that one site offers, and what was left out.
-
-    Parameters
-    ----------
-    name
-        Name of the site.
-    slices
-        Usable slices, ordered by hospital, patient, index and file.
-    images_found
-        Rows of the splits for this site.
-    exclusions
-        One fault per image that was left out, then a fault 108 where no training image is usable.
-    unlisted
-        Image files in the site's folder that no split lists.
-    """
-
-    name: str
-    slices: tuple[Slice, ...]
-    images_found: int
-    exclusions: tuple[Fault, ...]
-    unlisted: int = 0
-
-    @property
-    def images_used(self) -> int:
-        """Number of usable slices in all splits."""
-        return len(self.slices)
-
-    def of(self, split: str) -> tuple[Slice, ...]:
-        """Return the usable slices of one split, ordered by patient and index."""
-        return tuple(item for item in self.slices if item.split == split)
 
 
 def read_folder(
@@ -175,35 +100,6 @@ def read_split(root: Path, name: str, labels: Sequence[Label], *, progress: Prog
     if not rows:
         raise IcmoeError(Fault(number=110, where=where, what="no image is listed", did=_NOT_STARTED))
     return _read_sites(root, rows, sorted({row.site for row in rows}), labels, progress, count_unlisted=False)
-
-
-def load_image(item: Slice) -> npt.NDArray[np.float32]:
-    """Return a slice on the scale of its series, H x W in [0, 1].
-
-    Raises
-    ------
-    IcmoeError
-        101 or 102 where the file is gone, unreadable or no longer the one that was read at the start.
-    """
-    where = f"{item.site}/{item.image.name}"
-    pixels_HW = normalise(read_grey(item.image, where=where), item.window)
-    if pixel_digest(pixels_HW) != item.image_digest:
-        todo = "Start again: features, window and digest belong to the former image."
-        raise IcmoeError(
-            Fault(number=102, where=where, what="image changed since the folder was read", did="It was not used.", todo=todo)
-        )
-    return pixels_HW
-
-
-def load_mask(path: Path, labels: Sequence[Label]) -> npt.NDArray[np.uint8]:
-    """Return a mask as class indices, H x W.
-
-    Raises
-    ------
-    IcmoeError
-        103, 104 or 106 as in `icmoe.data.images.read_classes`.
-    """
-    return read_classes(path, labels, where=path.name)
 
 
 def _check_root(root: Path) -> None:
@@ -352,6 +248,3 @@ def _is(kind: Callable[[Path], bool], path: Path) -> bool:
         return kind(path)
     except OSError:
         return False
-
-
-__all__ = ["Progress", "SiteData", "Slice", "load_image", "load_mask", "read_folder", "read_split"]

@@ -1,0 +1,67 @@
+"""The pixels that a site ingested: one safetensors file per frame with grey values and class indices, nothing else.
+
+Frames are patient data: the folder has the images' access and deletion rules. Names are keyed hashes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from icmoe.atomic import write_atomically
+from icmoe.errors import Fault, IcmoeError
+
+SUFFIX = ".safetensors"
+GREY, CLASSES = "grey", "classes"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One frame: grey values in the smallest type that holds them, and class indices of the same shape."""
+
+    grey_HW: npt.NDArray[Any]
+    classes_HW: npt.NDArray[np.uint8]
+
+
+def write_stored(path: Path, grey_HW: npt.NDArray[Any], classes_HW: npt.NDArray[np.uint8]) -> None:
+    """Write a frame atomically, readable by its owner alone; equal frames give equal bytes."""
+    tensors = {GREY: np.ascontiguousarray(smallest(grey_HW)), CLASSES: np.ascontiguousarray(classes_HW)}
+    write_atomically(path, save(tensors), durable=False, private=True)
+
+
+def read_stored(path: Path) -> Stored:
+    """Return a frame.
+
+    Raises
+    ------
+    IcmoeError
+        101 where it is not there, 102 where it is damaged.
+    """
+    todo = "Run ingest again."
+    try:
+        tensors = load(path.read_bytes())
+        stored = Stored(tensors[GREY], tensors[CLASSES])
+    except FileNotFoundError:
+        raise IcmoeError(Fault(number=101, where=path.name, todo=todo)) from None
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise IcmoeError(Fault(number=102, where=path.name, value=type(error).__name__, todo=todo)) from None
+    if stored.grey_HW.ndim != 2 or stored.classes_HW.dtype != np.uint8 or stored.grey_HW.shape != stored.classes_HW.shape:
+        raise IcmoeError(Fault(number=102, where=path.name, what="stored frame has another form", todo=todo))
+    return stored
+
+
+def smallest(grey_HW: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the values as uint8, uint16 or int16 where that loses nothing, else as float32."""
+    if grey_HW.dtype.kind == "f" and not bool((np.rint(grey_HW) == grey_HW).all()):
+        return grey_HW.astype(np.float32)
+    low, high = (float(grey_HW.min()), float(grey_HW.max())) if grey_HW.size else (0.0, 0.0)
+    for kind in (np.uint8, np.uint16, np.int16):
+        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
+            return grey_HW.astype(kind)
+    return grey_HW.astype(np.float32)

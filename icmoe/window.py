@@ -1,0 +1,139 @@
+"""Grey values on the scale of their series: the window of a series and what it makes of an image. NumPy alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+PERCENTILES = (0.5, 99.5)
+
+
+PERCENTILES = (0.5, 99.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Grey values that become 0 and 1.
+
+    Parameters
+    ----------
+    low
+        Grey value mapped to 0; finite.
+    high
+        Grey value mapped to 1; finite and above `low`.
+
+    Raises
+    ------
+    ValueError
+        Where `high` is not above `low` or one of them is not finite.
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"a window needs finite low < high, not {self.low} and {self.high}")
+
+
+class ValueCounts:
+    """How often each grey value occurs in a series, collected image by image: exact, however long the series is.
+
+    Beyond `MAX_VALUES` distinct values (only rescaled floats reach that) every second one joins its lower neighbour.
+    """
+
+    MAX_VALUES = 2**23
+
+    def __init__(self) -> None:
+        self._values = np.empty(0, dtype=np.float64)
+        self._counts = np.empty(0, dtype=np.int64)
+
+    def add(self, image_HW: npt.NDArray[Any]) -> None:
+        """Count the finite pixels of one image, any real dtype and size."""
+        pixels = np.asarray(image_HW).ravel()
+        if pixels.dtype.kind == "f":
+            pixels = pixels[np.isfinite(pixels)]
+        values, counts = _counted(pixels)
+        values = np.concatenate([self._values, values])
+        self._values, where = np.unique(values, return_inverse=True)
+        both = np.concatenate([self._counts, counts])
+        self._counts = np.bincount(where.ravel(), weights=both, minlength=len(self._values)).astype(np.int64)
+        while len(self._values) > self.MAX_VALUES:
+            self._counts = np.add.reduceat(self._counts, np.arange(0, len(self._counts), 2))
+            self._values = self._values[::2]
+
+    def window(self) -> Window:
+        """Return percentiles 0.5 and 99.5 of all pixels (linear interpolation).
+
+        Where the percentiles coincide (a small object on an empty ground) the extremes are taken, and [v, v + 1] where
+        every pixel is v.
+
+        Raises
+        ------
+        ValueError
+            Where there is no finite pixel.
+        """
+        if self._values.size == 0:
+            raise ValueError("a window needs at least one finite pixel")
+        ends = np.cumsum(self._counts)
+        low, high = (self._percentile(ends, share) for share in PERCENTILES)
+        if low >= high:
+            low, high = float(self._values[0]), float(self._values[-1])
+        return Window(low, high if high > low else low + 1.0)
+
+    def _percentile(self, ends: npt.NDArray[np.int64], share: float) -> float:
+        at = (float(ends[-1]) - 1.0) * (share / 100.0)
+        rank = math.floor(at)
+        below, above = (float(self._values[np.searchsorted(ends, place, side="right")]) for place in (rank, math.ceil(at)))
+        part = at - rank
+        return below + (above - below) * part if part < 0.5 else above - (above - below) * (1.0 - part)
+
+
+def series_window(images: Sequence[npt.NDArray[Any]]) -> Window:
+    """Return the window of the images of one series, H x W each, as `ValueCounts.window` does.
+
+    Raises
+    ------
+    ValueError
+        Where there is no finite pixel.
+    """
+    counts = ValueCounts()
+    for image in images:
+        counts.add(image)
+    return counts.window()
+
+
+def _counted(pixels: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Return the distinct values in rising order and their numbers; small integers without sorting."""
+    if pixels.size and pixels.dtype.kind in "iu":
+        lowest = int(pixels.min())
+        if int(pixels.max()) - lowest < 2**20:
+            counts = np.bincount(np.subtract(pixels, lowest, dtype=np.int64))
+            present = np.flatnonzero(counts)
+            return (present + lowest).astype(np.float64), counts[present]
+    values, counts = np.unique(pixels, return_counts=True)
+    return values.astype(np.float64), counts
+
+
+def normalise(image_HW: npt.NDArray[Any], window: Window) -> npt.NDArray[np.float32]:
+    """Return grey values on the scale of their series, the same whatever linear scale a file stored them in.
+
+    Parameters
+    ----------
+    image_HW
+        Grey image, any real dtype; pixels that are not finite count as `window.low`.
+    window
+        Grey values mapped to 0 and 1; what lies outside is clipped.
+
+    Returns
+    -------
+    ndarray
+        H x W float32 in [0, 1].
+    """
+    scaled_HW = (np.asarray(image_HW, dtype=np.float64) - window.low) / (window.high - window.low)
+    return np.clip(np.nan_to_num(scaled_HW, nan=0.0, posinf=0.0, neginf=0.0), 0.0, 1.0).astype(np.float32)
