@@ -1,0 +1,221 @@
+"""DICOM headers to records: a whitelist of tags is read, everything else is not even looked at.
+
+Identity leaves this file as keyed hashes only. Numbers that a header gives in a wrong form count as not given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from pydicom.dataset import Dataset
+
+from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
+from icmoe.data.ingest.pseudonyms import Pseudonyms
+from icmoe.data.ingest.records import FileRecord, FramePlace, Plane
+
+MAX_FRAMES = 100_000
+MAX_PIXELS = 2**26
+SAFE_MODALITIES = frozenset({"CT", "MR", "PT", "NM", "CR", "DX", "MG"})
+"""Scanners that do not write into the picture; from any other source an image is held back."""
+MODALITIES = SAFE_MODALITIES | frozenset(
+    {"US", "OT", "SC", "XA", "RF", "RG", "ES", "GM", "SM", "OP", "OCT", "OPT", "IO", "PX", "XC", "IVUS", "BI", "TG", "SEG"}
+)
+SEGMENTATIONS = frozenset({"1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"})
+STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+CONVERTED = frozenset({"DV", "DF", "SD", "DRW"})
+"""Conversion types of video, film, paper and drawings."""
+NO_PICTURE = {
+    "1.2.840.10008.5.1.4.1.1.481.2": "a dose grid, not a picture",
+    "1.2.840.10008.5.1.4.1.1.30": "a parametric map, not a picture",
+    "1.2.840.10008.5.1.4.1.1.77.1.6": "a whole-slide image of tiles",
+    "1.2.840.10008.5.1.4.1.1.66.5": "a surface segmentation, not on a pixel grid",
+}
+
+IDENTITY = ["PatientID", "PatientName", "PatientBirthDate", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"]
+PICTURE = ["Modality", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BurnedInAnnotation", "ConversionType"]
+PLACE = ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "ImagerPixelSpacing"]
+ORDER = ["TemporalPositionIdentifier", "TriggerTime", "AcquisitionNumber", "InstanceNumber"]
+FRAMES = ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"]
+SEGMENTS = ["SegmentSequence", "SegmentationType", "ReferencedSeriesSequence", "SourceImageSequence"]
+CONTOURS = ["StructureSetROISequence", "ROIContourSequence", "RTROIObservationsSequence", "ReferencedFrameOfReferenceSequence"]
+TAGS = [*IDENTITY, *PICTURE, *PLACE, *ORDER, *FRAMES, *SEGMENTS, *CONTOURS]
+
+
+def read_header(path: Path) -> Dataset:
+    """Return the whitelisted part of a DICOM header.
+
+    Raises
+    ------
+    Refusal
+        116 or 117.
+    """
+    return open_dicom(path, pixels=False, tags=TAGS)
+
+
+def image_record(data: Dataset, hashes: Pseudonyms) -> FileRecord:
+    """Return the record of an image.
+
+    Parameters
+    ----------
+    data
+        From `read_header`.
+    hashes
+        Of the site.
+
+    Raises
+    ------
+    Refusal
+        119 where the object has no picture, 117 where its size is out of range.
+    """
+    kind = str(data.SOPClassUID)
+    for prefix, why in NO_PICTURE.items():
+        if kind == prefix or kind.startswith(prefix + "."):
+            raise Refusal(119, why)
+    rows, columns = integer(data, "Rows"), integer(data, "Columns")
+    count = integer(data, "NumberOfFrames") or 1
+    if not (rows and columns):
+        raise Refusal(119, "an object without pixels, such as a report, a plan or a presentation state")
+    if rows < 1 or columns < 1 or rows * columns > MAX_PIXELS or not 1 <= count <= MAX_FRAMES:
+        raise Refusal(117, f"{rows} x {columns} pixels, {count} frames; at most {MAX_PIXELS} pixels and {MAX_FRAMES} frames")
+    with refusing(117, "geometry in the header cannot be parsed"):
+        frames = tuple(frame_places(data, count))
+    return FileRecord(
+        kind="image",
+        modality=modality(data),
+        rows=rows,
+        columns=columns,
+        frames=frames,
+        held=_held(data),
+        **identity(data, hashes),
+    )
+
+
+def identity(data: Dataset, hashes: Pseudonyms) -> dict[str, str]:
+    """Return the keyed hashes of whom and what an object belongs to.
+
+    A patient without number is known by name and birth date, without these by the study.
+    """
+    number, study = text(data, "PatientID"), text(data, "StudyInstanceUID")
+    name = text(data, "PatientName")
+    person = number or (f"{name}\0{text(data, 'PatientBirthDate')}" if name else study)
+    return {
+        "patient": hashes.patient(person) if person else "",
+        "study": hashes.of("uid", study) if study else "",
+        "series": hashes.of("uid", text(data, "SeriesInstanceUID") or text(data, "SOPInstanceUID")),
+        "image": hashes.of("uid", text(data, "SOPInstanceUID")),
+        "space": hashes.of("uid", text(data, "FrameOfReferenceUID")) if text(data, "FrameOfReferenceUID") else "",
+    }
+
+
+def modality(data: Dataset) -> str:
+    """Return the modality where it is one of DICOM's terms, else an empty text."""
+    term = text(data, "Modality").upper()
+    return term if term in MODALITIES else ""
+
+
+def frame_places(data: Dataset, count: int) -> Iterable[FramePlace]:
+    """Yield place and order of each frame, from functional groups where the object has them.
+
+    Parameters
+    ----------
+    data
+        The object's header.
+    count
+        Number of frames.
+    """
+    groups = sequence(data, "PerFrameFunctionalGroupsSequence")
+    shared = (sequence(data, "SharedFunctionalGroupsSequence") or [Dataset()])[0]
+    for number in range(count):
+        if groups or "SharedFunctionalGroupsSequence" in data:
+            own = groups[number] if number < len(groups) else Dataset()
+            content = (sequence(own, "FrameContentSequence") or [Dataset()])[0]
+            order: tuple[float, ...] = (
+                numeric(content, "TemporalPositionIndex"),
+                numeric(content, "InStackPositionNumber"),
+                float(number),
+            )
+            yield FramePlace(plane=group_plane(own, shared), order=order)
+        else:
+            order = tuple(numeric(data, name) for name in ORDER)
+            yield FramePlace(plane=plane_of(data, data, data) if count == 1 else None, order=(*order, float(number)))
+
+
+def group_plane(own: Dataset, shared: Dataset) -> Plane | None:
+    """Return the plane of a frame from its own and the shared functional groups."""
+
+    def first(name: str) -> Dataset:
+        return (sequence(own, name) or sequence(shared, name) or [Dataset()])[0]
+
+    return plane_of(first("PlanePositionSequence"), first("PlaneOrientationSequence"), first("PixelMeasuresSequence"))
+
+
+def plane_of(position: Dataset, orientation: Dataset, measures: Dataset) -> Plane | None:
+    """Return a plane, or None where one of its parts is missing or cannot be; unknown pixel distances are 0."""
+    where = numbers(position, "ImagePositionPatient", 3)
+    axes = numbers(orientation, "ImageOrientationPatient", 6)
+    if where is None or axes is None or max(map(abs, where)) > 1e5:
+        return None
+    along_row, along_column = axes[:3], axes[3:]
+    if any(abs(math.hypot(*axis) - 1.0) > 0.01 for axis in (along_row, along_column)):
+        return None
+    if abs(sum(a * b for a, b in zip(along_row, along_column, strict=True))) > 0.01:
+        return None
+    known = numbers(measures, "PixelSpacing", 2) or numbers(measures, "ImagerPixelSpacing", 2) or (0.0, 0.0)
+    spacing = known if all(0.0 < value < 1000.0 for value in known) else (0.0, 0.0)
+    return cast(Plane, (*where, *axes, *spacing))
+
+
+def sequence(data: Dataset, name: str) -> Sequence[Dataset]:
+    """Return the items of a sequence, none where it is absent or of another form."""
+    value = _value(data, name)
+    return list(value) if isinstance(value, Sequence) and all(isinstance(item, Dataset) for item in value) else []
+
+
+def text(data: Dataset, name: str) -> str:
+    """Return an element as text without blanks around it, empty where it is absent."""
+    value = _value(data, name)
+    return "" if value is None else str(value).strip().strip("\0")
+
+
+def integer(data: Dataset, name: str) -> int:
+    """Return a whole number, 0 where it is absent or none."""
+    value = numeric(data, name)
+    return int(value) if value == int(value) else 0
+
+
+def numeric(data: Dataset, name: str) -> float:
+    """Return a number, 0 where it is absent, not finite or none."""
+    values = numbers(data, name, 1)
+    return values[0] if values else 0.0
+
+
+def numbers(data: Dataset, name: str, count: int) -> tuple[float, ...] | None:
+    """Return exactly `count` finite numbers, or None."""
+    value = _value(data, name)
+    parts: Sequence[Any] = [value] if isinstance(value, str) or not isinstance(value, Sequence) else value
+    try:
+        found = tuple(float(part) for part in parts)
+    except (TypeError, ValueError):
+        return None
+    return found if len(found) == count and all(map(math.isfinite, found)) else None
+
+
+def _value(data: Dataset, name: str) -> Any:  # noqa: ANN401  # elements hold anything
+    try:
+        return data.get(name)
+    except Exception:  # noqa: BLE001  # pydicom converts on access; what it cannot convert counts as absent
+        return None
+
+
+def _held(data: Dataset) -> str:
+    if text(data, "BurnedInAnnotation").upper() == "YES":
+        return "the header says that text is burned in"
+    if str(data.SOPClassUID).startswith(SECONDARY_CAPTURE) or text(data, "ConversionType").upper() in CONVERTED:
+        return "a secondary capture"
+    if modality(data) not in SAFE_MODALITIES:
+        return f"modality {modality(data) or 'unknown'} often has text burned in"
+    return "a colour picture from a scanner that makes grey ones" if integer(data, "SamplesPerPixel") > 1 else ""

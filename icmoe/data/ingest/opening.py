@@ -1,0 +1,184 @@
+"""Open what lies in an export: what a file is by its content, and DICOM data sets with every limit that a bad file needs.
+
+pydicom's messages repeat the values they complain about, so that they are neither logged nor shown.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import pydicom
+from pydicom.dataset import Dataset, FileDataset
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
+
+MAX_BYTES = 2**32
+"""Largest file, deflated content counted when inflated."""
+PREAMBLE_AND_GROUP_LENGTH = 144
+HEAD_BYTES = 352
+"""Bytes that tell what a file is."""
+
+Content = Literal["dicom", "nifti", "png", "other"]
+
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+logging.getLogger("nibabel").setLevel(logging.CRITICAL + 1)
+
+
+class Refusal(Exception):
+    """A file, or a frame of it, is not used.
+
+    Parameters
+    ----------
+    number
+        Key of the error catalogue.
+    why
+        The reason in fixed words and numbers; never a text from the file.
+    """
+
+    def __init__(self, number: int, why: str) -> None:
+        super().__init__(number, why)
+        self.number = number
+        self.why = why
+
+
+@contextmanager
+def refusing(number: int, why: str) -> Iterator[None]:
+    """Turn whatever a broken file makes a library raise into one reason.
+
+    Yields
+    ------
+    None
+
+    Raises
+    ------
+    Refusal
+        With the given number and reason.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Refusal:
+        raise
+    except Exception:  # noqa: BLE001  # there is no list of what a parser raises on arbitrary bytes
+        raise Refusal(number, why) from None
+
+
+def content_of(path: Path) -> Content:
+    """Return what a file is by its first bytes; its name has no say.
+
+    Raises
+    ------
+    Refusal
+        117 where it cannot be read or is larger than `MAX_BYTES`.
+    """
+    with refusing(117, "file cannot be opened"), path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+        size = file.seek(0, 2)
+    if size > MAX_BYTES:
+        raise Refusal(117, f"file is larger than {MAX_BYTES >> 30} GiB")
+    if head[128:132] == b"DICM":
+        return "dicom"
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if head.startswith(b"\x1f\x8b"):
+        with refusing(116, "a compressed file that is no NIfTI volume"):
+            head = zlib.decompressobj(wbits=31).decompress(head, HEAD_BYTES) or head
+    if _is_nifti(head):
+        return "nifti"
+    # DICOM without preamble starts with an element of group 2 or 8, in either byte order.
+    return "dicom" if head[:2] in {b"\x02\x00", b"\x08\x00", b"\x00\x08"} else "other"
+
+
+def open_dicom(path: Path, *, pixels: bool, tags: list[str] | None = None) -> FileDataset:
+    """Return a DICOM data set that names its class, its instance and its transfer syntax.
+
+    Parameters
+    ----------
+    path
+        The file.
+    pixels
+        Whether to read the pixels too.
+    tags
+        Keywords to read; all where None.
+
+    Raises
+    ------
+    Refusal
+        116 where it is not DICOM, 117 where it cannot be parsed.
+    """
+    with refusing(117, "DICOM header cannot be parsed"):
+        try:
+            data = pydicom.dcmread(_bounded(path), stop_before_pixels=not pixels, force=True, specific_tags=_with_identity(tags))
+        except (EOFError, MemoryError, RecursionError):
+            raise Refusal(117, "DICOM header ends too early or is nested too deeply") from None
+        if not (str(data.get("SOPClassUID") or "") and str(data.get("SOPInstanceUID") or "")):
+            meta = str(data.file_meta.get("MediaStorageSOPClassUID") or "")
+            if meta == "1.2.840.10008.1.3.10":
+                raise Refusal(119, "an index of a medium (DICOMDIR), not an image")
+            if content_of(path) == "dicom" and data.preamble and not data.file_meta.get("TransferSyntaxUID"):
+                raise Refusal(117, "its meta header names no transfer syntax, and neither class nor instance is named")
+            raise Refusal(116, "no DICOM object: it names neither class nor instance")
+        _complete_syntax(data)
+        return data
+
+
+def _with_identity(tags: list[str] | None) -> list[str] | None:
+    return None if tags is None else [*tags, "SOPClassUID", "SOPInstanceUID"]
+
+
+def _bounded(path: Path) -> Path:
+    """Return the path after a look at how large its content would be: a small deflated file can hold any size."""
+    try:
+        meta = pydicom.filereader.read_file_meta_info(path)
+        if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+            return path
+        start = PREAMBLE_AND_GROUP_LENGTH + int(meta.FileMetaInformationGroupLength)
+    except Exception:  # noqa: BLE001  # no meta header: it is not deflated either
+        return path
+    # DEFLATE reaches at most 1032 to 1, so that most files need no second look.
+    if path.stat().st_size * 1032 > MAX_BYTES and _inflated(path, start) > MAX_BYTES:
+        raise Refusal(117, f"content is larger than {MAX_BYTES >> 30} GiB when inflated")
+    return path
+
+
+def _inflated(path: Path, start: int) -> int:
+    """Return the bytes that a deflated data set holds, counted without keeping them, up to a little over the limit."""
+    inflater, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    with path.open("rb") as file:
+        file.seek(start)
+        while total <= MAX_BYTES and not inflater.eof:
+            rest = inflater.unconsumed_tail or file.read(2**16)
+            if not rest:
+                break
+            total += len(inflater.decompress(rest, 2**20))
+    return total
+
+
+def _complete_syntax(data: FileDataset) -> None:
+    """Name the transfer syntax of a file whose meta header does not; encapsulated pixels cannot be guessed."""
+    if data.file_meta.get("TransferSyntaxUID"):
+        return
+    implicit, little = data.original_encoding
+    plain = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+    data.file_meta.TransferSyntaxUID = plain if little in {True, None} else ExplicitVRBigEndian
+
+
+def _is_nifti(head: bytes) -> bool:
+    return head[:4] in {b"\x5c\x01\0\0", b"\0\0\x01\x5c", b"\x1c\x02\0\0", b"\0\0\x02\x1c"} and (
+        head[344:348] in {b"n+1\0", b"ni1\0"} or head[4:8] in {b"n+2\0", b"ni2\0"}
+    )
+
+
+__all__ = ["Content", "Dataset", "Refusal", "content_of", "open_dicom", "refusing"]

@@ -1,0 +1,73 @@
+"""Names for what must not be named: HMAC-SHA-256 under a secret that each site makes for itself and never sends.
+
+Without the secret nobody can try patient numbers against the pseudonyms; losing it makes every patient a new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+from icmoe.atomic import write_atomically
+from icmoe.errors import Fault, IcmoeError
+
+SECRET_FILE = "secret.key"  # noqa: S105  # a file name
+SECRET_BYTES = 32
+DIGITS = 16
+
+
+class Pseudonyms:
+    """Keyed hashes of one site.
+
+    Parameters
+    ----------
+    secret
+        At least `SECRET_BYTES` bytes.
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        if len(secret) < SECRET_BYTES:
+            raise ValueError(f"a secret of {SECRET_BYTES} bytes is needed, not {len(secret)}")
+        self.secret = secret
+
+    def of(self, kind: str, text: str) -> str:
+        """Return the hash of `text`, 16 hexadecimal digits; equal texts of two kinds have unrelated hashes."""
+        message = f"{kind}\0{text}".encode("utf-8", "surrogateescape")
+        return hmac.new(self.secret, message, hashlib.sha256).hexdigest()[:DIGITS]
+
+    def patient(self, text: str) -> str:
+        """Return the pseudonym of a patient, such as P-0123456789abcdef; blanks around the number do not matter."""
+        return f"P-{self.of('patient', text.strip())}"
+
+    def share(self, patient: str) -> float:
+        """Return a number in [0, 1) that belongs to a pseudonym for good."""
+        return int(self.of("split", patient), 16) / 16.0**DIGITS
+
+
+def site_pseudonyms(folder: Path) -> Pseudonyms:
+    """Return the site's keyed hashes; the first call makes the secret, readable by its owner alone.
+
+    Raises
+    ------
+    IcmoeError
+        129 where the secret cannot be read, is damaged, or others may read it.
+    """
+    path = folder / SECRET_FILE
+    try:
+        if not path.exists():
+            write_atomically(path, secrets.token_bytes(SECRET_BYTES), private=True)
+        secret, mode = path.read_bytes(), path.stat().st_mode & 0o077
+    except OSError as error:
+        raise IcmoeError(_fault(path, "secret of the site cannot be read", error.strerror or "")) from None
+    if len(secret) != SECRET_BYTES:
+        raise IcmoeError(_fault(path, "secret of the site is damaged", f"{len(secret)} bytes", str(SECRET_BYTES)))
+    if mode and os.name == "posix":
+        raise IcmoeError(_fault(path, "others may read the secret of the site", f"{mode:03o}", "000", f"chmod 600 {path}"))
+    return Pseudonyms(secret)
+
+
+def _fault(path: Path, what: str, value: str, limit: str = "", todo: str = "") -> Fault:
+    return Fault(number=129, where=str(path), what=what, value=value, limit=limit, did="Nothing was read.", todo=todo)

@@ -1,0 +1,89 @@
+"""What one file says, as a typed record: technical fields and keyed hashes. A field that is not here is not kept."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Plane = tuple[float, float, float, float, float, float, float, float, float, float, float]
+"""Position of the first pixel's centre (3), direction along a row (3), along a column (3), distance of rows and of
+columns, in mm and in DICOM's axes (x to the left, y to the back, z to the head)."""
+
+Kind = Literal["image", "seg", "contours", "volume", "picture", "none"]
+
+
+class Record(BaseModel):
+    """Base of the records: frozen, nothing unknown, finite numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class FramePlace(Record):
+    """Where one frame of an image lies, in space and in the order of its acquisition."""
+
+    plane: Plane | None = None
+    """None where the file does not say."""
+    order: tuple[float, ...] = ()
+    """Temporal position, trigger time, instance number, frame number."""
+
+
+class Patch(Record):
+    """One frame of a SEG object or one contour of an RTSTRUCT: which class it marks, and on which image."""
+
+    number: int
+    """Frame number from 0, or the contour's place in its file."""
+    label: int
+    """Class index; of two patches on one pixel the higher class wins."""
+    image: str = ""
+    """Keyed hash of the SOP instance that it refers to, empty where it refers to none."""
+    frame: int = 0
+    """Frame of that instance from 0."""
+    plane: Plane | None = None
+    """Where the patch itself says that it lies."""
+
+
+class FileRecord(Record):
+    """What is kept of one file's header."""
+
+    kind: Kind
+    """What the content is, whatever the name says."""
+    fault: int = 0
+    """Number of the reason why it is not used; 0 where it may be used."""
+    why: str = ""
+    """The reason in fixed words and numbers; never a text from the file."""
+    patient: str = ""
+    """Keyed hash, empty where the file names no patient."""
+    study: str = ""
+    """Keyed hash of the study instance UID."""
+    series: str = ""
+    """Keyed hash of the series instance UID."""
+    image: str = ""
+    """Keyed hash of the SOP instance UID."""
+    space: str = ""
+    """Keyed hash of the frame of reference UID."""
+    modality: str = ""
+    """A defined term of DICOM, or empty."""
+    rows: int = 0
+    """Height, pixels."""
+    columns: int = 0
+    """Width, pixels."""
+    frames: tuple[FramePlace, ...] = ()
+    """Frames of an image."""
+    held: str = ""
+    """Why the header alone makes burned-in text likely, in fixed words."""
+    mask: bool = False
+    """For a volume or a picture: whether its values look like classes."""
+    shape: tuple[int, int, int] = (0, 0, 0)
+    """Shape of a volume."""
+    affine: tuple[float, ...] = ()
+    """Of a volume: rows 1 to 3 of the matrix from voxel index to DICOM's axes, mm."""
+    patches: tuple[Patch, ...] = ()
+    """Of a SEG object or an RTSTRUCT."""
+    listed: tuple[str, ...] = ()
+    """Keyed hashes of the instances that a mask says it was drawn on: without a patch they are background."""
+
+
+def refused(number: int, why: str, kind: Kind = "none") -> FileRecord:
+    """Return the record of a file that is not used, with the reason in fixed words."""
+    return FileRecord(kind=kind, fault=number, why=why)
