@@ -35,6 +35,10 @@ class Patch(Record):
     """Frame number from 0, or the contour's place in its file."""
     label: int
     """Class index; of two patches on one pixel the higher class wins."""
+    value: int = 0
+    """Of a label map: the stored value that means the class; 0 elsewhere."""
+    group: int = 0
+    """Number of the segment or region: contours of one group that enclose each other leave holes."""
     image: str = ""
     """Keyed hash of the SOP instance that it refers to, empty where it refers to none."""
     frame: int = 0

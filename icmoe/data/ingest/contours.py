@@ -1,0 +1,157 @@
+"""RTSTRUCT: closed planar contours in patient coordinates, filled on the pixels whose centres they enclose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.path import Path as Outline
+from pydicom.dataset import Dataset
+
+from icmoe.data.ingest.geometry import plane_matrix
+from icmoe.data.ingest.headers import identity, integer, sequence, text
+from icmoe.data.ingest.labels import LabelNames
+from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
+from icmoe.data.ingest.pseudonyms import Pseudonyms
+from icmoe.data.ingest.records import FileRecord, Patch, Plane
+
+OFF_PLANE_MM = 0.5
+"""How far a contour may lie from the image that it refers to."""
+
+
+def contours_record(data: Dataset, names: LabelNames, hashes: Pseudonyms) -> FileRecord:
+    """Return the record of an RTSTRUCT.
+
+    Parameters
+    ----------
+    data
+        Its header.
+    names
+        What regions may be called.
+    hashes
+        Of the site.
+
+    Raises
+    ------
+    Refusal
+        120 where no region names a class of the study; 117 where the contours cannot be parsed.
+    """
+    with refusing(117, "contours cannot be parsed"):
+        labels = {number: names.index(called) for number, called in _regions(data).items()}
+        if not any(label is not None for label in labels.values()):
+            raise Refusal(120, f"none of its {len(labels)} regions is called like a class of the study")
+        patches = []
+        for number, (region, item) in enumerate(_contours(data)):
+            label = labels.get(region)
+            if label is not None and text(item, "ContourGeometricType").upper() == "CLOSED_PLANAR":
+                patches.append(_patch(number, label, region, item, hashes))
+        return FileRecord(
+            kind="contours",
+            patches=tuple(patches),
+            listed=tuple(sorted({hashes.of("uid", uid) for uid in _listed(data)})),
+            **(identity(data, hashes) | {"space": _space(data, hashes)}),
+        )
+
+
+def read_contours(path: Path) -> list[npt.NDArray[np.float64]]:
+    """Return the points of every contour of a file in its order, N x 3 each, mm.
+
+    Raises
+    ------
+    Refusal
+        116 or 117.
+    """
+    data = open_dicom(path, pixels=False, tags=["ROIContourSequence"])
+    with refusing(117, "contours cannot be parsed"):
+        return [_points(item) for _, item in _contours(data)]
+
+
+def fill(points_N3: npt.NDArray[np.float64], plane: Plane, shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """Return the pixels whose centres a contour encloses.
+
+    Parameters
+    ----------
+    points_N3
+        In patient coordinates, mm.
+    plane
+        Of the image.
+    shape
+        Its height and width, pixels.
+
+    Raises
+    ------
+    Refusal
+        121 where the contour does not lie in the image's plane or mostly outside the image.
+    """
+    homogeneous = np.column_stack([points_N3, np.ones(len(points_N3))])
+    where = np.linalg.inv(plane_matrix(plane)) @ homogeneous.T
+    if np.abs(where[2]).max() > OFF_PLANE_MM:
+        raise Refusal(121, f"contour lies {np.abs(where[2]).max():.1f} mm off the plane of its image")
+    low, high = np.floor(where[:2].min(axis=1)).astype(int), np.ceil(where[:2].max(axis=1)).astype(int)
+    if np.prod((high - low + 1).astype(float)) > 2**26:
+        raise Refusal(121, "contour is far larger than its image")
+    rows, columns = np.mgrid[low[0] : high[0] + 1, low[1] : high[1] + 1]
+    inside = Outline(where[:2].T).contains_points(np.column_stack([rows.ravel(), columns.ravel()]))
+    rows, columns = rows.ravel()[inside], columns.ravel()[inside]
+    on_image = (rows >= 0) & (rows < shape[0]) & (columns >= 0) & (columns < shape[1])
+    if rows.size and on_image.mean() < 0.5:
+        raise Refusal(121, "most of the mask lies off the image")
+    filled = np.zeros(shape, dtype=bool)
+    filled[rows[on_image], columns[on_image]] = True
+    return filled
+
+
+def _regions(data: Dataset) -> dict[int, list[str]]:
+    found = {integer(item, "ROINumber"): [text(item, "ROIName")] for item in sequence(data, "StructureSetROISequence")}
+    for item in sequence(data, "RTROIObservationsSequence"):
+        called = found.setdefault(integer(item, "ReferencedROINumber"), [])
+        called.append(text(item, "ROIObservationLabel"))
+        for code in sequence(item, "RTROIIdentificationCodeSequence"):
+            scheme, value = text(code, "CodingSchemeDesignator"), text(code, "CodeValue")
+            called += [text(code, "CodeMeaning"), value, f"{scheme}:{value}"]
+    return {number: [name for name in called if name] for number, called in found.items()}
+
+
+def _contours(data: Dataset) -> Iterator[tuple[int, Dataset]]:
+    for region in sequence(data, "ROIContourSequence"):
+        for item in sequence(region, "ContourSequence"):
+            yield integer(region, "ReferencedROINumber"), item
+
+
+def _patch(number: int, label: int, region: int, item: Dataset, hashes: Pseudonyms) -> Patch:
+    source = (sequence(item, "ContourImageSequence") or [Dataset()])[0]
+    uid = text(source, "ReferencedSOPInstanceUID")
+    x, y, z = (float(value) for value in _points(item)[0])
+    return Patch(
+        number=number,
+        label=label,
+        group=region,
+        image=hashes.of("uid", uid) if uid else "",
+        frame=max(0, integer(source, "ReferencedFrameNumber") - 1),
+        plane=(x, y, z, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    )
+
+
+def _points(item: Dataset) -> npt.NDArray[np.float64]:
+    points = np.asarray([float(value) for value in item.ContourData], dtype=np.float64).reshape(-1, 3)
+    if len(points) < 1 or not np.isfinite(points).all() or np.abs(points).max() > 1e5:
+        raise Refusal(117, "a contour has no usable points")
+    return points
+
+
+def _space(data: Dataset, hashes: Pseudonyms) -> str:
+    for item in [*sequence(data, "ReferencedFrameOfReferenceSequence"), *sequence(data, "StructureSetROISequence")]:
+        uid = text(item, "FrameOfReferenceUID") or text(item, "ReferencedFrameOfReferenceUID")
+        if uid:
+            return hashes.of("uid", uid)
+    return ""
+
+
+def _listed(data: Dataset) -> Iterable[str]:
+    for space in sequence(data, "ReferencedFrameOfReferenceSequence"):
+        for study in sequence(space, "RTReferencedStudySequence"):
+            for series in sequence(study, "RTReferencedSeriesSequence"):
+                for item in sequence(series, "ContourImageSequence"):
+                    yield text(item, "ReferencedSOPInstanceUID")

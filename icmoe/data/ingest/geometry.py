@@ -1,0 +1,141 @@
+"""Where pixels lie in the patient: planes, which pixel of a mask belongs to which of an image, upright orientation.
+
+All coordinates are DICOM's (mm; x to the left, y to the back, z to the head). Grids are matched exactly or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from icmoe.data.ingest.records import Plane
+
+ALIGNED = 0.9
+"""Least cosine between a pixel axis and a body axis for a picture to be turned upright; oblique ones stay as stored."""
+OFF_GRID_PX = 0.1
+"""Largest distance of a mask's pixel centre from the image's, in pixels, over the whole image."""
+
+Array = npt.NDArray[np.float64]
+
+
+def plane_matrix(plane: Plane) -> Array:
+    """Return the 4 x 4 matrix from (row, column, mm along the normal, 1) to coordinates; distances of 0 count as 1 mm."""
+    values = np.asarray(plane)
+    along_row, along_column = values[3:6], values[6:9]
+    matrix = np.eye(4)
+    matrix[:3, 0] = along_column * (values[9] or 1.0)
+    matrix[:3, 1] = along_row * (values[10] or 1.0)
+    matrix[:3, 2] = np.cross(along_row, along_column)
+    matrix[:3, 3] = values[:3]
+    return matrix
+
+
+def height_mm(plane: Plane) -> float:
+    """Return the plane's position along its own normal."""
+    return float(np.cross(plane[3:6], plane[6:9]) @ np.asarray(plane[:3]))
+
+
+def parallel(one: Plane, other: Plane) -> bool:
+    """Return whether two planes have the same normal within 1 degree, whichever way it points."""
+    normals = [np.cross(plane[3:6], plane[6:9]) for plane in (one, other)]
+    return abs(float(normals[0] @ normals[1])) > 0.99985
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Which voxel of a mask lies under a pixel: `steps_33` times (row, column, 1), whole numbers."""
+
+    steps_33: npt.NDArray[np.int64]
+
+    def take(self, mask: npt.NDArray[Any], shape: tuple[int, int]) -> npt.NDArray[Any]:
+        """Return the mask on the image's pixels, 0 where it does not reach.
+
+        Parameters
+        ----------
+        mask
+            Three axes.
+        shape
+            Height and width of the image, pixels.
+        """
+        rows, columns = np.indices(shape).reshape(2, -1)
+        where = self.steps_33 @ np.stack([rows, columns, np.ones_like(rows)])
+        inside = np.all((where >= 0) & (where < np.asarray(mask.shape)[:, None]), axis=0)
+        taken = np.zeros(rows.size, dtype=mask.dtype)
+        taken[inside] = mask[tuple(where[:, inside])]
+        return taken.reshape(shape)
+
+
+def grid_between(mask_matrix: Array, image: Plane, shape: tuple[int, int], *, off_mm: float = 0.0) -> Grid | None:
+    """Return which voxel of a mask lies under each pixel of an image, None where the grids do not meet.
+
+    Parameters
+    ----------
+    mask_matrix
+        4 x 4, from voxel index to coordinates.
+    image
+        Plane of the image.
+    shape
+        Its height and width, pixels.
+    off_mm
+        For a mask of one plane, whose third axis is in mm: how far it may lie above or below the image.
+    """
+    try:
+        steps = (np.linalg.inv(mask_matrix) @ plane_matrix(image))[:3][:, [0, 1, 3]]
+    except np.linalg.LinAlgError:
+        return None
+    whole = np.rint(steps)
+    corners = np.asarray([[r, c, 1.0] for r in (0, shape[0] - 1) for c in (0, shape[1] - 1)]).T
+    apart = np.abs((steps - whole) @ corners).max(axis=1)
+    if off_mm:
+        if np.abs(steps[2] @ corners).max() > off_mm:
+            return None
+        whole[2], apart[2] = 0.0, 0.0
+    return Grid(whole.astype(np.int64)) if float(apart.max()) <= OFF_GRID_PX else None
+
+
+@dataclass(frozen=True, slots=True)
+class Upright:
+    """How a picture is turned so that the body stands the same way in every series; flips come after the transposition."""
+
+    transpose: bool = False
+    flip_rows: bool = False
+    flip_columns: bool = False
+
+    def turn(self, image_HW: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the picture turned."""
+        turned = image_HW.T if self.transpose else image_HW
+        turned = turned[::-1] if self.flip_rows else turned
+        return np.ascontiguousarray(turned[:, ::-1] if self.flip_columns else turned)
+
+
+def upright(plane: Plane | None) -> Upright:
+    """Return the turn to the usual view: axial with the left of the body on the right, coronal and sagittal head up.
+
+    Oblique planes and unknown ones stay as they are stored.
+    """
+    if plane is None:
+        return Upright()
+    along_row, along_column = np.asarray(plane[3:6]), np.asarray(plane[6:9])
+    axes = [int(np.abs(axis).argmax()) for axis in (along_row, along_column)]
+    if min(abs(along_row[axes[0]]), abs(along_column[axes[1]])) < ALIGNED or axes[0] == axes[1]:
+        return Upright()
+    across, down = {0: ((1, 1.0), (2, -1.0)), 1: ((0, 1.0), (2, -1.0)), 2: ((0, 1.0), (1, 1.0))}[3 - sum(axes)]
+    transpose = axes[0] != across[0]
+    row, column = (along_column, along_row) if transpose else (along_row, along_column)
+    return Upright(transpose, bool(column[down[0]] * down[1] < 0.0), bool(row[across[0]] * across[1] < 0.0))
+
+
+def slice_distance_mm(planes: Sequence[Plane | None]) -> float | None:
+    """Return the distance of neighbouring slices where all are parallel and evenly spaced within 1 %, else None."""
+    if len(planes) < 2 or any(plane is None for plane in planes):
+        return None
+    known = cast("Sequence[Plane]", planes)
+    if not all(parallel(known[0], plane) for plane in known):
+        return None
+    normal = np.cross(known[0][3:6], known[0][6:9])
+    gaps = np.diff(sorted(float(normal @ np.asarray(plane[:3])) for plane in known))
+    return float(gaps.mean()) if gaps.min() > 1e-3 and np.ptp(gaps) <= 0.01 * gaps.mean() else None

@@ -1,0 +1,47 @@
+"""What hospitals call the study's classes: names and codes, compared without regard to case, spaces and underscores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from icmoe.errors import Fault, IcmoeError
+from icmoe.study import Label
+
+
+class LabelNames:
+    """Class index by name or code.
+
+    Parameters
+    ----------
+    labels
+        Classes of the study; their own names count.
+    synonyms
+        Further names and codes ("SCT:52988006", "Lesion") by class name.
+
+    Raises
+    ------
+    IcmoeError
+        210 where a synonym belongs to no class, or to two.
+    """
+
+    def __init__(self, labels: Sequence[Label], synonyms: Mapping[str, Sequence[str]]) -> None:
+        classes = {label.name: index for index, label in enumerate(labels)}
+        self._index = {_plain(name): index for name, index in classes.items()}
+        faults = []
+        for name, others in synonyms.items():
+            if name not in classes:
+                what = "synonyms are given for a class that the study does not have"
+                faults.append(Fault(number=210, where="ingest.labels", what=what, value=name, limit=", ".join(classes)))
+                continue
+            twice = [other for other in others if self._index.setdefault(_plain(other), classes[name]) != classes[name]]
+            faults += [Fault(number=210, where="ingest.labels", what="one synonym for two classes", value=name) for name in twice]
+        if faults:
+            raise IcmoeError(*faults)
+
+    def index(self, names: Iterable[str]) -> int | None:
+        """Return the class of the first name that is known, else None."""
+        return next((self._index[name] for name in map(_plain, names) if name in self._index), None)
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").casefold().split())

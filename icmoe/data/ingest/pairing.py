@@ -1,0 +1,249 @@
+"""Masks to images: by the instances that a mask refers to; by geometry or names only where it refers to none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from icmoe.data.ingest.geometry import Grid, grid_between, height_mm, parallel, plane_matrix
+from icmoe.data.ingest.opening import Refusal
+from icmoe.data.ingest.reading import stem
+from icmoe.data.ingest.records import FileRecord, Patch, Plane
+from icmoe.data.ingest.volumes import matrix_of
+
+OFF_PLANE_MM = 0.5
+FORMS = ("seg", "contours", "volume", "picture")
+"""Kinds of masks, the one that says most about its image first."""
+
+Key = tuple[str, int]
+"""A frame: path of its file below the export, frame number from 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What one mask file says about one frame; with no patch and no grid that there is nothing on it.
+
+    Parameters
+    ----------
+    path
+        Mask file below the export.
+    form
+        One of `FORMS`.
+    patches
+        Of a SEG object or an RTSTRUCT.
+    grids
+        Per patch, or one for a volume: where its pixels lie; None for pixel by pixel.
+    """
+
+    path: str
+    form: str
+    patches: tuple[Patch, ...] = ()
+    grids: tuple[Grid | None, ...] = ()
+
+
+@dataclass(slots=True)
+class Pairing:
+    """Which masks belong to which frames.
+
+    Parameters
+    ----------
+    uses
+        By frame, of the form that was preferred there.
+    refusals
+        By path of a mask that is not used.
+    """
+
+    uses: dict[Key, list[Use]] = field(default_factory=dict)
+    refusals: dict[str, Refusal] = field(default_factory=dict)
+
+
+def pair(files: Mapping[str, FileRecord]) -> Pairing:
+    """Return which masks belong to which frames.
+
+    Parameters
+    ----------
+    files
+        Records by path below the export.
+    """
+    images = {path: record for path, record in files.items() if is_image(record)}
+    by_uid: dict[str, str] = {}
+    for path, record in images.items():
+        if record.image:
+            by_uid.setdefault(record.image, path)
+    pairing = Pairing()
+    found: dict[str, dict[Key, Use]] = {}
+    for path, record in files.items():
+        if record.fault or is_image(record) or record.kind == "none":
+            continue
+        try:
+            found[path] = _uses(path, record, images, by_uid)
+        except Refusal as refusal:
+            pairing.refusals[path] = refusal
+    _prefer(found, files, pairing)
+    return pairing
+
+
+def is_image(record: FileRecord) -> bool:
+    """Return whether a record is of a picture that a model may see."""
+    return not record.fault and (record.kind == "image" or (record.kind in {"volume", "picture"} and not record.mask))
+
+
+def _uses(path: str, record: FileRecord, images: Mapping[str, FileRecord], by_uid: Mapping[str, str]) -> dict[Key, Use]:
+    if record.kind == "picture":
+        return _by_name(path, record, images)
+    if record.kind == "volume":
+        return _by_grid(path, record, images)
+    if record.listed or any(patch.image for patch in record.patches):
+        return _by_reference(path, record, images, by_uid)
+    return _by_space(path, record, images)
+
+
+def _by_reference(path: str, record: FileRecord, images: Mapping[str, FileRecord], by_uid: Mapping[str, str]) -> dict[Key, Use]:
+    found: dict[Key, list[tuple[Patch, Grid | None]]] = {}
+    for uid in record.listed:
+        if uid in by_uid and len(images[by_uid[uid]].frames) == 1:
+            found[by_uid[uid], 0] = []
+    for patch in record.patches:
+        target = by_uid.get(patch.image)
+        if target is None:
+            continue
+        image = images[target]
+        frame = patch.frame if len(image.frames) > 1 else 0
+        if frame >= len(image.frames):
+            raise Refusal(121, f"it refers to frame {frame + 1} of an image of {len(image.frames)} frames")
+        found.setdefault((target, frame), []).append((patch, _patch_grid(record, patch, image, frame)))
+    if not found:
+        raise Refusal(123, "none of the images that it refers to is in the folder")
+    return {key: _use(path, record, parts) for key, parts in found.items()}
+
+
+def _by_space(path: str, record: FileRecord, images: Mapping[str, FileRecord]) -> dict[Key, Use]:
+    """Match by plane among the images of the same frame of reference, series by series."""
+    series: dict[str, dict[Key, list[tuple[Patch, Grid | None]]]] = {}
+    folders: dict[str, str] = {}
+    for target, image in images.items():
+        if not record.space or image.space != record.space:
+            continue
+        for frame, place in enumerate(image.frames):
+            for patch in record.patches:
+                if place.plane is None or patch.plane is None or not _same_plane(record, patch.plane, place.plane):
+                    continue
+                part = (patch, _patch_grid(record, patch, image, frame))
+                series.setdefault(image.series, {}).setdefault((target, frame), []).append(part)
+                folders[image.series] = target
+    best = _closest(path, folders)
+    if not best:
+        raise Refusal(123, "it refers to no image, and no image shares its frame of reference and planes")
+    if len(best) > 1:
+        raise Refusal(122, f"it refers to no image, and {len(best)} series share its geometry")
+    return {key: _use(path, record, parts) for key, parts in series[best[0]].items()}
+
+
+def _by_grid(path: str, record: FileRecord, images: Mapping[str, FileRecord]) -> dict[Key, Use]:
+    """Match a volume of classes with the series on its grid: of its own name first, then of the closest folder."""
+    series: dict[str, dict[Key, Use]] = {}
+    folders: dict[str, str] = {}
+    matrix = matrix_of(record)
+    for target, image in images.items():
+        shape = (image.rows, image.columns)
+        for frame, place in enumerate(image.frames):
+            if place.plane is None or not place.plane[9] or (frame and image.series not in series):
+                continue
+            grid = grid_between(matrix, place.plane, shape)
+            if grid is not None and _overlaps(grid, record.shape, shape):
+                series.setdefault(image.series, {})[target, frame] = Use(path, "volume", grids=(grid,))
+                folders[image.series] = target
+    named = {name: target for name, target in folders.items() if images[target].kind == "volume" and stem(target) == stem(path)}
+    best = _closest(path, named or folders)
+    if not best:
+        raise Refusal(121, "no image lies on the grid of this volume")
+    if len(best) > 1:
+        raise Refusal(122, f"{len(best)} series lie on the grid of this volume, equally close by name and folder")
+    return series[best[0]]
+
+
+def _by_name(path: str, record: FileRecord, images: Mapping[str, FileRecord]) -> dict[Key, Use]:
+    same = {target: target for target, image in images.items() if len(image.frames) == 1 and stem(target) == stem(path)}
+    best = _closest(path, same)
+    if not best:
+        raise Refusal(123, "no image of one frame has its name")
+    if len(best) > 1:
+        raise Refusal(122, f"{len(best)} images have its name, equally close by folder")
+    image = images[best[0]]
+    if (image.rows, image.columns) != (record.rows, record.columns):
+        raise Refusal(105, f"mask {record.rows} x {record.columns}, image {image.rows} x {image.columns}")
+    return {(best[0], 0): Use(path, "picture")}
+
+
+def _use(path: str, record: FileRecord, parts: Iterable[tuple[Patch, Grid | None]]) -> Use:
+    listed = list(parts)
+    return Use(path, record.kind, tuple(patch for patch, _ in listed), tuple(grid for _, grid in listed))
+
+
+def _patch_grid(record: FileRecord, patch: Patch, image: FileRecord, frame: int) -> Grid | None:
+    """Return where a SEG frame's pixels lie on the image, None for pixel by pixel."""
+    if record.kind == "contours":
+        if image.frames[frame].plane is None or not (image.frames[frame].plane or (0.0,) * 11)[9]:
+            raise Refusal(121, "the image of a contour has no known geometry")
+        return None
+    plane, shape = image.frames[frame].plane, (image.rows, image.columns)
+    if patch.plane is None or plane is None or not patch.plane[9] or not plane[9]:
+        if (record.rows, record.columns) != shape:
+            raise Refusal(105, f"mask {record.rows} x {record.columns}, image {shape[0]} x {shape[1]}")
+        return None
+    grid = grid_between(plane_matrix(patch.plane), plane, shape, off_mm=OFF_PLANE_MM)
+    if grid is None:
+        raise Refusal(121, "mask lies in another plane, or between the image's pixels")
+    if not _overlaps(grid, (record.rows, record.columns, 1), shape):
+        raise Refusal(121, "mask lies off its image")
+    same = (record.rows, record.columns) == shape and grid.steps_33.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
+    return None if same else grid
+
+
+def _same_plane(record: FileRecord, patch: Plane, image: Plane) -> bool:
+    if record.kind == "contours":  # only a point is known
+        flat = (*patch[:3], *image[3:])
+        return abs(height_mm((*flat[:3], *image[3:11])) - height_mm(image)) <= OFF_PLANE_MM
+    return parallel(patch, image) and abs(height_mm((*patch[:3], *image[3:11])) - height_mm(image)) <= OFF_PLANE_MM
+
+
+def _overlaps(grid: Grid, mask: tuple[int, ...], image: tuple[int, int]) -> bool:
+    """Return whether the box of a mask reaches any pixel of an image."""
+    corners = [grid.steps_33 @ (row, column, 1) for row in (0, image[0] - 1) for column in (0, image[1] - 1)]
+    return all(min(c[axis] for c in corners) < mask[axis] and max(c[axis] for c in corners) >= 0 for axis in range(3))
+
+
+def _closest(path: str, targets: Mapping[str, str]) -> list[str]:
+    """Return the keys whose path shares the most folders with `path`, several where they are equally close."""
+    folders = PurePosixPath(path).parent.parts
+
+    def shared(target: str) -> int:
+        other = PurePosixPath(target).parent.parts
+        return next((at for at, (a, b) in enumerate(zip(folders, other, strict=False)) if a != b), min(len(folders), len(other)))
+
+    depths = {name: shared(target) for name, target in targets.items()}
+    return [name for name, depth in depths.items() if depth == max(depths.values())]
+
+
+def _prefer(found: Mapping[str, dict[Key, Use]], files: Mapping[str, FileRecord], pairing: Pairing) -> None:
+    """Keep on each frame the masks of the best form; two pictures or volumes on one frame cannot both be right."""
+    frames: dict[Key, list[Use]] = {}
+    for by_key in found.values():
+        for key, use in by_key.items():
+            frames.setdefault(key, []).append(use)
+    used: set[str] = set()
+    clash: set[str] = set()
+    for key, uses in frames.items():
+        form = min((use.form for use in uses), key=FORMS.index)
+        chosen = [use for use in uses if use.form == form]
+        if form in {"volume", "picture"} and len(chosen) > 1:
+            clash |= {use.path for use in chosen}
+            continue
+        pairing.uses[key] = chosen
+        used |= {use.path for use in chosen}
+    for path in found:
+        if path in clash:
+            pairing.refusals[path] = Refusal(122, f"several {files[path].kind} masks claim one image; exclude all but one")
+        elif path not in used:
+            pairing.refusals[path] = Refusal(128, "a mask that refers to these images by instance is used instead")

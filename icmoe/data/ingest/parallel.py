@@ -1,0 +1,86 @@
+"""Several processes that may die: a decoder that crashes on one file costs that file, not the run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+PRELOAD = ["icmoe.data.ingest.reading", "icmoe.data.ingest.decoding"]
+
+
+def in_processes(
+    function: Callable[[Item], Answer], items: Sequence[Item], processes: int, *, deadline_s: float
+) -> Iterator[tuple[Item, Answer | None]]:
+    """Yield each item with its answer as it comes, or with None where the process that worked on it died or hung.
+
+    Parameters
+    ----------
+    function
+        Picklable, and so are items and answers.
+    items
+        At least none.
+    processes
+        0 is one per core.
+    deadline_s
+        Seconds without any answer after which the items at work count as hung.
+    """
+    if not items:
+        return
+    unsure: list[Item] = []
+    waiting = list(items)
+    with _pool(min(processes or os.cpu_count() or 1, len(items))) as pool:
+        yield from _drain(pool, function, waiting, unsure, deadline_s)
+    for item in [*unsure, *waiting]:
+        with _pool(1) as pool:
+            job = pool.submit(function, item)
+            answer = None
+            if wait([job], timeout=deadline_s).done and job.exception() is None:
+                answer = job.result()
+            else:
+                _kill(pool)
+            yield item, answer
+
+
+def _drain(
+    pool: ProcessPoolExecutor,
+    function: Callable[[Item], Answer],
+    waiting: list[Item],
+    unsure: list[Item],
+    deadline_s: float,
+) -> Iterator[tuple[Item, Answer]]:
+    """Yield answers until all are there or the pool is lost; what was at work then is in `unsure`."""
+    jobs: dict[Future[Answer], Item] = {}
+    try:
+        while waiting or jobs:
+            while waiting and len(jobs) < 4 * (os.cpu_count() or 1):
+                item = waiting.pop(0)
+                jobs[pool.submit(function, item)] = item
+            done = wait(jobs, timeout=deadline_s, return_when="FIRST_COMPLETED").done
+            if not done:
+                _kill(pool)
+                break
+            for job in done:
+                answer = job.result()
+                yield jobs.pop(job), answer
+    except BrokenProcessPool:
+        pass
+    unsure += jobs.values()
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return ProcessPoolExecutor(processes, mp_context=context)
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+    pool.shutdown(wait=False, cancel_futures=True)

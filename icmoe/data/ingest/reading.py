@@ -1,0 +1,142 @@
+"""One file of an export to its record; whatever is wrong with it is a reason in the record, never an exception."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from icmoe.data.images import read_grey
+from icmoe.data.ingest.contours import contours_record
+from icmoe.data.ingest.headers import SEGMENTATIONS, STRUCTURE_SET, image_record, read_header
+from icmoe.data.ingest.labels import LabelNames
+from icmoe.data.ingest.opening import Refusal, content_of, refusing
+from icmoe.data.ingest.pseudonyms import Pseudonyms
+from icmoe.data.ingest.records import FileRecord, FramePlace, refused
+from icmoe.data.ingest.segmentations import segmentation_record
+from icmoe.data.ingest.volumes import looks_like_classes, volume_record
+from icmoe.errors import IcmoeError
+
+GENERIC = re.compile(r"(image|img|mask|label|seg|segmentation|png|nifti|nii|dicom|scan|train|val|test|data)s?(tr|ts)?", re.I)
+"""Folder names that say what lies in them, not whose it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """What reading needs to know of the site.
+
+    Parameters
+    ----------
+    root
+        The export.
+    hashes
+        Of the site.
+    names
+        What segments may be called.
+    patient_pattern
+        Names the patient in paths of PNG and NIfTI files.
+    """
+
+    root: Path
+    hashes: Pseudonyms
+    names: LabelNames
+    patient_pattern: str | None
+
+    def read(self, relative: str) -> FileRecord:
+        """Return the record of a file below the export's root."""
+        try:
+            with refusing(117, "file is damaged"):
+                return self._read(relative)
+        except Refusal as refusal:
+            return refused(refusal.number, refusal.why)
+
+    def read_many(self, relatives: Sequence[str]) -> list[FileRecord]:
+        """Return the records of several files."""
+        return [self.read(relative) for relative in relatives]
+
+    def _read(self, relative: str) -> FileRecord:
+        path = self.root / relative
+        match content_of(path):
+            case "dicom":
+                return self._dicom(path)
+            case "nifti":
+                record = volume_record(path)
+                return record.model_copy(update={**self._owner(relative), "series": self.hashes.of("file", relative)})
+            case "png":
+                record = picture_record(path)
+                owner = self._owner(relative)
+                series = f"{PurePosixPath(relative).parent}\0{owner['patient']}"
+                return record.model_copy(update={**owner, "series": self.hashes.of("folder", series)})
+            case _:
+                raise Refusal(116, "file is neither DICOM, NIfTI nor PNG")
+
+    def _dicom(self, path: Path) -> FileRecord:
+        header = read_header(path)
+        if header.SOPClassUID in SEGMENTATIONS:
+            return segmentation_record(path, self.names, self.hashes)
+        if header.SOPClassUID == STRUCTURE_SET:
+            return contours_record(header, self.names, self.hashes)
+        return image_record(header, self.hashes)
+
+    def _owner(self, relative: str) -> dict[str, str]:
+        """Return whose a file without identity is: the pattern's group, else the folder that is not named for its kind.
+
+        Volumes in a folder without such a name are a patient each; pictures there are all one patient, so that slices of
+        one person never come into two splits.
+        """
+        found = re.search(self.patient_pattern, relative) if self.patient_pattern else None
+        path = PurePosixPath(relative)
+        folders = [part for part in path.parent.parts if not GENERIC.fullmatch(part)]
+        volume = path.name.lower().endswith((".nii", ".nii.gz"))
+        named = "/".join(folders) or (stem(relative) if volume else ".")
+        return {"patient": self.hashes.patient(found.group(1) if found and found.group(1) else named)}
+
+
+def walk(root: Path, exclude: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+    """Yield path below `root`, size in bytes and time of change in ns of every regular file, in the order of names.
+
+    Links are not followed: they could lead out of the export or round in circles.
+    """
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        for name in sorted(files):
+            full = os.path.join(folder, name)  # noqa: PTH118  # three times as fast, and there may be a million
+            relative = os.path.relpath(full, root)
+            if any(fnmatch.fnmatchcase(relative, pattern) for pattern in exclude):
+                continue
+            try:
+                state = os.lstat(full)
+            except OSError:  # gone since the folder was listed
+                continue
+            if state.st_mode & 0o170000 == 0o100000:
+                yield relative, state.st_size, state.st_mtime_ns
+
+
+def picture_record(path: Path) -> FileRecord:
+    """Return the record of a PNG file.
+
+    Raises
+    ------
+    Refusal
+        117 where it cannot be read.
+    """
+    try:
+        grey_HW = read_grey(path, where="")
+        with Image.open(path, formats=("PNG",)) as opened:
+            palette = opened.mode == "P"
+    except (IcmoeError, OSError):
+        raise Refusal(117, "PNG file cannot be decoded or is too large") from None
+    mask = palette or looks_like_classes(grey_HW)
+    return FileRecord(kind="picture", mask=mask, rows=grey_HW.shape[0], columns=grey_HW.shape[1], frames=(FramePlace(),))
+
+
+def stem(relative: str) -> str:
+    """Return a file's name without ending and without a word for "mask", in lower case, to compare names by."""
+    name = PurePosixPath(relative).name.lower()
+    name = re.sub(r"(\.nii\.gz|\.nii|\.png|\.dcm|\.dicom|\.ima)$", "", name)
+    return re.sub(r"[_-](mask|seg|segmentation|label|labels|gt|roi)$", "", name)

@@ -1,0 +1,125 @@
+"""DICOM SEG objects, read by highdicom: binary, fractional (from half of the maximum on) and label maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from highdicom.seg import Segmentation, SegmentationTypeValues
+from pydicom.dataset import Dataset
+
+from icmoe.data.ingest.headers import group_plane, identity, integer, sequence, text
+from icmoe.data.ingest.labels import LabelNames
+from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
+from icmoe.data.ingest.pseudonyms import Pseudonyms
+from icmoe.data.ingest.records import FileRecord, Patch
+
+BROKEN = "segmentation object does not follow the standard"
+
+
+def open_segmentation(path: Path) -> Segmentation:
+    """Return a SEG object with its pixels.
+
+    Raises
+    ------
+    Refusal
+        116 or 117.
+    """
+    data = open_dicom(path, pixels=True)
+    with refusing(117, BROKEN):
+        return Segmentation.from_dataset(data, copy=False)
+
+
+def segmentation_record(path: Path, names: LabelNames, hashes: Pseudonyms) -> FileRecord:
+    """Return the record of a SEG object.
+
+    Parameters
+    ----------
+    path
+        The file.
+    names
+        What segments may be called.
+    hashes
+        Of the site.
+
+    Raises
+    ------
+    Refusal
+        116 or 117; 120 where no segment names a class of the study.
+    """
+    seg = open_segmentation(path)
+    with refusing(117, BROKEN):
+        labels = {number: names.index(_names_of(seg, number)) for number in seg.segment_numbers}
+        if not any(label is not None for label in labels.values()):
+            raise Refusal(120, f"none of its {len(labels)} segments is called like a class of the study")
+        known = {number: label for number, label in labels.items() if label is not None}
+        return FileRecord(
+            kind="seg",
+            modality="SEG",
+            rows=int(seg.Rows),
+            columns=int(seg.Columns),
+            patches=tuple(_patches(seg, known, hashes)),
+            listed=tuple(sorted(set(listed_instances(seg, hashes)))),
+            **identity(seg, hashes),
+        )
+
+
+def read_patch(seg: Segmentation, patch: Patch) -> npt.NDArray[np.bool_]:
+    """Return which pixels one frame of a SEG object marks, H x W.
+
+    Raises
+    ------
+    Refusal
+        118 where the frame cannot be decoded.
+    """
+    with refusing(118, "frame of the segmentation cannot be decoded"):
+        frame = seg.get_stored_frame(patch.number, as_index=True)
+        if patch.value:
+            return np.asarray(frame == patch.value)
+        maximum = integer(seg, "MaximumFractionalValue") or 1
+        return np.asarray(2.0 * frame.astype(np.float64) >= maximum)
+
+
+def listed_instances(data: Dataset, hashes: Pseudonyms) -> Iterable[str]:
+    """Yield the hashes of the instances that a mask names as its images, frame by frame or as a whole."""
+    for series in sequence(data, "ReferencedSeriesSequence"):
+        for item in sequence(series, "ReferencedInstanceSequence"):
+            yield hashes.of("uid", text(item, "ReferencedSOPInstanceUID"))
+
+
+def _names_of(seg: Segmentation, number: int) -> list[str]:
+    described = seg.get_segment_description(number)
+    kind = described.segmented_property_type
+    return [str(described.segment_label), kind.meaning, kind.value, f"{kind.scheme_designator}:{kind.value}"]
+
+
+def _patches(seg: Segmentation, labels: dict[int, int], hashes: Pseudonyms) -> Iterable[Patch]:
+    groups = sequence(seg, "PerFrameFunctionalGroupsSequence")
+    shared = (sequence(seg, "SharedFunctionalGroupsSequence") or [Dataset()])[0]
+    whole = seg.segmentation_type == SegmentationTypeValues.LABELMAP
+    for number, own in enumerate(groups):
+        segments = labels if whole else {_segment(own, shared): labels.get(_segment(own, shared))}
+        plane = group_plane(own, shared)
+        for image, frame in _images(own, shared, hashes) or [("", 0)]:
+            for segment, label in segments.items():
+                if label is not None:
+                    value = segment if whole else 0
+                    yield Patch(number=number, label=label, value=value, group=segment, image=image, frame=frame, plane=plane)
+
+
+def _segment(own: Dataset, shared: Dataset) -> int:
+    name = "SegmentIdentificationSequence"
+    return integer((sequence(own, name) or sequence(shared, name) or [Dataset()])[0], "ReferencedSegmentNumber")
+
+
+def _images(own: Dataset, shared: Dataset, hashes: Pseudonyms) -> list[tuple[str, int]]:
+    """Return the instances and frames that one frame was derived from, each once."""
+    found = []
+    for derivation in sequence(own, "DerivationImageSequence") or sequence(shared, "DerivationImageSequence"):
+        for source in sequence(derivation, "SourceImageSequence"):
+            uid = text(source, "ReferencedSOPInstanceUID")
+            if uid:
+                found.append((hashes.of("uid", uid), max(0, integer(source, "ReferencedFrameNumber") - 1)))
+    return list(dict.fromkeys(found))

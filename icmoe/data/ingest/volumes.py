@@ -1,0 +1,108 @@
+"""NIfTI volumes, read by nibabel: their axes in DICOM's convention, cut into slices along the thick or axial direction."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any, cast
+
+import nibabel
+import numpy as np
+import numpy.typing as npt
+
+from icmoe.data.ingest.opening import Refusal, refusing
+from icmoe.data.ingest.records import FileRecord, FramePlace, Plane
+
+MAX_VOXELS = 2**28
+MASK_VALUES = 32
+"""Most distinct whole values that a mask has; an image has more."""
+RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def read_volume(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
+    """Return the voxels, three axes, and the 4 x 4 matrix from voxel index to DICOM's axes, mm.
+
+    Raises
+    ------
+    Refusal
+        117 where it cannot be read, 119 where it is no volume of at most `MAX_VOXELS` voxels.
+    """
+    # nibabel chooses a reader by the name's ending; the content has been looked at, and the name has no say.
+    with refusing(117, "NIfTI volume is damaged"), path.open("rb") as raw:
+        compressed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        image = _image(gzip.GzipFile(fileobj=raw) if compressed else raw)
+        shape = image.shape
+        if len(shape) < 3 or any(extent != 1 for extent in shape[3:]) or min(shape) < 1 or int(np.prod(shape)) > MAX_VOXELS:
+            raise Refusal(119, f"a NIfTI file of {len(shape)} axes; one volume of at most {MAX_VOXELS} voxels is needed")
+        voxels = np.asanyarray(image.dataobj).reshape(shape[:3])
+        matrix = RAS_TO_LPS @ np.asarray(image.affine, dtype=np.float64)
+        if voxels.dtype.kind not in "iuf" or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-9:
+            raise Refusal(117, "NIfTI volume has no usable axes or no real numbers")
+    return voxels, matrix
+
+
+def volume_record(path: Path) -> FileRecord:
+    """Return the record of a volume, whether it looks like a mask or an image.
+
+    Raises
+    ------
+    Refusal
+        117 or 119.
+    """
+    voxels, matrix = read_volume(path)
+    axis = through_axis(matrix)
+    rows, columns = (extent for index, extent in enumerate(voxels.shape) if index != axis)
+    frames = tuple(
+        FramePlace(plane=slice_plane(matrix, axis, number), order=(float(number),)) for number in range(voxels.shape[axis])
+    )
+    return FileRecord(
+        kind="volume",
+        mask=looks_like_classes(voxels),
+        rows=rows,
+        columns=columns,
+        frames=frames,
+        shape=cast("tuple[int, int, int]", voxels.shape),
+        affine=tuple(float(value) for value in matrix[:3].ravel()),
+    )
+
+
+def matrix_of(record: FileRecord) -> npt.NDArray[np.float64]:
+    """Return a volume's matrix from its record."""
+    return np.vstack([np.asarray(record.affine).reshape(3, 4), [0.0, 0.0, 0.0, 1.0]])
+
+
+def through_axis(matrix: npt.NDArray[np.float64]) -> int:
+    """Return the axis that slices are cut across: the one with voxels half again as long, else the one nearest the head's."""
+    lengths = np.linalg.norm(matrix[:3, :3], axis=0)
+    longest = int(lengths.argmax())
+    if lengths[longest] > 1.5 * float(np.median(lengths)):
+        return longest
+    return int((np.abs(matrix[2, :3]) / lengths).argmax())
+
+
+def slice_plane(matrix: npt.NDArray[np.float64], axis: int, number: int) -> Plane:
+    """Return the plane of a slice whose rows and columns are the other two axes in their order."""
+    down, across = (index for index in range(3) if index != axis)
+    position = matrix[:3, 3] + matrix[:3, axis] * number
+    lengths = np.linalg.norm(matrix[:3, :3], axis=0)
+    values = (*position, *(matrix[:3, across] / lengths[across]), *(matrix[:3, down] / lengths[down]))
+    return cast(Plane, tuple(float(value) for value in (*values, lengths[down], lengths[across])))
+
+
+def looks_like_classes(values: npt.NDArray[Any]) -> bool:
+    """Return whether an array holds few whole numbers from 0 up, as masks do."""
+    if values.size == 0 or not (float(values.min()) >= 0.0 and float(values.max()) <= 65535.0):
+        return False
+    few = np.unique(values.ravel()[:: max(1, values.size // 65536)])
+    if len(few) > MASK_VALUES:
+        return False
+    found = np.unique(values)
+    return len(found) <= MASK_VALUES and bool((np.rint(found) == found).all())
+
+
+def _image(stream: Any) -> Any:  # noqa: ANN401  # nibabel carries no types
+    start = stream.read(4)
+    stream.seek(0)
+    kind = nibabel.Nifti2Image if start in {b"\x1c\x02\0\0", b"\0\0\x02\x1c"} else nibabel.Nifti1Image
+    return kind.from_stream(stream)
