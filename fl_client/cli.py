@@ -62,14 +62,13 @@ def fl_client(
 @app.command()
 def show(context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show the site: approved studies, images found and used."""
-    from fl_client.sitefile import read_site_file
-    from icmoe.data.folder import read_folder
+    from fl_client.sitefile import read_site_file, site_data
 
     chosen: Chosen = context.obj
     with exit_on_fault():
         settings, studies = read_site_file(chosen.path)
         _same_name(chosen, settings.name)
-        site = read_folder(chosen.path.parent / settings.data, studies[0].labels).get(settings.name)
+        site = site_data(chosen.path, settings, studies[0])
         found, used = (site.images_found, site.images_used) if site is not None else (0, 0)
         exclusions = [str(fault) for fault in site.exclusions] if site is not None else []
         approved = {study.name: study.digest for study in studies}
@@ -126,6 +125,35 @@ def prepare(
                 on_progress=lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),  # type: ignore[misc]
             )
             Console().print(f"{study.name}: {encoded} views encoded, {len(slices)} images ready", highlight=False)
+
+
+@app.command()
+def ingest(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be used; keep nothing.")] = False,
+) -> None:
+    """Read the export named under [ingest]: find series, pair them with masks, check them, keep what may be used."""
+    from fl_client.ingesting import ingest_site, print_report
+
+    chosen: Chosen = context.obj
+    with exit_on_fault():
+        reports = ingest_site(chosen.path, chosen.site, dry_run=dry_run)
+        if as_json:
+            sys.stdout.write(json.dumps(reports, indent=1) + "\n")
+        else:
+            print_report(reports)
+
+
+@app.command()
+def forget(context: typer.Context, patient: Annotated[str, typer.Argument(help="The hospital's number, or P-....")]) -> None:
+    """Take a patient out for good: pixels, features, index; the patient's files are not read again."""
+    from fl_client.ingesting import forget_patient
+
+    chosen: Chosen = context.obj
+    with exit_on_fault():
+        frames, features = forget_patient(chosen.path, chosen.site, patient)
+        Console().print(f"{frames} images and {features} cached views removed; the patient is not read again.", highlight=False)
 
 
 def _same_name(chosen: Chosen, name: str) -> None:

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Annotated
 
 from flwr.app import Context
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fl_client.site import Site
 from icmoe.config import Section, parse, read_toml
 from icmoe.data.folder import read_folder
-from icmoe.data.slices import Slice
+from icmoe.data.ingest.index import read_index
+from icmoe.data.ingest.run import Export, store_of
+from icmoe.data.ingest.settings import IngestSettings
+from icmoe.data.slices import SiteData, Slice
 from icmoe.errors import Fault, IcmoeError
 from icmoe.features import FeatureCache, default_cache_folder
 from icmoe.study import Study, read_study
@@ -25,8 +28,10 @@ class SiteFile(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$")]
     """Name registered with the site's key."""
-    data: str
-    """Folder with <name>/{images,masks} and splits/{train,val,test}.csv."""
+    data: str | None = None
+    """Folder with <name>/{images,masks} and splits/{train,val,test}.csv; or [ingest]."""
+    ingest: IngestSettings | None = None
+    """An export of DICOM, NIfTI and PNG files."""
     studies: Annotated[tuple[str, ...], Field(min_length=1)]
     """Study files that this site approves."""
     cache: str | None = None
@@ -39,6 +44,12 @@ class SiteFile(Section):
     """CPU threads of a training step."""
     allow_test_only: bool = False
     """Whether studies over the untrained test backbone may run here."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> SiteFile:
+        if (self.data is None) == (self.ingest is None):
+            raise ValueError("either data or [ingest]")
+        return self
 
 
 def read_site_file(path: Path) -> tuple[SiteFile, tuple[Study, ...]]:
@@ -57,6 +68,42 @@ def read_site_file(path: Path) -> tuple[SiteFile, tuple[Study, ...]]:
     return settings, studies
 
 
+def site_data(path: Path, settings: SiteFile, study: Study) -> SiteData | None:
+    """Return what the site offers for a study, None where its folder does not hold it.
+
+    Raises
+    ------
+    IcmoeError
+        107-110 for a data folder, 129 and 131 for an ingest that has not been run or is damaged.
+    """
+    if settings.ingest is not None:
+        return read_index(store_of(path.parent / settings.ingest.store, study.labels))
+    return read_folder(path.parent / str(settings.data), study.labels).get(settings.name)
+
+
+def site_export(path: Path, settings: SiteFile, study: Study) -> Export:
+    """Return what to ingest for a study.
+
+    Raises
+    ------
+    IcmoeError
+        203 where the site file has no section [ingest].
+    """
+    chosen = settings.ingest
+    if chosen is None:
+        raise IcmoeError(Fault(number=203, where=str(path), value="[ingest]", did="Nothing was read."))
+    folder = path.parent / chosen.store
+    return Export(
+        site=settings.name,
+        root=path.parent / chosen.folder,
+        store=store_of(folder, study.labels),
+        secret_folder=folder,
+        labels=study.labels,
+        settings=chosen,
+        split_file=path.parent / chosen.split_file if chosen.split_file else None,
+    )
+
+
 def site_slices(path: Path, settings: SiteFile, study: Study) -> tuple[Slice, ...]:
     """Return the site's usable slices.
 
@@ -65,7 +112,7 @@ def site_slices(path: Path, settings: SiteFile, study: Study) -> tuple[Slice, ..
     IcmoeError
         107-110 for the folder, 108 where this site has no usable training image.
     """
-    site = read_folder(path.parent / settings.data, study.labels).get(settings.name)
+    site = site_data(path, settings, study)
     if site is None or not site.of("train"):
         faults = site.exclusions[:20] if site is not None else ()
         raise IcmoeError(*faults, Fault(number=108, where=settings.name, did="The site cannot take part."))

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from icmoe.backbone import load_backbone
-from icmoe.data.folder import read_split
+from icmoe.data.sources import read_sites_split
 from icmoe.device import available_device
 from icmoe.errors import Fault, IcmoeError
 from icmoe.evaluation import score_slices
@@ -61,7 +61,7 @@ def score_folder(
     progress = Progress(console=console, transient=True)
     with progress if console.is_terminal else nullcontext():
         bars = {name: progress.add_task(name, total=None) for name in ("read", "encode")}
-        sites = read_split(
+        sites = read_sites_split(
             root, split, study.labels, progress=lambda done, total: progress.update(bars["read"], completed=done, total=total)
         )
         faults = [fault for site in sites.values() for fault in site.exclusions]

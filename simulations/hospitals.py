@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fl_client.site import Site
-from icmoe.data.folder import read_folder
 from icmoe.data.slices import SiteData, Slice
+from icmoe.data.sources import read_sites
 from icmoe.dataset import steps_of
 from icmoe.errors import Fault, IcmoeError
 from icmoe.features import FeatureCache
@@ -73,7 +73,7 @@ def find_hospitals(simulation: Simulation, study: Study, phantom_root: Path, pro
     root = phantom_root if simulation.data is None else Path(simulation.data)
     if simulation.data is None and not root.exists():
         write_phantoms(root, seed=simulation.phantom_seed, size_px=study.backbone.image_size)
-    sites = sources = read_folder(root, study.labels, progress=progress)
+    sites = sources = read_sites(root, study.labels, progress=progress)
     if simulation.alpha is not None:
         sites = dirichlet_sites(sites, simulation.sites or len(sites), simulation.alpha, simulation.seeds[0])
     elif simulation.sites is not None:

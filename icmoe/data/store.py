@@ -56,6 +56,11 @@ def read_stored(path: Path) -> Stored:
     return stored
 
 
+def entry_path(store: Path, entry: str) -> Path:
+    """Return where a frame of a store is."""
+    return store / "frames" / entry[:2] / f"{entry}.safetensors"
+
+
 def smallest(grey_HW: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the values as uint8, uint16 or int16 where that loses nothing, else as float32."""
     if grey_HW.dtype.kind == "f" and not bool((np.rint(grey_HW) == grey_HW).all()):

@@ -8,9 +8,9 @@ from pathlib import PurePosixPath
 
 from icmoe.data.ingest.geometry import Grid, grid_between, height_mm, parallel, plane_matrix
 from icmoe.data.ingest.opening import Refusal
-from icmoe.data.ingest.reading import stem
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.volumes import matrix_of
+from icmoe.data.ingest.walking import stem
 
 OFF_PLANE_MM = 0.5
 FORMS = ("seg", "contours", "volume", "picture")

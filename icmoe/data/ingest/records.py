@@ -91,3 +91,22 @@ class FileRecord(Record):
 def refused(number: int, why: str, kind: Kind = "none") -> FileRecord:
     """Return the record of a file that is not used, with the reason in fixed words."""
     return FileRecord(kind=kind, fault=number, why=why)
+
+
+class FrameResult(Record):
+    """What became of one frame; `fault` 0 where it may be used."""
+
+    fault: int = 0
+    why: str = ""
+    entry: str = ""
+    digest: str = ""
+    """Of the picture on the scale of its series: the key of the feature cache."""
+    picture: str = ""
+    """Of the picture on its own scale: equal for copies in other series."""
+    rows: int = 0
+    columns: int = 0
+    low: float = 0.0
+    high: float = 0.0
+    mean: float = 0.0
+    class_px: tuple[int, ...] = ()
+    """Pixels of each class."""

@@ -1,0 +1,206 @@
+"""One series from files to stored frames: grey values and classes upright, window, digests, counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icmoe.data.images import pixel_digest, read_classes, read_grey
+from icmoe.data.ingest.contours import fill, read_contours
+from icmoe.data.ingest.geometry import upright
+from icmoe.data.ingest.opening import Refusal, refusing
+from icmoe.data.ingest.pairing import Use
+from icmoe.data.ingest.pixels import read_frames
+from icmoe.data.ingest.records import FileRecord, FrameResult, Plane
+from icmoe.data.ingest.segmentations import open_segmentation, read_patch
+from icmoe.data.ingest.volumes import read_volume, through_axis
+from icmoe.data.store import entry_path, read_stored, write_stored
+from icmoe.errors import IcmoeError
+from icmoe.study import Label
+from icmoe.window import ValueCounts, Window, normalise
+
+Classes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One frame to decode: its file, frame number, plane, masks, and the name its entry gets."""
+
+    path: str
+    number: int
+    plane: Plane | None
+    uses: tuple[Use, ...]
+    entry: str
+
+
+@dataclass(frozen=True, slots=True)
+class SeriesJob:
+    """What a process needs to decode a series."""
+
+    series: str
+    root: Path
+    store: Path
+    labels: tuple[Label, ...]
+    files: dict[str, FileRecord]
+    frames: tuple[Wanted, ...]
+
+
+def decode_series(job: SeriesJob) -> list[FrameResult]:
+    """Decode the frames of a series into its store and return what became of each, in their order.
+
+    Grey values are written as they are decoded and read again once the window is known, so that memory stays that of
+    one frame.
+    """
+    counts, results = ValueCounts(), dict[tuple[str, int], FrameResult]()
+    wanted = {(frame.path, frame.number): frame for frame in job.frames}
+    masks = _Masks(job)
+    for key, grey in _greys(job):
+        results[key] = _first_pass(job, wanted[key], grey, masks, counts)
+    window = counts.window() if any(not result.fault for result in results.values()) else None
+    missing = FrameResult(fault=118, why="the file holds fewer frames than its header says")
+    return [_second_pass(job, results.get(key, missing), window) for key in wanted]
+
+
+def _first_pass(
+    job: SeriesJob, frame: Wanted, grey: npt.NDArray[Any] | Refusal, masks: _Masks, counts: ValueCounts
+) -> FrameResult:
+    try:
+        if isinstance(grey, Refusal):
+            raise grey
+        with refusing(104, "mask cannot be decoded"):
+            classes = masks.classes(frame, grey.shape)
+        turn = upright(frame.plane)
+        grey, classes = turn.turn(grey), turn.turn(classes)
+        finite = grey[np.isfinite(grey)]
+        if finite.size == 0 or finite.min() == finite.max():
+            raise Refusal(113, "every pixel has the same value")
+    except Refusal as refusal:
+        return FrameResult(fault=refusal.number, why=refusal.why)
+    counts.add(grey)
+    own = Window(float(finite.min()), float(finite.max()))
+    write_stored(_path(job, frame.entry), grey, classes)
+    return FrameResult(
+        entry=frame.entry,
+        picture=pixel_digest(normalise(grey, own)),
+        rows=grey.shape[0],
+        columns=grey.shape[1],
+        mean=float(finite.mean()),
+        class_px=tuple(np.bincount(classes.ravel(), minlength=len(job.labels)).tolist()),
+    )
+
+
+def _second_pass(job: SeriesJob, result: FrameResult, window: Window | None) -> FrameResult:
+    if result.fault or window is None:
+        return result
+    grey = read_stored(_path(job, result.entry)).grey_HW
+    return result.model_copy(update={"digest": pixel_digest(normalise(grey, window)), "low": window.low, "high": window.high})
+
+
+def _path(job: SeriesJob, entry: str) -> Path:
+    return entry_path(job.store, entry)
+
+
+def _greys(job: SeriesJob) -> Iterator[tuple[tuple[str, int], npt.NDArray[Any] | Refusal]]:
+    """Yield every wanted frame, file by file."""
+    by_file: dict[str, list[int]] = {}
+    for frame in job.frames:
+        by_file.setdefault(frame.path, []).append(frame.number)
+    for path, numbers in by_file.items():
+        try:
+            for number, grey in _frames_of(job, path, numbers):
+                yield (path, number), grey
+        except Refusal as refusal:
+            for number in numbers:
+                yield (path, number), refusal
+
+
+def _frames_of(job: SeriesJob, path: str, numbers: Sequence[int]) -> Iterator[tuple[int, npt.NDArray[Any] | Refusal]]:
+    match job.files[path].kind:
+        case "picture":
+            with refusing(118, "PNG file cannot be decoded"):
+                yield 0, read_grey(job.root / path, where="")
+        case "volume":
+            voxels, matrix = read_volume(job.root / path)
+            axis = through_axis(matrix)
+            for number in numbers:
+                yield number, voxels.take(number, axis=axis)
+        case _:
+            yield from read_frames(job.root / path, numbers)
+
+
+class _Masks:
+    """The masks of a series, each file opened once."""
+
+    def __init__(self, job: SeriesJob) -> None:
+        self._job = job
+        self._open: dict[str, Any] = {}
+
+    def classes(self, frame: Wanted, shape: tuple[int, int]) -> Classes:
+        """Return the class of every pixel of a frame as stored, before it is turned upright."""
+        classes = np.zeros(shape, dtype=np.uint8)
+        for use in frame.uses:
+            match use.form:
+                case "seg":
+                    self._segments(use, classes)
+                case "contours":
+                    self._contours(use, classes, frame.plane)
+                case "volume":
+                    np.maximum(classes, self._volume(use, shape), out=classes)
+                case _:
+                    np.maximum(classes, self._picture(use.path), out=classes)
+        return classes
+
+    def _segments(self, use: Use, classes: Classes) -> None:
+        seg = self._once(use.path, open_segmentation)
+        for patch, grid in zip(use.patches, use.grids, strict=True):
+            marked = read_patch(seg, patch)
+            placed = marked if grid is None else grid.take(marked[..., None], (classes.shape[0], classes.shape[1]))
+            if placed.sum() < 0.5 * marked.sum():
+                raise Refusal(121, "most of the mask lies off the image")
+            classes[placed] = np.maximum(classes[placed], patch.label)
+
+    def _contours(self, use: Use, classes: Classes, plane: Plane | None) -> None:
+        points = self._once(use.path, read_contours)
+        regions: dict[tuple[int, int], npt.NDArray[np.bool_]] = {}
+        for patch in use.patches:
+            assert plane is not None
+            filled = fill(points[patch.number], plane, (classes.shape[0], classes.shape[1]))
+            key = (patch.label, patch.group)
+            regions[key] = regions[key] ^ filled if key in regions else filled
+        for (label, _), filled in regions.items():
+            classes[filled] = np.maximum(classes[filled], label)
+
+    def _volume(self, use: Use, shape: tuple[int, int]) -> Classes:
+        voxels = self._once(use.path, lambda path: self._named(read_volume(path)[0]))
+        (grid,) = use.grids
+        assert grid is not None
+        return np.asarray(grid.take(voxels, shape), dtype=np.uint8)
+
+    def _picture(self, path: str) -> Classes:
+        try:
+            return read_classes(self._job.root / path, self._job.labels, where="")
+        except IcmoeError as error:
+            fault = error.faults[0]
+            raise Refusal(
+                fault.number, "mask cannot be used" + (f": value {fault.value}" if fault.number == 106 else "")
+            ) from None
+
+    def _named(self, voxels: npt.NDArray[Any]) -> Classes:
+        """Return class indices for a volume's values, or refuse a value that no label names."""
+        classes = np.full(voxels.shape, 255, dtype=np.uint8)
+        for index, label in enumerate(self._job.labels):
+            classes[np.isin(voxels, label.values)] = index
+        if (classes == 255).any():
+            unknown = ", ".join(f"{value:g}" for value in np.unique(voxels[classes == 255])[:5])
+            raise Refusal(106, f"mask cannot be used: value {unknown}")
+        return classes
+
+    def _once(self, path: str, read: Any) -> Any:  # noqa: ANN401  # masks of several forms
+        if path not in self._open:
+            self._open[path] = read(self._job.root / path)
+        return self._open[path]

@@ -1,0 +1,208 @@
+"""The site's index: SQLite, one row per file, series and frame; every step is one transaction, deleted rows are wiped."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from icmoe.data.ingest.records import FileRecord, FrameResult, Record
+from icmoe.data.slices import SiteData, Slice
+from icmoe.data.store import entry_path
+from icmoe.errors import Fault, IcmoeError
+from icmoe.window import Window
+
+INDEX = "index.sqlite"
+SCHEMA = """
+create table if not exists meta (key text primary key, value text not null) strict;
+create table if not exists file (id text primary key, size integer, changed integer, record text) strict;
+create table if not exists series (id text primary key, fingerprint text, results text) strict;
+create table if not exists frame (site text, place integer primary key, record text) strict;
+create table if not exists left_out (place integer primary key, record text) strict;
+create table if not exists forgotten (patient text primary key) strict;
+create table if not exists gone (digest text primary key) strict;
+"""
+
+
+class FrameRow(Record):
+    """One frame that may be used, as training reads it."""
+
+    patient: str
+    series: str
+    split: str
+    index: int
+    modality: str
+    spacing: tuple[float, float, float] | None
+    result: FrameResult
+
+
+class LeftOut(Record):
+    """One thing that is not used: a file, a frame of it or a patient, by its keyed hash."""
+
+    subject: str
+    number: int
+    why: str
+    patient: str = ""
+    series: str = ""
+    frames: int = 1
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[sqlite3.Connection]:
+    """Open the index for writing, one process at a time.
+
+    Yields
+    ------
+    Connection
+        In autocommit mode; `with connection` is not used, transactions are explicit.
+
+    Raises
+    ------
+    IcmoeError
+        129 where the folder or the index cannot be used, 130 where another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise IcmoeError(Fault(number=129, where=str(folder), value=error.strerror or "", did="Nothing was read.")) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise IcmoeError(Fault(number=130, where=str(folder), did="Nothing was read.")) from None
+        descriptor = os.open(folder / INDEX, os.O_CREAT | os.O_RDWR, 0o600)
+        os.close(descriptor)
+        with _connected(folder) as connection:
+            connection.execute("pragma secure_delete = on")
+            connection.executescript(SCHEMA)
+            yield connection
+
+
+@contextmanager
+def _connected(folder: Path) -> Iterator[sqlite3.Connection]:
+    connection = sqlite3.connect(folder / INDEX, timeout=30.0, isolation_level=None)
+    try:
+        yield connection
+    except sqlite3.DatabaseError as error:
+        what = "index is damaged; move it away and run ingest again"
+        raise IcmoeError(Fault(number=129, where=str(folder / INDEX), what=what, value=type(error).__name__)) from None
+    finally:
+        connection.close()
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Commit what is done inside, or nothing of it.
+
+    Yields
+    ------
+    None
+    """
+    connection.execute("begin immediate")
+    try:
+        yield
+    except BaseException:
+        connection.execute("rollback")
+        raise
+    connection.execute("commit")
+
+
+def meta(connection: sqlite3.Connection, key: str) -> str:
+    """Return a value of the index, empty where there is none."""
+    row = connection.execute("select value from meta where key = ?", (key,)).fetchone()
+    return str(row[0]) if row else ""
+
+
+def put_meta(connection: sqlite3.Connection, values: Mapping[str, str]) -> None:
+    """Write values of the index."""
+    connection.executemany("insert or replace into meta values (?, ?)", values.items())
+
+
+def files(connection: sqlite3.Connection) -> dict[str, tuple[int, int]]:
+    """Return size and time of change of every file that was read, by keyed hash of its path."""
+    return {key: (size, changed) for key, size, changed in connection.execute("select id, size, changed from file")}
+
+
+def records(connection: sqlite3.Connection) -> dict[str, FileRecord]:
+    """Return the record of every file by the keyed hash of its path."""
+    return {key: FileRecord.model_validate_json(text) for key, text in connection.execute("select id, record from file")}
+
+
+def series_results(connection: sqlite3.Connection) -> dict[str, tuple[str, list[FrameResult]]]:
+    """Return fingerprint and results of every decoded series."""
+    rows = connection.execute("select id, fingerprint, results from series")
+    return {key: (mark, [FrameResult.model_validate(item) for item in json.loads(text)]) for key, mark, text in rows}
+
+
+def put_series(connection: sqlite3.Connection, series: str, fingerprint: str, results: Iterable[FrameResult]) -> None:
+    """Write the results of one series."""
+    text = json.dumps([result.model_dump(mode="json") for result in results])
+    connection.execute("insert or replace into series values (?, ?, ?)", (series, fingerprint, text))
+
+
+def frame_rows(connection: sqlite3.Connection) -> list[FrameRow]:
+    """Return the frames that may be used, in order."""
+    return [FrameRow.model_validate_json(text) for (text,) in connection.execute("select record from frame order by place")]
+
+
+def left_out(connection: sqlite3.Connection) -> list[LeftOut]:
+    """Return what is not used."""
+    return [LeftOut.model_validate_json(text) for (text,) in connection.execute("select record from left_out order by place")]
+
+
+def is_index(folder: Path) -> bool:
+    """Return whether a folder holds an index."""
+    return (folder / INDEX).is_file()
+
+
+def read_index(folder: Path) -> SiteData:
+    """Return what a site's ingest offers.
+
+    Raises
+    ------
+    IcmoeError
+        131 where ingest has not been run to its end, 129 where the index is damaged.
+    """
+    if not is_index(folder):
+        raise IcmoeError(Fault(number=131, where=str(folder), did="Nothing was started."))
+    with _connected(folder) as connection:
+        connection.execute("pragma query_only = on")
+        site = meta(connection, "site") if meta(connection, "complete") else ""
+        if not site:
+            raise IcmoeError(Fault(number=131, where=str(folder), what="ingest was not run to its end"))
+        rows, out = frame_rows(connection), left_out(connection)
+    slices = tuple(_slice(folder, site, row) for row in rows)
+    exclusions = tuple(Fault(number=item.number, where=f"{site}/{item.subject}", what=item.why) for item in out)
+    found = len(slices) + sum(item.frames for item in out if item.series)
+    if not any(item.split == "train" for item in slices):
+        value = f"{found} images found, {len(slices)} usable, none of them for training"
+        did = "It takes no part in training."
+        exclusions += (Fault(number=108, where=site, what="site has no usable training image", value=value, did=did),)
+    return SiteData(name=site, slices=slices, images_found=found, exclusions=exclusions)
+
+
+def published(folder: Path) -> tuple[list[FrameRow], list[LeftOut]]:
+    """Return what readers of the index see: frames that may be used, and what is left out."""
+    with _connected(folder) as connection:
+        return frame_rows(connection), left_out(connection)
+
+
+def _slice(folder: Path, site: str, row: FrameRow) -> Slice:
+    path = entry_path(folder, row.result.entry)
+    return Slice(
+        site=site,
+        patient=row.patient,
+        index=row.index,
+        split=row.split,
+        image=path,
+        mask=path,
+        image_digest=row.result.digest,
+        shape=(row.result.rows, row.result.columns),
+        window=Window(row.result.low, row.result.high),
+        spacing_mm=row.spacing,
+    )

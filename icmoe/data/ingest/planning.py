@@ -1,0 +1,178 @@
+"""From records to series: which frames are decoded with which masks, in which order, and what is left out before that."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from icmoe.data.ingest.decoding import SeriesJob, Wanted
+from icmoe.data.ingest.geometry import height_mm, parallel, slice_distance_mm, upright
+from icmoe.data.ingest.index import LeftOut
+from icmoe.data.ingest.pairing import Key, Use, is_image, pair
+from icmoe.data.ingest.pseudonyms import Pseudonyms
+from icmoe.data.ingest.records import FileRecord, FramePlace, Plane
+from icmoe.study import Label
+
+RECIPE_VERSION = "1"
+"""Raised whenever equal files give other frames; every series is decoded again then."""
+
+
+@dataclass(slots=True)
+class Plan:
+    """What there is to decode.
+
+    Parameters
+    ----------
+    jobs
+        By series, with the fingerprint of all that goes into its result.
+    patients
+        By series.
+    modalities
+        By series.
+    planes
+        By series, in the order of its frames.
+    left_out
+        What is not decoded at all.
+    """
+
+    jobs: dict[str, tuple[str, SeriesJob]] = field(default_factory=dict)
+    patients: dict[str, str] = field(default_factory=dict)
+    modalities: dict[str, str] = field(default_factory=dict)
+    planes: dict[str, list[Plane | None]] = field(default_factory=dict)
+    left_out: list[LeftOut] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What planning needs to know of the site.
+
+    Parameters
+    ----------
+    root, store
+        Export and the folder of the index.
+    hashes
+        Of the site.
+    labels
+        Classes of the study.
+    allow
+        Series that somebody found free of burned-in text.
+    forgotten
+        Patients that are not read.
+    """
+
+    root: Path
+    store: Path
+    hashes: Pseudonyms
+    labels: tuple[Label, ...]
+    allow: Collection[str]
+    forgotten: Collection[str]
+
+
+def plan(files: Mapping[str, FileRecord], marks: Mapping[str, str], site: Site) -> Plan:
+    """Return what there is to decode.
+
+    Parameters
+    ----------
+    files
+        Records by path below the export.
+    marks
+        Keyed hash, size and time of change of each file as one text.
+    site
+        Where and for whom.
+    """
+    made = Plan()
+    pairing = pair(files)
+    grouped: dict[str, list[tuple[str, FileRecord]]] = {}
+    for path, record in files.items():
+        refusal = pairing.refusals.get(path)
+        number, why = (refusal.number, refusal.why) if refusal else (record.fault, record.why)
+        if number:
+            made.left_out.append(LeftOut(subject=f"F-{site.hashes.of('file', path)}", number=number, why=why))
+        elif is_image(record):
+            grouped.setdefault(f"S-{record.series}", []).append((path, record))
+    for series, members in sorted(grouped.items()):
+        _series(series, members, files, marks, site, pairing.uses, made)
+    return made
+
+
+def _series(
+    series: str,
+    members: list[tuple[str, FileRecord]],
+    files: Mapping[str, FileRecord],
+    marks: Mapping[str, str],
+    site: Site,
+    uses: Mapping[Key, list[Use]],
+    made: Plan,
+) -> None:
+    patients = {record.patient for _, record in members}
+    owner = patients.pop() if len(patients) == 1 else ""
+    held = next((record.held for _, record in members if record.held), "")
+    fault = _whole(owner, held if series not in site.allow else "", site)
+    total = sum(len(record.frames) for _, record in members)
+    if fault:
+        made.left_out.append(LeftOut(subject=series, number=fault[0], why=fault[1], patient=owner, series=series, frames=total))
+        return
+    frames = [(path, n, place) for path, record in members for n, place in enumerate(record.frames) if (path, n) in uses]
+    if len(frames) < total:
+        why = "no mask speaks of it"
+        gap = LeftOut(subject=series, number=124, why=why, patient=owner, series=series, frames=total - len(frames))
+        made.left_out.append(gap)
+    if not frames:
+        return
+    frames = _ordered(frames)
+    involved = sorted({path for path, _, _ in frames} | {use.path for path, n, _ in frames for use in uses[path, n]})
+    said = [f"{path}#{n}:{[(use.form, marks[use.path]) for use in uses[path, n]]}" for path, n, _ in frames]
+    text = "\n".join([RECIPE_VERSION, series, *(marks[path] for path in involved), *said])
+    mark = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    wanted = tuple(
+        Wanted(path, n, place.plane, tuple(uses[path, n]), site.hashes.of("frame", f"{mark}\0{path}\0{n}"))
+        for path, n, place in frames
+    )
+    needed = {path: files[path].model_copy(update={"patches": (), "listed": ()}) for path in involved}
+    made.jobs[series] = (mark, SeriesJob(series, site.root, site.store, site.labels, needed, wanted))
+    made.patients[series], made.modalities[series] = owner, members[0][1].modality
+    made.planes[series] = [place.plane for _, _, place in frames]
+
+
+def _whole(owner: str, held: str, site: Site) -> tuple[int, str] | None:
+    """Return why no frame of a series may be used."""
+    if not owner:
+        return 117, "its files name no patient, or several"
+    if owner in site.forgotten:
+        return 132, "its patient was forgotten on request"
+    return (126, held) if held else None
+
+
+def _ordered(frames: list[tuple[str, int, FramePlace]]) -> list[tuple[str, int, FramePlace]]:
+    """Return frames along the normal of their planes, then in time; without known planes in the order of acquisition."""
+    first = next((place.plane for _, _, place in frames if place.plane is not None), None)
+
+    def key(frame: tuple[str, int, FramePlace]) -> tuple[object, ...]:
+        path, number, place = frame
+        plane = place.plane
+        if first is None or plane is None:
+            return (1, 0.0, place.order, path, number)
+        group = 0 if parallel(first, plane) else 1
+        sign = 1.0 if _points_up(first) else -1.0
+        return (group, round(sign * height_mm((*plane[:3], *first[3:11])), 2), place.order, path, number)
+
+    return sorted(frames, key=key)
+
+
+def _points_up(plane: Plane) -> bool:
+    """Return whether the normal points along its main body axis, so that the order does not hang on how rows run."""
+    normal = np.cross(plane[3:6], plane[6:9])
+    return bool(normal[np.abs(normal).argmax()] > 0.0)
+
+
+def spacing_of(planes: list[Plane | None]) -> tuple[float, float, float] | None:
+    """Return the distances of slices, rows and columns of a series turned upright, None where they are not regular."""
+    distance, first = slice_distance_mm(planes), planes[0]
+    if distance is None or first is None or not first[9]:
+        return None
+    rows, columns = (first[10], first[9]) if upright(first).transpose else (first[9], first[10])
+    return (distance, rows, columns)

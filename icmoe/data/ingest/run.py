@@ -1,0 +1,223 @@
+"""Ingest from end to end: walk, read what changed, pair, decode what changed, publish in one transaction.
+
+Killed at any moment it continues where it was, because each batch of files and each series is a transaction of its own
+and what readers see changes only in the last one. Unchanged data need no work.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from icmoe.data.ingest import index
+from icmoe.data.ingest.index import FrameRow, LeftOut
+from icmoe.data.ingest.settings import IngestSettings
+from icmoe.errors import Fault, IcmoeError
+from icmoe.study import Label
+
+SPLITS = ("train", "val", "test")
+BATCH_FILES = 64
+DEADLINE_S = 600.0
+Progress = Callable[[str, int, int], None]
+"""Called with the name of the step, how much is done and how much there is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """What is ingested, and for whom.
+
+    Parameters
+    ----------
+    site
+        Name of the hospital.
+    root
+        The export; only read.
+    store
+        Folder of index and frames for these labels.
+    secret_folder
+        Where the site's secret is.
+    labels
+        Classes of the study.
+    settings
+        The site file's section; `folder`, `store` and `split_file` are resolved by the caller.
+    split_file
+        CSV with patient and split.
+    """
+
+    site: str
+    root: Path
+    store: Path
+    secret_folder: Path
+    labels: tuple[Label, ...]
+    settings: IngestSettings
+    split_file: Path | None = None
+
+
+def store_of(folder: Path, labels: Sequence[Label]) -> Path:
+    """Return where the index for these labels is below the ingest folder: other labels make other class maps."""
+    text = json.dumps([label.model_dump(mode="json") for label in labels], sort_keys=True)
+    return folder / hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
+    """Bring the index up to date and return whether there was anything to do.
+
+    Raises
+    ------
+    IcmoeError
+        109 where the export is not there; 129, 130 for the store; 210 for synonyms; 110 for the split file.
+    """
+    from icmoe.data.ingest.pseudonyms import site_pseudonyms
+    from icmoe.data.ingest.walking import walk
+
+    if not export.root.is_dir():
+        raise IcmoeError(
+            Fault(
+                number=109,
+                where=str(export.root),
+                what="export is not there",
+                did="Nothing was read.",
+                todo="Correct folder under [ingest].",
+            )
+        )
+    hashes = site_pseudonyms(export.secret_folder)
+    splits = _splits(export.split_file)
+    with index.claimed(export.store) as connection:
+        found = {path: (size, changed) for path, size, changed in walk(export.root, export.settings.exclude)}
+        ids = {path: hashes.of("file", path) for path in found}
+        basis = _basis(export, splits, connection)
+        known = index.files(connection) if index.meta(connection, "recipe") == _recipe(export) else {}
+        new = [path for path, state in found.items() if known.get(ids[path]) != state]
+        if not new and known.keys() == set(ids.values()) and index.meta(connection, "complete") == basis:
+            _clean(connection, export.store)
+            return False
+        from icmoe.data.ingest.work import publish, read_files
+
+        index.put_meta(connection, {"complete": "", "cleaned": "", "recipe": _recipe(export), "site": export.site})
+        read_files(connection, export, hashes, {path: (ids[path], found[path]) for path in new}, on_progress)
+        with index.transaction(connection):
+            gone = index.files(connection).keys() - set(ids.values())
+            connection.executemany("delete from file where id = ?", [(key,) for key in gone])
+        publish(connection, export, hashes, {ids[path]: path for path in found}, splits, on_progress)
+        index.put_meta(connection, {"complete": basis})
+        _clean(connection, export.store)
+        return True
+
+
+def forget(export: Export, patient: str) -> int:
+    """Take a patient out for good and return how many frames went; the caller's next `ingest` does not read it again.
+
+    Parameters
+    ----------
+    export
+        As for `ingest`.
+    patient
+        The hospital's own number, or the pseudonym P-....
+    """
+    from icmoe.data.ingest.pseudonyms import site_pseudonyms
+
+    hashes = site_pseudonyms(export.secret_folder)
+    name = patient if patient.startswith("P-") and len(patient) == 18 else hashes.patient(patient)
+    with index.claimed(export.store) as connection:
+        rows = [row for row in index.frame_rows(connection) if row.patient == name]
+        series = {row.series for row in rows}
+        with index.transaction(connection):
+            connection.execute("insert or ignore into forgotten values (?)", (name,))
+            connection.executemany("delete from series where id = ?", [(key,) for key in series])
+            connection.executemany("insert or ignore into gone values (?)", [(row.result.digest,) for row in rows])
+            write_frames(
+                connection,
+                [row for row in index.frame_rows(connection) if row.patient != name],
+                [item for item in index.left_out(connection) if item.patient != name],
+            )
+            index.put_meta(connection, {"complete": index.meta(connection, "complete") and "forgotten"})
+        _clean(connection, export.store)
+    return len(rows)
+
+
+@contextmanager
+def gone_digests(store: Path) -> Iterator[list[str]]:
+    """Hand out the pictures whose features must go and take them off the list once that is done.
+
+    Yields
+    ------
+    list of str
+        Digests; a picture that is in use again is not among them.
+    """
+    with index.claimed(store) as connection:
+        listed = [digest for (digest,) in connection.execute("select digest from gone")]
+        used = {row.result.digest for row in index.frame_rows(connection)}
+        yield [digest for digest in listed if digest not in used]
+        connection.executemany("delete from gone where digest = ?", [(digest,) for digest in listed])
+
+
+def write_frames(connection: sqlite3.Connection, rows: Sequence[FrameRow], out: Sequence[LeftOut]) -> None:
+    """Replace what readers of the index see."""
+    connection.execute("delete from frame")
+    connection.execute("delete from left_out")
+    connection.executemany(
+        "insert into frame (place, record) values (?, ?)", [(n, row.model_dump_json()) for n, row in enumerate(rows)]
+    )
+    connection.executemany(
+        "insert into left_out (place, record) values (?, ?)", [(n, item.model_dump_json()) for n, item in enumerate(out)]
+    )
+
+
+def _recipe(export: Export) -> str:
+    """Return what the records of files depend on besides the files."""
+    settings = export.settings
+    return json.dumps([1, {k: list(v) for k, v in sorted(settings.labels.items())}, settings.patient_pattern])
+
+
+def _basis(export: Export, splits: dict[str, str], connection: sqlite3.Connection) -> str:
+    """Return what the published result depends on besides the files."""
+    forgotten = sorted(name for (name,) in connection.execute("select patient from forgotten"))
+    values = [
+        _recipe(export),
+        export.site,
+        sorted(export.settings.allow),
+        export.settings.shares,
+        sorted(splits.items()),
+        forgotten,
+    ]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def _splits(path: Path | None) -> dict[str, str]:
+    """Return the split of each patient by the hospital's own number."""
+    if path is None:
+        return {}
+    did = "Nothing was read."
+    try:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise IcmoeError(Fault(number=110, where=path.name, value=type(error).__name__, did=did)) from None
+    todo = "Expected columns patient and split with train, val or test."
+    faults = []
+    found: dict[str, str] = {}
+    for number, row in enumerate(rows, start=1):
+        patient, split = (row.get("patient") or "").strip(), (row.get("split") or "").strip()
+        if not patient or split not in SPLITS or found.setdefault(patient, split) != split:
+            faults.append(
+                Fault(number=110, where=f"{path.name} row {number}", limit="patient once, train, val or test", did=did, todo=todo)
+            )
+    if faults or not rows:
+        raise IcmoeError(*(faults[:20] or [Fault(number=110, where=path.name, what="no patient is listed", did=did, todo=todo)]))
+    return found
+
+
+def _clean(connection: sqlite3.Connection, store: Path) -> None:
+    """Remove frames that no series holds any more; done again after a kill, because the list is in the index."""
+    if index.meta(connection, "cleaned") == index.meta(connection, "complete") != "":
+        return
+    held = {result.entry for _, results in index.series_results(connection).values() for result in results}
+    for path in (store / "frames").glob("*/*"):
+        if path.name.removesuffix(".safetensors") not in held:
+            path.unlink(missing_ok=True)
+    index.put_meta(connection, {"cleaned": index.meta(connection, "complete")})

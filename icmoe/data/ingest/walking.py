@@ -1,0 +1,36 @@
+"""The files of an export and what their names say; needs no package for images, so that a second look is quick."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+
+def walk(root: Path, exclude: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+    """Yield path below `root`, size in bytes and time of change in ns of every regular file, in the order of names.
+
+    Links are not followed: they could lead out of the export or round in circles.
+    """
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        for name in sorted(files):
+            full = os.path.join(folder, name)  # noqa: PTH118  # three times as fast, and there may be a million
+            relative = os.path.relpath(full, root)
+            if any(fnmatch.fnmatchcase(relative, pattern) for pattern in exclude):
+                continue
+            try:
+                state = os.lstat(full)
+            except OSError:  # gone since the folder was listed
+                continue
+            if state.st_mode & 0o170000 == 0o100000:
+                yield relative, state.st_size, state.st_mtime_ns
+
+
+def stem(relative: str) -> str:
+    """Return a file's name without ending and without a word for "mask", in lower case, to compare names by."""
+    name = PurePosixPath(relative).name.lower()
+    name = re.sub(r"(\.nii\.gz|\.nii|\.png|\.dcm|\.dicom|\.ima)$", "", name)
+    return re.sub(r"[_-](mask|seg|segmentation|label|labels|gt|roi)$", "", name)

@@ -1,0 +1,154 @@
+"""The two long steps of ingest: reading headers and decoding series, in several processes, committed as they come."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
+
+from icmoe.data.ingest import index
+from icmoe.data.ingest.decoding import decode_series
+from icmoe.data.ingest.index import FrameRow, LeftOut
+from icmoe.data.ingest.labels import LabelNames
+from icmoe.data.ingest.parallel import in_processes
+from icmoe.data.ingest.planning import Plan, Site, plan, spacing_of
+from icmoe.data.ingest.pseudonyms import Pseudonyms
+from icmoe.data.ingest.reading import Reader
+from icmoe.data.ingest.records import FrameResult, refused
+from icmoe.data.ingest.run import BATCH_FILES, DEADLINE_S, SPLITS, Export, Progress, write_frames
+
+CRASHED = "a decoder crashed or hung on it"
+
+
+def read_files(
+    connection: sqlite3.Connection,
+    export: Export,
+    hashes: Pseudonyms,
+    new: Mapping[str, tuple[str, tuple[int, int]]],
+    on_progress: Progress,
+) -> None:
+    """Read the headers of new and changed files into the index.
+
+    Parameters
+    ----------
+    connection
+        Of the index.
+    export, hashes
+        What is read.
+    new
+        Keyed hash, size and time of change by path.
+    on_progress
+        Told after each batch.
+    """
+    names = LabelNames(export.labels, export.settings.labels)
+    reader = Reader(export.root, hashes, names, export.settings.patient_pattern)
+    paths = list(new)
+    batches = [paths[at : at + BATCH_FILES] for at in range(0, len(paths), BATCH_FILES)]
+    done = 0
+    for batch, answer in in_processes(reader.read_many, batches, export.settings.processes, deadline_s=DEADLINE_S):
+        if answer is None:  # one of them killed its process: find out which
+            single = in_processes(reader.read, batch, 1, deadline_s=DEADLINE_S)
+            by_path = {path: record or refused(117, CRASHED) for path, record in single}
+        else:
+            by_path = dict(zip(batch, answer, strict=True))
+        rows = [(new[path][0], *new[path][1], record.model_dump_json()) for path, record in by_path.items()]
+        with index.transaction(connection):
+            connection.executemany("insert or replace into file values (?, ?, ?, ?)", rows)
+        done += len(batch)
+        on_progress("read", done, len(paths))
+
+
+def publish(
+    connection: sqlite3.Connection,
+    export: Export,
+    hashes: Pseudonyms,
+    paths: Mapping[str, str],
+    splits: Mapping[str, str],
+    on_progress: Progress,
+) -> None:
+    """Decode what changed and publish frames, reasons and what is gone in one transaction."""
+    forgotten = {name for (name,) in connection.execute("select patient from forgotten")}
+    site = Site(export.root, export.store, hashes, export.labels, export.settings.allow, forgotten)
+    stored = index.records(connection)
+    marks = {paths[key]: f"{key}:{size}:{changed}" for key, (size, changed) in index.files(connection).items()}
+    records = {path: stored[key] for key, path in sorted(paths.items(), key=lambda item: item[1])}
+    made = plan(records, marks, site)
+    known = index.series_results(connection)
+    missing = [job for series, (mark, job) in made.jobs.items() if known.get(series, ("", []))[0] != mark]
+    total, done = sum(len(job.frames) for job in missing), 0
+    for job, answer in in_processes(decode_series, missing, export.settings.processes, deadline_s=DEADLINE_S):
+        results = answer if answer is not None else [FrameResult(fault=118, why=CRASHED)] * len(job.frames)
+        with index.transaction(connection):
+            index.put_series(connection, job.series, made.jobs[job.series][0], results)
+        done += len(job.frames)
+        on_progress("decode", done, total)
+    fixed = {hashes.patient(number): split for number, split in splits.items()}
+    rows, out = _frames(
+        connection, made, lambda patient: fixed.get(patient) or _split(hashes.share(patient), export.settings.shares)
+    )
+    with index.transaction(connection):
+        before = {row.result.digest for row in index.frame_rows(connection)}
+        connection.executemany(
+            "insert or ignore into gone values (?)", [(digest,) for digest in before - {row.result.digest for row in rows}]
+        )
+        connection.executemany("delete from series where id = ?", [(key,) for key in known if key not in made.jobs])
+        write_frames(connection, rows, out)
+
+
+def _frames(connection: sqlite3.Connection, made: Plan, split_of: Callable[[str], str]) -> tuple[list[FrameRow], list[LeftOut]]:
+    out, rows = list(made.left_out), list[FrameRow]()
+    counts: dict[str, int] = {}
+    series_of: dict[str, int] = {}
+    for series in made.jobs:
+        series_of[made.patients[series]] = series_of.get(made.patients[series], 0) + 1
+    for series, (_, results) in sorted(index.series_results(connection).items()):
+        if series not in made.jobs:
+            continue
+        patient = made.patients[series]
+        whole = series_of[patient] == 1 and not any(result.fault for result in results)
+        spacing = spacing_of(made.planes[series]) if whole else None
+        reasons: dict[tuple[int, str], int] = {}
+        for result in results:
+            if result.fault:
+                reasons[result.fault, result.why] = reasons.get((result.fault, result.why), 0) + 1
+                continue
+            place = counts[patient] = counts.get(patient, -1) + 1
+            modality, split = made.modalities[series], split_of(patient)
+            rows.append(
+                FrameRow(
+                    patient=patient, series=series, split=split, index=place, modality=modality, spacing=spacing, result=result
+                )
+            )
+        out += [
+            LeftOut(subject=series, number=number, why=why, patient=patient, series=series, frames=frames)
+            for (number, why), frames in reasons.items()
+        ]
+    return _without_copies(rows, out)
+
+
+def _without_copies(rows: Sequence[FrameRow], out: list[LeftOut]) -> tuple[list[FrameRow], list[LeftOut]]:
+    """Keep one frame of equal pictures, test before val before train; a patient who shares one across splits is left out.
+
+    Equal pictures under two patients are one person, whose other pictures would carry the test into training.
+    """
+    first: dict[str, FrameRow] = {}
+    kept, apart = [], set[str]()
+    for row in sorted(rows, key=lambda row: (-SPLITS.index(row.split), row.patient, row.index)):
+        other = first.setdefault(row.result.picture, row)
+        if other is row:
+            kept.append(row)
+            continue
+        if other.split != row.split:
+            apart.add(row.patient)
+        why = "a copy of it is used" if other.patient == row.patient else f"{other.patient} has the same picture"
+        out.append(LeftOut(subject=row.series, number=125, why=why, patient=row.patient, series=row.series))
+    for row in kept:
+        if row.patient in apart:
+            why = "it shares pictures with a patient of another split"
+            out.append(LeftOut(subject=row.patient, number=127, why=why, patient=row.patient, series=row.series))
+    order = {id(row): place for place, row in enumerate(rows)}
+    return sorted((row for row in kept if row.patient not in apart), key=lambda row: order[id(row)]), out
+
+
+def _split(share: float, shares: tuple[float, float, float]) -> str:
+    train, val, _ = shares
+    return "train" if share < train else "val" if share < train + val else "test"
