@@ -73,13 +73,15 @@ def print_report(reports: list[dict[str, Any]]) -> None:
     """Print the quality records as tables."""
     console = Console()
     for report in reports:
-        table = Table(
-            "series", "patient", "split", "modality", "used", "left out", "spacing mm", "with label", title=report["study"]
-        )
+        table = Table(title=report["study"], title_justify="left")
+        for column in ("series", "patient"):
+            table.add_column(column, no_wrap=True)  # to be copied into the site file
+        for column in ("split", "used", "left out", "with label", "spacing mm"):
+            table.add_column(column)
         for row in report["series"]:
-            spacing = " x ".join(f"{value:g}" for value in row["spacing_mm"]) if row["spacing_mm"] else "-"
-            numbers = [str(row["used"]), str(row["left_out"]), spacing, str(row["with_label"])]
-            table.add_row(row["series"], row["patient"], row["split"], row["modality"], *numbers)
+            spacing = " ".join(f"{value:g}" for value in row["spacing_mm"]) if row["spacing_mm"] else "-"
+            numbers = [str(row["used"]), str(row["left_out"]), str(row["with_label"]), spacing]
+            table.add_row(row["series"], row["patient"], row["split"], *numbers)
         console.print(table)
         for item in report["reasons"]:
             console.print(f"{item['frames']} x {item['sentence']}", highlight=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -23,9 +24,10 @@ from icmoe.data.ingest.opening import Refusal
 from icmoe.data.ingest.pixels import read_frames
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.reading import Reader
-from icmoe.data.ingest.run import Export, forget, ingest
+from icmoe.data.ingest.run import Export, forget, ingest, store_of
 from icmoe.data.ingest.settings import IngestSettings
 from icmoe.data.slices import SiteData, load_image, load_mask
+from icmoe.data.sources import read_sites
 from icmoe.study import Label
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -262,7 +264,11 @@ def test_no_marker_from_header_or_path_is_in_anything_that_is_written(tmp_path: 
     planted: dict[str, object] = {
         element[4]: texts[element[0]]
         for tag, element in pydicom.datadict.DicomDictionary.items()
-        if tag > 0x00080000 and element[0] in texts and element[1] == "1" and element[4] and not element[4].startswith(("Group", "Code"))
+        if tag > 0x00080000
+        and element[0] in texts
+        and element[1] == "1"
+        and element[4]
+        and not element[4].startswith(("Group", "Code"))
     }
     write_series(tmp_path / f"export/{marker}dir", f"{marker}id", 2, **planted)
     for path in list((tmp_path / f"export/{marker}dir").iterdir()):
@@ -281,3 +287,56 @@ def test_no_marker_from_header_or_path_is_in_anything_that_is_written(tmp_path: 
         assert marker.encode() not in path.read_bytes(), path.name
         assert marker not in path.name
     assert marker not in repr(data)
+
+
+def test_dicom_and_png_of_one_patient_give_equal_arrays_and_equal_digests(tmp_path: Path):
+    pixels = write_series(tmp_path / "export/a", "one", 3, RescaleSlope="0.25", RescaleIntercept="-200")
+    export = export_of(tmp_path / "export", tmp_path / "indexes/Elm", shares=(1.0, 0.0, 0.0))
+    export = Export(
+        **{name: getattr(export, name) for name in export.__slots__} | {"store": store_of(tmp_path / "indexes/Elm", LESION)}
+    )
+    ingest(export)
+    by_dicom = read_sites(tmp_path / "indexes", LESION)["Elm"].slices
+    for name in ("Elm/images", "Elm/masks", "splits"):
+        (tmp_path / "png" / name).mkdir(parents=True)
+    rows = ["split,site,patient,slice,image,mask"]
+    for number, (grey, item) in enumerate(zip(pixels, by_dicom, strict=True)):
+        Image.fromarray(grey).save(tmp_path / f"png/Elm/images/{number}.png")
+        Image.fromarray(load_mask(item.mask, LESION) * 255).save(tmp_path / f"png/Elm/masks/{number}.png")
+        rows.append(f"train,Elm,somebody,{number},Elm/images/{number}.png,Elm/masks/{number}.png")
+    for split in ("train", "val", "test"):
+        (tmp_path / f"png/splits/{split}.csv").write_text("\n".join(rows if split == "train" else rows[:1]) + "\n")
+    by_png = read_sites(tmp_path / "png", LESION)["Elm"].slices
+    assert [item.image_digest for item in by_dicom] == [item.image_digest for item in by_png]
+    for one, other in zip(by_dicom, by_png, strict=True):
+        assert np.array_equal(load_image(one), load_image(other))
+        assert np.array_equal(load_mask(one.mask, LESION), load_mask(other.mask, LESION))
+
+
+def test_the_command_ingests_forgets_and_refuses_by_number(tmp_path: Path):
+    write_series(tmp_path / "export/a", "one", 2, seed=1)
+    write_series(tmp_path / "export/b", "two", 2, seed=2)
+    study = (
+        'name = "tiny"\nseed = 1\n[[labels]]\nname = "background"\nvalues = [0]\n[[labels]]\nname = "lesion"\nvalues = [255]\n'
+    )
+    (tmp_path / "study.toml").write_text(f'{study}[backbone]\ndigest = "{"0" * 64}"\n')
+    (tmp_path / "site.toml").write_text(
+        'name = "Elm"\nstudies = ["study.toml"]\n[ingest]\nfolder = "export"\nshares = [1.0, 0.0, 0.0]\n'
+    )
+
+    def command(*words: str) -> subprocess.CompletedProcess[str]:
+        line = [str(Path(sys.executable).parent / "fl_client"), "--site", "Elm", "--config", str(tmp_path / "site.toml"), *words]
+        return subprocess.run(line, capture_output=True, text=True, timeout=120)
+
+    dry = command("ingest", "--dry-run", "--json")
+    assert json.loads(dry.stdout)[0]["used"] == 4
+    assert not (tmp_path / "ingest").exists(), "a dry run keeps nothing"
+    assert json.loads(command("ingest", "--json").stdout)[0]["changed"] is True
+    assert json.loads(command("ingest", "--json").stdout)[0]["changed"] is False
+    assert command("forget", "two").stdout.startswith("2 images")
+    assert json.loads(command("ingest", "--json").stdout)[0]["used"] == 2
+    (tmp_path / "ingest/secret.key").chmod(0o644)
+    refused = command("ingest")
+    assert refused.returncode == 1
+    assert "ICM129" in refused.stderr
+    assert "Traceback" not in refused.stderr
