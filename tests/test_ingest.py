@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -340,3 +342,30 @@ def test_the_command_ingests_forgets_and_refuses_by_number(tmp_path: Path):
     assert refused.returncode == 1
     assert "ICM129" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+CT = Path(str(get_testdata_file("CT_small.dcm", download=False))).read_bytes()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.integers(0, len(CT) - 8), new=st.binary(min_size=1, max_size=8), cut=st.integers(0, len(CT)))
+def test_damaged_bytes_never_crash_and_always_have_a_reason(tmp_path: Path, at: int, new: bytes, cut: int):
+    content = CT[:at] + new + CT[at + len(new) :]
+    (tmp_path / "x").write_bytes(content[:cut] if cut % 3 == 0 else content)
+    reader = Reader(tmp_path, Pseudonyms(bytes(32)), LabelNames(LESION, {}), None)
+    record = reader.read("x")
+    assert bool(record.fault) == bool(record.why)
+    if record.kind == "image":
+        for _, grey in read_frames(tmp_path / "x", [0]):
+            assert isinstance(grey, Refusal) or grey.shape == (record.rows, record.columns)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    content=st.binary(max_size=600),
+    head=st.sampled_from([b"", bytes(128) + b"DICM", b"\x08\x00", b"\x89PNG\r\n\x1a\n", b"\x1f\x8b"]),
+)
+def test_arbitrary_bytes_are_refused(tmp_path: Path, content: bytes, head: bytes):
+    (tmp_path / "x").write_bytes(head + content)
+    record = Reader(tmp_path, Pseudonyms(bytes(32)), LabelNames(LESION, {}), None).read("x")
+    assert record.fault in {116, 117, 119}
