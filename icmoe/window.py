@@ -135,5 +135,16 @@ def normalise(image_HW: npt.NDArray[Any], window: Window) -> npt.NDArray[np.floa
     ndarray
         H x W float32 in [0, 1].
     """
-    scaled_HW = (np.asarray(image_HW, dtype=np.float64) - window.low) / (window.high - window.low)
-    return np.clip(np.nan_to_num(scaled_HW, nan=0.0, posinf=0.0, neginf=0.0), 0.0, 1.0).astype(np.float32)
+    image_HW = np.asarray(image_HW)
+    if image_HW.dtype.kind in "iu" and image_HW.size:
+        lowest, highest = int(image_HW.min()), int(image_HW.max())
+        if highest - lowest < min(2**16, image_HW.size):  # fewer values than pixels: each is computed once
+            table = _scaled(np.arange(lowest, highest + 1), window)
+            return np.asarray(table[np.subtract(image_HW, lowest, dtype=np.int64)])
+        return _scaled(image_HW, window)
+    return _scaled(np.nan_to_num(image_HW.astype(np.float64), nan=window.low, posinf=window.low, neginf=window.low), window)
+
+
+def _scaled(values: npt.NDArray[Any], window: Window) -> npt.NDArray[np.float32]:
+    scaled = (values.astype(np.float64) - window.low) / (window.high - window.low)
+    return np.clip(scaled, 0.0, 1.0).astype(np.float32)

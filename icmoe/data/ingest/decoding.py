@@ -19,7 +19,7 @@ from icmoe.data.ingest.pixels import read_frames
 from icmoe.data.ingest.records import FileRecord, FrameResult, Plane
 from icmoe.data.ingest.segmentations import open_segmentation, read_patch
 from icmoe.data.ingest.volumes import read_volume, through_axis
-from icmoe.data.store import entry_path, read_stored, write_stored
+from icmoe.data.store import entry_path, read_stored, smallest, write_stored
 from icmoe.errors import IcmoeError
 from icmoe.study import Label
 from icmoe.window import ValueCounts, Window, normalise
@@ -75,8 +75,8 @@ def _first_pass(
         with refusing(104, "mask cannot be decoded"):
             classes = masks.classes(frame, grey.shape)
         turn = upright(frame.plane)
-        grey, classes = turn.turn(grey), turn.turn(classes)
-        finite = grey[np.isfinite(grey)]
+        grey, classes = smallest(turn.turn(grey)), turn.turn(classes)
+        finite = grey[np.isfinite(grey)] if grey.dtype.kind == "f" else grey
         if finite.size == 0 or finite.min() == finite.max():
             raise Refusal(113, "every pixel has the same value")
     except Refusal as refusal:
