@@ -16,9 +16,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from fl_client.participant import Participant
 from fl_client.personal import keep_personal, with_personal
-from fl_client.site import Site
-from fl_client.sitefile import site_from_environment
+from fl_client.site import site_from_environment
 from icmoe.dataset import TrainingSet
 from icmoe.errors import CATALOGUE, Fault, IcmoeError
 from icmoe.evaluation import score_slices
@@ -49,7 +49,7 @@ from icmoe.training import train_round
 log = logging.getLogger("fl_client")
 
 Answer = Callable[[Message, Context], Message]
-SiteOf = Callable[[Context], Site]
+SiteOf = Callable[[Context], Participant]
 
 ERROR_CODE = 1000
 
@@ -118,7 +118,7 @@ def evaluate(site_of: SiteOf, message: Message, context: Context) -> Message:
     return Message(RecordDict({NUMBERS: MetricRecord(_validation(site, study, model))}), reply_to=message)
 
 
-def _request(message: Message, site: Site, *, records: set[str], keys: set[str]) -> tuple[Study, int]:
+def _request(message: Message, site: Participant, *, records: set[str], keys: set[str]) -> tuple[Study, int]:
     """Return the approved study and the round of a message, or refuse what does not belong in it."""
     found = set(message.content)
     config = message.content.config_records.get(CONFIG, ConfigRecord())
@@ -139,13 +139,13 @@ def _incoming(message: Message) -> State:
     return {name: torch.from_numpy(array.numpy().copy()) for name, array in sorted(message.content.array_records[ARRAYS].items())}
 
 
-def _model(site: Site, study: Study, start: State, *, after_round: int) -> ICMoE:
+def _model(site: Participant, study: Study, start: State, *, after_round: int) -> ICMoE:
     model = build_model(study, seed=0)
     load_state(model, with_personal(start, site.state_folder, study, site.name, after_round))
     return model.to(site.torch_device()).eval()
 
 
-def _validation(site: Site, study: Study, model: ICMoE) -> dict[str, int | float | list[int] | list[float]]:
+def _validation(site: Participant, study: Study, model: ICMoE) -> dict[str, int | float | list[int] | list[float]]:
     scores = score_slices(model, site.val, study.labels, site.cache(study), site.torch_device(), surfaces=False)
     dice = math.fsum(score.dice for score in scores) / len(scores) if scores else 0.0
     return {DICE_KEY: dice, PATIENTS_KEY: len(scores)}

@@ -62,7 +62,7 @@ def fl_client(
 @app.command()
 def show(context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show the site: approved studies, images found and used."""
-    from fl_client.sitefile import read_site_file, site_data
+    from fl_client.site import read_site_file, site_data
 
     chosen: Chosen = context.obj
     with exit_on_fault():
@@ -96,7 +96,7 @@ def prepare(
     context: typer.Context, checkpoint: Annotated[Path | None, typer.Option(help="Weights file of a sam-vit backbone.")] = None
 ) -> None:
     """Run the frozen backbone over the site's images once and keep the features at the site."""
-    from fl_client.sitefile import read_site_file, site_slices
+    from fl_client.site import read_site_file, site_slices
     from icmoe.backbone import load_backbone
     from icmoe.device import available_device
     from icmoe.features import FeatureCache, default_cache_folder

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fl_client.sitefile import SiteFile, read_site_file, site_export
+from fl_client.site import SiteFile, read_site_file, site_export
 from icmoe.atomic import write_atomically
 from icmoe.data.ingest.quality import quality_record
 from icmoe.data.ingest.run import Export, forget, gone_digests, ingest

@@ -20,7 +20,7 @@ from flwr.simulation import run_simulation
 from pydantic import TypeAdapter
 
 from fl_client.app import make_client_app
-from fl_client.site import Site
+from fl_client.participant import Participant
 from fl_server.app import Roster, make_strategy, meet, start_state
 from fl_server.rounds import RoundRecord, RunState, run_rounds
 from icmoe.atomic import write_atomically
@@ -32,7 +32,7 @@ POLL_S = 0.05
 # Flower's engine runs at most this many clients at once, whatever the cluster has.
 MOST_ACTORS = 32
 
-_SITES = TypeAdapter(tuple[Site, ...])
+_SITES = TypeAdapter(tuple[Participant, ...])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,18 +69,18 @@ class SitesOnDisk:
 
     path: Path
 
-    def __call__(self, context: Context) -> Site:
+    def __call__(self, context: Context) -> Participant:
         """Return the site of the node's partition."""
         return _read_sites(self.path)[int(context.node_config["partition-id"])]
 
 
-def write_sites(path: Path, sites: Sequence[Site]) -> None:
+def write_sites(path: Path, sites: Sequence[Participant]) -> None:
     """Write the sites for the actors."""
     write_atomically(path, _SITES.dump_json(tuple(sites)))
 
 
 @lru_cache(maxsize=2)
-def _read_sites(path: Path) -> tuple[Site, ...]:
+def _read_sites(path: Path) -> tuple[Participant, ...]:
     return _SITES.validate_json(path.read_bytes())
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fl_client.site import Site
+from fl_client.participant import Participant
 from icmoe.data.slices import SiteData, Slice
 from icmoe.data.sources import read_sites
 from icmoe.dataset import steps_of
@@ -92,14 +92,14 @@ def make_sites(
     cache: FeatureCache,
     state_folder: Path,
     simulation: Simulation,
-) -> tuple[Site, ...]:
+) -> tuple[Participant, ...]:
     """Return the training sites and, last, one that holds all data, for the pooled reference.
 
     The pooled site takes as many steps per round as all sites together.
     """
 
-    def site(name: str, train: tuple[Slice, ...], val: tuple[Slice, ...], steps: int | None) -> Site:
-        return Site(
+    def site(name: str, train: tuple[Slice, ...], val: tuple[Slice, ...], steps: int | None) -> Participant:
+        return Participant(
             name=name,
             studies=studies,
             train=train,

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from fl_client.participant import Participant
 from fl_client.personal import with_personal
-from fl_client.site import Site
 from fl_server.rounds import RunState
 from fl_server.router_aware import Tensors
 from icmoe.errors import Fault, IcmoeError
@@ -46,7 +46,7 @@ class Examiner:
 
     hospitals: Hospitals
     cache: FeatureCache
-    site: Site
+    site: Participant
     on_patient: Tick | None = None
 
     def model(self, study: Study, state: State) -> ICMoE:

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from fl_client import cli
 from fl_client.app import make_client_app
+from fl_client.participant import Participant
 from fl_client.personal import personal_path
-from fl_client.site import Site
-from fl_client.sitefile import ENVIRONMENT, read_site, site_from_environment
+from fl_client.site import ENVIRONMENT, read_site, site_from_environment
 from icmoe.data.folder import read_folder
 from icmoe.errors import CATALOGUE, IcmoeError
 from icmoe.exchange import ARRAYS, CONFIG, NUMBERS, ROUND_KEY, STUDY_KEY, UPDATE, global_state, is_personal, update_of
@@ -38,7 +38,7 @@ def hospital(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def site(hospital: Path, make_study, tmp_path_factory: pytest.TempPathFactory) -> Site:
+def site(hospital: Path, make_study, tmp_path_factory: pytest.TempPathFactory) -> Participant:
     from icmoe.backbone import load_backbone
     from icmoe.prepare import encode_slices
 
@@ -47,7 +47,7 @@ def site(hospital: Path, make_study, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("cache")
     backbone = load_backbone("sam-vit-test", image_size=32, device=torch.device("cpu"))
     encode_slices(data.slices, shared, backbone, FeatureCache.of(folder, shared))
-    return Site(
+    return Participant(
         name="Alder",
         studies=(shared, personal),
         train=data.of("train"),
@@ -57,7 +57,7 @@ def site(hospital: Path, make_study, tmp_path_factory: pytest.TempPathFactory) -
     )
 
 
-def ask(site: Site, content: RecordDict, kind: str = "train") -> Message:
+def ask(site: Participant, content: RecordDict, kind: str = "train") -> Message:
     return make_client_app(lambda _: site)(Message(content, dst_node_id=5, message_type=kind), CONTEXT)
 
 
@@ -71,7 +71,7 @@ def number_of(reply: Message) -> int:
     return int(reply.error.reason[3:6])
 
 
-def test_a_site_introduces_itself_with_its_size_in_tens(site: Site) -> None:
+def test_a_site_introduces_itself_with_its_size_in_tens(site: Participant) -> None:
     content = RecordDict({CONFIG: ConfigRecord({STUDY_KEY: site.studies[0].digest})})
     about = ask(site, content, "query.site").content[CONFIG]
     assert dict(about) == {"site": "Alder", "slices": 10}  # six slices, rounded up
@@ -79,7 +79,7 @@ def test_a_site_introduces_itself_with_its_size_in_tens(site: Site) -> None:
     assert exact["slices"] == 6
 
 
-def test_the_update_is_exactly_the_declared_tensors_and_numbers(site: Site) -> None:
+def test_the_update_is_exactly_the_declared_tensors_and_numbers(site: Participant) -> None:
     study = site.studies[0]
     reply = ask(site, request(study))
     model = build_model(study, seed=1)
@@ -95,7 +95,7 @@ def test_the_update_is_exactly_the_declared_tensors_and_numbers(site: Site) -> N
     assert all(again.content[UPDATE][name].data == array.data for name, array in reply.content[UPDATE].items())
 
 
-def test_each_round_draws_anew_from_study_site_and_round(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_round_draws_anew_from_study_site_and_round(site: Participant, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = []
 
     def spy(*arguments, seed: int, **settings):
@@ -111,7 +111,7 @@ def test_each_round_draws_anew_from_study_site_and_round(site: Site, monkeypatch
     assert seeds == [derived_seed(study, "train", "Alder", number) for number in (1, 2, 1)]
 
 
-def test_personal_parts_stay_at_the_site_and_continue_from_round_to_round(site: Site) -> None:
+def test_personal_parts_stay_at_the_site_and_continue_from_round_to_round(site: Participant) -> None:
     study = site.studies[1]
     first = ask(site, request(study, 1))
     assert not [name for name in first.content[UPDATE] if is_personal(name, study.model)]
@@ -124,7 +124,7 @@ def test_personal_parts_stay_at_the_site_and_continue_from_round_to_round(site: 
     assert number_of(ask(site, request(study, 2))) == 304  # the round before is needed
 
 
-def test_a_site_without_validation_patients_sends_no_score(site: Site) -> None:
+def test_a_site_without_validation_patients_sends_no_score(site: Participant) -> None:
     numbers = ask(replace(site, val=()), request(site.studies[0])).content[NUMBERS]
     assert numbers["val-patients"] == 0
 
@@ -144,13 +144,13 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("kind", ["train", "evaluate"])
-def test_what_does_not_belong_in_a_message_is_refused_by_number(name: str, kind: str, site: Site) -> None:
+def test_what_does_not_belong_in_a_message_is_refused_by_number(name: str, kind: str, site: Participant) -> None:
     content, number = REFUSED[name]
     assert number_of(ask(site, content(site.studies[0]), kind)) == number
 
 
 @pytest.mark.parametrize("harm", ["NaN", "another shape", "another type", "missing", "extra"])
-def test_a_doctored_global_model_is_refused(harm: str, site: Site) -> None:
+def test_a_doctored_global_model_is_refused(harm: str, site: Participant) -> None:
     content = request(site.studies[0])
     tensors = {name: array.numpy().copy() for name, array in content[ARRAYS].items()}
     if harm == "NaN":
@@ -167,7 +167,7 @@ def test_a_doctored_global_model_is_refused(harm: str, site: Site) -> None:
     assert number_of(ask(site, content)) == 301
 
 
-def test_the_text_of_an_exception_never_leaves(site: Site) -> None:
+def test_the_text_of_an_exception_never_leaves(site: Participant) -> None:
     marker = "Mustermann-1970"
     reply = make_client_app(lambda _: (_ for _ in ()).throw(RuntimeError(marker)))(
         Message(request(site.studies[0]), dst_node_id=5, message_type="train"), CONTEXT

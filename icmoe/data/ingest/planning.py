@@ -12,6 +12,7 @@ import numpy as np
 from icmoe.data.ingest.decoding import SeriesJob, Wanted
 from icmoe.data.ingest.geometry import height_mm, parallel, slice_distance_mm, upright
 from icmoe.data.ingest.index import LeftOut
+from icmoe.data.ingest.opening import Refusal
 from icmoe.data.ingest.pairing import Key, Use, is_image, pair
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, FramePlace, Plane
@@ -114,7 +115,9 @@ def _series(
     fault = _whole(owner, held if series not in site.allow else "", site)
     total = sum(len(record.frames) for _, record in members)
     if fault:
-        made.left_out.append(LeftOut(subject=series, number=fault[0], why=fault[1], patient=owner, series=series, frames=total))
+        made.left_out.append(
+            LeftOut(subject=series, number=fault.number, why=fault.why, patient=owner, series=series, frames=total)
+        )
         return
     frames = [(path, n, place) for path, record in members for n, place in enumerate(record.frames) if (path, n) in uses]
     if len(frames) < total:
@@ -138,13 +141,13 @@ def _series(
     made.planes[series] = [place.plane for _, _, place in frames]
 
 
-def _whole(owner: str, held: str, site: Site) -> tuple[int, str] | None:
+def _whole(owner: str, held: str, site: Site) -> Refusal | None:
     """Return why no frame of a series may be used."""
     if not owner:
-        return 117, "its files name no patient, or several"
+        return Refusal(117, "its files name no patient, or several")
     if owner in site.forgotten:
-        return 132, "its patient was forgotten on request"
-    return (126, held) if held else None
+        return Refusal(132, "its patient was forgotten on request")
+    return Refusal(126, held) if held else None
 
 
 def _ordered(frames: list[tuple[str, int, FramePlace]]) -> list[tuple[str, int, FramePlace]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import importlib.util
 import json
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,8 @@ from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Label
 
 SPLITS = ("train", "val", "test")
+PACKAGES = ("pydicom", "highdicom", "nibabel", "pylibjpeg", "libjpeg", "openjpeg", "rle", "jpeg_ls")
+"""What the extra `dicom` installs, by import name."""
 BATCH_FILES = 64
 DEADLINE_S = 600.0
 Progress = Callable[[str, int, int], None]
@@ -71,8 +74,10 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
     Raises
     ------
     IcmoeError
-        109 where the export is not there; 129, 130 for the store; 210 for synonyms; 110 for the split file.
+        109 where the export is not there; 129, 130 for the store; 210 for synonyms; 110 for the split file; 213 where the
+        packages that read images are not installed.
     """
+    _require_packages()
     from icmoe.data.ingest.pseudonyms import site_pseudonyms
     from icmoe.data.ingest.walking import walk
 
@@ -108,6 +113,12 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
         index.put_meta(connection, {"complete": basis})
         _clean(connection, export.store)
         return True
+
+
+def _require_packages() -> None:
+    absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if absent:
+        raise IcmoeError(Fault(number=213, where="ingest", value=", ".join(absent), did="Nothing was read."))
 
 
 def forget(export: Export, patient: str) -> int:
