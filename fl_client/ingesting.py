@@ -20,8 +20,7 @@ from icmoe.atomic import write_atomically
 from icmoe.data.ingest.quality import quality_record
 from icmoe.data.ingest.run import Export, forget, gone_digests, ingest
 from icmoe.errors import Fault, IcmoeError
-from icmoe.features import FeatureCache, default_cache_folder
-from icmoe.study import Study
+from icmoe.features import default_cache_folder, forget_images
 
 REPORT = "quality.json"
 
@@ -52,7 +51,7 @@ def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]
             record = quality_record(export.store, study.labels)
             if not dry_run:
                 write_atomically(export.store / REPORT, json.dumps(record, indent=1).encode(), private=True)
-                _drop_features(path, settings, studies, export)
+                _drop_features(path, settings, export)
             reports.append({"study": study.name, "changed": changed, **record})
     return reports
 
@@ -65,7 +64,7 @@ def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int]:
     for study in studies:
         export = site_export(path, settings, study)
         frames += forget(export, patient)
-        features += _drop_features(path, settings, studies, export)
+        features += _drop_features(path, settings, export)
     return frames, features
 
 
@@ -123,16 +122,8 @@ def _bars() -> Iterator[Any]:
         yield on_progress
 
 
-def _drop_features(path: Path, settings: SiteFile, studies: tuple[Study, ...], export: Export) -> int:
+def _drop_features(path: Path, settings: SiteFile, export: Export) -> int:
     """Remove the cached features of pictures that are gone and return their number."""
     folder = path.parent / settings.cache if settings.cache else default_cache_folder()
-    removed = 0
     with gone_digests(export.store) as digests:
-        for study in studies:
-            cache = FeatureCache.of(folder, study)
-            for digest in digests:
-                for view in ("identity", "flip", "dark", "bright"):
-                    entry = cache.path(cache.key(digest, view))
-                    removed += entry.exists()
-                    entry.unlink(missing_ok=True)
-    return removed
+        return forget_images(folder, digests)

@@ -1,10 +1,11 @@
 """The feature cache: what the frozen backbone says of each view, computed once and kept at the site.
 
-One safetensors file per view, fp16, named by its key: the SHA-256 of backbone digest, input size, preprocessing
-version, dtype, digest of the normalised image and view. An entry is written to a temporary file and
-renamed, so several processes may share a folder and a kill leaves no half entry. Its header repeats the key and a CRC-32 of
-the tensors; an entry that is damaged or foreign counts as absent and is computed again. A process checks an entry when
-it first reads it, not on every step.
+One safetensors file per view, fp16, named by its key: first a hash of the normalised image's digest, so that all that
+was ever computed of one image can be removed, whatever study asked for it; then the SHA-256 of backbone digest, input
+size, preprocessing version, dtype, image digest and view. An entry is written to a temporary file and renamed, so several
+processes may share a folder and a kill leaves no half entry. Its header repeats the key and a CRC-32 of the tensors; an
+entry that is damaged or foreign counts as absent and is computed again. A process checks an entry when it first reads it,
+not on every step.
 
 Features are patient data: the folder has the images' access and deletion rules.
 """
@@ -15,7 +16,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ FORMAT = "icmoe-features-1"
 HALF_MAX = 65504.0
 # Entries that this process has verified; every round makes a new cache object.
 _CHECKED: set[Path] = set()
+IMAGE_DIGITS, KEY_DIGITS = 24, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,8 @@ class FeatureCache:
     def key(self, image_digest: str, view: View) -> str:
         """Return the key of one view of one image, 64 hexadecimal digits."""
         own = (FORMAT, self.digest, self.image_size, PREPROCESSING_VERSION, "float16")
-        return hashlib.sha256(json.dumps([*own, image_digest, view]).encode()).hexdigest()
+        rest = hashlib.sha256(json.dumps([*own, image_digest, view]).encode()).hexdigest()
+        return _image_part(image_digest) + rest[: KEY_DIGITS - IMAGE_DIGITS]
 
     def path(self, key: str) -> Path:
         """Return the file of a key."""
@@ -165,6 +168,28 @@ class FeatureCache:
                     raise ValueError("damaged")
                 _CHECKED.add(self.path(key))
         return tensors
+
+
+def forget_images(folder: Path, image_digests: Iterable[str]) -> int:
+    """Remove every entry of the images, of every backbone and view, and return how many there were.
+
+    Parameters
+    ----------
+    folder
+        A cache folder.
+    image_digests
+        As in `Slice.image_digest`.
+    """
+    removed = 0
+    for part in map(_image_part, image_digests):
+        for path in (folder / part[:2]).glob(f"{part}*.safetensors"):
+            path.unlink(missing_ok=True)
+            removed += 1
+    return removed
+
+
+def _image_part(image_digest: str) -> str:
+    return hashlib.sha256(image_digest.encode()).hexdigest()[:IMAGE_DIGITS]
 
 
 def _checksum(tensors: dict[str, Tensor]) -> int:

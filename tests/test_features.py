@@ -12,7 +12,7 @@ import torch
 from icmoe import features as features_module
 from icmoe.backbone import load_backbone
 from icmoe.errors import IcmoeError
-from icmoe.features import FeatureCache, Wanted, default_cache_folder
+from icmoe.features import FeatureCache, Wanted, default_cache_folder, forget_images
 from icmoe.prepare import encode_missing
 
 
@@ -48,6 +48,17 @@ def test_the_key_names_everything_that_changes_the_features(cache: FeatureCache,
     assert len(keys) == 5
     without = FeatureCache(tmp_path, "d" * 64, 32, block_features=False)
     assert without.key("a", "identity") in keys  # both kinds of study share the entries
+
+
+def test_all_that_was_computed_of_an_image_goes_whatever_study_asked_for_it(cache: FeatureCache, tmp_path: Path) -> None:
+    other = FeatureCache(tmp_path, "e" * 64, 64, block_features=False)
+    for place in (cache, other):
+        for view in ("identity", "flip", "dark", "bright"):
+            place.put(place.key("gone", view), *sample())
+            place.put(place.key("kept", view), *sample())
+    assert forget_images(tmp_path, ["gone", "never seen"]) == 8
+    assert not any(place.contains(place.key("gone", "identity")) for place in (cache, other))
+    assert all(place.contains(place.key("kept", view)) for place in (cache, other) for view in ("identity", "flip"))
 
 
 def test_a_study_without_block_features_gets_none(cache: FeatureCache, tmp_path: Path) -> None:
