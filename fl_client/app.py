@@ -16,9 +16,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fl_client.participant import Participant
+from fl_client.participant import Participant, site_from_environment
 from fl_client.personal import keep_personal, with_personal
-from fl_client.site import site_from_environment
 from icmoe.dataset import TrainingSet
 from icmoe.errors import CATALOGUE, Fault, IcmoeError
 from icmoe.evaluation import score_slices

@@ -11,7 +11,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from icmoe import __version__
@@ -92,39 +91,18 @@ def show(context: typer.Context, as_json: Annotated[bool, typer.Option("--json",
 
 
 @app.command()
-def prepare(
-    context: typer.Context, checkpoint: Annotated[Path | None, typer.Option(help="Weights file of a sam-vit backbone.")] = None
-) -> None:
+def prepare(context: typer.Context) -> None:
     """Run the frozen backbone over the site's images once and keep the features at the site."""
-    from fl_client.site import read_site_file, site_slices
-    from icmoe.backbone import load_backbone
-    from icmoe.device import available_device
-    from icmoe.features import FeatureCache, default_cache_folder
-    from icmoe.prepare import encode_slices
+    from fl_client.ingesting import bars
+    from fl_client.preparing import prepare_site
+    from fl_client.site import read_site_file
 
     chosen: Chosen = context.obj
-    with exit_on_fault(), Progress(console=Console(stderr=True), transient=True) as progress:
+    with exit_on_fault(), bars() as on_progress:
         settings, studies = read_site_file(chosen.path)
         _same_name(chosen, settings.name)
-        for study in studies:
-            slices = site_slices(chosen.path, settings, study)
-            backbone = load_backbone(
-                study.backbone.name,
-                image_size=study.backbone.image_size,
-                checkpoint=checkpoint,
-                expected_digest=study.backbone.digest,
-                device=available_device(settings.device),
-            )
-            folder = chosen.path.parent / settings.cache if settings.cache else default_cache_folder()
-            bar = progress.add_task(study.name, total=None)
-            encoded = encode_slices(
-                slices,
-                study,
-                backbone,
-                FeatureCache.of(folder, study),
-                on_progress=lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),  # type: ignore[misc]
-            )
-            Console().print(f"{study.name}: {encoded} views encoded, {len(slices)} images ready", highlight=False)
+        for done in prepare_site(chosen.path, settings, studies, on_progress=on_progress):
+            Console().print(f"{done.study}: {done.encoded} views encoded, {done.images} images ready", highlight=False)
 
 
 @app.command()

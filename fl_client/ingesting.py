@@ -17,10 +17,10 @@ from rich.table import Table
 
 from fl_client.site import SiteFile, read_site_file, site_export
 from icmoe.atomic import write_atomically
+from icmoe.cache_entries import default_cache_folder, forget_images
 from icmoe.data.ingest.quality import quality_record
 from icmoe.data.ingest.run import Export, forget, gone_digests, ingest
 from icmoe.errors import Fault, IcmoeError
-from icmoe.features import default_cache_folder, forget_images
 
 REPORT = "quality.json"
 
@@ -46,7 +46,7 @@ def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]
     _same(path, settings, name)
     reports = []
     for study in studies:
-        with _place(site_export(path, settings, study), dry_run=dry_run) as export, _bars() as on_progress:
+        with _place(site_export(path, settings, study), dry_run=dry_run) as export, bars() as on_progress:
             changed = ingest(export, on_progress=on_progress)
             record = quality_record(export.store, study.labels)
             if not dry_run:
@@ -109,7 +109,14 @@ def _place(export: Export, *, dry_run: bool) -> Iterator[Export]:
 
 
 @contextmanager
-def _bars() -> Iterator[Any]:
+def bars() -> Iterator[Any]:
+    """Show one bar per step while inside.
+
+    Yields
+    ------
+    callable
+        To call with the step's name, how much is done and how much there is.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bars: dict[str, Any] = {}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from flwr.app import Context
 
+from fl_client.site import cache_folder_of, read_site_file, site_slices
 from icmoe.data.slices import Slice
 from icmoe.device import available_device
 from icmoe.errors import Fault, IcmoeError
 from icmoe.features import FeatureCache
 from icmoe.study import Study
+
+ENVIRONMENT = "FL_CLIENT_SITE_FILE"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,3 +82,48 @@ class Participant:
             211 where it is not there.
         """
         return available_device(self.device)
+
+
+def read_site(path: Path) -> Participant:
+    """Return the site of a site file, ready to train; its features must be in the cache.
+
+    Raises
+    ------
+    IcmoeError
+        As `read_site_file` and `site_slices`; 207 where features are not there yet.
+    """
+    settings, studies = read_site_file(path)
+    slices = site_slices(path, settings, studies[0])
+    cache = FeatureCache.of(cache_folder_of(path, settings), studies[0])
+    keys = [cache.key(item.image_digest, "identity") for item in slices]
+    if missing := sum(not cache.contains(key) for key in keys):
+        todo = f"Run fl_client --site {settings.name} prepare."
+        fault = Fault(
+            number=207, where=settings.name, what="features are not in the cache", value=f"{missing} of {len(keys)}", todo=todo
+        )
+        raise IcmoeError(fault)
+    return Participant(
+        name=settings.name,
+        studies=studies,
+        train=tuple(item for item in slices if item.split == "train"),
+        val=tuple(item for item in slices if item.split == "val"),
+        cache_folder=cache.folder,
+        state_folder=path.parent / settings.state,
+        device=settings.device,
+        threads=settings.threads,
+    )
+
+
+def site_from_environment(context: Context) -> Participant:
+    """Return the site whose file the environment names; what the coordinator sends has no say in it.
+
+    Raises
+    ------
+    IcmoeError
+        205 where the environment names no file.
+    """
+    del context
+    name = os.environ.get(ENVIRONMENT, "")
+    if not name:
+        raise IcmoeError(Fault(number=205, where=ENVIRONMENT, what="the environment names no site file"))
+    return read_site(Path(name))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
-from flwr.app import Context
 from pydantic import Field, model_validator
 
-from fl_client.participant import Participant
+from icmoe.cache_entries import default_cache_folder
 from icmoe.config import Section, parse, read_toml
 from icmoe.data.folder import read_folder
 from icmoe.data.ingest.index import read_index
@@ -17,10 +15,7 @@ from icmoe.data.ingest.run import Export, store_of
 from icmoe.data.ingest.settings import IngestSettings
 from icmoe.data.slices import SiteData, Slice
 from icmoe.errors import Fault, IcmoeError
-from icmoe.features import FeatureCache, default_cache_folder
 from icmoe.study import Study, read_study
-
-ENVIRONMENT = "FL_CLIENT_SITE_FILE"
 
 
 class SiteFile(Section):
@@ -38,6 +33,8 @@ class SiteFile(Section):
     """Feature cache; the user's cache folder where absent."""
     state: str = "state"
     """Folder of the parts that never leave the site."""
+    checkpoint: str | None = None
+    """Weights file of a sam-vit backbone."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     threads: Annotated[int, Field(ge=1, le=256)] = 1
@@ -119,47 +116,6 @@ def site_slices(path: Path, settings: SiteFile, study: Study) -> tuple[Slice, ..
     return site.slices
 
 
-def read_site(path: Path) -> Participant:
-    """Return the site of a site file, ready to train; its features must be in the cache.
-
-    Raises
-    ------
-    IcmoeError
-        As `read_site_file` and `site_slices`; 207 where features are not there yet.
-    """
-    settings, studies = read_site_file(path)
-    slices = site_slices(path, settings, studies[0])
-    cache_folder = path.parent / settings.cache if settings.cache else default_cache_folder()
-    cache = FeatureCache.of(cache_folder, studies[0])
-    keys = [cache.key(item.image_digest, "identity") for item in slices]
-    if missing := sum(not cache.contains(key) for key in keys):
-        todo = f"Run fl_client --site {settings.name} prepare."
-        fault = Fault(
-            number=207, where=settings.name, what="features are not in the cache", value=f"{missing} of {len(keys)}", todo=todo
-        )
-        raise IcmoeError(fault)
-    return Participant(
-        name=settings.name,
-        studies=studies,
-        train=tuple(item for item in slices if item.split == "train"),
-        val=tuple(item for item in slices if item.split == "val"),
-        cache_folder=cache_folder,
-        state_folder=path.parent / settings.state,
-        device=settings.device,
-        threads=settings.threads,
-    )
-
-
-def site_from_environment(context: Context) -> Participant:
-    """Return the site whose file the environment names; what the coordinator sends has no say in it.
-
-    Raises
-    ------
-    IcmoeError
-        205 where the environment names no file.
-    """
-    del context
-    name = os.environ.get(ENVIRONMENT, "")
-    if not name:
-        raise IcmoeError(Fault(number=205, where=ENVIRONMENT, what="the environment names no site file"))
-    return read_site(Path(name))
+def cache_folder_of(path: Path, settings: SiteFile) -> Path:
+    """Return the folder of the site's cached features."""
+    return path.parent / settings.cache if settings.cache else default_cache_folder()

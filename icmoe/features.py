@@ -12,11 +12,9 @@ Features are patient data: the folder has the images' access and deletion rules.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from icmoe.atomic import write_atomically
+from icmoe.cache_entries import entry_key, entry_path
 from icmoe.errors import Fault, IcmoeError
 from icmoe.preprocess import PREPROCESSING_VERSION
 from icmoe.study import Study, View
@@ -35,7 +34,6 @@ FORMAT = "icmoe-features-1"
 HALF_MAX = 65504.0
 # Entries that this process has verified; every round makes a new cache object.
 _CHECKED: set[Path] = set()
-IMAGE_DIGITS, KEY_DIGITS = 24, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +68,6 @@ class Wanted:
     read: Callable[[], Tensor]
 
 
-def default_cache_folder() -> Path:
-    """Return the user's cache folder for features."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "icmoe" / "features"
-
-
 @dataclass(slots=True)
 class FeatureCache:
     """A folder of features of one backbone.
@@ -106,12 +98,11 @@ class FeatureCache:
     def key(self, image_digest: str, view: View) -> str:
         """Return the key of one view of one image, 64 hexadecimal digits."""
         own = (FORMAT, self.digest, self.image_size, PREPROCESSING_VERSION, "float16")
-        rest = hashlib.sha256(json.dumps([*own, image_digest, view]).encode()).hexdigest()
-        return _image_part(image_digest) + rest[: KEY_DIGITS - IMAGE_DIGITS]
+        return entry_key(image_digest, json.dumps([*own, image_digest, view]))
 
     def path(self, key: str) -> Path:
         """Return the file of a key."""
-        return self.folder / key[:2] / f"{key}.safetensors"
+        return entry_path(self.folder, key)
 
     def contains(self, key: str) -> bool:
         """Return whether a sound entry is there."""
@@ -168,28 +159,6 @@ class FeatureCache:
                     raise ValueError("damaged")
                 _CHECKED.add(self.path(key))
         return tensors
-
-
-def forget_images(folder: Path, image_digests: Iterable[str]) -> int:
-    """Remove every entry of the images, of every backbone and view, and return how many there were.
-
-    Parameters
-    ----------
-    folder
-        A cache folder.
-    image_digests
-        As in `Slice.image_digest`.
-    """
-    removed = 0
-    for part in map(_image_part, image_digests):
-        for path in (folder / part[:2]).glob(f"{part}*.safetensors"):
-            path.unlink(missing_ok=True)
-            removed += 1
-    return removed
-
-
-def _image_part(image_digest: str) -> str:
-    return hashlib.sha256(image_digest.encode()).hexdigest()[:IMAGE_DIGITS]
 
 
 def _checksum(tensors: dict[str, Tensor]) -> int:

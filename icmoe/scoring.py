@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from icmoe.backbone import load_backbone
+from icmoe.cache_entries import default_cache_folder
 from icmoe.data.sources import read_sites_split
 from icmoe.device import available_device
 from icmoe.errors import Fault, IcmoeError
 from icmoe.evaluation import score_slices
-from icmoe.features import FeatureCache, default_cache_folder
+from icmoe.features import FeatureCache
 from icmoe.metrics import evaluation_record
 from icmoe.modelfile import read_model
 from icmoe.prepare import encode_slices

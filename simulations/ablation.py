@@ -18,10 +18,11 @@ from rich.table import Table
 
 from icmoe.atomic import write_atomically
 from icmoe.backbone import load_backbone
+from icmoe.cache_entries import default_cache_folder
 from icmoe.config import parse
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from icmoe.exchange import global_state
-from icmoe.features import FeatureCache, default_cache_folder
+from icmoe.features import FeatureCache
 from icmoe.model import build_model
 from icmoe.prepare import encode_slices
 from icmoe.study import Study

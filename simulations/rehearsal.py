@@ -18,9 +18,10 @@ import torch
 from fl_server.rounds import RoundRecord, RunState
 from icmoe.atomic import write_atomically
 from icmoe.backbone import Backbone, load_backbone
+from icmoe.cache_entries import default_cache_folder
 from icmoe.device import available_device
 from icmoe.exchange import State
-from icmoe.features import FeatureCache, default_cache_folder
+from icmoe.features import FeatureCache
 from icmoe.modelfile import ModelHeader, write_model
 from icmoe.prepare import encode_slices
 from icmoe.study import Study

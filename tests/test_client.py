@@ -15,9 +15,8 @@ from typer.testing import CliRunner
 
 from fl_client import cli
 from fl_client.app import make_client_app
-from fl_client.participant import Participant
+from fl_client.participant import ENVIRONMENT, Participant, read_site, site_from_environment
 from fl_client.personal import personal_path
-from fl_client.site import ENVIRONMENT, read_site, site_from_environment
 from icmoe.data.folder import read_folder
 from icmoe.errors import CATALOGUE, IcmoeError
 from icmoe.exchange import ARRAYS, CONFIG, NUMBERS, ROUND_KEY, STUDY_KEY, UPDATE, global_state, is_personal, update_of

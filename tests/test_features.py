@@ -11,8 +11,9 @@ import torch
 
 from icmoe import features as features_module
 from icmoe.backbone import load_backbone
+from icmoe.cache_entries import default_cache_folder, forget_images
 from icmoe.errors import IcmoeError
-from icmoe.features import FeatureCache, Wanted, default_cache_folder, forget_images
+from icmoe.features import FeatureCache, Wanted
 from icmoe.prepare import encode_missing
 
 
