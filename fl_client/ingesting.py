@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from fl_client.site import SiteFile, read_site_file, site_export
-from icmoe.atomic import write_atomically
-from icmoe.cache_entries import default_cache_folder, forget_images
+from icmoe.data.ingest.page import PAGE, drop_report, quality_report
 from icmoe.data.ingest.quality import quality_record
 from icmoe.data.ingest.run import Export, forget, gone_digests, ingest
 from icmoe.errors import Fault, IcmoeError
+from icmoe.features import FeatureCache, default_cache_folder
+from icmoe.study import Study
 
-REPORT = "quality.json"
+UNITS = {"read": "files", "decode": "images", "report": "series"}
+"""What the steps count."""
 
 
 def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]:
@@ -46,12 +48,14 @@ def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]
     _same(path, settings, name)
     reports = []
     for study in studies:
-        with _place(site_export(path, settings, study), dry_run=dry_run) as export, bars() as on_progress:
+        with _place(site_export(path, settings, study), dry_run=dry_run) as export, _bars() as on_progress:
             changed = ingest(export, on_progress=on_progress)
-            record = quality_record(export.store, study.labels)
-            if not dry_run:
-                write_atomically(export.store / REPORT, json.dumps(record, indent=1).encode(), private=True)
-                _drop_features(path, settings, export)
+            if dry_run:
+                record = quality_record(export.store, study.labels)
+            else:
+                record = quality_report(export.store, export.site, study.labels, on_progress=on_progress)
+                record["page"] = str(export.store / PAGE)
+                _drop_features(path, settings, studies, export)
             reports.append({"study": study.name, "changed": changed, **record})
     return reports
 
@@ -63,28 +67,62 @@ def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int]:
     frames = features = 0
     for study in studies:
         export = site_export(path, settings, study)
+        drop_report(export.store)  # it shows the patient
         frames += forget(export, patient)
-        features += _drop_features(path, settings, export)
+        features += _drop_features(path, settings, studies, export)
     return frames, features
 
 
 def print_report(reports: list[dict[str, Any]]) -> None:
-    """Print the quality records as tables."""
-    console = Console()
+    """Print the quality records as tables, each with its reasons and where its page is."""
+    console = Console(highlight=False)
     for report in reports:
-        table = Table(title=report["study"], title_justify="left")
-        for column in ("series", "patient"):
-            table.add_column(column, no_wrap=True)  # to be copied into the site file
-        for column in ("split", "used", "left out", "with label", "spacing mm"):
-            table.add_column(column)
-        for row in report["series"]:
-            spacing = " ".join(f"{value:g}" for value in row["spacing_mm"]) if row["spacing_mm"] else "-"
-            numbers = [str(row["used"]), str(row["left_out"]), str(row["with_label"]), spacing]
-            table.add_row(row["series"], row["patient"], row["split"], *numbers)
-        console.print(table)
+        console.print(_table(report))
         for item in report["reasons"]:
-            console.print(f"{item['frames']} x {item['sentence']}", highlight=False, soft_wrap=True)
-        console.print(f"{report['used']} of {report['found']} images used, {report['patients']} patients", highlight=False)
+            console.print(f"{_many(item['frames'], item['of'])}: {item['sentence']}", markup=False, soft_wrap=True)
+        for split, counts in report["splits"].items():
+            line = f"{split}: {_many(counts['patients'], 'patients')}, {_many(counts['images'], 'images')}"
+            rates = report["label_rates"][split][1:] if counts["images"] else []
+            console.print(", ".join([line, *(f"{rate['label']} on {rate['images_share']:.0%}" for rate in rates)]))
+        console.print(f"{report['used']} of {_many(report['found'], 'images')} used, {_many(report['patients'], 'patients')}")
+        if "page" in report:
+            console.print(f"Page with pictures, for this site alone: {report['page']}", markup=False, soft_wrap=True)
+
+
+def _table(report: dict[str, Any]) -> Table:
+    """Return one block per patient: its sums, then its series; hashes are never cut, since people copy them."""
+    table = Table(title=f"{report['study']}: used of found", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("patient, series", no_wrap=True)
+    for column in ("split", "kind"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("used", no_wrap=True, justify="right")
+    for column in ("spacing mm", "labels", "reasons"):
+        table.add_column(column)
+    series: dict[str, list[dict[str, Any]]] = {}
+    for row in report["series"]:
+        series.setdefault(row["patient"], []).append(row)
+    for patient in report["per_patient"]:
+        name = Text(patient["patient"] or "no single patient", "bold")
+        labelled = f"{patient['with_label']} images" if patient["used"] else ""
+        table.add_row(name, patient["split"], "", f"{patient['used']}/{patient['found']}", "", labelled, "")
+        for row in series[patient["patient"]]:
+            spacing = "x".join(f"{value:.3g}" for value in row["spacing_mm"]) if row["spacing_mm"] else "-"
+            reasons = " ".join(f"{item['number']}:{item['frames']}" for item in row["reasons"])
+            used = f"{row['used']}/{row['found']}"
+            table.add_row(
+                f" {row['series']}", row["split"], row["modality"], used, spacing, _volumes(row, report["labels"]), reasons
+            )
+    return table
+
+
+def _many(number: int, things: str) -> str:
+    return f"{number} {things if number != 1 else things[:-1]}"
+
+
+def _volumes(row: dict[str, Any], labels: list[str]) -> str:
+    values, unit = (row["class_ml"], "ml") if row["class_ml"] else (row["class_px"], "px")
+    pairs = list(zip(labels, values, strict=False))[1:]
+    return ", ".join(f"{name} {value:,.{1 if unit == 'ml' else 0}f} {unit}" for name, value in pairs)
 
 
 def _same(path: Path, settings: SiteFile, name: str) -> None:
@@ -108,29 +146,45 @@ def _place(export: Export, *, dry_run: bool) -> Iterator[Export]:
         shutil.rmtree(folder)
 
 
-@contextmanager
-def bars() -> Iterator[Any]:
-    """Show one bar per step while inside.
+class RateColumn(ProgressColumn):
+    """What a step does per second on average, and the time that the rest will take at that rate."""
 
-    Yields
-    ------
-    callable
-        To call with the step's name, how much is done and how much there is.
-    """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    def render(self, task: Task) -> Text:
+        """Return the rate, and while there is a rest the time left as hours, minutes and seconds."""
+        seconds = task.finished_time or task.elapsed
+        if not task.completed or not seconds or task.total is None:
+            return Text("")
+        rate = task.completed / seconds
+        left_s = round((task.total - task.completed) / rate)
+        left = "" if task.finished else f", {left_s // 3600}:{left_s // 60 % 60:02}:{left_s % 60:02} left"
+        return Text(f"{rate:,.1f} {UNITS[task.description]}/s{left}", "cyan")
+
+
+@contextmanager
+def _bars() -> Iterator[Any]:
+    columns = (TextColumn("{task.description:<6}"), BarColumn(), MofNCompleteColumn(), RateColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bars: dict[str, Any] = {}
 
         def on_progress(step: str, done: int, total: int) -> None:
-            if step not in bars:
+            if total and step not in bars:
                 bars[step] = progress.add_task(step, total=total)
-            progress.update(bars[step], completed=done, total=total)
+            if total:
+                progress.update(bars[step], completed=done, total=total)
 
         yield on_progress
 
 
-def _drop_features(path: Path, settings: SiteFile, export: Export) -> int:
+def _drop_features(path: Path, settings: SiteFile, studies: tuple[Study, ...], export: Export) -> int:
     """Remove the cached features of pictures that are gone and return their number."""
     folder = path.parent / settings.cache if settings.cache else default_cache_folder()
+    removed = 0
     with gone_digests(export.store) as digests:
-        return forget_images(folder, digests)
+        for study in studies:
+            cache = FeatureCache.of(folder, study)
+            for digest in digests:
+                for view in ("identity", "flip", "dark", "bright"):
+                    entry = cache.path(cache.key(digest, view))
+                    removed += entry.exists()
+                    entry.unlink(missing_ok=True)
+    return removed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import sqlite3
@@ -190,6 +191,16 @@ def published(folder: Path) -> tuple[list[FrameRow], list[LeftOut]]:
     """Return what readers of the index see: frames that may be used, and what is left out."""
     with _connected(folder) as connection:
         return frame_rows(connection), left_out(connection)
+
+
+def state(folder: Path) -> str:
+    """Return a digest of what `published` returns: equal for equal contents."""
+    digest = hashlib.sha256()
+    with _connected(folder) as connection:
+        for table in ("frame", "left_out"):
+            for (text,) in connection.execute(f"select record from {table} order by place"):  # noqa: S608  # fixed names
+                digest.update(f"{table} {text}\n".encode())
+    return digest.hexdigest()
 
 
 def _slice(folder: Path, site: str, row: FrameRow) -> Slice:

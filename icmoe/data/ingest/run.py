@@ -163,7 +163,7 @@ def gone_digests(store: Path) -> Iterator[list[str]]:
     """
     with index.claimed(store) as connection:
         listed = [digest for (digest,) in connection.execute("select digest from gone")]
-        used = {row.result.digest for row in index.frame_rows(connection)}
+        used = {row.result.digest for row in index.frame_rows(connection)} if listed else set()
         yield [digest for digest in listed if digest not in used]
         connection.executemany("delete from gone where digest = ?", [(digest,) for digest in listed])
 

@@ -37,13 +37,14 @@ def read_files(
     new
         Keyed hash, size and time of change by path.
     on_progress
-        Told after each batch.
+        Told at the start and after each batch.
     """
     names = LabelNames(export.labels, export.settings.labels)
     reader = Reader(export.root, hashes, names, export.settings.patient_pattern)
     paths = list(new)
     batches = [paths[at : at + BATCH_FILES] for at in range(0, len(paths), BATCH_FILES)]
     done = 0
+    on_progress("read", done, len(paths))
     for batch, answer in in_processes(reader.read_many, batches, export.settings.processes, deadline_s=DEADLINE_S):
         if answer is None:  # one of them killed its process: find out which
             single = in_processes(reader.read, batch, 1, deadline_s=DEADLINE_S)
@@ -75,6 +76,7 @@ def publish(
     known = index.series_results(connection)
     missing = [job for series, (mark, job) in made.jobs.items() if known.get(series, ("", []))[0] != mark]
     total, done = sum(len(job.frames) for job in missing), 0
+    on_progress("decode", done, total)
     for job, answer in in_processes(decode_series, missing, export.settings.processes, deadline_s=DEADLINE_S):
         results = answer if answer is not None else [FrameResult(fault=118, why=CRASHED)] * len(job.frames)
         with index.transaction(connection):
