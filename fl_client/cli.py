@@ -93,16 +93,18 @@ def show(context: typer.Context, as_json: Annotated[bool, typer.Option("--json",
 @app.command()
 def prepare(context: typer.Context) -> None:
     """Run the frozen backbone over the site's images once and keep the features at the site."""
-    from fl_client.ingesting import bars
-    from fl_client.preparing import prepare_site
+    from fl_client.preparing import prepare_study
+    from fl_client.progress import bars
     from fl_client.site import read_site_file
 
     chosen: Chosen = context.obj
-    with exit_on_fault(), bars() as on_progress:
+    with exit_on_fault():
         settings, studies = read_site_file(chosen.path)
         _same_name(chosen, settings.name)
-        for done in prepare_site(chosen.path, settings, studies, on_progress=on_progress):
-            Console().print(f"{done.study}: {done.encoded} views encoded, {done.images} images ready", highlight=False)
+        for study in studies:
+            with bars() as on_progress:
+                encoded, images = prepare_study(chosen.path, settings, study, on_progress=on_progress)
+            Console().print(f"{study.name}: {encoded} views encoded, {images} images ready", highlight=False)
 
 
 @app.command()
@@ -110,17 +112,22 @@ def ingest(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be used; keep nothing.")] = False,
+    encode: Annotated[bool, typer.Option(help="Run the frozen backbone over the images at the end.")] = True,
 ) -> None:
     """Read the export named under [ingest]: find series, pair them with masks, check them, keep what may be used."""
-    from fl_client.ingesting import ingest_site, print_report
+    from fl_client.ingesting import encode_site, ingest_site, print_report
 
     chosen: Chosen = context.obj
     with exit_on_fault():
         reports = ingest_site(chosen.path, chosen.site, dry_run=dry_run)
-        if as_json:
-            sys.stdout.write(json.dumps(reports, indent=1) + "\n")
-        else:
+        if not as_json:
             print_report(reports)
+        try:
+            if encode and not dry_run:
+                encode_site(chosen.path, reports)
+        finally:  # what was ingested stays and is told, whatever keeps the backbone from running
+            if as_json:
+                sys.stdout.write(json.dumps(reports, indent=1) + "\n")
 
 
 @app.command()

@@ -11,20 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from fl_client.site import SiteFile, read_site_file, site_export
+from fl_client.preparing import encode_ingested
+from fl_client.progress import bars
+from fl_client.site import SiteFile, cache_folder_of, read_site_file, site_export
+from icmoe.cache_entries import forget_images
 from icmoe.data.ingest.page import PAGE, drop_report, quality_report
 from icmoe.data.ingest.quality import quality_record
 from icmoe.data.ingest.run import Export, forget, gone_digests, ingest
 from icmoe.errors import Fault, IcmoeError
-from icmoe.features import FeatureCache, default_cache_folder
-from icmoe.study import Study
-
-UNITS = {"read": "files", "decode": "images", "report": "series"}
-"""What the steps count."""
 
 
 def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]:
@@ -48,16 +45,30 @@ def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]
     _same(path, settings, name)
     reports = []
     for study in studies:
-        with _place(site_export(path, settings, study), dry_run=dry_run) as export, _bars() as on_progress:
+        with _place(site_export(path, settings, study), dry_run=dry_run) as export, bars() as on_progress:
             changed = ingest(export, on_progress=on_progress)
             if dry_run:
                 record = quality_record(export.store, study.labels)
             else:
                 record = quality_report(export.store, export.site, study.labels, on_progress=on_progress)
                 record["page"] = str(export.store / PAGE)
-                _drop_features(path, settings, studies, export)
+                _drop_features(path, settings, export)
             reports.append({"study": study.name, "changed": changed, **record})
     return reports
+
+
+def encode_site(path: Path, reports: list[dict[str, Any]]) -> None:
+    """Fill the feature cache of every approved study and note in its report how many views were new.
+
+    Raises
+    ------
+    IcmoeError
+        206, 207 for the backbone's weights, 211 for the device; the index is complete all the same.
+    """
+    settings, studies = read_site_file(path)
+    for study, report in zip(studies, reports, strict=True):
+        with bars() as on_progress:
+            report["encoded"] = encode_ingested(path, settings, study, on_progress=on_progress)
 
 
 def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int]:
@@ -69,7 +80,7 @@ def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int]:
         export = site_export(path, settings, study)
         drop_report(export.store)  # it shows the patient
         frames += forget(export, patient)
-        features += _drop_features(path, settings, studies, export)
+        features += _drop_features(path, settings, export)
     return frames, features
 
 
@@ -146,45 +157,7 @@ def _place(export: Export, *, dry_run: bool) -> Iterator[Export]:
         shutil.rmtree(folder)
 
 
-class RateColumn(ProgressColumn):
-    """What a step does per second on average, and the time that the rest will take at that rate."""
-
-    def render(self, task: Task) -> Text:
-        """Return the rate, and while there is a rest the time left as hours, minutes and seconds."""
-        seconds = task.finished_time or task.elapsed
-        if not task.completed or not seconds or task.total is None:
-            return Text("")
-        rate = task.completed / seconds
-        left_s = round((task.total - task.completed) / rate)
-        left = "" if task.finished else f", {left_s // 3600}:{left_s // 60 % 60:02}:{left_s % 60:02} left"
-        return Text(f"{rate:,.1f} {UNITS[task.description]}/s{left}", "cyan")
-
-
-@contextmanager
-def _bars() -> Iterator[Any]:
-    columns = (TextColumn("{task.description:<6}"), BarColumn(), MofNCompleteColumn(), RateColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bars: dict[str, Any] = {}
-
-        def on_progress(step: str, done: int, total: int) -> None:
-            if total and step not in bars:
-                bars[step] = progress.add_task(step, total=total)
-            if total:
-                progress.update(bars[step], completed=done, total=total)
-
-        yield on_progress
-
-
-def _drop_features(path: Path, settings: SiteFile, studies: tuple[Study, ...], export: Export) -> int:
+def _drop_features(path: Path, settings: SiteFile, export: Export) -> int:
     """Remove the cached features of pictures that are gone and return their number."""
-    folder = path.parent / settings.cache if settings.cache else default_cache_folder()
-    removed = 0
     with gone_digests(export.store) as digests:
-        for study in studies:
-            cache = FeatureCache.of(folder, study)
-            for digest in digests:
-                for view in ("identity", "flip", "dark", "bright"):
-                    entry = cache.path(cache.key(digest, view))
-                    removed += entry.exists()
-                    entry.unlink(missing_ok=True)
-    return removed
+        return forget_images(cache_folder_of(path, settings), digests)

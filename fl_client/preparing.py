@@ -2,66 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fl_client.site import SiteFile, cache_folder_of, site_slices
-from icmoe.backbone import load_backbone
-from icmoe.device import available_device
-from icmoe.features import FeatureCache
-from icmoe.prepare import encode_slices
+from fl_client.site import SiteFile, cache_folder_of, site_data, site_export, site_slices
+from icmoe.data.ingest import index
+from icmoe.data.slices import Slice
 from icmoe.study import Study
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """Features of one study.
-
-    Parameters
-    ----------
-    study
-        Its name.
-    images
-        Usable images.
-    encoded
-        Views that the cache did not hold before.
-    """
-
-    study: str
-    images: int
-    encoded: int
+Progress = Callable[[str, int, int], None]
+"""Called with the name of the step, how much is done and how much there is."""
 
 
-def prepare_site(
-    path: Path, settings: SiteFile, studies: tuple[Study, ...], *, on_progress: Callable[[str, int, int], None]
-) -> list[Prepared]:
-    """Encode what the cache does not hold yet, study by study.
+def prepare_study(path: Path, settings: SiteFile, study: Study, *, on_progress: Progress) -> tuple[int, int]:
+    """Encode what the cache does not hold yet and return how many views that were, and of how many images.
 
     Parameters
     ----------
-    path, settings, studies
+    path, settings, study
         From `read_site_file`.
     on_progress
-        Called with the step's name, how much is done and how much there is.
+        Told of each batch.
 
     Raises
     ------
     IcmoeError
         As `site_slices`; 206, 207 for the backbone's weights, 211 for the device.
     """
-    done = []
-    for study in studies:
-        slices = site_slices(path, settings, study)
-        backbone = load_backbone(
-            study.backbone.name,
-            image_size=study.backbone.image_size,
-            checkpoint=path.parent / settings.checkpoint if settings.checkpoint else None,
-            expected_digest=study.backbone.digest,
-            device=available_device(settings.device),
-        )
-        cache = FeatureCache.of(cache_folder_of(path, settings), study)
-        step = f"encode {study.name}"
-        encoded = encode_slices(slices, study, backbone, cache, on_progress=lambda n, of, step=step: on_progress(step, n, of))  # type: ignore[misc]
-        done.append(Prepared(study=study.name, images=len(slices), encoded=encoded))
-    return done
+    slices = site_slices(path, settings, study)
+    return _encode(path, settings, study, slices, on_progress), len(slices)
+
+
+def encode_ingested(path: Path, settings: SiteFile, study: Study, *, on_progress: Progress) -> int:
+    """Encode what an ingest brought and return how many views the cache did not hold; unchanged data need no look.
+
+    Raises
+    ------
+    IcmoeError
+        131 where ingest has not been run; 206, 207 for the backbone's weights, 211 for the device.
+    """
+    store = site_export(path, settings, study).store
+    with index.claimed(store) as connection:
+        wanted = _mark(path, settings, study, index.meta(connection, "complete"))
+        if index.meta(connection, "encoded") == wanted:
+            return 0
+    data = site_data(path, settings, study)
+    encoded = _encode(path, settings, study, data.slices if data else (), on_progress)
+    with index.claimed(store) as connection:
+        index.put_meta(connection, {"encoded": wanted})
+    return encoded
+
+
+def _mark(path: Path, settings: SiteFile, study: Study, complete: str) -> str:
+    """Return what features depend on: the index, the backbone, the views, and where the cache is."""
+    own = (complete, study.backbone.model_dump(mode="json"), study.training.views, str(cache_folder_of(path, settings)))
+    return hashlib.sha256(json.dumps(own).encode()).hexdigest()
+
+
+def _encode(path: Path, settings: SiteFile, study: Study, slices: Sequence[Slice], on_progress: Progress) -> int:
+    from icmoe.backbone import load_backbone
+    from icmoe.device import available_device
+    from icmoe.features import FeatureCache
+    from icmoe.prepare import encode_slices
+
+    if not slices:
+        return 0
+    backbone = load_backbone(
+        study.backbone.name,
+        image_size=study.backbone.image_size,
+        checkpoint=path.parent / settings.checkpoint if settings.checkpoint else None,
+        expected_digest=study.backbone.digest,
+        device=available_device(settings.device),
+    )
+    cache = FeatureCache.of(cache_folder_of(path, settings), study)
+    return encode_slices(slices, study, backbone, cache, on_progress=lambda done, total: on_progress("encode", done, total))

@@ -19,7 +19,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from rich.progress import Progress
 
-from fl_client.ingesting import RateColumn, forget_patient, ingest_site, print_report
+from fl_client.ingesting import forget_patient, ingest_site, print_report
+from fl_client.progress import RateColumn
 from icmoe.data.ingest import index, page
 from icmoe.data.ingest.index import FrameRow
 from icmoe.data.ingest.page import LABEL_COLOURS, PAGE, RECORD, THUMBNAIL_PIXELS, quality_page, quality_report, thumbnail
