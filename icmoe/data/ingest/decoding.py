@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icmoe.data.images import pixel_digest, read_classes, read_grey
+from icmoe.data.ingest.burned_in import holds_text
 from icmoe.data.ingest.contours import fill, read_contours
 from icmoe.data.ingest.geometry import upright
 from icmoe.data.ingest.opening import Refusal, refusing
@@ -69,9 +70,10 @@ def decode_series(job: SeriesJob) -> list[FrameResult]:
 def _first_pass(
     job: SeriesJob, frame: Wanted, grey: npt.NDArray[Any] | Refusal, masks: _Masks, counts: ValueCounts
 ) -> FrameResult:
+    if isinstance(grey, Refusal):
+        return FrameResult(fault=grey.number, why=grey.why)
+    lettered = _lettered(grey, job.files[frame.path].kind)
     try:
-        if isinstance(grey, Refusal):
-            raise grey
         with refusing(104, "mask cannot be decoded"):
             classes = masks.classes(frame, grey.shape)
         turn = upright(frame.plane)
@@ -80,7 +82,7 @@ def _first_pass(
         if finite.size == 0 or finite.min() == finite.max():
             raise Refusal(113, "every pixel has the same value")
     except Refusal as refusal:
-        return FrameResult(fault=refusal.number, why=refusal.why)
+        return FrameResult(fault=refusal.number, why=refusal.why, lettered=lettered)
     counts.add(grey)
     own = Window(float(finite.min()), float(finite.max()))
     write_stored(_path(job, frame.entry), grey, classes)
@@ -91,7 +93,13 @@ def _first_pass(
         columns=grey.shape[1],
         mean=float(finite.mean()),
         class_px=tuple(np.bincount(classes.ravel(), minlength=len(job.labels)).tolist()),
+        lettered=lettered,
     )
+
+
+def _lettered(grey: npt.NDArray[Any], kind: str) -> bool:
+    """Return whether a frame as stored holds text; slices of a volume may lie on their side."""
+    return holds_text(grey) or (kind == "volume" and holds_text(grey.T))
 
 
 def _second_pass(job: SeriesJob, result: FrameResult, window: Window | None) -> FrameResult:

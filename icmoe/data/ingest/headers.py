@@ -25,9 +25,17 @@ MODALITIES = SAFE_MODALITIES | frozenset(
 )
 SEGMENTATIONS = frozenset({"1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"})
 STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
-SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-CONVERTED = frozenset({"DV", "DF", "SD", "DRW"})
-"""Conversion types of video, film, paper and drawings."""
+WRITTEN_INTO = {
+    "1.2.840.10008.5.1.4.1.1.7": "a secondary capture",
+    "1.2.840.10008.5.1.4.1.1.3": "an ultrasound picture",
+    "1.2.840.10008.5.1.4.1.1.6": "an ultrasound picture",
+    "1.2.840.10008.5.1.4.1.1.77.1": "a photograph",
+}
+"""Classes, with all below them, whose pictures often have text burned in."""
+CONVERTED = frozenset({"DV", "DI", "DF", "WSD", "SD", "SI", "DRW"})
+"""Conversion types of video, film, workstations, paper and drawings; all of DICOM's terms but synthetic images."""
+CAPTURED = ("SCREEN", "CAPTURE", "SNAPSHOT", "REPORT", "DOSE")
+"""Words in the image type of pictures of a screen and of tables as pictures."""
 NO_PICTURE = {
     "1.2.840.10008.5.1.4.1.1.481.2": "a dose grid, not a picture",
     "1.2.840.10008.5.1.4.1.1.30": "a parametric map, not a picture",
@@ -36,13 +44,14 @@ NO_PICTURE = {
 }
 
 IDENTITY = ["PatientID", "PatientName", "PatientBirthDate", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"]
-PICTURE = ["Modality", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BurnedInAnnotation", "ConversionType"]
+PICTURE = ["Modality", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BurnedInAnnotation"]
+WRITING = ["RecognizableVisualFeatures", "ConversionType", "ImageType"]
 PLACE = ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "ImagerPixelSpacing"]
 ORDER = ["TemporalPositionIdentifier", "TriggerTime", "AcquisitionNumber", "InstanceNumber"]
 FRAMES = ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"]
 SEGMENTS = ["SegmentSequence", "SegmentationType", "ReferencedSeriesSequence", "SourceImageSequence"]
 CONTOURS = ["StructureSetROISequence", "ROIContourSequence", "RTROIObservationsSequence", "ReferencedFrameOfReferenceSequence"]
-TAGS = [*IDENTITY, *PICTURE, *PLACE, *ORDER, *FRAMES, *SEGMENTS, *CONTOURS]
+TAGS = [*IDENTITY, *PICTURE, *WRITING, *PLACE, *ORDER, *FRAMES, *SEGMENTS, *CONTOURS]
 
 
 def read_header(path: Path) -> Dataset:
@@ -211,11 +220,27 @@ def _value(data: Dataset, name: str) -> Any:  # noqa: ANN401  # elements hold an
         return None
 
 
+def terms(data: Dataset, name: str) -> frozenset[str]:
+    """Return the values of an element in capitals, whether it has one or, against the standard, several."""
+    value = _value(data, name)
+    parts: Sequence[Any] = [value] if isinstance(value, str) or not isinstance(value, Sequence) else value
+    return frozenset(str(part).strip().strip("\0").upper() for part in parts if part is not None) - {""}
+
+
 def _held(data: Dataset) -> str:
-    if text(data, "BurnedInAnnotation").upper() == "YES":
+    """Return why a look at the pictures is needed, in fixed words; what is said in other than the standard's words counts."""
+    kind = str(data.SOPClassUID)
+    if terms(data, "BurnedInAnnotation") - {"NO"}:
         return "the header says that text is burned in"
-    if str(data.SOPClassUID).startswith(SECONDARY_CAPTURE) or text(data, "ConversionType").upper() in CONVERTED:
+    if terms(data, "RecognizableVisualFeatures") - {"NO"}:
+        return "the header says that the person may be recognised"
+    for prefix, why in WRITTEN_INTO.items():
+        if kind == prefix or kind.startswith(prefix + "."):
+            return why
+    if terms(data, "ConversionType") & CONVERTED:
         return "a secondary capture"
+    if any(word in term for term in terms(data, "ImageType") for word in CAPTURED):
+        return "a picture of a screen"
     if modality(data) not in SAFE_MODALITIES:
         return f"modality {modality(data) or 'unknown'} often has text burned in"
     return "a colour picture from a scanner that makes grey ones" if integer(data, "SamplesPerPixel") > 1 else ""

@@ -15,11 +15,8 @@ from icmoe.data.ingest.index import LeftOut
 from icmoe.data.ingest.opening import Refusal
 from icmoe.data.ingest.pairing import Key, Use, is_image, pair
 from icmoe.data.ingest.pseudonyms import Pseudonyms
-from icmoe.data.ingest.records import FileRecord, FramePlace, Plane
+from icmoe.data.ingest.records import RECIPE_VERSION, FileRecord, FramePlace, Plane
 from icmoe.study import Label
-
-RECIPE_VERSION = "1"
-"""Raised whenever equal files give other frames; every series is decoded again then."""
 
 
 @dataclass(slots=True)

@@ -10,6 +10,9 @@ Plane = tuple[float, float, float, float, float, float, float, float, float, flo
 """Position of the first pixel's centre (3), direction along a row (3), along a column (3), distance of rows and of
 columns, in mm and in DICOM's axes (x to the left, y to the back, z to the head)."""
 
+RECIPE_VERSION = "2"
+"""Raised whenever equal files give other records or frames; every file is read and every series decoded again then."""
+
 Kind = Literal["image", "seg", "contours", "volume", "picture", "none"]
 
 
@@ -110,3 +113,5 @@ class FrameResult(Record):
     mean: float = 0.0
     class_px: tuple[int, ...] = ()
     """Pixels of each class."""
+    lettered: bool = False
+    """Whether text was found in the picture."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from icmoe.data.ingest import index
 from icmoe.data.ingest.index import FrameRow, LeftOut
+from icmoe.data.ingest.records import RECIPE_VERSION
 from icmoe.data.ingest.settings import IngestSettings
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Label
@@ -137,7 +138,8 @@ def forget(export: Export, patient: str) -> int:
     name = patient if patient.startswith("P-") and len(patient) == 18 else hashes.patient(patient)
     with index.claimed(export.store) as connection:
         rows = [row for row in index.frame_rows(connection) if row.patient == name]
-        series = {row.series for row in rows}
+        out = index.left_out(connection)
+        series = {row.series for row in rows} | {item.series for item in out if item.patient == name}
         with index.transaction(connection):
             connection.execute("insert or ignore into forgotten values (?)", (name,))
             connection.executemany("delete from series where id = ?", [(key,) for key in series])
@@ -145,9 +147,9 @@ def forget(export: Export, patient: str) -> int:
             write_frames(
                 connection,
                 [row for row in index.frame_rows(connection) if row.patient != name],
-                [item for item in index.left_out(connection) if item.patient != name],
+                [item for item in out if item.patient != name],
             )
-            index.put_meta(connection, {"complete": index.meta(connection, "complete") and "forgotten"})
+            index.put_meta(connection, {"complete": index.meta(connection, "complete") and "forgotten", "cleaned": ""})
         _clean(connection, export.store)
     return len(rows)
 
@@ -183,7 +185,7 @@ def write_frames(connection: sqlite3.Connection, rows: Sequence[FrameRow], out: 
 def _recipe(export: Export) -> str:
     """Return what the records of files depend on besides the files."""
     settings = export.settings
-    return json.dumps([1, {k: list(v) for k, v in sorted(settings.labels.items())}, settings.patient_pattern])
+    return json.dumps([RECIPE_VERSION, {k: list(v) for k, v in sorted(settings.labels.items())}, settings.patient_pattern])
 
 
 def _basis(export: Export, splits: dict[str, str], connection: sqlite3.Connection) -> str:

@@ -85,7 +85,7 @@ def publish(
         on_progress("decode", done, total)
     fixed = {hashes.patient(number): split for number, split in splits.items()}
     rows, out = _frames(
-        connection, made, lambda patient: fixed.get(patient) or _split(hashes.share(patient), export.settings.shares)
+        connection, made, site, lambda patient: fixed.get(patient) or _split(hashes.share(patient), export.settings.shares)
     )
     with index.transaction(connection):
         before = {row.result.digest for row in index.frame_rows(connection)}
@@ -96,7 +96,9 @@ def publish(
         write_frames(connection, rows, out)
 
 
-def _frames(connection: sqlite3.Connection, made: Plan, split_of: Callable[[str], str]) -> tuple[list[FrameRow], list[LeftOut]]:
+def _frames(
+    connection: sqlite3.Connection, made: Plan, site: Site, split_of: Callable[[str], str]
+) -> tuple[list[FrameRow], list[LeftOut]]:
     out, rows = list(made.left_out), list[FrameRow]()
     counts: dict[str, int] = {}
     series_of: dict[str, int] = {}
@@ -109,9 +111,11 @@ def _frames(connection: sqlite3.Connection, made: Plan, split_of: Callable[[str]
         whole = series_of[patient] == 1 and not any(result.fault for result in results)
         spacing = spacing_of(made.planes[series]) if whole else None
         reasons: dict[tuple[int, str], int] = {}
+        held = "" if series in site.allow else _text_found(results)
         for result in results:
-            if result.fault:
-                reasons[result.fault, result.why] = reasons.get((result.fault, result.why), 0) + 1
+            if result.fault or held:
+                reason = (result.fault, result.why) if result.fault else (126, held)
+                reasons[reason] = reasons.get(reason, 0) + 1
                 continue
             place = counts[patient] = counts.get(patient, -1) + 1
             modality, split = made.modalities[series], split_of(patient)
@@ -125,6 +129,15 @@ def _frames(connection: sqlite3.Connection, made: Plan, split_of: Callable[[str]
             for (number, why), frames in reasons.items()
         ]
     return _without_copies(rows, out)
+
+
+def _text_found(results: Sequence[FrameResult]) -> str:
+    """Return why a series is held back whole: who was named in one picture may be named in others where nothing was found.
+
+    Its pixels stay in the store, which is the owner's alone like the export itself, so that allowing it needs no decoding.
+    """
+    count = sum(result.lettered for result in results)
+    return f"letters were found in {count} of its pictures" if count else ""
 
 
 def _without_copies(rows: Sequence[FrameRow], out: list[LeftOut]) -> tuple[list[FrameRow], list[LeftOut]]:
