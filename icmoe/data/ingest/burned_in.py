@@ -1,9 +1,12 @@
 """Drawn text in pictures: a safety net for letters that no header mentions, not a guarantee.
 
-Found are horizontal lines of at least five or six letters drawn in the picture's lightest or darkest value, 8 to 24 pixels
-high fonts, as scanners, PACS and drawing programs write them. Not found are handwriting, slanted or upright lines, a word
-of two or three letters, letters that touch, letters in a grey between the extremes, and faces. So a person looks at
-pictures of sources that write into them, and this looks at the others.
+Found are horizontal lines of six or more letters drawn in the picture's lightest or darkest value, as scanners, PACS and
+drawing programs write them. Of such lines in six fonts on MR, CT and noise, where a person could read them, it finds 63 %
+in fonts of 8 pixels, 79 % of 9, 83 % of 10, 91 % of 12 and 94 to 97 % of 14 to 24 (`samples` in tests/test_burned_in.py,
+seeds 0, 100 and 200 plus the size); of 2,703 real MR, CT and other pictures without text it takes none for text.
+
+Not found are handwriting, slanted or upright lines, short words, letters that touch, letters in a grey between the extremes,
+and faces. So a person looks at the pictures of sources that write into them, and this looks at the others.
 
 No letter is read: a letter is a connected stroke that stands off from its surroundings; a line is several of like height
 on one row with nothing above and below.
@@ -100,7 +103,9 @@ def _strokes(levels_HW: Levels) -> _Strokes | None:
     """Return what is drawn in the lightest value, as light strokes more than half-way from their surroundings to it."""
     around_HW = _opened(levels_HW, STROKE_PX + 1)
     drawn_HW = (5 * levels_HW.astype(np.uint16) >= 3 * 255 + 2 * around_HW.astype(np.uint16)) & (around_HW <= 255 - CONTRAST)
-    if np.count_nonzero(drawn_HW) < LETTERS * HEIGHT_PX[0]:
+    # Letters of a line are at least as high as its lowest rows differ, so that one row crosses all of them.
+    begins_HW = drawn_HW[:, 1:] > drawn_HW[:, :-1]
+    if drawn_HW.size == 0 or int((begins_HW.sum(axis=1) + drawn_HW[:, 0]).max()) < LETTERS:
         return None
     marks_HW, count = ndimage.label(drawn_HW, np.ones((3, 3)))
     if count < LETTERS:
