@@ -1,4 +1,4 @@
-"""A hospital's Flower ClientApp: it introduces itself, trains, evaluates; nothing else can be asked of it.
+"""A hospital's Flower ClientApp: it introduces and, if allowed, summarises itself, trains, evaluates; nothing else can be asked.
 
 Every setting comes from the site's own approved copy of the study. A message carries study digest, round and tensors;
 any other record or key is refused by number. What leaves on an error is a number and its catalogue title, never the
@@ -30,9 +30,11 @@ from icmoe.exchange import (
     PATIENTS_KEY,
     ROUND_KEY,
     SECONDS_KEY,
+    SITE_KEY,
     SLICES_KEY,
     STEPS_KEY,
     STUDY_KEY,
+    SUMMARY_KEY,
     UPDATE,
     USAGE_KEY,
     State,
@@ -43,6 +45,7 @@ from icmoe.exchange import (
 )
 from icmoe.model import ICMoE, build_model
 from icmoe.study import Study, derived_seed
+from icmoe.summary import summarise
 from icmoe.training import train_round
 
 log = logging.getLogger("fl_client")
@@ -63,6 +66,7 @@ def make_client_app(site_of: SiteOf) -> ClientApp:
     """
     client_app = ClientApp()
     client_app.query("site")(_numbers_only(functools.partial(introduce, site_of)))
+    client_app.query("summary")(_numbers_only(functools.partial(describe, site_of)))
     client_app.train()(_numbers_only(functools.partial(train, site_of)))
     client_app.evaluate()(_numbers_only(functools.partial(evaluate, site_of)))
     return client_app
@@ -73,7 +77,18 @@ def introduce(site_of: SiteOf, message: Message, context: Context) -> Message:
     site = site_of(context)
     _request(message, site, records={CONFIG}, keys={STUDY_KEY})
     size = announced_size(len(site.train), exact=site.exact_counts)
-    return Message(RecordDict({CONFIG: ConfigRecord({"site": site.name, SLICES_KEY: size})}), reply_to=message)
+    return Message(RecordDict({CONFIG: ConfigRecord({SITE_KEY: site.name, SLICES_KEY: size})}), reply_to=message)
+
+
+def describe(site_of: SiteOf, message: Message, context: Context) -> Message:
+    """Answer with the summary of the site's training images, or decline by number 214 where the site file does not allow it."""
+    site = site_of(context)
+    study, _ = _request(message, site, records={CONFIG}, keys={STUDY_KEY})
+    if not site.share_summary:
+        raise IcmoeError(Fault(number=214, where=site.name, did="Nothing was sent."))
+    text = summarise(site.train, study.classes).text()
+    log.info("%s: summary sent to the coordinator: %s", site.name, text)
+    return Message(RecordDict({CONFIG: ConfigRecord({SUMMARY_KEY: text})}), reply_to=message)
 
 
 def train(site_of: SiteOf, message: Message, context: Context) -> Message:

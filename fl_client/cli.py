@@ -62,6 +62,7 @@ def fl_client(
 def show(context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show the site: approved studies, images found and used."""
     from fl_client.site import read_site_file, site_data
+    from icmoe.summary import summarise
 
     chosen: Chosen = context.obj
     with exit_on_fault():
@@ -70,6 +71,7 @@ def show(context: typer.Context, as_json: Annotated[bool, typer.Option("--json",
         site = site_data(chosen.path, settings, studies[0])
         found, used = (site.images_found, site.images_used) if site is not None else (0, 0)
         exclusions = [str(fault) for fault in site.exclusions] if site is not None else []
+        train = site.of("train") if site is not None else ()
         approved = {study.name: study.digest for study in studies}
         record = {
             "site": settings.name,
@@ -77,6 +79,8 @@ def show(context: typer.Context, as_json: Annotated[bool, typer.Option("--json",
             "images_found": found,
             "images_used": used,
             "exclusions": exclusions,
+            "share_summary": settings.share_summary,
+            "summary": summarise(train, studies[0].classes).model_dump(mode="json") if train else None,
         }
         if as_json:
             sys.stdout.write(json.dumps(record, indent=1) + "\n")

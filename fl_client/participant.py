@@ -41,6 +41,8 @@ class Participant:
         CPU threads of a training step; part of what makes equal seeds give equal bytes.
     exact_counts
         Whether n_k is sent exactly (simulation only) or rounded up to ten.
+    share_summary
+        Whether the coordinator may have the summary of the training images.
     steps_per_round
         Steps of a round where they are not `local_epochs` passes.
     """
@@ -54,6 +56,7 @@ class Participant:
     device: str = "cpu"
     threads: int = 1
     exact_counts: bool = False
+    share_summary: bool = False
     steps_per_round: int | None = None
 
     def approved(self, digest: object) -> Study:
@@ -111,6 +114,7 @@ def read_site(path: Path) -> Participant:
         state_folder=path.parent / settings.state,
         device=settings.device,
         threads=settings.threads,
+        share_summary=settings.share_summary,
     )
 
 

@@ -39,6 +39,10 @@ class SiteFile(Section):
     """cpu, cuda or cuda:N."""
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     """CPU threads of a training step."""
+    share_summary: bool = False
+    """Whether the coordinator may have the summary of icmoe/summary.py, to compare sites before the first round. Off
+    unless written here: a study is approved for what training sends, and nothing else leaves that nobody allowed. A site
+    that declines takes part all the same; `fl_client show --json` shows what would be sent."""
     allow_test_only: bool = False
     """Whether studies over the untrained test backbone may run here."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -83,7 +84,8 @@ def parse_replies(
     for reply in replies:
         site = sites.get(reply.metadata.src_node_id, "")
         if reply.has_error():
-            faults.append(_site_fault(site, reply.error.reason))
+            number = reported_number(reply.error.reason)
+            faults.append(Fault(number=number, where=site, did="The round went on without the site."))
             continue
         try:
             if not site or site in updates:
@@ -94,11 +96,11 @@ def parse_replies(
     return [updates[site] for site in sorted(updates)], faults
 
 
-def _site_fault(site: str, reason: str | None) -> Fault:
-    """Return the fault a site reported as "ICMnnn sentence"; any other text is not repeated, it may name files."""
+def reported_number(reason: str | None) -> int:
+    """Return the number that a site reported as "ICMnnn sentence", else 304; its text is not repeated, it may name files."""
     text = reason or ""
-    number = int(text[3:6]) if text[:3] == "ICM" and text[3:6].isdigit() else 304
-    return Fault(number=number if number in CATALOGUE else 304, where=site, did="The round went on without the site.")
+    number = int(text[3:6]) if re.match(r"ICM[0-9]{3}", text) else 304
+    return number if number in CATALOGUE else 304
 
 
 def _parse(reply: Message, site: str, study: Study, current: Mapping[str, npt.NDArray[np.float32]]) -> Update:

@@ -79,6 +79,7 @@ CATALOGUE: dict[int, Entry] = {
     211: Entry("device is not available", "Use --device cpu, or install a CUDA build of PyTorch and its driver."),
     212: Entry("study is for tests only", "Approve the real study, or set allow_test_only = true in the site file of a test."),
     213: Entry("optional packages are not installed", "Install icmoe-federated[dicom]."),
+    214: Entry("site does not share a summary", "Nothing, or set share_summary = true in its site file."),
     301: Entry(
         "message carries something the study does not allow",
         "Install the same version at coordinator and site and approve the same study.",

@@ -115,5 +115,6 @@ def announced_size(slices: int, *, exact: bool) -> int:
 # Names of records and keys in messages; anything else in a message is refused by number.
 ARRAYS, UPDATE, CONFIG, NUMBERS = "arrays", "update", "config", "numbers"
 STUDY_KEY, ROUND_KEY = "study", "server-round"
+SITE_KEY, SUMMARY_KEY = "site", "summary"
 SLICES_KEY, USAGE_KEY, LOSS_KEY, STEPS_KEY, SECONDS_KEY = "slices", "usage", "loss", "steps", "seconds"
 DICE_KEY, PATIENTS_KEY = "val-dice", "val-patients"

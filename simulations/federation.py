@@ -22,6 +22,7 @@ from pydantic import TypeAdapter
 from fl_client.app import make_client_app
 from fl_client.participant import Participant
 from fl_server.app import Roster, make_strategy, meet, start_state
+from fl_server.data_check import DataCheck, check_data
 from fl_server.rounds import RoundRecord, RunState, run_rounds
 from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError
@@ -113,7 +114,14 @@ class Engine:
 Listener = Callable[[Job, RoundRecord | None, str], None]
 
 
-def run_jobs(jobs: Sequence[Job], sites_path: Path, engine: Engine, on_event: Listener) -> dict[tuple[str, int], RunState]:
+def run_jobs(
+    jobs: Sequence[Job],
+    sites_path: Path,
+    engine: Engine,
+    on_event: Listener,
+    *,
+    on_check: Callable[[DataCheck], None] | None = None,
+) -> dict[tuple[str, int], RunState]:
     """Run the jobs one after the other on one engine and return their final states by (method, seed).
 
     A job continues from its committed state where there is one.
@@ -128,6 +136,8 @@ def run_jobs(jobs: Sequence[Job], sites_path: Path, engine: Engine, on_event: Li
         Where to run it.
     on_event
         Called with (job, None, site) as replies arrive and with (job, record, "") after each round.
+    on_check
+        Where given, the sites' data are checked before the first job, and it is called with the outcome.
 
     Raises
     ------
@@ -142,6 +152,9 @@ def run_jobs(jobs: Sequence[Job], sites_path: Path, engine: Engine, on_event: Li
     def rehearse(grid: Grid, context: Context) -> None:
         del context
         roster = meet(grid, len(sites), jobs[0].study, poll_s=POLL_S)
+        if on_check is not None:
+            hospitals = {node: name for node, name in roster.sites.items() if name != POOLED}
+            on_check(check_data(grid, hospitals, jobs[0].study, poll_s=POLL_S))
         for job in jobs:
             finished[job.method, job.study.seed] = run_job(grid, job, roster, on_event)
 

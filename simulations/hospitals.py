@@ -108,6 +108,7 @@ def make_sites(
             state_folder=state_folder,
             device=simulation.device,
             exact_counts=simulation.exact_counts,
+            share_summary=True,
             steps_per_round=steps,
         )
 

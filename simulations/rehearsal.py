@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 
+from fl_server.data_check import DataCheck
 from fl_server.rounds import RoundRecord, RunState
 from icmoe.atomic import write_atomically
 from icmoe.backbone import Backbone, load_backbone
@@ -44,7 +46,7 @@ from simulations.scoring import (
     require_unchanged,
     tensors,
 )
-from simulations.screen import Screen
+from simulations.screen import Screen, check_table
 
 Record = dict[str, Any]
 
@@ -76,6 +78,29 @@ class Clock:
         with self.screen.step(name):
             yield
         self.seconds[name] = time.perf_counter() - began
+
+
+@dataclass(frozen=True, slots=True)
+class CheckHeard:
+    """Shows what the data check found and keeps it.
+
+    Parameters
+    ----------
+    path
+        Where it is kept.
+    screen
+        Where it is shown.
+    """
+
+    path: Path
+    screen: Screen
+
+    def __call__(self, check: DataCheck) -> None:
+        """Show and keep the outcome."""
+        write_atomically(self.path, check.data())
+        self.screen.say(check_table(check.record()))
+        for line in check.lines():
+            self.screen.say(f"[yellow]{escape(line)}[/yellow]")
 
 
 def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Screen) -> Record:
@@ -113,8 +138,9 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
     studies = tuple(job.study for job in jobs)
     sites = make_sites(hospitals, studies, cache=cache, state_folder=folder.work / "sites", simulation=simulation)
     write_sites(folder.work / "sites.json", sites)
+    heard = CheckHeard(folder.work / "data_check.json", screen)
     with clock.phase("train"):
-        states = run_jobs(jobs, folder.work / "sites.json", engine_of(simulation, device), screen.on_event)
+        states = run_jobs(jobs, folder.work / "sites.json", engine_of(simulation, device), screen.on_event, on_check=heard)
     with clock.phase("score"):
         staged = folder.work / "publish"
         shutil.rmtree(staged, ignore_errors=True)
@@ -130,6 +156,7 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
         hospitals=hospitals,
         backbone=study.backbone.model_dump(mode="json") | {"weights_digest_before": before, "weights_digest_after": after},
         methods=methods,
+        data_check=json.loads(heard.path.read_bytes()),
         seconds=clock.seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

@@ -33,6 +33,7 @@ from simulations.findings import (
 )
 from simulations.overlays import CLASS_COLOURS, OUTLINE_COLOUR, Overlay, panels
 from simulations.plots import plots
+from simulations.results import CHECK_COLUMNS, check_rows
 
 __all__ = ["Overlay", "Row", "final_table", "flattened", "render", "write_report"]
 
@@ -103,6 +104,9 @@ def render(results: Results, overlays: Sequence[Overlay]) -> str:
         class_colours=_class_colours(results),
         outline_colour=_hex(OUTLINE_COLOUR),
         site_rows=_site_rows(results),
+        check=results.get("data_check"),
+        check_columns=CHECK_COLUMNS,
+        check_rows=check_rows(results["data_check"]) if results.get("data_check") else [],
         cost_rows=_cost_rows(results),
         exclusions=_exclusions(results),
         seconds=[(name, _text(number(value), 1)) for name, value in results.get("seconds", {}).items()],

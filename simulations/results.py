@@ -33,6 +33,32 @@ def site_record(site: SiteData) -> Record:
     }
 
 
+CHECK_COLUMNS = ("site", "images", "patients", "modality", "pixel mm", "slice mm", "side px", "images per class")
+
+
+def check_rows(check: Record) -> list[tuple[str, ...]]:
+    """Return the rows of a data check for people, one per site; a dash is what was withheld or is not known."""
+    return [
+        (
+            name,
+            _at_most(summary["images"]),
+            _at_most(summary["patients"]),
+            ", ".join(summary["modalities"]) or "-",
+            *(_ends(summary[key]) for key in ("in_plane_mm", "between_mm", "side_px")),
+            ", ".join(_at_most(label["images"]) for label in summary["labels"]) or "-",
+        )
+        for name, summary in check["summaries"].items()
+    ]
+
+
+def _at_most(count: int | None) -> str:
+    return "-" if count is None else f"<= {count}"
+
+
+def _ends(ends: Sequence[float] | None) -> str:
+    return "-" if ends is None else "-".join(f"{value:g}" for value in dict.fromkeys(ends))
+
+
 def versions() -> dict[str, str]:
     """Return the versions that took part."""
     names = ("torch", "flwr", "ray", "segment-anything", "monai", "numpy", "safetensors")
@@ -46,6 +72,7 @@ def results_record(
     hospitals: Hospitals,
     backbone: Record,
     methods: Mapping[str, Mapping[str, Record]],
+    data_check: Record,
     seconds: Mapping[str, float],
     created: str,
 ) -> Record:
@@ -61,6 +88,8 @@ def results_record(
         Name, digest, weights digest before and after.
     methods
         By method and seed: rounds, test, own_test, model.
+    data_check
+        As `fl_server.data_check` writes it.
     seconds
         By phase.
     created
@@ -85,6 +114,7 @@ def results_record(
         "experts": list(names_of(study.model)),
         "sites": {name: site_record(site) for name, site in hospitals.sites.items()},
         "hospitals": {name: site_record(site) for name, site in hospitals.sources.items()},
+        "data_check": data_check,
         "methods": methods,
         "summary": summary,
         "comparisons": comparisons(summary, methods),

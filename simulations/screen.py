@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fl_server.rounds import RoundRecord
 from simulations.federation import Job
+from simulations.results import CHECK_COLUMNS, check_rows
 
 
 class Screen:
@@ -50,8 +51,8 @@ class Screen:
         if self._live is not None:
             self._live.stop()
 
-    def say(self, text: str) -> None:
-        """Print one line."""
+    def say(self, text: RenderableType) -> None:
+        """Print one line, or a table."""
         self._console.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
@@ -164,14 +165,13 @@ def final_table(results: dict[str, Any]) -> Table:
     return table
 
 
-def sites_table(results: dict[str, Any]) -> Table:
-    """Return what was found and used at each site."""
-    table = Table(title="Sites", title_justify="left")
-    for column in ("site", "found", "used", "patients train/val/test"):
+def check_table(check: dict[str, Any]) -> Table:
+    """Return what the sites told of their training images, as the coordinator of a real study would see it."""
+    table = Table(title="What the sites told of their training data", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in CHECK_COLUMNS:
         table.add_column(column, justify="left" if column == "site" else "right")
-    for name, row in results["sites"].items():
-        patients = "/".join(str(row["patients"][split]) for split in ("train", "val", "test"))
-        table.add_row(name, str(row["images_found"]), str(row["images_used"]), patients)
+    for row in check_rows(check):
+        table.add_row(*row)
     return table
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from simulations.phantoms import PhantomSite, write_phantoms
+
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data" / "lgg-multisite"
 RUN_SIM = [sys.executable, str(ROOT / "simulations" / "run_sim.py")]
@@ -83,6 +85,10 @@ def test_results_hold_what_the_schema_promises(rehearsed: tuple[Path, str]) -> N
     usage = results["methods"]["router-aware"]["1"]["rounds"][0]["sites"]["Alder"]["usage"]
     assert sum(usage) == pytest.approx(1.0)
     assert len(usage) == len(results["experts"]) == 6
+    check = results["data_check"]
+    assert set(check["summaries"]) == {"Alder", "Birch", "Cedar", "Dogwood"}  # the pooled reference is no hospital
+    assert check["summaries"]["Alder"]["images"] == 20  # eighteen
+    assert check["findings"] == check["declined"] == check["faults"] == []
 
 
 def test_federated_methods_send_updates_and_local_training_sends_nothing(rehearsed: tuple[Path, str]) -> None:
@@ -172,6 +178,24 @@ def test_virtual_sites_are_repeated_and_dealt(environment: dict[str, str], tmp_p
     results = json.loads(done.stdout)
     assert len(results["sites"]) == 6
     assert results["methods"]["router-aware"]["1"]["test"]["pooled"]["patients"] == 6
+
+
+def test_sites_are_repeated_and_one_with_other_data_is_named(environment: dict[str, str], tmp_path: Path) -> None:
+    counts = {"train_patients": 11, "val_patients": 1, "test_patients": 1, "slices_per_patient": 1}
+    usual = [PhantomSite(name=name, **counts) for name in ("Alder", "Birch", "Cedar")]
+    write_phantoms(
+        tmp_path / "data", seed=5, size_px=64, sites=[*usual, PhantomSite(name="Odd", field_of_view_mm=500.0, **counts)]
+    )
+    options = ["--data", str(tmp_path / "data"), "--sites", "5", "--methods", "router-aware", "--rounds", "1"]
+    done = run([*RUN_SIM, *TINY[:4], "--local-epochs", "1", *options, "--out", str(tmp_path / "out")], environment)
+    assert done.returncode == 0, done.stderr
+    check = json.loads((tmp_path / "out" / "results.json").read_text())["data_check"]
+    assert set(check["summaries"]) == {"Alder", "Alder-2", "Birch", "Cedar", "Odd"}
+    assert check["summaries"]["Odd"]["patients"] == 20  # eleven, rounded up also in a rehearsal with exact sizes
+    (sentence,) = [finding["sentence"] for finding in check["findings"]]
+    assert sentence.startswith("Odd: pixel distance 7.8 mm")
+    assert sentence in done.stdout
+    assert sentence in (tmp_path / "out" / "report.html").read_text()
 
 
 BAD_OPTIONS = {

@@ -9,8 +9,9 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 
 from icmoe.data.images import LEFT_OUT, pixel_digest, read_classes, read_grey
@@ -165,22 +166,27 @@ def _read_patients(
 
 
 def _read_patient(root: Path, rows: Sequence[Row], labels: Sequence[Label]) -> tuple[list[Slice], list[Fault]]:
-    usable: list[tuple[Row, npt.NDArray[Any], tuple[float, float, float] | None]] = []
+    usable: list[tuple[Row, _Picture, tuple[float, float, float] | None]] = []
     faults: list[Fault] = []
     for row in rows:
         try:
             spacing = spacing_mm(row, did=LEFT_OUT)
-            usable.append((row, _checked_pixels(root, row, labels), spacing))
+            usable.append((row, _checked_picture(root, row, labels), spacing))
         except IcmoeError as error:
             faults.extend(error.faults)
     if not usable:
         return [], faults
-    window = series_window([pixels for _, pixels, _ in usable])
-    return [_slice(root, row, pixels, spacing, window) for row, pixels, spacing in usable], faults
+    window = series_window([picture.pixels_HW for _, picture, _ in usable])
+    return [_slice(root, row, picture, spacing, window) for row, picture, spacing in usable], faults
 
 
-def _checked_pixels(root: Path, row: Row, labels: Sequence[Label]) -> npt.NDArray[Any]:
-    """Return the image's pixels once image and mask are known to be usable together.
+class _Picture(NamedTuple):
+    pixels_HW: npt.NDArray[Any]
+    classes: tuple[int, ...]
+
+
+def _checked_picture(root: Path, row: Row, labels: Sequence[Label]) -> _Picture:
+    """Return the image's pixels and its mask's classes once both are known to be usable together.
 
     Raises
     ------
@@ -194,10 +200,11 @@ def _checked_pixels(root: Path, row: Row, labels: Sequence[Label]) -> npt.NDArra
         raise IcmoeError(Fault(number=105, where=row.mask, value=sizes[0], limit=sizes[1], did=LEFT_OUT))
     if pixels.min() == pixels.max():
         raise IcmoeError(Fault(number=113, where=row.image, value=f"every pixel is {pixels.flat[0]}", did=LEFT_OUT))
-    return pixels
+    return _Picture(pixels, tuple(np.flatnonzero(np.bincount(classes.ravel())).tolist()))
 
 
-def _slice(root: Path, row: Row, pixels: npt.NDArray[Any], spacing: tuple[float, float, float] | None, window: Window) -> Slice:
+def _slice(root: Path, row: Row, picture: _Picture, spacing: tuple[float, float, float] | None, window: Window) -> Slice:
+    pixels = picture.pixels_HW
     return Slice(
         site=row.site,
         patient=row.patient,
@@ -209,6 +216,7 @@ def _slice(root: Path, row: Row, pixels: npt.NDArray[Any], spacing: tuple[float,
         shape=(pixels.shape[0], pixels.shape[1]),
         window=window,
         spacing_mm=spacing,
+        classes=picture.classes,
     )
 
 

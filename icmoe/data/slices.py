@@ -42,6 +42,10 @@ class Slice:
         Grey values mapped to 0 and 1, common to all slices of the patient.
     spacing_mm
         Distance of neighbouring slices, rows and columns, or None where unknown.
+    modality
+        A term of DICOM, empty for PNG files.
+    classes
+        Class indices that the mask holds, ascending.
     """
 
     site: str
@@ -54,6 +58,8 @@ class Slice:
     shape: tuple[int, int]
     window: Window
     spacing_mm: tuple[float, float, float] | None
+    modality: str = ""
+    classes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,15 +14,10 @@ from pydicom.dataset import Dataset
 
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pseudonyms import Pseudonyms
-from icmoe.data.ingest.records import FileRecord, FramePlace, Plane
+from icmoe.data.ingest.records import MODALITIES, SAFE_MODALITIES, FileRecord, FramePlace, Plane
 
 MAX_FRAMES = 100_000
 MAX_PIXELS = 2**26
-SAFE_MODALITIES = frozenset({"CT", "MR", "PT", "NM", "CR", "DX", "MG"})
-"""Scanners that do not write into the picture; from any other source an image is held back."""
-MODALITIES = SAFE_MODALITIES | frozenset(
-    {"US", "OT", "SC", "XA", "RF", "RG", "ES", "GM", "SM", "OP", "OCT", "OPT", "IO", "PX", "XC", "IVUS", "BI", "TG", "SEG"}
-)
 SEGMENTATIONS = frozenset({"1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"})
 STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 WRITTEN_INTO = {

@@ -216,4 +216,6 @@ def _slice(folder: Path, site: str, row: FrameRow) -> Slice:
         shape=(row.result.rows, row.result.columns),
         window=Window(row.result.low, row.result.high),
         spacing_mm=row.spacing,
+        modality=row.modality,
+        classes=tuple(index for index, pixels in enumerate(row.result.class_px) if pixels),
     )

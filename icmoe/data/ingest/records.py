@@ -12,6 +12,12 @@ columns, in mm and in DICOM's axes (x to the left, y to the back, z to the head)
 
 RECIPE_VERSION = "2"
 """Raised whenever equal files give other records or frames; every file is read and every series decoded again then."""
+SAFE_MODALITIES = frozenset({"CT", "MR", "PT", "NM", "CR", "DX", "MG"})
+"""Scanners that do not write into the picture; from any other source an image is held back."""
+MODALITIES = SAFE_MODALITIES | frozenset(
+    {"US", "OT", "SC", "XA", "RF", "RG", "ES", "GM", "SM", "OP", "OCT", "OPT", "IO", "PX", "XC", "IVUS", "BI", "TG", "SEG"}
+)
+"""DICOM's terms that are kept; any other text in their place is not."""
 
 Kind = Literal["image", "seg", "contours", "volume", "picture", "none"]
 
