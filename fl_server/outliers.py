@@ -82,7 +82,7 @@ def nearest_median(value: float, others: Sequence[float]) -> float:
 def _small(site: str, mine: SiteSummary, others: Sequence[SiteSummary]) -> Iterator[Finding]:
     counts = [other.images for other in others]
     if mine.images * SMALL_FACTOR < nearest_median(mine.images, counts):
-        yield Finding(site, "training images", f"at most {mine.images}", f"at most {_span(counts)}")
+        yield Finding(site, "training images", f"at most {mine.images}", _span(counts))
 
 
 def _modalities(site: str, mine: SiteSummary, others: Sequence[SiteSummary]) -> Iterator[Finding]:

@@ -46,7 +46,7 @@ from simulations.scoring import (
     require_unchanged,
     tensors,
 )
-from simulations.screen import Screen, check_table
+from simulations.screen import MOST_ROWS, Screen, check_table
 
 Record = dict[str, Any]
 
@@ -99,7 +99,7 @@ class CheckHeard:
         """Show and keep the outcome."""
         write_atomically(self.path, check.data())
         self.screen.say(check_table(check.record()))
-        for line in check.lines():
+        for line in check.lines()[:MOST_ROWS]:
             self.screen.say(f"[yellow]{escape(line)}[/yellow]")
 
 

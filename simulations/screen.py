@@ -19,6 +19,9 @@ from fl_server.rounds import RoundRecord
 from simulations.federation import Job
 from simulations.results import CHECK_COLUMNS, check_rows
 
+MOST_ROWS = 20
+"""Longest list on the screen."""
+
 
 class Screen:
     """Live view of a rehearsal.
@@ -170,8 +173,10 @@ def check_table(check: dict[str, Any]) -> Table:
     table = Table(title="What the sites told of their training data", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in CHECK_COLUMNS:
         table.add_column(column, justify="left" if column == "site" else "right")
-    for row in check_rows(check):
+    rows = check_rows(check)
+    for row in rows[:MOST_ROWS]:
         table.add_row(*row)
+    table.caption = f"and {len(rows) - MOST_ROWS} more, all in results.json" if len(rows) > MOST_ROWS else None
     return table
 
 

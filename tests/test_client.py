@@ -214,6 +214,9 @@ def test_a_site_file_leads_to_a_site_that_trains(
     found = site_from_environment(CONTEXT)
     assert found.studies[0].digest == study.digest
     assert not found.exact_counts
+    assert not found.share_summary
+    path.write_text("share_summary = true\n" + path.read_text())
+    assert site_from_environment(CONTEXT).share_summary
     reply = make_client_app(site_from_environment)(Message(request(study), dst_node_id=5, message_type="train"), CONTEXT)
     assert reply.content[NUMBERS]["slices"] == 10
 
@@ -222,7 +225,10 @@ def test_the_command_line_shows_the_site(hospital: Path, make_study, tmp_path: P
     path = write_site_file(tmp_path, hospital, make_study())
     shown = CliRunner().invoke(cli.app, ["--site", "Alder", "--config", str(path), "show", "--json"])
     assert shown.exit_code == 0
-    assert '"images_found": 12' in shown.output
+    record = json.loads(shown.output)
+    assert record["images_found"] == 12
+    assert record["share_summary"] is False  # nothing leaves that the site file does not allow
+    assert record["summary"] | {"images": 10, "patients": 10} == record["summary"]
     assert CliRunner().invoke(cli.app, ["--site", "Alder", "--config", str(path)]).exit_code == 0
 
 

@@ -46,7 +46,7 @@ def label(patients: int, images: int | None) -> tuple[LabelSummary, ...]:
 
 
 PLANTED: dict[str, tuple[dict[str, Any], str]] = {
-    "far smaller": ({"images": 90, "labels": label(30, 50)}, "training images at most 90; the other sites have at most 300."),
+    "far smaller": ({"images": 90, "labels": label(30, 50)}, "training images at most 90; the other sites have 300."),
     "another modality": ({"modalities": ("CT",)}, "modality CT; the other sites have MR."),
     "a further modality": ({"modalities": ("CT", "MR")}, "modality CT; the other sites have MR."),
     "a rare label": ({"labels": label(20, 50)}, "share of images with lesion 17 %; the other sites have 50 %."),

@@ -189,6 +189,8 @@ def test_order_is_by_position_and_a_second_run_does_nothing(tmp_path: Path):
     data = taken(export)
     assert [item.index for item in data.slices] == [0, 1, 2, 3]
     assert data.slices[0].spacing_mm == (5.0, 1.0, 1.5)
+    assert {item.modality for item in data.slices} == {"MR"}
+    assert all(item.classes == tuple(np.unique(load_mask(item.mask, LESION))) for item in data.slices)
     for item, grey in zip(data.slices, pixels, strict=True):
         low, high = item.window.low, item.window.high
         assert np.allclose(load_image(item), np.clip((grey - low) / (high - low), 0, 1), atol=1e-6)

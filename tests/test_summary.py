@@ -132,7 +132,8 @@ def test_the_values_of_one_patient_are_never_an_end_of_a_range(ordinary_mm: list
 @given(exports, st.randoms(use_true_random=False))
 @settings(deadline=None)
 def test_neither_names_nor_order_nor_files_enter(slices: list[Slice], random) -> None:
-    names = {item.patient: f"Mustermann-{random.random()}" for item in slices}
+    patients = sorted({item.patient for item in slices})
+    names = dict(zip(patients, random.sample([f"Mustermann-{number}" for number in range(100)], len(patients)), strict=True))
     turned = [replace(item, patient=names[item.patient], image=Path("/home/x.png"), index=7) for item in slices]
     random.shuffle(turned)
     assert summarise(turned, CLASSES) == summarise(slices, CLASSES)
