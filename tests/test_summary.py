@@ -251,3 +251,11 @@ def test_another_form_is_refused_too(text: object) -> None:
 @given(st.text(max_size=200) | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps))
 def test_no_text_does_more_than_be_refused(text: str) -> None:
     refused(text)
+
+
+@pytest.mark.parametrize(("patients", "told"), [(10, False), (11, True)])
+def test_a_value_is_told_from_the_eleventh_patient_on(patients: int, told: bool) -> None:
+    unknown = [item for n in range(15) for item in patient(f"q{n}", classes=(0,), spacing=None, modality="")]
+    summary = summarise([*site_of(patients), *unknown], CLASSES)
+    values = (summary.labels[0].images, summary.in_plane_mm, summary.between_mm, summary.modalities or None)
+    assert [value is not None for value in values] == [told] * 4
