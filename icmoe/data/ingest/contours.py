@@ -11,7 +11,7 @@ from matplotlib.path import Path as Outline
 from pydicom.dataset import Dataset
 
 from icmoe.data.ingest.geometry import plane_matrix
-from icmoe.data.ingest.headers import identity, integer, sequence, text
+from icmoe.data.ingest.headers import identity, integer, named_patient, referenced_frames, sequence, text
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pseudonyms import Pseudonyms
@@ -19,6 +19,8 @@ from icmoe.data.ingest.records import FileRecord, Patch, Plane
 
 OFF_PLANE_MM = 0.5
 """How far a contour may lie from the image that it refers to."""
+CLOSED = frozenset({"CLOSED_PLANAR", "CLOSEDPLANAR_XOR"})
+"""Types of contours that enclose something; within a region those that enclose each other leave holes."""
 
 
 def contours_record(data: Dataset, names: LabelNames, hashes: Pseudonyms) -> FileRecord:
@@ -45,13 +47,13 @@ def contours_record(data: Dataset, names: LabelNames, hashes: Pseudonyms) -> Fil
         patches = []
         for number, (region, item) in enumerate(_contours(data)):
             label = labels.get(region)
-            if label is not None and text(item, "ContourGeometricType").upper() == "CLOSED_PLANAR":
+            if label is not None and text(item, "ContourGeometricType").upper() in CLOSED:
                 patches.append(_patch(number, label, region, item, hashes))
         return FileRecord(
             kind="contours",
             patches=tuple(patches),
             listed=tuple(sorted({hashes.of("uid", uid) for uid in _listed(data)})),
-            **(identity(data, hashes) | {"space": _space(data, hashes)}),
+            **(identity(data, hashes) | named_patient(data, hashes) | {"space": _space(data, hashes)}),
         )
 
 
@@ -129,7 +131,7 @@ def _patch(number: int, label: int, region: int, item: Dataset, hashes: Pseudony
         label=label,
         group=region,
         image=hashes.of("uid", uid) if uid else "",
-        frame=max(0, integer(source, "ReferencedFrameNumber") - 1),
+        frame=referenced_frames(source)[0],
         plane=(x, y, z, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
     )
 

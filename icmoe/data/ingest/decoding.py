@@ -16,7 +16,7 @@ from icmoe.data.ingest.contours import fill, read_contours
 from icmoe.data.ingest.geometry import upright
 from icmoe.data.ingest.opening import Refusal, refusing
 from icmoe.data.ingest.pairing import Use
-from icmoe.data.ingest.pixels import read_frames
+from icmoe.data.ingest.pixels import Shown, read_frames
 from icmoe.data.ingest.records import FileRecord, FrameResult, Plane
 from icmoe.data.ingest.segmentations import open_segmentation, read_patch
 from icmoe.data.ingest.volumes import read_volume, through_axis
@@ -60,9 +60,10 @@ def decode_series(job: SeriesJob) -> list[FrameResult]:
     counts, results = ValueCounts(), dict[tuple[str, int], FrameResult]()
     wanted = {(frame.path, frame.number): frame for frame in job.frames}
     masks = _Masks(job)
-    for key, grey in _greys(job):
+    shown = Shown()
+    for key, grey in _greys(job, shown):
         results[key] = _first_pass(job, wanted[key], grey, masks, counts)
-    window = counts.window() if any(not result.fault for result in results.values()) else None
+    window = shown.bound(counts.window()) if any(not result.fault for result in results.values()) else None
     missing = FrameResult(fault=118, why="the file holds fewer frames than its header says")
     return [_second_pass(job, results.get(key, missing), window) for key in wanted]
 
@@ -113,21 +114,23 @@ def _path(job: SeriesJob, entry: str) -> Path:
     return entry_path(job.store, entry)
 
 
-def _greys(job: SeriesJob) -> Iterator[tuple[tuple[str, int], npt.NDArray[Any] | Refusal]]:
+def _greys(job: SeriesJob, shown: Shown) -> Iterator[tuple[tuple[str, int], npt.NDArray[Any] | Refusal]]:
     """Yield every wanted frame, file by file."""
     by_file: dict[str, list[int]] = {}
     for frame in job.frames:
         by_file.setdefault(frame.path, []).append(frame.number)
     for path, numbers in by_file.items():
         try:
-            for number, grey in _frames_of(job, path, numbers):
+            for number, grey in _frames_of(job, path, numbers, shown):
                 yield (path, number), grey
         except Refusal as refusal:
             for number in numbers:
                 yield (path, number), refusal
 
 
-def _frames_of(job: SeriesJob, path: str, numbers: Sequence[int]) -> Iterator[tuple[int, npt.NDArray[Any] | Refusal]]:
+def _frames_of(
+    job: SeriesJob, path: str, numbers: Sequence[int], shown: Shown
+) -> Iterator[tuple[int, npt.NDArray[Any] | Refusal]]:
     match job.files[path].kind:
         case "picture":
             with refusing(118, "PNG file cannot be decoded"):
@@ -138,7 +141,7 @@ def _frames_of(job: SeriesJob, path: str, numbers: Sequence[int]) -> Iterator[tu
             for number in numbers:
                 yield number, voxels.take(number, axis=axis)
         case _:
-            yield from read_frames(job.root / path, numbers)
+            yield from read_frames(job.root / path, numbers, shown)
 
 
 class _Masks:

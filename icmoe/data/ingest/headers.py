@@ -115,6 +115,12 @@ def identity(data: Dataset, hashes: Pseudonyms) -> dict[str, str]:
     }
 
 
+def named_patient(data: Dataset, hashes: Pseudonyms) -> dict[str, str]:
+    """Return the keyed hash of the patient's number, empty where there is none: who a mask says that it belongs to."""
+    number = text(data, "PatientID")
+    return {"patient": hashes.patient(number) if number else ""}
+
+
 def modality(data: Dataset) -> str:
     """Return the modality where it is one of DICOM's terms, else an empty text."""
     term = text(data, "Modality").upper()
@@ -206,6 +212,13 @@ def numbers(data: Dataset, name: str, count: int) -> tuple[float, ...] | None:
     except (TypeError, ValueError):
         return None
     return found if len(found) == count and all(map(math.isfinite, found)) else None
+
+
+def referenced_frames(source: Dataset) -> Sequence[int]:
+    """Return the frames from 0 that a reference names, -1 where it means the object as a whole."""
+    value = _value(source, "ReferencedFrameNumber")
+    count = len(value) if isinstance(value, Sequence) and not isinstance(value, str) else 1
+    return [int(number) - 1 for number in numbers(source, "ReferencedFrameNumber", count) or () if number >= 1] or [-1]
 
 
 def _value(data: Dataset, name: str) -> Any:  # noqa: ANN401  # elements hold anything

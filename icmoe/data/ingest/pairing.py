@@ -6,11 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from icmoe.data.ingest.geometry import Grid, grid_between, height_mm, parallel, plane_matrix
+import numpy as np
+import numpy.typing as npt
+
+from icmoe.data.ingest.geometry import OFF_GRID_PX, Grid, grid_between, height_mm, parallel, plane_matrix
 from icmoe.data.ingest.opening import Refusal
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.volumes import matrix_of
-from icmoe.data.ingest.walking import stem
+from icmoe.data.ingest.walking import case, stem
 
 OFF_PLANE_MM = 0.5
 FORMS = ("seg", "contours", "volume", "picture")
@@ -58,6 +61,32 @@ class Pairing:
     refusals: dict[str, Refusal] = field(default_factory=dict)
 
 
+class Origins:
+    """Where the first pixels of all frames lie, so that a volume is compared with those alone that can be on its grid.
+
+    Parameters
+    ----------
+    images
+        By path.
+    """
+
+    def __init__(self, images: Mapping[str, FileRecord]) -> None:
+        planes = {
+            (path, frame): place.plane
+            for path, image in images.items()
+            for frame, place in enumerate(image.frames)
+            if place.plane is not None and place.plane[9]
+        }
+        self._keys = list(planes)
+        self._points_N4 = np.asarray([[*plane[:3], 1.0] for plane in planes.values()]).reshape(-1, 4)
+
+    def near(self, mask_matrix: npt.NDArray[np.float64]) -> list[Key]:
+        """Return the frames whose first pixel lies on a voxel of the mask's grid, continued beyond its ends."""
+        where_N3 = (self._points_N4 @ np.linalg.inv(mask_matrix).T)[:, :3]
+        near = (np.abs(where_N3 - np.rint(where_N3)) <= OFF_GRID_PX).all(axis=1)
+        return [self._keys[place] for place in np.flatnonzero(near)]
+
+
 def pair(files: Mapping[str, FileRecord]) -> Pairing:
     """Return which masks belong to which frames.
 
@@ -71,13 +100,13 @@ def pair(files: Mapping[str, FileRecord]) -> Pairing:
     for path, record in images.items():
         if record.image:
             by_uid.setdefault(record.image, path)
-    pairing = Pairing()
+    pairing, origins = Pairing(), Origins(images)
     found: dict[str, dict[Key, Use]] = {}
     for path, record in files.items():
         if record.fault or is_image(record) or record.kind == "none":
             continue
         try:
-            found[path] = _uses(path, record, images, by_uid)
+            found[path] = _uses(path, record, images, by_uid, origins)
         except Refusal as refusal:
             pairing.refusals[path] = refusal
     _prefer(found, files, pairing)
@@ -89,33 +118,60 @@ def is_image(record: FileRecord) -> bool:
     return not record.fault and (record.kind == "image" or (record.kind in {"volume", "picture"} and not record.mask))
 
 
-def _uses(path: str, record: FileRecord, images: Mapping[str, FileRecord], by_uid: Mapping[str, str]) -> dict[Key, Use]:
+def _uses(
+    path: str, record: FileRecord, images: Mapping[str, FileRecord], by_uid: Mapping[str, str], origins: Origins
+) -> dict[Key, Use]:
     if record.kind == "picture":
         return _by_name(path, record, images)
     if record.kind == "volume":
-        return _by_grid(path, record, images)
+        return _by_grid(path, record, images, origins)
     if record.listed or any(patch.image for patch in record.patches):
         return _by_reference(path, record, images, by_uid)
     return _by_space(path, record, images)
 
 
 def _by_reference(path: str, record: FileRecord, images: Mapping[str, FileRecord], by_uid: Mapping[str, str]) -> dict[Key, Use]:
-    found: dict[Key, list[tuple[Patch, Grid | None]]] = {}
-    for uid in record.listed:
-        if uid in by_uid and len(images[by_uid[uid]].frames) == 1:
-            found[by_uid[uid], 0] = []
+    """Match by the instances that the parts of a mask name; parts that name none lie on a listed image in their plane."""
+    listed = [by_uid[uid] for uid in record.listed if uid in by_uid]
+    found: dict[Key, list[tuple[Patch, Grid | None]]] = {
+        (target, frame): [] for target in listed if _is_stack(images[target]) for frame in range(len(images[target].frames))
+    }
+    placed = False
     for patch in record.patches:
-        target = by_uid.get(patch.image)
-        if target is None:
-            continue
-        image = images[target]
-        frame = patch.frame if len(image.frames) > 1 else 0
-        if frame >= len(image.frames):
-            raise Refusal(121, f"it refers to frame {frame + 1} of an image of {len(image.frames)} frames")
-        found.setdefault((target, frame), []).append((patch, _patch_grid(record, patch, image, frame)))
+        targets = listed if not patch.image else [by_uid[patch.image]] if patch.image in by_uid else []
+        for target in targets:
+            for frame in _marked_frames(record, patch, images[target], sure=bool(patch.image)):
+                part = (patch, _patch_grid(record, patch, images[target], frame))
+                found.setdefault((target, frame), []).append(part)
+                placed = True
     if not found:
         raise Refusal(123, "none of the images that it refers to is in the folder")
+    if not placed and any(not patch.image for patch in record.patches):
+        raise Refusal(121, "none of the images that it refers to lies in the plane of its marks")
+    if record.patient and any(images[target].patient not in {record.patient, ""} for target, _ in found):
+        raise Refusal(121, "it refers to images of another patient than its own")
     return {key: _use(path, record, parts) for key, parts in found.items()}
+
+
+def _is_stack(image: FileRecord) -> bool:
+    """Return whether a mask that names the whole image speaks of each of its frames: none of them is a later look."""
+    planes = [place.plane for place in image.frames]
+    return len(planes) == 1 or (None not in planes and len({plane[:3] for plane in planes if plane}) == len(planes))
+
+
+def _marked_frames(record: FileRecord, patch: Patch, image: FileRecord, *, sure: bool) -> list[int]:
+    """Return the frames of an image that a part of a mask marks: the one that it names, else those in its plane."""
+    if patch.frame >= len(image.frames) > 1:
+        raise Refusal(121, f"it refers to frame {patch.frame + 1} of an image of {len(image.frames)} frames")
+    if sure and (len(image.frames) == 1 or patch.frame >= 0):
+        return [patch.frame if len(image.frames) > 1 else 0]
+    if patch.plane is None:
+        raise Refusal(121, "a part of it names no frame and does not say where it lies")
+    return [
+        frame
+        for frame, place in enumerate(image.frames)
+        if place.plane is not None and _same_plane(record, patch.plane, place.plane)
+    ]
 
 
 def _by_space(path: str, record: FileRecord, images: Mapping[str, FileRecord]) -> dict[Key, Use]:
@@ -140,27 +196,28 @@ def _by_space(path: str, record: FileRecord, images: Mapping[str, FileRecord]) -
     return {key: _use(path, record, parts) for key, parts in series[best[0]].items()}
 
 
-def _by_grid(path: str, record: FileRecord, images: Mapping[str, FileRecord]) -> dict[Key, Use]:
-    """Match a volume of classes with the series on its grid: of its own name first, then of the closest folder."""
+def _by_grid(path: str, record: FileRecord, images: Mapping[str, FileRecord], origins: Origins) -> dict[Key, Use]:
+    """Match a volume of classes with the series on its grid: of its own name or patient first, then of the closest folder."""
     series: dict[str, dict[Key, Use]] = {}
     folders: dict[str, str] = {}
     matrix = matrix_of(record)
-    for target, image in images.items():
-        shape = (image.rows, image.columns)
-        for frame, place in enumerate(image.frames):
-            if place.plane is None or not place.plane[9] or (frame and image.series not in series):
-                continue
-            grid = grid_between(matrix, place.plane, shape)
-            if grid is not None and _overlaps(grid, record.shape, shape):
-                series.setdefault(image.series, {})[target, frame] = Use(path, "volume", grids=(grid,))
-                folders[image.series] = target
-    named = {name: target for name, target in folders.items() if images[target].kind == "volume" and stem(target) == stem(path)}
-    best = _closest(path, named or folders)
+    for target, frame in origins.near(matrix):
+        image = images[target]
+        plane, shape = image.frames[frame].plane, (image.rows, image.columns)
+        grid = grid_between(matrix, plane, shape) if plane is not None else None
+        if grid is not None and _overlaps(grid, record.shape, shape):
+            series.setdefault(image.series, {})[target, frame] = Use(path, "volume", grids=(grid,))
+            folders[image.series] = target
+    volumes = {name: target for name, target in folders.items() if images[target].kind == "volume"}
+    named = {name: target for name, target in volumes.items() if stem(target) == stem(path)}
+    channels = {name: target for name, target in volumes.items() if case(target) == stem(path)}
+    owned = {name: target for name, target in folders.items() if images[target].patient == record.patient}
+    best = _closest(path, named or channels or owned or folders)
     if not best:
         raise Refusal(121, "no image lies on the grid of this volume")
-    if len(best) > 1:
+    if len(best) > 1 and (named or not channels):
         raise Refusal(122, f"{len(best)} series lie on the grid of this volume, equally close by name and folder")
-    return series[best[0]]
+    return {key: use for name in best for key, use in series[name].items()}
 
 
 def _by_name(path: str, record: FileRecord, images: Mapping[str, FileRecord]) -> dict[Key, Use]:

@@ -1,12 +1,14 @@
 """Stored DICOM pixels to grey values: what the standard says between the file and the screen, in its order.
 
-Sign and depth, colour to luminance, padding, modality transform, VOI transform (the first window only clips, so that a
-picture keeps its scale), MONOCHROME1 turned round (PS3.3 C.7.6.3, C.11.1, C.11.2). Decoders are pydicom's.
+Sign and depth, colour to luminance, padding, modality transform, VOI transform, MONOCHROME1 turned round (PS3.3 C.7.6.3,
+C.11.1, C.11.2). A linear window does not touch the values: it bounds the window of the whole series (`Shown`), because
+scanners write another one into every slice, and equal tissue must stay equal from slice to slice. Decoders are pydicom's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,47 @@ import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, iter_pixels
+from pydicom.uid import JPEGLossless, JPEGLosslessSV1, RLELossless
 
 from icmoe.data.images import LUMINANCE
 from icmoe.data.ingest.headers import integer, numbers, numeric, sequence, text
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
+from icmoe.window import Window
 
 MODALITY_TAGS = ("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence")
 VOI_TAGS = ("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence")
 UNDECODABLE = "pixels are cut short, damaged, or compressed in a way that no installed decoder reads"
 WHOLE_BYTES = 2**26
 """Largest file that is read in one go."""
+WHOLE_WORDS = frozenset({RLELossless, JPEGLossless, JPEGLosslessSV1})
+"""Compression that keeps all allocated bits, also those that are not part of the pixel."""
 Grey = npt.NDArray[np.float32]
 
 
-def read_frames(path: Path, numbers_wanted: Sequence[int]) -> Iterator[tuple[int, Grey | Refusal]]:
+@dataclass(slots=True)
+class Shown:
+    """The grey values that the windows of a series let through: from the lowest end of any frame to the highest of any.
+
+    Parameters
+    ----------
+    low, high
+        The wrong way round before the first frame; infinite once a frame has no window.
+    """
+
+    low: float = np.inf
+    high: float = -np.inf
+
+    def add(self, low: float, high: float) -> None:
+        """Take in the window of one more frame."""
+        self.low, self.high = min(self.low, low), max(self.high, high)
+
+    def bound(self, window: Window) -> Window:
+        """Return the part of a window that is let through; all of it where that is nothing."""
+        low, high = max(window.low, self.low), min(window.high, self.high)
+        return Window(low, high) if low < high else window
+
+
+def read_frames(path: Path, numbers_wanted: Sequence[int], shown: Shown | None = None) -> Iterator[tuple[int, Grey | Refusal]]:
     """Yield the wanted frames of one object in rising order, each as grey values or as the reason why it has none.
 
     A large multi-frame object is read frame by frame from disk, so that memory does not grow with it.
@@ -38,6 +67,8 @@ def read_frames(path: Path, numbers_wanted: Sequence[int]) -> Iterator[tuple[int
         DICOM file with pixels.
     numbers_wanted
         Frame numbers from 0.
+    shown
+        Takes in the window of every frame.
 
     Raises
     ------
@@ -47,40 +78,55 @@ def read_frames(path: Path, numbers_wanted: Sequence[int]) -> Iterator[tuple[int
     large = path.stat().st_size > WHOLE_BYTES
     header = open_dicom(path, pixels=not large)
     wanted = sorted(set(numbers_wanted)) if integer(header, "NumberOfFrames") > 1 else [0]
-    stream = iter_pixels(path if large else header, indices=wanted)
-    for place, number in enumerate(wanted):
-        try:
-            with refusing(118, UNDECODABLE):
-                stored = next(stream)
-                grey = _grey(stored, header, number)
-            yield number, grey
-        except Refusal as refusal:
-            for rest in wanted[place:]:
-                yield rest, refusal
+    while wanted:
+        # pydicom would drop the upper bits of pixels that do not start at bit 0.
+        stream = iter_pixels(path if large else header, indices=wanted, correct_unused_bits=False)
+        for place, number in enumerate(wanted):
+            try:
+                with refusing(118, UNDECODABLE):
+                    grey = _grey(next(stream), header, number, shown or Shown())
+                yield number, grey
+            except Refusal as refusal:
+                encapsulated = header.file_meta.TransferSyntaxUID.is_encapsulated
+                lost = wanted[place:][: 1 if encapsulated else None]  # compressed frames are independent of each other
+                yield from ((other, refusal) for other in lost)
+                wanted = wanted[place + len(lost) :]
+                break
+        else:
             return
 
 
-def _grey(stored: npt.NDArray[Any], header: Dataset, number: int) -> Grey:
+def _grey(stored: npt.NDArray[Any], header: Dataset, number: int, shown: Shown) -> Grey:
     """Return the grey values of one decoded frame, H x W."""
     photometric = text(header, "PhotometricInterpretation").upper()
     if photometric == "PALETTE COLOR":
-        stored = apply_color_lut(stored, header)
+        stored = apply_color_lut(significant_bits(stored, header), header)
     if stored.ndim == 3:
+        shown.add(-np.inf, np.inf)
         return _luminance(stored[..., :3])
     if stored.ndim != 2:
         raise Refusal(118, f"a frame of {stored.ndim} dimensions")
     values = significant_bits(stored, header)
     padded = _padding(values, header)
     modality = frame_element(header, number, "PixelValueTransformationSequence", MODALITY_TAGS)
-    grey: npt.NDArray[Any] = apply_modality_lut(values, modality)
     voi = frame_element(header, number, "FrameVOILUTSequence", VOI_TAGS)
-    grey, limits = _voi(grey, voi)
+    grey, limits, top = _voi(_modality(values, modality), voi)
     if photometric == "MONOCHROME1":
-        low, high = limits or _range(header, modality)
-        grey = low + high - grey.astype(np.float64)
+        turning_point = _turning_point(header, modality) if top is None else top
+        grey = turning_point - grey.astype(np.float64)
+        limits = (turning_point - limits[1], turning_point - limits[0])
+    shown.add(*limits)
     if padded is not None and bool(padded.any()) and not bool(padded.all()):
         grey = np.where(padded, grey[~padded].min(), grey)
     return np.ascontiguousarray(grey, dtype=np.float32)
+
+
+def _modality(values: npt.NDArray[Any], modality: Dataset) -> npt.NDArray[Any]:
+    """Return values after the modality transform; a slope of 0 or one that is no number counts as not given."""
+    if sequence(modality, "ModalityLUTSequence"):
+        return np.asarray(apply_modality_lut(values, modality))
+    slope, intercept = numeric(modality, "RescaleSlope") or 1.0, numeric(modality, "RescaleIntercept")
+    return values if (slope, intercept) == (1.0, 0.0) else values * slope + intercept
 
 
 def significant_bits(stored: npt.NDArray[Any], header: Dataset) -> npt.NDArray[Any]:
@@ -95,11 +141,12 @@ def significant_bits(stored: npt.NDArray[Any], header: Dataset) -> npt.NDArray[A
     """
     depth, bits = stored.dtype.itemsize * 8, integer(header, "BitsStored")
     shift = integer(header, "HighBit") + 1 - bits
-    if stored.dtype.kind not in "iu" or not 1 < bits < depth or header.file_meta.TransferSyntaxUID.is_encapsulated:
+    syntax, signed = header.file_meta.TransferSyntaxUID, integer(header, "PixelRepresentation") == 1
+    whole = syntax in WHOLE_WORDS or not syntax.is_encapsulated
+    if stored.dtype.kind not in "iu" or not 1 < bits < depth or not whole:
         return stored
     if 0 < shift <= depth - bits:
         stored = stored >> shift
-    signed = integer(header, "PixelRepresentation") == 1
     low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
     if low <= int(stored.min()) and int(stored.max()) <= high:
         return stored
@@ -126,29 +173,32 @@ def frame_element(header: Dataset, number: int, group: str, names: Sequence[str]
     places = [item for place in (*own, *shared) for item in sequence(place, group)[:1]]
     source = places[0] if places else header
     found = Dataset()
+    found.file_meta = header.file_meta  # with the next, tells byte order and sign of what stands in a table
+    found.PixelRepresentation = integer(header, "PixelRepresentation")
     for name in names:
         if name in source and (name.endswith("Sequence") or text(source, name)):
             found[name] = source[name]
     return found
 
 
-def _voi(grey: npt.NDArray[Any], voi: Dataset) -> tuple[npt.NDArray[Any], tuple[float, float] | None]:
-    """Return values after the VOI transform and the range it leaves, None where it changed nothing."""
+def _voi(grey: npt.NDArray[Any], voi: Dataset) -> tuple[npt.NDArray[Any], tuple[float, float], float | None]:
+    """Return values after a VOI transform that is not linear, the range that a linear one lets through, and the end of the
+    scale, None where the values keep theirs.
+    """
+    everything = (-np.inf, np.inf)
     if sequence(voi, "VOILUTSequence"):
-        shown = apply_voi(grey.astype(np.int64), voi, index=0)
-        return shown, (0.0, float(2 ** integer(sequence(voi, "VOILUTSequence")[0], "BitsStored") or shown.max()))
+        table = sequence(voi, "VOILUTSequence")[0]
+        return apply_voi(np.rint(grey).astype(np.int64), voi, index=0), everything, 2.0 ** int(table.LUTDescriptor[2]) - 1.0
     centre, width = first_number(voi, "WindowCenter"), first_number(voi, "WindowWidth")
     function = text(voi, "VOILUTFunction").upper() or "LINEAR"
     least = 1.0 if function == "LINEAR" else 0.0
     if centre is None or width is None or width <= least:
-        return grey, None
+        return grey, everything, None
     if function == "SIGMOID":
-        return 1.0 / (1.0 + np.exp(-4.0 * (grey - centre) / width)), (0.0, 1.0)
+        return 1.0 / (1.0 + np.exp(-4.0 * (grey - centre) / width)), everything, 1.0
     if function == "LINEAR_EXACT":
-        limits = (centre - width / 2.0, centre + width / 2.0)
-    else:
-        limits = (centre - 0.5 - (width - 1.0) / 2.0, centre - 0.5 + (width - 1.0) / 2.0)
-    return np.clip(grey, *limits), limits
+        return grey, (centre - width / 2.0, centre + width / 2.0), None
+    return grey, (centre - 0.5 - (width - 1.0) / 2.0, centre - 0.5 + (width - 1.0) / 2.0), None
 
 
 def first_number(data: Dataset, name: str) -> float | None:
@@ -160,22 +210,28 @@ def first_number(data: Dataset, name: str) -> float | None:
     return None
 
 
-def _range(header: Dataset, modality: Dataset) -> tuple[float, float]:
-    """Return the least and greatest value that the stored bits can give after the modality transform."""
+def _turning_point(header: Dataset, modality: Dataset) -> float:
+    """Return the sum of the least and the greatest value that the stored bits can give after the modality transform.
+
+    It is 0 where these are so large that single values would be lost beside them.
+    """
     bits = integer(header, "BitsStored") or integer(header, "BitsAllocated")
+    if bits > 16:
+        return 0.0
     signed = integer(header, "PixelRepresentation") == 1
-    stored = np.asarray([[-(1 << (bits - 1)), (1 << (bits - 1)) - 1] if signed else [0, (1 << bits) - 1]], dtype=np.int64)
-    low, high = np.sort(apply_modality_lut(stored, modality).ravel().astype(np.float64))
-    return float(low), float(high)
+    ends = [-(1 << (bits - 1)), (1 << (bits - 1)) - 1] if signed else [0, (1 << bits) - 1]
+    return float(_modality(np.asarray([ends], dtype=np.int64), modality).sum(dtype=np.float64))
 
 
 def _padding(values: npt.NDArray[Any], header: Dataset) -> npt.NDArray[np.bool_] | None:
     """Return which pixels the header says to be padding, None where it names no padding value."""
     if "PixelPaddingValue" not in header:
         return None
-    one = numeric(header, "PixelPaddingValue")
-    other = numeric(header, "PixelPaddingRangeLimit") if "PixelPaddingRangeLimit" in header else one
-    return np.asarray((values >= min(one, other)) & (values <= max(one, other)))
+    ends = [numeric(header, name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit") if name in header]
+    if integer(header, "PixelRepresentation") == 1 and values.dtype.kind == "i":  # often written with the other sign
+        span = 1 << integer(header, "BitsAllocated")
+        ends = [end - span if end >= span / 2 else end for end in ends]
+    return np.asarray((values >= min(ends)) & (values <= max(ends)))
 
 
 def _luminance(colour_HW3: npt.NDArray[Any]) -> Grey:

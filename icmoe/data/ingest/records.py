@@ -50,8 +50,8 @@ class Patch(Record):
     """Number of the segment or region: contours of one group that enclose each other leave holes."""
     image: str = ""
     """Keyed hash of the SOP instance that it refers to, empty where it refers to none."""
-    frame: int = 0
-    """Frame of that instance from 0."""
+    frame: int = -1
+    """Frame of that instance from 0, -1 where it names none."""
     plane: Plane | None = None
     """Where the patch itself says that it lies."""
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from highdicom.seg import Segmentation, SegmentationTypeValues
 from pydicom.dataset import Dataset
 
-from icmoe.data.ingest.headers import group_plane, identity, integer, sequence, text
+from icmoe.data.ingest.headers import group_plane, identity, integer, named_patient, referenced_frames, sequence, text
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pseudonyms import Pseudonyms
@@ -62,7 +62,7 @@ def segmentation_record(path: Path, names: LabelNames, hashes: Pseudonyms) -> Fi
             columns=int(seg.Columns),
             patches=tuple(_patches(seg, known, hashes)),
             listed=tuple(sorted(set(listed_instances(seg, hashes)))),
-            **identity(seg, hashes),
+            **(identity(seg, hashes) | named_patient(seg, hashes)),
         )
 
 
@@ -102,7 +102,7 @@ def _patches(seg: Segmentation, labels: dict[int, int], hashes: Pseudonyms) -> I
     for number, own in enumerate(groups):
         segments = labels if whole else {_segment(own, shared): labels.get(_segment(own, shared))}
         plane = group_plane(own, shared)
-        for image, frame in _images(own, shared, hashes) or [("", 0)]:
+        for image, frame in _images(own, shared, hashes) or [("", -1)]:
             for segment, label in segments.items():
                 if label is not None:
                     value = segment if whole else 0
@@ -121,5 +121,5 @@ def _images(own: Dataset, shared: Dataset, hashes: Pseudonyms) -> list[tuple[str
         for source in sequence(derivation, "SourceImageSequence"):
             uid = text(source, "ReferencedSOPInstanceUID")
             if uid:
-                found.append((hashes.of("uid", uid), max(0, integer(source, "ReferencedFrameNumber") - 1)))
+                found += [(hashes.of("uid", uid), frame) for frame in referenced_frames(source)]
     return list(dict.fromkeys(found))

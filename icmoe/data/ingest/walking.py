@@ -34,3 +34,8 @@ def stem(relative: str) -> str:
     name = PurePosixPath(relative).name.lower()
     name = re.sub(r"(\.nii\.gz|\.nii|\.png|\.dcm|\.dicom|\.ima)$", "", name)
     return re.sub(r"[_-](mask|seg|segmentation|label|labels|gt|roi)$", "", name)
+
+
+def case(relative: str) -> str:
+    """Return a volume's `stem` without the number of its channel (case_0000.nii.gz, as nnU-Net writes it)."""
+    return re.sub(r"_\d{4}$", "", stem(relative))
