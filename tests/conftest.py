@@ -62,3 +62,11 @@ def make_features() -> Callable[..., tuple[Features, torch.Tensor]]:
         return features, torch.cat([rest, lesion, *[rest] * (study.classes - 2)], dim=1)
 
     return make
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ingest read and decode here, which is far quicker for a handful of files; test_ingest.py has the processes."""
+    from icmoe.data.ingest import work
+
+    monkeypatch.setattr(work, "in_processes", lambda function, items, *_, **__: ((one, function(one)) for one in items))

@@ -1,4 +1,4 @@
-"""DICOM objects of many forms for tests, each with pixels that the test knows."""
+"""DICOM objects of many forms for tests, each with pixels that the test knows, and what ingest makes of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from test_ingest import LESION, export_of, taken
 
+from icmoe.data.slices import SiteData, load_image, load_mask
+from icmoe.study import Label
+from icmoe.window import Window, normalise, series_window
+
+RNG = np.random.default_rng(6)
+VOLUME = RNG.integers(0, 3000, (5, 20, 24)).astype(np.uint16)
+MASKS = np.zeros((5, 20, 24), np.uint8)
+for n in range(1, 4):
+    MASKS[n, 3 : 8 + n, 5 : 12 + 2 * n] = 1
 AXIAL = (1, 0, 0, 0, 1, 0)
 
 
@@ -110,12 +120,13 @@ def segmentation(
     sources: Sequence[Dataset], pixels: np.ndarray, kind: str, names: Sequence[str] = ("lesion",), **further: Any
 ) -> Dataset:
     """Return a SEG object made by highdicom."""
+    kinds = {"edema": codes.SCT.Edema, "bone": codes.SCT.Bone}
     described = [
         hd.seg.SegmentDescription(
             segment_number=number,
             segment_label=name,
             segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
-            segmented_property_type=codes.SCT.Neoplasm if number == 1 else codes.SCT.Edema,
+            segmented_property_type=kinds.get(name.lower(), codes.SCT.Neoplasm),
             algorithm_type=hd.seg.SegmentAlgorithmTypeValues.MANUAL,
         )
         for number, name in enumerate(names, start=1)
@@ -243,3 +254,33 @@ def common(*, axes: Sequence[float] = AXIAL, spacing: Sequence[float] = (1.0, 1.
     for name, group in groups.items():
         setattr(made, name, [group])
     return made
+
+
+def used(place: Path, labels: tuple[Label, ...] = LESION, **settings: Any) -> tuple[list[np.ndarray], list[np.ndarray], SiteData]:
+    """Ingest what is in `place`/export; return pictures and classes in order, and what the index says."""
+    data = taken(export_of(place / "export", place / "kept", labels, shares=(1.0, 0.0, 0.0), **settings))
+    items = sorted(data.slices, key=lambda one: (one.patient, one.index))
+    return [load_image(one) for one in items], [load_mask(one.mask, labels) for one in items], data
+
+
+def numbers(data: SiteData) -> list[int]:
+    return sorted(one.number for one in data.exclusions)
+
+
+def scaled(greys: Sequence[np.ndarray], low: float = -np.inf, high: float = np.inf) -> list[np.ndarray]:
+    window = series_window(list(greys))
+    return [normalise(grey, Window(max(low, window.low), min(high, window.high))) for grey in greys]
+
+
+def same(found: Sequence[np.ndarray], want: Sequence[np.ndarray]) -> bool:
+    return len(found) == len(want) and all(np.allclose(one, other, atol=1e-5) for one, other in zip(found, want, strict=True))
+
+
+def put(place: Path, objects: Sequence[Dataset], names: str = "z{}") -> None:
+    for number, data in enumerate(objects):
+        save(data, place / "export" / names.format(len(objects) - number))
+
+
+def lying(position: Sequence[float]) -> Dataset:
+    """Return the functional groups of a frame that lies there."""
+    return item(PlanePositionSequence=[item(ImagePositionPatient=[float(v) for v in position])])

@@ -13,19 +13,21 @@ import numpy.typing as npt
 from icmoe.data.images import pixel_digest, read_classes, read_grey
 from icmoe.data.ingest.burned_in import holds_text
 from icmoe.data.ingest.contours import fill, read_contours
-from icmoe.data.ingest.geometry import upright
+from icmoe.data.ingest.geometry import share_within, upright
 from icmoe.data.ingest.opening import Refusal, refusing
 from icmoe.data.ingest.pairing import Use
 from icmoe.data.ingest.pixels import Shown, read_frames
 from icmoe.data.ingest.records import FileRecord, FrameResult, Plane
 from icmoe.data.ingest.segmentations import open_segmentation, read_patch
-from icmoe.data.ingest.volumes import read_volume, through_axis
+from icmoe.data.ingest.volumes import SCALING_ERROR, read_volume, through_axis
 from icmoe.data.store import entry_path, read_stored, smallest, write_stored
 from icmoe.errors import IcmoeError
 from icmoe.study import Label
 from icmoe.window import ValueCounts, Window, normalise
 
 Classes = npt.NDArray[np.uint8]
+OFF_IMAGE = "most of the mask lies off the image"
+TWO_READINGS = "two masks mark the same object differently; exclude one of them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,9 @@ def decode_series(job: SeriesJob) -> list[FrameResult]:
     shown = Shown()
     for key, grey in _greys(job, shown):
         results[key] = _first_pass(job, wanted[key], grey, masks, counts)
+    twice = next((result for result in results.values() if result.why == TWO_READINGS), None)
+    if twice:  # where the two agree by chance or mark nothing, nobody knows either which of them is right
+        return [twice] * len(wanted)
     window = shown.bound(counts.window()) if any(not result.fault for result in results.values()) else None
     missing = FrameResult(fault=118, why="the file holds fewer frames than its header says")
     return [_second_pass(job, results.get(key, missing), window) for key in wanted]
@@ -144,50 +149,75 @@ def _frames_of(
             yield from read_frames(job.root / path, numbers, shown)
 
 
+def _are_two_readings(classes: Classes, other: Classes, *, whole: bool) -> bool:
+    """Return whether two files contradict each other: they mark one class in places that overlap and differ.
+
+    Marks apart from each other are two objects; files that speak of every pixel (`whole`) contradict where they differ.
+    """
+    if whole:
+        return not np.array_equal(classes, other)
+    both = [(classes == label, other == label) for label in np.intersect1d(classes[classes > 0], other)]
+    return any(bool((one & two).any()) and not np.array_equal(one, two) for one, two in both)
+
+
 class _Masks:
     """The masks of a series, each file opened once."""
 
     def __init__(self, job: SeriesJob) -> None:
         self._job = job
         self._open: dict[str, Any] = {}
+        self._within: dict[str, float] = {}
 
     def classes(self, frame: Wanted, shape: tuple[int, int]) -> Classes:
         """Return the class of every pixel of a frame as stored, before it is turned upright."""
         classes = np.zeros(shape, dtype=np.uint8)
-        for use in frame.uses:
+        for place, use in enumerate(frame.uses):
             match use.form:
                 case "seg":
-                    self._segments(use, classes)
+                    own = self._segments(use, shape)
                 case "contours":
-                    self._contours(use, classes, frame.plane)
+                    own = self._contours(use, shape, frame.plane)
                 case "volume":
-                    np.maximum(classes, self._volume(use, shape), out=classes)
+                    own = self._volume(use, shape)
                 case _:
-                    np.maximum(classes, self._picture(use.path), out=classes)
+                    own = self._picture(use.path)
+            if place and _are_two_readings(classes, own, whole=use.form in {"volume", "picture"}):
+                raise Refusal(122, TWO_READINGS)
+            np.maximum(classes, own, out=classes)
         return classes
 
-    def _segments(self, use: Use, classes: Classes) -> None:
+    def _segments(self, use: Use, shape: tuple[int, int]) -> Classes:
+        classes = np.zeros(shape, dtype=np.uint8)
         seg = self._once(use.path, open_segmentation)
         for patch, grid in zip(use.patches, use.grids, strict=True):
             marked = read_patch(seg, patch)
-            placed = marked if grid is None else grid.take(marked[..., None], (classes.shape[0], classes.shape[1]))
-            if placed.sum() < 0.5 * marked.sum():
-                raise Refusal(121, "most of the mask lies off the image")
+            if grid is not None and share_within(marked[..., None], [grid], shape) < 0.5:
+                raise Refusal(121, OFF_IMAGE)
+            placed = marked if grid is None else grid.take(marked[..., None], shape)
             classes[placed] = np.maximum(classes[placed], patch.label)
+        return classes
 
-    def _contours(self, use: Use, classes: Classes, plane: Plane | None) -> None:
+    def _contours(self, use: Use, shape: tuple[int, int], plane: Plane | None) -> Classes:
+        classes = np.zeros(shape, dtype=np.uint8)
         points = self._once(use.path, read_contours)
         regions: dict[tuple[int, int], npt.NDArray[np.bool_]] = {}
         for patch in use.patches:
             assert plane is not None
-            filled = fill(points[patch.number], plane, (classes.shape[0], classes.shape[1]))
+            filled = fill(points[patch.number], plane, shape)
             key = (patch.label, patch.group)
             regions[key] = regions[key] ^ filled if key in regions else filled
         for (label, _), filled in regions.items():
             classes[filled] = np.maximum(classes[filled], label)
+        return classes
 
     def _volume(self, use: Use, shape: tuple[int, int]) -> Classes:
         voxels = self._once(use.path, lambda path: self._named(read_volume(path)[0]))
+        if use.path not in self._within:
+            uses = (other for frame in self._job.frames for other in frame.uses if other.path == use.path)
+            grids = [grid for other in uses for grid in other.grids if grid is not None]
+            self._within[use.path] = share_within(voxels, grids, shape)
+        if self._within[use.path] < 0.5:
+            raise Refusal(121, OFF_IMAGE)
         (grid,) = use.grids
         assert grid is not None
         return np.asarray(grid.take(voxels, shape), dtype=np.uint8)
@@ -204,6 +234,8 @@ class _Masks:
     def _named(self, voxels: npt.NDArray[Any]) -> Classes:
         """Return class indices for a volume's values, or refuse a value that no label names."""
         classes = np.full(voxels.shape, 255, dtype=np.uint8)
+        if voxels.dtype.kind == "f":
+            voxels = np.where(np.abs(np.rint(voxels) - voxels) < SCALING_ERROR, np.rint(voxels), voxels)
         for index, label in enumerate(self._job.labels):
             classes[np.isin(voxels, label.values)] = index
         if (classes == 255).any():

@@ -69,6 +69,26 @@ class Grid:
         return taken.reshape(shape)
 
 
+def share_within(mask: npt.NDArray[Any], grids: Sequence[Grid], shape: tuple[int, int]) -> float:
+    """Return which share of a mask's marked voxels lies in the box around images, 1 where nothing is marked.
+
+    Parameters
+    ----------
+    mask
+        Three axes; other than 0 is marked.
+    grids
+        Of the images on the mask.
+    shape
+        Height and width of each image, pixels.
+    """
+    corners = [[row, column, 1] for row in (0, shape[0] - 1) for column in (0, shape[1] - 1)]
+    reached = np.concatenate([np.asarray(corners) @ grid.steps_33.T for grid in grids])
+    low, high = np.maximum(reached.min(axis=0), 0), reached.max(axis=0) + 1
+    within = mask[tuple(slice(start, max(start, end)) for start, end in zip(low, high, strict=True))]
+    marked = int(np.count_nonzero(mask))
+    return float(np.count_nonzero(within)) / marked if marked else 1.0
+
+
 def grid_between(mask_matrix: Array, image: Plane, shape: tuple[int, int], *, off_mm: float = 0.0) -> Grid | None:
     """Return which voxel of a mask lies under each pixel of an image, None where the grids do not meet.
 

@@ -109,7 +109,7 @@ def pair(files: Mapping[str, FileRecord]) -> Pairing:
             found[path] = _uses(path, record, images, by_uid, origins)
         except Refusal as refusal:
             pairing.refusals[path] = refusal
-    _prefer(found, files, pairing)
+    _prefer(found, pairing)
     return pairing
 
 
@@ -283,24 +283,18 @@ def _closest(path: str, targets: Mapping[str, str]) -> list[str]:
     return [name for name, depth in depths.items() if depth == max(depths.values())]
 
 
-def _prefer(found: Mapping[str, dict[Key, Use]], files: Mapping[str, FileRecord], pairing: Pairing) -> None:
-    """Keep on each frame the masks of the best form; two pictures or volumes on one frame cannot both be right."""
+def _prefer(found: Mapping[str, dict[Key, Use]], pairing: Pairing) -> None:
+    """Keep on each frame the masks of the best form."""
     frames: dict[Key, list[Use]] = {}
     for by_key in found.values():
         for key, use in by_key.items():
             frames.setdefault(key, []).append(use)
     used: set[str] = set()
-    clash: set[str] = set()
     for key, uses in frames.items():
         form = min((use.form for use in uses), key=FORMS.index)
         chosen = [use for use in uses if use.form == form]
-        if form in {"volume", "picture"} and len(chosen) > 1:
-            clash |= {use.path for use in chosen}
-            continue
         pairing.uses[key] = chosen
         used |= {use.path for use in chosen}
     for path in found:
-        if path in clash:
-            pairing.refusals[path] = Refusal(122, f"several {files[path].kind} masks claim one image; exclude all but one")
-        elif path not in used:
+        if path not in used:
             pairing.refusals[path] = Refusal(128, "a mask that refers to these images by instance is used instead")

@@ -182,8 +182,9 @@ def frame_element(header: Dataset, number: int, group: str, names: Sequence[str]
 
 
 def _voi(grey: npt.NDArray[Any], voi: Dataset) -> tuple[npt.NDArray[Any], tuple[float, float], float | None]:
-    """Return values after a VOI transform that is not linear, the range that a linear one lets through, and the end of the
-    scale, None where the values keep theirs.
+    """Return values after a VOI transform that bends, the range that a linear one lets through, and where the scale ends.
+
+    The end is None where the values keep their scale.
     """
     everything = (-np.inf, np.inf)
     if sequence(voi, "VOILUTSequence"):

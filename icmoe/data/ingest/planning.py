@@ -16,6 +16,7 @@ from icmoe.data.ingest.opening import Refusal
 from icmoe.data.ingest.pairing import Key, Use, is_image, pair
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import RECIPE_VERSION, FileRecord, FramePlace, Plane
+from icmoe.data.ingest.walking import case, stem
 from icmoe.study import Label
 
 
@@ -82,7 +83,7 @@ def plan(files: Mapping[str, FileRecord], marks: Mapping[str, str], site: Site) 
     site
         Where and for whom.
     """
-    made = Plan()
+    made, files = Plan(), _with_case_owners(files, site.hashes)
     pairing = pair(files)
     grouped: dict[str, list[tuple[str, FileRecord]]] = {}
     for path, record in files.items():
@@ -95,6 +96,17 @@ def plan(files: Mapping[str, FileRecord], marks: Mapping[str, str], site: Site) 
     for series, members in sorted(grouped.items()):
         _series(series, members, files, marks, site, pairing.uses, made)
     return made
+
+
+def _with_case_owners(files: Mapping[str, FileRecord], hashes: Pseudonyms) -> dict[str, FileRecord]:
+    """Return records in which the channels of one case (case_0000, case_0001) are one patient, named like their mask."""
+    cases = {stem(path) for path, record in files.items() if record.kind == "volume"}
+
+    def owner(path: str, record: FileRecord) -> str:
+        own = record.kind == "volume" and record.patient == hashes.patient(stem(path))
+        return hashes.patient(case(path)) if own and case(path) in cases and case(path) != stem(path) else record.patient
+
+    return {path: record.model_copy(update={"patient": owner(path, record)}) for path, record in files.items()}
 
 
 def _series(
@@ -117,10 +129,15 @@ def _series(
         )
         return
     frames = [(path, n, place) for path, record in members for n, place in enumerate(record.frames) if (path, n) in uses]
-    if len(frames) < total:
-        why = "no mask speaks of it"
-        gap = LeftOut(subject=series, number=124, why=why, patient=owner, series=series, frames=total - len(frames))
-        made.left_out.append(gap)
+    taken = {files[path].image for path, _, _ in frames if files[path].image}
+    copies = sum(len(record.frames) for path, record in members if record.image in taken and (path, 0) not in uses)
+    for number, why, count in (
+        (125, "a copy of it is used", copies),
+        (124, "no mask speaks of it", total - len(frames) - copies),
+    ):
+        if count:
+            gap = LeftOut(subject=series, number=number, why=why, patient=owner, series=series, frames=count)
+            made.left_out.append(gap)
     if not frames:
         return
     frames = _ordered(frames)

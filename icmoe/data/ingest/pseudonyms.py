@@ -39,8 +39,8 @@ class Pseudonyms:
         return hmac.new(self.secret, message, hashlib.sha256).hexdigest()[:DIGITS]
 
     def patient(self, text: str) -> str:
-        """Return the pseudonym of a patient, such as P-0123456789abcdef; blanks around the number do not matter."""
-        return f"P-{self.of('patient', text.strip())}"
+        """Return the pseudonym of a patient, such as P-0123456789abcdef; blanks around it and case do not matter."""
+        return f"P-{self.of('patient', text.strip().casefold())}"
 
     def share(self, patient: str) -> float:
         """Return a number in [0, 1) that belongs to a pseudonym for good."""

@@ -21,8 +21,14 @@ from icmoe.data.ingest.volumes import looks_like_classes, volume_record
 from icmoe.data.ingest.walking import stem
 from icmoe.errors import IcmoeError
 
-GENERIC = re.compile(r"(image|img|mask|label|seg|segmentation|png|nifti|nii|dicom|scan|train|val|test|data)s?(tr|ts)?", re.I)
+GENERIC = re.compile(
+    r"(image|img|mask|label|seg|segmentation|png|nifti|nii|dicom|scan|train|val|test|data)s?(tr|ts)?"
+    r"|flair|t1|t1w|t1ce|t1gd|t2|t2w|pd|dwi|adc|swi|ct|mr|mri|pt|pet|anat|ses-[a-z0-9]+",
+    re.I,
+)
 """Folder names that say what lies in them, not whose it is."""
+BIDS = r"(?:^|/)(sub-[A-Za-z0-9]+)(?:/|_)"
+"""Who it is in the Brain Imaging Data Structure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +94,7 @@ class Reader:
         Volumes in a folder without such a name are a patient each; pictures there are all one patient, so that slices of
         one person never come into two splits.
         """
-        found = re.search(self.patient_pattern, relative) if self.patient_pattern else None
+        found = re.search(self.patient_pattern or BIDS, relative)
         path = PurePosixPath(relative)
         folders = [part for part in path.parent.parts if not GENERIC.fullmatch(part)]
         volume = path.name.lower().endswith((".nii", ".nii.gz"))

@@ -16,6 +16,8 @@ from icmoe.data.ingest.records import FileRecord, FramePlace, Plane
 MAX_VOXELS = 2**28
 MASK_VALUES = 32
 """Most distinct whole values that a mask has; an image has more."""
+SCALING_ERROR = 1e-3
+"""How far from a whole number a class may lie that a file stores with a scale, such as 255 times 1/255 in float32."""
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -98,7 +100,7 @@ def looks_like_classes(values: npt.NDArray[Any]) -> bool:
     if len(few) > MASK_VALUES:
         return False
     found = np.unique(values)
-    return len(found) <= MASK_VALUES and bool((np.rint(found) == found).all())
+    return len(found) <= MASK_VALUES and bool((np.abs(np.rint(found) - found) < SCALING_ERROR).all())
 
 
 def _image(stream: Any) -> Any:  # noqa: ANN401  # nibabel carries no types

@@ -1,0 +1,146 @@
+"""Where pictures lie and on which scale, in objects of one frame and of many, compared with what was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import highdicom as hd
+import numpy as np
+import pytest
+from dicom_builders import (
+    MASKS,
+    VOLUME,
+    common,
+    derived,
+    enhanced,
+    item,
+    place,
+    plain_segmentation,
+    put,
+    same,
+    scaled,
+    segmentation,
+    used,
+    volume,
+)
+from pydicom.uid import (
+    generate_uid,
+)
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
+
+def test_a_window_per_slice_does_not_make_equal_tissue_differ_from_slice_to_slice(tmp_path: Path):
+    sources = volume(VOLUME)
+    for number, source in enumerate(sources):
+        source.WindowCenter, source.WindowWidth = [500 + 100 * number, 40], [800, 80]
+    put(tmp_path, [*sources, segmentation(sources, MASKS, "BINARY")])
+    pictures, classes, _ = used(tmp_path)
+    assert same(pictures, scaled(VOLUME, 100.5 - 0.5, 1299.0))
+    assert same(classes, MASKS)
+
+
+def test_a_narrow_window_bounds_the_whole_series_and_one_outside_of_the_data_counts_for_nothing(tmp_path: Path):
+    for width, limits in ((80, (0.5, 79.5)), (401.0, (-160.5, 239.5))):
+        place = tmp_path / str(width)
+        sources = volume(VOLUME, WindowCenter=40, WindowWidth=width, VOILUTFunction="LINEAR_EXACT")
+        put(place, [*sources, segmentation(sources, MASKS, "BINARY")])
+        assert same(used(place)[0], scaled(VOLUME, max(0, 40 - width / 2), 40 + width / 2)), limits
+    sources = volume(VOLUME, WindowCenter=-9000, WindowWidth=100)
+    put(tmp_path / "off", [*sources, segmentation(sources, MASKS, "BINARY")])
+    assert same(used(tmp_path / "off")[0], scaled(VOLUME))
+
+
+def test_rescale_of_its_own_in_every_slice_gives_one_scale_for_the_series(tmp_path: Path):
+    slopes = 1.0 / np.arange(1, 6)
+    sources = volume(VOLUME, Modality="PT")
+    for source, slope in zip(sources, slopes, strict=True):
+        source.RescaleSlope, source.RescaleIntercept = f"{slope:.8f}", "0"
+    put(tmp_path, [*sources, segmentation(sources, MASKS, "BINARY")])
+    assert same(used(tmp_path)[0], scaled([grey * slope for grey, slope in zip(VOLUME, slopes, strict=True)]))
+
+
+TILT = np.deg2rad(20)
+PLANES: dict[str, tuple[dict[str, Any], Any]] = {
+    "axial": ({}, lambda v: v),
+    "head first downwards": ({"step": (0, 0, -5)}, lambda v: v[::-1]),
+    "rows to the front": ({"axes": (1, 0, 0, 0, -1, 0), "step": (0, 0, 5)}, lambda v: v[:, ::-1]),
+    "columns to the right": ({"axes": (-1, 0, 0, 0, 1, 0), "step": (0, 0, 5)}, lambda v: v[:, :, ::-1]),
+    "lying on its side": ({"axes": (0, 1, 0, 1, 0, 0), "step": (0, 0, 5)}, lambda v: v.transpose(0, 2, 1)),
+    "coronal": ({"axes": (1, 0, 0, 0, 0, -1), "step": (0, 5, 0)}, lambda v: v),
+    "sagittal": ({"axes": (0, 1, 0, 0, 0, -1), "step": (-5, 0, 0)}, lambda v: v[::-1]),
+    "oblique": ({"axes": (0.8, 0.6, 0, -0.6, 0.8, 0)}, lambda v: v),
+    "steeply oblique": ({"axes": (0.6, 0, 0.8, 0, 1, 0)}, None),
+    "gantry tilt": ({"axes": (1, 0, 0, 0, np.cos(TILT), -np.sin(TILT)), "step": (0, 0, 5.0)}, lambda v: v),
+}
+
+
+@pytest.mark.parametrize("name", PLANES)
+def test_slices_come_in_the_order_of_the_body_and_upright(name: str, tmp_path: Path):
+    geometry, turned = PLANES[name]
+    sources = volume(VOLUME, **geometry)
+    put(tmp_path, [*sources, segmentation(sources, MASKS, "BINARY", omit_empty_frames=False)])
+    pictures, classes, data = used(tmp_path)
+    greys = turned(VOLUME) if turned else VOLUME[::-1] if np.cross([0.6, 0, 0.8], [0, 1, 0])[0] < 0 else VOLUME
+    assert same(pictures, scaled(greys))
+    assert same(classes, turned(MASKS) if turned else MASKS[::-1])
+    distance = 5.0 * np.cos(TILT) if name == "gantry tilt" else 5.0
+    assert data.slices[0].spacing_mm == pytest.approx((distance, 1.5, 1.0) if "side" in name else (distance, 1.0, 1.5))
+
+
+def test_enhanced_frames_in_any_order_with_a_scale_of_their_own(tmp_path: Path):
+    order = [3, 0, 4, 1, 2]
+    frames = [
+        place(
+            (-20, -30, 5.0 * n),
+            stack=n + 1,
+            PixelValueTransformationSequence=item(RescaleSlope=f"{n + 1}", RescaleIntercept="-7", RescaleType="US"),
+            FrameVOILUTSequence=item(WindowCenter=1000, WindowWidth=4000 + 100 * n, WindowCenterWidthExplanation=""),
+            PixelMeasuresSequence=item(PixelSpacing=[1.0, 1.5], SliceThickness=5.0),
+        )
+        for n in order
+    ]
+    source = enhanced(VOLUME[order], frames, common(spacing=(9.0, 9.0)))
+    groups = [item(DerivationImageSequence=[derived(source, at + 1)]) for at in range(5)]
+    put(tmp_path, [source, plain_segmentation(MASKS[order], groups)])
+    pictures, classes, data = used(tmp_path)
+    assert same(
+        pictures, scaled([grey * (n + 1.0) - 7 for n, grey in enumerate(VOLUME)], 1000 - 0.5 - 4399 / 2, 1000 - 0.5 + 4399 / 2)
+    )
+    assert same(classes, MASKS)
+    assert data.slices[0].spacing_mm == pytest.approx((5.0, 1.0, 1.5))
+
+
+def test_phases_of_a_cine_are_ordered_by_place_and_then_by_time(tmp_path: Path):
+    where, when = [0, 0, 5, 5], [2, 1, 2, 1]
+    frames = [place((0, 0, z), stack=1 + z // 5, time=t) for z, t in zip(where, when, strict=True)]
+    source = enhanced(VOLUME[:4], frames, common())
+    groups = [item(DerivationImageSequence=[derived(source, n + 1)]) for n in range(4)]
+    put(tmp_path, [source, plain_segmentation(MASKS[:4], groups)])
+    pictures, classes, data = used(tmp_path)
+    order = [1, 0, 3, 2]
+    assert same(pictures, scaled(VOLUME[order]))
+    assert same(classes, MASKS[order])
+    assert all(one.spacing_mm is None for one in data.slices), "the distance of phases is not one of slices"
+
+
+def test_legacy_converted_objects_read_like_what_they_were_made_from(tmp_path: Path):
+    kind = "1.2.840.10008.5.1.4.1.1.4"
+    sources = volume(
+        VOLUME,
+        SOPClassUID=kind,
+        ImageType=["ORIGINAL", "PRIMARY", "M"],
+        RescaleSlope="2",
+        RescaleIntercept="1",
+        BodyPartExamined="",
+        SliceThickness=5.0,
+    )
+    made = hd.legacy.LegacyConvertedEnhancedMRImage(
+        sources, series_instance_uid=generate_uid(), series_number=2, sop_instance_uid=generate_uid(), instance_number=1
+    )
+    heights = [own.PlanePositionSequence[0].ImagePositionPatient[2] for own in made.PerFrameFunctionalGroupsSequence]
+    put(tmp_path, [made, segmentation([made], MASKS[np.argsort(np.argsort(heights))], "BINARY")])
+    pictures, classes, _ = used(tmp_path)
+    assert same(pictures, scaled(VOLUME))
+    assert same(classes, MASKS)
