@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 from dicom_builders import (
     MASKS,
+    RNG,
     VOLUME,
     common,
+    contour,
     derived,
     enhanced,
     item,
@@ -23,6 +27,7 @@ from dicom_builders import (
     same,
     scaled,
     segmentation,
+    structures,
     used,
     volume,
 )
@@ -191,3 +196,141 @@ def test_two_readers_of_one_lesion_are_told_apart_from_two_lesions_and_from_copi
         _, classes, data = used(tmp_path / name)
         assert same(classes, want if want is not None else [])
         assert (122 in numbers(data)) == (want is None)
+
+
+def square(source: Dataset, top: float, left: float, bottom: float, right: float, above_mm: float = 0.0) -> np.ndarray:
+    """Return the corners of a box in patient coordinates, given in pixels of the image."""
+    axes, spacing = np.asarray(source.ImageOrientationPatient, float), source.PixelSpacing
+    corners = [(top, left), (top, right), (bottom, right), (bottom, left)]
+    start = np.asarray(source.ImagePositionPatient, float) + above_mm * np.cross(axes[:3], axes[3:])
+    return np.asarray([start + row * spacing[0] * axes[3:] + column * spacing[1] * axes[:3] for row, column in corners])
+
+
+OBLIQUE = (0.8, 0.6, 0, -0.6, 0.8, 0)
+
+
+@pytest.mark.parametrize("axes", [(1, 0, 0, 0, 1, 0), OBLIQUE])
+@pytest.mark.parametrize("refers", ["by contour", "as a list", "by place"])
+def test_contours_fill_the_pixels_whose_centres_they_enclose(refers: str, axes: tuple[float, ...], tmp_path: Path):
+    sources = volume(VOLUME, axes=axes)
+    outer, inner, beside = ((2.4, 3.4, 12.6, 15.6), (5.6, 6.6, 8.4, 9.4), (14.5, 17.5, 17.5, 20.5))
+    drawn = [(source, box) for source in sources[1:3] for box in (outer, inner, beside)]
+    contours = [contour(square(source, *box), source if refers == "by contour" else None) for source, box in drawn]
+    contours += [
+        contour(square(sources[1], 0, 0, 9, 9), kind="OPEN_PLANAR"),
+        contour(square(sources[1], 0, 0, 9, 9)[:1], kind="POINT"),
+    ]
+    space = sources[0].FrameOfReferenceUID
+    put(tmp_path, [*sources, structures(contours, listed=sources if refers == "as a list" else (), space=space, name=" LESION ")])
+    want = np.zeros((20, 24), np.uint8)
+    want[3:13, 4:16], want[15:18, 18:21] = 1, 1
+    want[6:9, 7:10] = 0
+    _, classes, data = used(tmp_path)
+    empty = np.zeros_like(want)
+    assert same(classes, [empty, want, want, empty, empty] if refers == "as a list" else [want, want])
+    assert (124 in numbers(data)) == (refers != "as a list")
+
+
+def test_a_keyhole_leaves_its_hole(tmp_path: Path):
+    sources = volume(VOLUME[:1])
+    outer, inner = square(sources[0], 2.4, 3.4, 12.6, 15.6), square(sources[0], 5.6, 6.6, 8.4, 9.4)
+    path = np.concatenate([outer, outer[:1], inner[::-1], inner[-1:]])
+    put(tmp_path, [*sources, structures([contour(path, sources[0])], space=sources[0].FrameOfReferenceUID)])
+    want = np.zeros((20, 24), np.uint8)
+    want[3:13, 4:16] = 1
+    want[6:9, 7:10] = 0
+    ((found,),) = (used(tmp_path)[1],)
+    assert np.count_nonzero(found != want) <= 3, "pixels under the slit may fall to either side"
+
+
+def test_a_contour_off_the_plane_of_its_image_is_refused(tmp_path: Path):
+    sources = volume(VOLUME[:1])
+    off = contour(square(sources[0], 2, 3, 9, 9, above_mm=2.0), sources[0])
+    put(tmp_path, [*sources, structures([off], space=sources[0].FrameOfReferenceUID)])
+    assert 121 in numbers(used(tmp_path)[2])
+
+
+def as_nifti(masks: np.ndarray, order: Sequence[int], flips: Sequence[int], kind: Any = np.uint8) -> nibabel.Nifti1Image:
+    """Return slices x H x W of a default axial `volume` with its axes in another order and direction, and the affine for it."""
+    lps = np.asarray([[0, 0, 1.5, -20], [0, 1.0, 0, -30], [5.0, 0, 0, 40], [0, 0, 0, 1]])
+    voxels, affine = masks, np.diag([-1, -1, 1, 1]) @ lps
+    for axis in flips:
+        step = np.eye(4)
+        step[axis, axis], step[axis, 3] = -1, voxels.shape[axis] - 1
+        voxels, affine = np.flip(voxels, axis), affine @ step
+    return nibabel.Nifti1Image(voxels.transpose(order).astype(kind), affine[:, [*order, 3]])
+
+
+FORMS = [(order, flips) for order in permutations(range(3)) for flips in ([], [0], [1, 2])]
+
+
+@pytest.mark.parametrize(("order", "flips"), FORMS)
+def test_a_nifti_mask_lies_where_its_affine_says(order: tuple[int, ...], flips: list[int], tmp_path: Path):
+    sources = volume(VOLUME)
+    put(tmp_path, sources)
+    nibabel.save(as_nifti(MASKS, order, flips), tmp_path / "export/m.nii.gz")
+    pictures, classes, _ = used(tmp_path)
+    assert same(pictures, scaled(VOLUME))
+    assert same(classes, MASKS)
+
+
+@pytest.mark.parametrize("form", ["float", "scaled", "four axes", "qform alone", "larger", "one slice fewer"])
+def test_nifti_masks_of_other_forms(form: str, tmp_path: Path):
+    sources, want = volume(VOLUME), MASKS
+    put(tmp_path, sources)
+    made = as_nifti(MASKS, (2, 1, 0), [], np.float32 if form == "float" else np.uint8)
+    if form == "scaled":
+        made = nibabel.Nifti1Image(np.asarray(made.dataobj) * 255, made.affine)
+        made.header.set_slope_inter(1 / 255, 0)
+    elif form == "four axes":
+        made = nibabel.Nifti1Image(np.asarray(made.dataobj)[..., None], made.affine)
+    elif form == "qform alone":
+        made.set_qform(made.affine, 1)
+        made.set_sform(None, 0)
+    elif form == "larger":
+        affine = made.affine @ np.asarray([[1, 0, 0, -3], [0, 1, 0, -2], [0, 0, 1, -1], [0, 0, 0, 1.0]])
+        made = nibabel.Nifti1Image(np.pad(np.asarray(made.dataobj), ((3, 3), (2, 2), (1, 1))), affine)
+    elif form == "one slice fewer":
+        made, want = as_nifti(MASKS[:4], (2, 1, 0), []), MASKS[:4]
+    nibabel.save(made, tmp_path / "export/m.nii")
+    assert same(used(tmp_path)[1], want)
+
+
+def test_a_nifti_mask_off_the_grid_or_off_the_slices_is_refused(tmp_path: Path):
+    put(tmp_path, volume(VOLUME[:2]))
+    shifted = as_nifti(MASKS, (2, 1, 0), [])
+    shifted.affine[0, 3] += 0.7
+    nibabel.save(nibabel.Nifti1Image(np.asarray(shifted.dataobj), shifted.affine), tmp_path / "export/a.nii.gz")
+    assert numbers(used(tmp_path)[2]) == [108, 121, 124]
+    (tmp_path / "export/a.nii.gz").unlink()
+    nibabel.save(as_nifti(MASKS, (2, 1, 0), []), tmp_path / "export/b.nii.gz")
+    assert 121 in numbers(used(tmp_path)[2]), "slices 2 and 3 of the mask have most of it and no image"
+
+
+def test_nnunet_cases_of_equal_geometry_pair_by_name_and_their_channels_are_one_patient(tmp_path: Path):
+    for folder in ("imagesTr", "labelsTr"):
+        (tmp_path / "export" / folder).mkdir(parents=True)
+    for number in range(3):
+        for channel in range(2):
+            grey = VOLUME + RNG.integers(0, 99, VOLUME.shape)
+            nibabel.save(as_nifti(grey, (2, 1, 0), [], np.int16), tmp_path / f"export/imagesTr/case{number}_{channel:04}.nii.gz")
+        nibabel.save(as_nifti(np.roll(MASKS, number, 2), (2, 1, 0), []), tmp_path / f"export/labelsTr/case{number}.nii.gz")
+    data = used(tmp_path)[2]
+    assert len({one.patient for one in data.slices}) == 3
+    assert len(data.slices) == 3 * 2 * 5
+    assert not data.exclusions
+
+
+def test_bids_masks_pair_by_subject_and_sessions_are_one_patient(tmp_path: Path):
+    for number in (1, 2):
+        for session in ("a", "b"):
+            inside = f"sub-0{number}/ses-{session}/anat"
+            for folder in ("raw", "derivatives/lesions"):
+                (tmp_path / "export" / folder / inside).mkdir(parents=True)
+            name = f"{inside}/sub-0{number}_ses-{session}"
+            grey = VOLUME + RNG.integers(0, 99, VOLUME.shape)
+            nibabel.save(as_nifti(grey, (2, 1, 0), [], np.int16), tmp_path / f"export/raw/{name}_FLAIR.nii.gz")
+            nibabel.save(as_nifti(MASKS, (2, 1, 0), []), tmp_path / f"export/derivatives/lesions/{name}_mask.nii.gz")
+    data = used(tmp_path)[2]
+    assert len({one.patient for one in data.slices}) == 2
+    assert len(data.slices) == 4 * 5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -272,15 +272,21 @@ def _overlaps(grid: Grid, mask: tuple[int, ...], image: tuple[int, int]) -> bool
 
 
 def _closest(path: str, targets: Mapping[str, str]) -> list[str]:
-    """Return the keys whose path shares the most folders with `path`, several where they are equally close."""
+    """Return the keys whose path shares the most folders with `path`, from the top and then from the bottom.
+
+    Several are returned where they are equally close.
+    """
     folders = PurePosixPath(path).parent.parts
 
-    def shared(target: str) -> int:
-        other = PurePosixPath(target).parent.parts
-        return next((at for at, (a, b) in enumerate(zip(folders, other, strict=False)) if a != b), min(len(folders), len(other)))
+    def shared(one: Sequence[str], other: Sequence[str]) -> int:
+        return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
-    depths = {name: shared(target) for name, target in targets.items()}
-    return [name for name, depth in depths.items() if depth == max(depths.values())]
+    def depth(target: str) -> tuple[int, int]:
+        other = PurePosixPath(target).parent.parts
+        return shared(folders, other), shared(folders[::-1], other[::-1])
+
+    depths = {name: depth(target) for name, target in targets.items()}
+    return [name for name, found in depths.items() if found == max(depths.values())]
 
 
 def _prefer(found: Mapping[str, dict[Key, Use]], pairing: Pairing) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,22 @@ def open_segmentation(path: Path) -> Segmentation:
     """
     data = open_dicom(path, pixels=True)
     with refusing(117, BROKEN):
+        for own in sequence(data, "PerFrameFunctionalGroupsSequence"):
+            _split_references(own)
         return Segmentation.from_dataset(data, copy=False)
+
+
+def _split_references(own: Dataset) -> None:
+    """Make one reference per frame out of one to several frames, which highdicom does not read."""
+    for derivation in sequence(own, "DerivationImageSequence"):
+        if any(len(referenced_frames(source)) > 1 for source in sequence(derivation, "SourceImageSequence")):
+            single = []
+            for source in sequence(derivation, "SourceImageSequence"):
+                for frame in referenced_frames(source):
+                    single.append(deepcopy(source))
+                    if frame >= 0:
+                        single[-1].ReferencedFrameNumber = frame + 1
+            derivation.SourceImageSequence = single
 
 
 def segmentation_record(path: Path, names: LabelNames, hashes: Pseudonyms) -> FileRecord:
