@@ -34,15 +34,20 @@ def plane_matrix(plane: Plane) -> Array:
     return matrix
 
 
+def normal(plane: Plane) -> tuple[float, float, float]:
+    """Return the direction across a plane: along a row times along a column; plain numbers, as it is asked for very often."""
+    (a, b, c), (x, y, z) = plane[3:6], plane[6:9]
+    return (b * z - c * y, c * x - a * z, a * y - b * x)
+
+
 def height_mm(plane: Plane) -> float:
     """Return the plane's position along its own normal."""
-    return float(np.cross(plane[3:6], plane[6:9]) @ np.asarray(plane[:3]))
+    return sum(one * other for one, other in zip(normal(plane), plane[:3], strict=True))
 
 
 def parallel(one: Plane, other: Plane) -> bool:
     """Return whether two planes have the same normal within 1 degree, whichever way it points."""
-    normals = [np.cross(plane[3:6], plane[6:9]) for plane in (one, other)]
-    return abs(float(normals[0] @ normals[1])) > 0.99985
+    return abs(sum(a * b for a, b in zip(normal(one), normal(other), strict=True))) > 0.99985
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +161,5 @@ def slice_distance_mm(planes: Sequence[Plane | None]) -> float | None:
     known = cast("Sequence[Plane]", planes)
     if not all(parallel(known[0], plane) for plane in known):
         return None
-    normal = np.cross(known[0][3:6], known[0][6:9])
-    gaps = np.diff(sorted(float(normal @ np.asarray(plane[:3])) for plane in known))
+    gaps = np.diff(sorted(height_mm((*plane[:3], *known[0][3:11])) for plane in known))
     return float(gaps.mean()) if gaps.min() > 1e-3 and np.ptp(gaps) <= 0.01 * gaps.mean() else None

@@ -23,7 +23,9 @@ from pydicom.uid import (
 )
 
 MAX_BYTES = 2**32
-"""Largest file, deflated content counted when inflated."""
+"""Largest file."""
+MAX_INFLATED_BYTES = 2**30
+"""Largest content of a deflated file, which is held in memory as a whole."""
 PREAMBLE_AND_GROUP_LENGTH = 144
 HEAD_BYTES = 352
 """Bytes that tell what a file is."""
@@ -148,8 +150,8 @@ def _bounded(path: Path) -> Path:
     except Exception:  # noqa: BLE001  # no meta header: it is not deflated either
         return path
     # DEFLATE reaches at most 1032 to 1, so that most files need no second look.
-    if path.stat().st_size * 1032 > MAX_BYTES and _inflated(path, start) > MAX_BYTES:
-        raise Refusal(117, f"content is larger than {MAX_BYTES >> 30} GiB when inflated")
+    if path.stat().st_size * 1032 > MAX_INFLATED_BYTES and _inflated(path, start) > MAX_INFLATED_BYTES:
+        raise Refusal(117, f"content is larger than {MAX_INFLATED_BYTES >> 30} GiB when inflated")
     return path
 
 
@@ -158,7 +160,7 @@ def _inflated(path: Path, start: int) -> int:
     inflater, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
     with path.open("rb") as file:
         file.seek(start)
-        while total <= MAX_BYTES and not inflater.eof:
+        while total <= MAX_INFLATED_BYTES and not inflater.eof:
             rest = inflater.unconsumed_tail or file.read(2**16)
             if not rest:
                 break

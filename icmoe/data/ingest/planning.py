@@ -100,13 +100,14 @@ def plan(files: Mapping[str, FileRecord], marks: Mapping[str, str], site: Site) 
 
 def _with_case_owners(files: Mapping[str, FileRecord], hashes: Pseudonyms) -> dict[str, FileRecord]:
     """Return records in which the channels of one case (case_0000, case_0001) are one patient, named like their mask."""
-    cases = {stem(path) for path, record in files.items() if record.kind == "volume"}
-
-    def owner(path: str, record: FileRecord) -> str:
-        own = record.kind == "volume" and record.patient == hashes.patient(stem(path))
-        return hashes.patient(case(path)) if own and case(path) in cases and case(path) != stem(path) else record.patient
-
-    return {path: record.model_copy(update={"patient": owner(path, record)}) for path, record in files.items()}
+    volumes = {path: record for path, record in files.items() if record.kind == "volume"}
+    cases = {stem(path) for path in volumes}
+    channels = {
+        path: record.model_copy(update={"patient": hashes.patient(case(path))})
+        for path, record in volumes.items()
+        if stem(path) != case(path) in cases and record.patient == hashes.patient(stem(path))
+    }
+    return {**files, **channels}
 
 
 def _series(
