@@ -88,25 +88,24 @@ def test_label_maps_mean_the_segment_of_their_value(syntax: str, tmp_path: Path)
 def referring(case: str, sources: Sequence[Dataset]) -> Dataset:
     """Return a SEG object of `MASKS` that says in one of several ways what it belongs to."""
     places = [lying(one.ImagePositionPatient) for one in sources]
-    shared = common()
-    listed = [
-        item(
-            SeriesInstanceUID=sources[0].SeriesInstanceUID,
-            ReferencedInstanceSequence=[derived(one).SourceImageSequence[0] for one in sources],
-        )
-    ]
-    made = plain_segmentation(
-        MASKS, places, SharedFunctionalGroupsSequence=[shared], FrameOfReferenceUID=sources[0].FrameOfReferenceUID
-    )
+    references = [derived(one).SourceImageSequence[0] for one in sources]
+    listed = [item(SeriesInstanceUID=sources[0].SeriesInstanceUID, ReferencedInstanceSequence=references)]
+    space = sources[0].FrameOfReferenceUID
+    made = plain_segmentation(MASKS, places, SharedFunctionalGroupsSequence=[common()], FrameOfReferenceUID=space)
     if case == "by frame":
         for own, one in zip(places, sources, strict=True):
             own.DerivationImageSequence = [derived(one)]
     elif case == "as a list":
         made.ReferencedSeriesSequence = listed
+    elif case == "shared":
+        made.SharedFunctionalGroupsSequence[0].DerivationImageSequence = [item(SourceImageSequence=references)]
+    elif case == "all by each":
+        for own in places:
+            own.DerivationImageSequence = [item(SourceImageSequence=references)]
     return made
 
 
-@pytest.mark.parametrize("case", ["by frame", "as a list", "by place"])
+@pytest.mark.parametrize("case", ["by frame", "as a list", "by place", "shared", "all by each"])
 def test_a_mask_finds_its_images_however_it_refers_to_them(case: str, tmp_path: Path):
     sources = volume(VOLUME)
     put(tmp_path, [*sources, referring(case, sources)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -136,17 +137,18 @@ def _by_reference(path: str, record: FileRecord, images: Mapping[str, FileRecord
     found: dict[Key, list[tuple[Patch, Grid | None]]] = {
         (target, frame): [] for target in listed if _is_stack(images[target]) for frame in range(len(images[target].frames))
     }
-    placed = False
+    sources = Counter((patch.number, patch.label) for patch in record.patches)
+    placed, off = False, False
     for patch in record.patches:
         targets = listed if not patch.image else [by_uid[patch.image]] if patch.image in by_uid else []
-        for target in targets:
-            for frame in _marked_frames(record, patch, images[target], sure=bool(patch.image)):
-                part = (patch, _patch_grid(record, patch, images[target], frame))
-                found.setdefault((target, frame), []).append(part)
-                placed = True
-    if not found:
+        sure = bool(patch.image) and sources[patch.number, patch.label] == 1
+        marked = [(target, frame) for target in targets for frame in _marked_frames(record, patch, images[target], sure=sure)]
+        for target, frame in marked:
+            found.setdefault((target, frame), []).append((patch, _patch_grid(record, patch, images[target], frame)))
+        placed, off = placed or bool(marked), off or bool(targets and not marked)
+    if not found and not off:
         raise Refusal(123, "none of the images that it refers to is in the folder")
-    if not placed and any(not patch.image for patch in record.patches):
+    if off and not placed:
         raise Refusal(121, "none of the images that it refers to lies in the plane of its marks")
     if record.patient and any(images[target].patient not in {record.patient, ""} for target, _ in found):
         raise Refusal(121, "it refers to images of another patient than its own")
@@ -160,17 +162,21 @@ def _is_stack(image: FileRecord) -> bool:
 
 
 def _marked_frames(record: FileRecord, patch: Patch, image: FileRecord, *, sure: bool) -> list[int]:
-    """Return the frames of an image that a part of a mask marks: the one that it names, else those in its plane."""
+    """Return the frames of an image that a part of a mask marks: the one that it names, else those in its plane.
+
+    The plane has its say too where the part names several images (not `sure`), as one drawn on a whole series does.
+    """
     if patch.frame >= len(image.frames) > 1:
         raise Refusal(121, f"it refers to frame {patch.frame + 1} of an image of {len(image.frames)} frames")
-    if sure and (len(image.frames) == 1 or patch.frame >= 0):
-        return [patch.frame if len(image.frames) > 1 else 0]
+    named = patch.frame if len(image.frames) > 1 else 0
+    if named >= 0 and (sure or (patch.image and None in {patch.plane, image.frames[named].plane})):
+        return [named]
     if patch.plane is None:
         raise Refusal(121, "a part of it names no frame and does not say where it lies")
     return [
         frame
         for frame, place in enumerate(image.frames)
-        if place.plane is not None and _same_plane(record, patch.plane, place.plane)
+        if named in {-1, frame} and place.plane is not None and _same_plane(record, patch.plane, place.plane)
     ]
 
 
