@@ -1,0 +1,108 @@
+"""Ingest killed at many moments of its work ends with the same index and the same files as an undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from test_ingest import export_of, taken, write_series
+
+TESTS = Path(__file__).resolve().parent
+PATIENTS, ROUNDS = 16, 6
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+import test_ingest
+from icmoe.data.ingest import work
+if __name__ == "__main__":
+    work.BATCH_FILES = 4  # many transactions, so that there is much to interrupt
+    print("begins", flush=True)
+    export = test_ingest.export_of(Path(sys.argv[1]), Path(sys.argv[2]))
+    test_ingest.ingest(export, on_progress=lambda step, done, total: print(step, done, total, flush=True))
+"""
+TABLES = ("meta", "file", "series", "frame", "left_out", "forgotten", "gone")
+
+
+def started(root: Path, place: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, str(root / "run.py"), str(root / "export"), str(place), str(TESTS)]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
+    return subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True)
+
+
+def rows(store: Path) -> dict[str, list[tuple[object, ...]]]:
+    connection = sqlite3.connect(store / "index.sqlite")
+    try:
+        return {name: sorted(connection.execute(f"select * from {name}")) for name in TABLES}
+    except sqlite3.OperationalError:  # killed before there was a table
+        return {name: [] for name in TABLES}
+    finally:
+        connection.close()
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+
+def with_secret(place: Path) -> Path:
+    place.mkdir()
+    (place / "secret.key").write_bytes(bytes(range(32)))
+    (place / "secret.key").chmod(0o600)
+    return place
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """Return a folder with an export and its index in "whole", and how many steps of progress the work has."""
+    root = tmp_path_factory.mktemp("kill")
+    for number in range(PATIENTS):
+        write_series(root / f"export/{number}", f"patient {number}", 3, seed=number)
+    (root / "run.py").write_text(SCRIPT)
+    process = started(root, with_secret(root / "whole"))
+    lines = process.communicate(timeout=120)[0].splitlines()
+    assert process.returncode == 0
+    assert len(lines) == 1 + 6 * PATIENTS // 4 + PATIENTS, "one per batch of files and one per series"
+    return root, len(lines)
+
+
+def killed(step: int, delay_s: float, root: Path, place: Path) -> bool:
+    """Kill an ingest with all its processes a moment after a step; return whether it was still at work."""
+    process = started(root, place)
+    assert process.stdout is not None
+    reached = [line for _, line in zip(range(step), process.stdout, strict=False)]
+    time.sleep(delay_s)
+    at_work = process.poll() is None and len(reached) == step
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    return at_work
+
+
+def test_killed_at_any_moment_it_ends_the_same(undisturbed: tuple[Path, int]):
+    root, steps = undisturbed
+    want, files = rows(root / "whole/store"), contents(root / "whole/store")
+    assert len(want["frame"]) == 3 * PATIENTS
+    moments = random.Random(5)
+    hits = {"reading": 0, "decoding": 0}
+    for number in range(ROUNDS):
+        place = with_secret(root / f"killed{number}")
+        for later in (False, True):  # the second time it begins where the first one left it
+            step = 1 + moments.randrange(steps // 2) if not later else 1 + moments.randrange(PATIENTS)
+            at_work = killed(step, moments.uniform(0.0, 0.02), root, place)
+            left = rows(place / "store")
+            hits["reading"] += at_work and 0 < len(left["file"]) < len(want["file"])
+            hits["decoding"] += at_work and 0 < len(left["series"]) < len(want["series"])
+        taken(export_of(root / "export", place))
+        assert rows(place / "store") == want, number
+        found = contents(place / "store")
+        assert found.keys() == files.keys(), "no frame is missing and nothing is left over"
+        assert all(found[name] == files[name] for name in files if not name.startswith("index.sqlite")), number
+    assert min(hits.values()) >= 2, hits
