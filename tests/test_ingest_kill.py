@@ -106,3 +106,33 @@ def test_killed_at_any_moment_it_ends_the_same(undisturbed: tuple[Path, int]):
         assert found.keys() == files.keys(), "no frame is missing and nothing is left over"
         assert all(found[name] == files[name] for name in files if not name.startswith("index.sqlite")), number
     assert min(hits.values()) >= 2, hits
+
+
+def alive_in(group: int) -> list[str]:
+    """Return the processes of a group that are neither gone nor waiting to be buried."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            if its_group == str(group) and state not in {"Z", "X"}:
+                found.append(path.parent.name)
+    return found
+
+
+def test_no_worker_outlives_a_killed_ingest(undisturbed: tuple[Path, int]):
+    root, _ = undisturbed
+    process = started(root, with_secret(root / "alone"))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begins\n"
+    assert process.stdout.readline().startswith("read")
+    assert len(alive_in(process.pid)) > 2
+    process.kill()
+    process.wait(timeout=60)
+    deadline = time.monotonic() + 30
+    try:
+        while alive_in(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert alive_in(process.pid) == []
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
