@@ -66,12 +66,18 @@ class Grid:
         shape
             Height and width of the image, pixels.
         """
-        rows, columns = np.indices(shape).reshape(2, -1)
-        where = self.steps_33 @ np.stack([rows, columns, np.ones_like(rows)])
-        inside = np.all((where >= 0) & (where < np.asarray(mask.shape)[:, None]), axis=0)
-        taken = np.zeros(rows.size, dtype=mask.dtype)
-        taken[inside] = mask[tuple(where[:, inside])]
-        return taken.reshape(shape)
+        places = [self._places(axis, shape) for axis in range(3)]
+        inside = np.ones(shape, dtype=bool)
+        for place, extent in zip(places, mask.shape, strict=True):
+            inside = inside & (place >= 0) & (place < extent)
+        where = tuple(np.clip(place, 0, extent - 1) for place, extent in zip(places, mask.shape, strict=True))
+        return np.where(inside, mask[where], mask.dtype.type(0))
+
+    def _places(self, axis: int, shape: tuple[int, int]) -> npt.NDArray[np.int64]:
+        """Return the mask's index along one axis for every pixel, with length 1 where it does not depend on a direction."""
+        by_row, by_column, start = self.steps_33[axis]
+        rows, columns = (np.arange(extent if step else 1) for extent, step in zip(shape, (by_row, by_column), strict=True))
+        return np.asarray(by_row * rows[:, None] + by_column * columns[None, :] + start)
 
 
 def share_within(mask: npt.NDArray[Any], grids: Sequence[Grid], shape: tuple[int, int]) -> float:

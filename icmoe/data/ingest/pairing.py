@@ -62,24 +62,33 @@ class Pairing:
     refusals: dict[str, Refusal] = field(default_factory=dict)
 
 
-class Origins:
-    """Where the first pixels of all frames lie, so that a volume is compared with those alone that can be on its grid.
+class Images:
+    """The images of an export, found by path, instance, name, frame of reference or place.
 
     Parameters
     ----------
-    images
-        By path.
+    files
+        Records by path.
     """
 
-    def __init__(self, images: Mapping[str, FileRecord]) -> None:
-        planes = {
-            (path, frame): place.plane
-            for path, image in images.items()
-            for frame, place in enumerate(image.frames)
-            if place.plane is not None and place.plane[9]
-        }
+    def __init__(self, files: Mapping[str, FileRecord]) -> None:
+        self.records = {path: record for path, record in files.items() if is_image(record)}
+        self.by_uid: dict[str, str] = {}
+        self.by_stem: dict[str, list[str]] = {}
+        self.by_space: dict[str, list[str]] = {}
+        planes: dict[Key, Plane] = {}
+        for path, record in self.records.items():
+            self.by_uid.setdefault(record.image, path)
+            self.by_stem.setdefault(stem(path), []).append(path)
+            self.by_space.setdefault(record.space, []).append(path)
+            known = ((frame, place.plane) for frame, place in enumerate(record.frames))
+            planes |= {(path, frame): plane for frame, plane in known if plane is not None and plane[9]}
         self._keys = list(planes)
         self._points_N4 = np.asarray([[*plane[:3], 1.0] for plane in planes.values()]).reshape(-1, 4)
+
+    def __getitem__(self, path: str) -> FileRecord:
+        """Return the record of an image."""
+        return self.records[path]
 
     def near(self, mask_matrix: npt.NDArray[np.float64]) -> list[Key]:
         """Return the frames whose first pixel lies on a voxel of the mask's grid, continued beyond its ends."""
@@ -96,18 +105,13 @@ def pair(files: Mapping[str, FileRecord]) -> Pairing:
     files
         Records by path below the export.
     """
-    images = {path: record for path, record in files.items() if is_image(record)}
-    by_uid: dict[str, str] = {}
-    for path, record in images.items():
-        if record.image:
-            by_uid.setdefault(record.image, path)
-    pairing, origins = Pairing(), Origins(images)
+    pairing, images = Pairing(), Images(files)
     found: dict[str, dict[Key, Use]] = {}
     for path, record in files.items():
         if record.fault or is_image(record) or record.kind == "none":
             continue
         try:
-            found[path] = _uses(path, record, images, by_uid, origins)
+            found[path] = _uses(path, record, images)
         except Refusal as refusal:
             pairing.refusals[path] = refusal
     _prefer(found, pairing)
@@ -119,20 +123,19 @@ def is_image(record: FileRecord) -> bool:
     return not record.fault and (record.kind == "image" or (record.kind in {"volume", "picture"} and not record.mask))
 
 
-def _uses(
-    path: str, record: FileRecord, images: Mapping[str, FileRecord], by_uid: Mapping[str, str], origins: Origins
-) -> dict[Key, Use]:
+def _uses(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     if record.kind == "picture":
         return _by_name(path, record, images)
     if record.kind == "volume":
-        return _by_grid(path, record, images, origins)
+        return _by_grid(path, record, images)
     if record.listed or any(patch.image for patch in record.patches):
-        return _by_reference(path, record, images, by_uid)
+        return _by_reference(path, record, images)
     return _by_space(path, record, images)
 
 
-def _by_reference(path: str, record: FileRecord, images: Mapping[str, FileRecord], by_uid: Mapping[str, str]) -> dict[Key, Use]:
+def _by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     """Match by the instances that the parts of a mask name; parts that name none lie on a listed image in their plane."""
+    by_uid = images.by_uid
     listed = [by_uid[uid] for uid in record.listed if uid in by_uid]
     found: dict[Key, list[tuple[Patch, Grid | None]]] = {
         (target, frame): [] for target in listed if _is_stack(images[target]) for frame in range(len(images[target].frames))
@@ -180,13 +183,12 @@ def _marked_frames(record: FileRecord, patch: Patch, image: FileRecord, *, sure:
     ]
 
 
-def _by_space(path: str, record: FileRecord, images: Mapping[str, FileRecord]) -> dict[Key, Use]:
+def _by_space(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     """Match by plane among the images of the same frame of reference, series by series."""
     series: dict[str, dict[Key, list[tuple[Patch, Grid | None]]]] = {}
     folders: dict[str, str] = {}
-    for target, image in images.items():
-        if not record.space or image.space != record.space:
-            continue
+    for target in images.by_space.get(record.space, []) if record.space else []:
+        image = images[target]
         for frame, place in enumerate(image.frames):
             for patch in record.patches:
                 if place.plane is None or patch.plane is None or not _same_plane(record, patch.plane, place.plane):
@@ -202,12 +204,12 @@ def _by_space(path: str, record: FileRecord, images: Mapping[str, FileRecord]) -
     return {key: _use(path, record, parts) for key, parts in series[best[0]].items()}
 
 
-def _by_grid(path: str, record: FileRecord, images: Mapping[str, FileRecord], origins: Origins) -> dict[Key, Use]:
+def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     """Match a volume of classes with the series on its grid: of its own name or patient first, then of the closest folder."""
     series: dict[str, dict[Key, Use]] = {}
     folders: dict[str, str] = {}
     matrix = matrix_of(record)
-    for target, frame in origins.near(matrix):
+    for target, frame in images.near(matrix):
         image = images[target]
         plane, shape = image.frames[frame].plane, (image.rows, image.columns)
         grid = grid_between(matrix, plane, shape) if plane is not None else None
@@ -226,8 +228,9 @@ def _by_grid(path: str, record: FileRecord, images: Mapping[str, FileRecord], or
     return {key: use for name in best for key, use in series[name].items()}
 
 
-def _by_name(path: str, record: FileRecord, images: Mapping[str, FileRecord]) -> dict[Key, Use]:
-    same = {target: target for target, image in images.items() if len(image.frames) == 1 and stem(target) == stem(path)}
+def _by_name(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
+    """Match a picture with the closest of the images of its name."""
+    same = {target: target for target in images.by_stem.get(stem(path), []) if len(images[target].frames) == 1}
     best = _closest(path, same)
     if not best:
         raise Refusal(123, "no image of one frame has its name")
