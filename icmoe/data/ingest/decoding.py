@@ -233,11 +233,12 @@ class _Masks:
 
     def _named(self, voxels: npt.NDArray[Any]) -> Classes:
         """Return class indices for a volume's values, or refuse a value that no label names."""
-        classes = np.full(voxels.shape, 255, dtype=np.uint8)
         if voxels.dtype.kind == "f":
             voxels = np.where(np.abs(np.rint(voxels) - voxels) < SCALING_ERROR, np.rint(voxels), voxels)
+        classes = np.full_like(voxels, 255, dtype=np.uint8)  # in the volume's own order of memory, which slices follow
         for index, label in enumerate(self._job.labels):
-            classes[np.isin(voxels, label.values)] = index
+            for value in label.values:
+                classes[voxels == value] = index
         if (classes == 255).any():
             unknown = ", ".join(f"{value:g}" for value in np.unique(voxels[classes == 255])[:5])
             raise Refusal(106, f"mask cannot be used: value {unknown}")

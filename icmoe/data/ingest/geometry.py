@@ -67,6 +67,8 @@ class Grid:
             Height and width of the image, pixels.
         """
         places = [self._places(axis, shape) for axis in range(3)]
+        if all(place.min() >= 0 and place.max() < extent for place, extent in zip(places, mask.shape, strict=True)):
+            return np.array(np.broadcast_to(mask[tuple(places)], shape))
         inside = np.ones(shape, dtype=bool)
         for place, extent in zip(places, mask.shape, strict=True):
             inside = inside & (place >= 0) & (place < extent)

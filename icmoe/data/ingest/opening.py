@@ -141,7 +141,9 @@ def _with_identity(tags: list[str] | None) -> list[str] | None:
 
 
 def _bounded(path: Path) -> Path:
-    """Return the path after a look at how large its content would be: a small deflated file can hold any size."""
+    """Return the path after a look at how large its content would be, where DEFLATE (at most 1032 to 1) could reach the limit."""
+    if path.stat().st_size * 1032 <= MAX_BYTES:
+        return path
     try:
         meta = pydicom.filereader.read_file_meta_info(path)
         if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
