@@ -17,7 +17,7 @@ from icmoe.data.ingest.geometry import share_within, upright
 from icmoe.data.ingest.opening import Refusal, refusing
 from icmoe.data.ingest.pairing import Use
 from icmoe.data.ingest.pixels import Shown, read_frames
-from icmoe.data.ingest.records import FileRecord, FrameResult, Plane
+from icmoe.data.ingest.records import FrameResult, Kind, Plane
 from icmoe.data.ingest.segmentations import open_segmentation, read_patch
 from icmoe.data.ingest.volumes import SCALING_ERROR, read_volume, through_axis
 from icmoe.data.store import entry_path, read_stored, smallest, write_stored
@@ -49,7 +49,7 @@ class SeriesJob:
     root: Path
     store: Path
     labels: tuple[Label, ...]
-    files: dict[str, FileRecord]
+    kinds: dict[str, Kind]
     frames: tuple[Wanted, ...]
 
 
@@ -136,7 +136,7 @@ def _greys(job: SeriesJob, shown: Shown) -> Iterator[tuple[tuple[str, int], npt.
 def _frames_of(
     job: SeriesJob, path: str, numbers: Sequence[int], shown: Shown
 ) -> Iterator[tuple[int, npt.NDArray[Any] | Refusal]]:
-    match job.files[path].kind:
+    match job.kinds[path]:
         case "picture":
             with refusing(118, "PNG file cannot be decoded"):
                 yield 0, read_grey(job.root / path, where="")

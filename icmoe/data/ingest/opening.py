@@ -142,7 +142,7 @@ def _with_identity(tags: list[str] | None) -> list[str] | None:
 
 def _bounded(path: Path) -> Path:
     """Return the path after a look at how large its content would be, where DEFLATE (at most 1032 to 1) could reach the limit."""
-    if path.stat().st_size * 1032 <= MAX_BYTES:
+    if path.stat().st_size * 1032 <= MAX_INFLATED_BYTES:
         return path
     try:
         meta = pydicom.filereader.read_file_meta_info(path)
@@ -151,8 +151,7 @@ def _bounded(path: Path) -> Path:
         start = PREAMBLE_AND_GROUP_LENGTH + int(meta.FileMetaInformationGroupLength)
     except Exception:  # noqa: BLE001  # no meta header: it is not deflated either
         return path
-    # DEFLATE reaches at most 1032 to 1, so that most files need no second look.
-    if path.stat().st_size * 1032 > MAX_INFLATED_BYTES and _inflated(path, start) > MAX_INFLATED_BYTES:
+    if _inflated(path, start) > MAX_INFLATED_BYTES:
         raise Refusal(117, f"content is larger than {MAX_INFLATED_BYTES >> 30} GiB when inflated")
     return path
 

@@ -94,7 +94,7 @@ def plan(files: Mapping[str, FileRecord], marks: Mapping[str, str], site: Site) 
         elif is_image(record):
             grouped.setdefault(f"S-{record.series}", []).append((path, record))
     for series, members in sorted(grouped.items()):
-        _series(series, members, files, marks, site, pairing.uses, made)
+        _series(series, members, marks, site, pairing.uses, made)
     return made
 
 
@@ -113,7 +113,6 @@ def _with_case_owners(files: Mapping[str, FileRecord], hashes: Pseudonyms) -> di
 def _series(
     series: str,
     members: list[tuple[str, FileRecord]],
-    files: Mapping[str, FileRecord],
     marks: Mapping[str, str],
     site: Site,
     uses: Mapping[Key, list[Use]],
@@ -151,8 +150,8 @@ def _series(
         Wanted(path, n, place.plane, tuple(uses[path, n]), site.hashes.of("frame", f"{mark}\0{path}\0{n}"))
         for path, n, place in frames
     )
-    needed = {path: files[path].model_copy(update={"patches": (), "listed": ()}) for path in involved}
-    made.jobs[series] = (mark, SeriesJob(series, site.root, site.store, site.labels, needed, wanted))
+    kinds = {path: record.kind for path, record in members}
+    made.jobs[series] = (mark, SeriesJob(series, site.root, site.store, site.labels, kinds, wanted))
     made.patients[series], made.modalities[series] = owner, members[0][1].modality
     made.planes[series] = [place.plane for _, _, place in frames]
 
