@@ -8,10 +8,10 @@ from typing import Any
 
 import highdicom as hd
 import numpy as np
+from exports import LESION, export_of, taken
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
-from test_ingest import LESION, export_of, taken
 
 from icmoe.data.slices import SiteData, load_image, load_mask
 from icmoe.study import Label

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 import pytest
+from exports import DATA, absent, export_of, real, taken, write_series
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
@@ -19,7 +20,6 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 from pydicom.uid import MRImageStorage
 from scipy import ndimage
-from test_ingest import DATA, absent, export_of, real, taken, write_series
 
 from icmoe.data.images import read_grey
 from icmoe.data.ingest import index

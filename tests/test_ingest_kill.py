@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from test_ingest import export_of, taken, write_series
+from exports import export_of, taken, write_series
 
 TESTS = Path(__file__).resolve().parent
 PATIENTS, ROUNDS = 16, 6
@@ -21,13 +21,13 @@ SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
-import test_ingest
+import exports
 from icmoe.data.ingest import work
 if __name__ == "__main__":
     work.BATCH_FILES = 4  # many transactions, so that there is much to interrupt
     print("begins", flush=True)
-    export = test_ingest.export_of(Path(sys.argv[1]), Path(sys.argv[2]))
-    test_ingest.ingest(export, on_progress=lambda step, done, total: print(step, done, total, flush=True))
+    export = exports.export_of(Path(sys.argv[1]), Path(sys.argv[2]))
+    exports.ingest(export, on_progress=lambda step, done, total: print(step, done, total, flush=True))
 """
 TABLES = ("meta", "file", "series", "frame", "left_out", "forgotten", "gone")
 

@@ -31,13 +31,13 @@ from dicom_builders import (
     used,
     volume,
 )
+from exports import BACKGROUND
 from pydicom.dataset import Dataset
 from pydicom.uid import (
     ExplicitVRLittleEndian,
     JPEG2000Lossless,
     RLELossless,
 )
-from test_ingest import BACKGROUND
 
 from icmoe.study import Label
 

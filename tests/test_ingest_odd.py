@@ -26,11 +26,11 @@ from dicom_builders import (
     used,
     volume,
 )
+from exports import LESION
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
-from test_ingest import LESION
 
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.pixels import read_frames

@@ -18,10 +18,10 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+from exports import BACKGROUND, LESION, export_of
 from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.pixels import apply_modality_lut
-from test_ingest import BACKGROUND, LESION, export_of
 
 from icmoe.data.ingest import index
 from icmoe.data.ingest.planning import Site, plan

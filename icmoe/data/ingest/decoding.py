@@ -78,7 +78,7 @@ def _first_pass(
 ) -> FrameResult:
     if isinstance(grey, Refusal):
         return FrameResult(fault=grey.number, why=grey.why)
-    lettered = _lettered(grey, job.files[frame.path].kind)
+    lettered = _lettered(grey, job.kinds[frame.path])
     try:
         with refusing(104, "mask cannot be decoded"):
             classes = masks.classes(frame, grey.shape)

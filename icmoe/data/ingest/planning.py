@@ -130,7 +130,7 @@ def _series(
         return
     frames = [(path, n, place) for path, record in members for n, place in enumerate(record.frames) if (path, n) in uses]
     paths = {path for path, _, _ in frames}
-    taken = {files[path].image for path in paths} - {""}
+    taken = {record.image for path, record in members if path in paths} - {""}
     copies = sum(len(record.frames) for path, record in members if path not in paths and record.image in taken)
     for number, why, count in (
         (125, "a copy of it is used", copies),
