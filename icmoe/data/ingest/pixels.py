@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, iter_pixels
-from pydicom.uid import JPEGLossless, JPEGLosslessSV1, RLELossless
+from pydicom.uid import JPEGLossless, JPEGLosslessSV1, RLELossless, UncompressedTransferSyntaxes
 
 from icmoe.data.images import LUMINANCE
 from icmoe.data.ingest.headers import integer, numbers, numeric, sequence, text
@@ -30,6 +30,9 @@ WHOLE_BYTES = 2**26
 """Largest file that is read in one go."""
 WHOLE_WORDS = frozenset({RLELossless, JPEGLossless, JPEGLosslessSV1})
 """Compression that keeps all allocated bits, also those that are not part of the pixel."""
+MAX_DAMAGED = 16
+"""Damaged frames of one compressed object after which the rest is not tried."""
+PLAIN = frozenset(map(str, UncompressedTransferSyntaxes))
 Grey = npt.NDArray[np.float32]
 
 
@@ -78,6 +81,7 @@ def read_frames(path: Path, numbers_wanted: Sequence[int], shown: Shown | None =
     large = path.stat().st_size > WHOLE_BYTES
     header = open_dicom(path, pixels=not large)
     wanted = sorted(set(numbers_wanted)) if integer(header, "NumberOfFrames") > 1 else [0]
+    plain, damaged = str(header.file_meta.TransferSyntaxUID) in PLAIN, 0
     while wanted:
         # pydicom would drop the upper bits of pixels that do not start at bit 0.
         stream = iter_pixels(path if large else header, indices=wanted, correct_unused_bits=False)
@@ -87,8 +91,8 @@ def read_frames(path: Path, numbers_wanted: Sequence[int], shown: Shown | None =
                     grey = _grey(next(stream), header, number, shown or Shown())
                 yield number, grey
             except Refusal as refusal:
-                encapsulated = header.file_meta.TransferSyntaxUID.is_encapsulated
-                lost = wanted[place:][: 1 if encapsulated else None]  # compressed frames are independent of each other
+                damaged += 1  # compressed frames are independent of each other
+                lost = wanted[place:] if plain or damaged > MAX_DAMAGED else [number]
                 yield from ((other, refusal) for other in lost)
                 wanted = wanted[place + len(lost) :]
                 break
