@@ -132,13 +132,12 @@ def _series(
     paths = {path for path, _, _ in frames}
     taken = {record.image for path, record in members if path in paths} - {""}
     copies = sum(len(record.frames) for path, record in members if path not in paths and record.image in taken)
-    for number, why, count in (
-        (125, "a copy of it is used", copies),
-        (124, "no mask speaks of it", total - len(frames) - copies),
-    ):
-        if count:
-            gap = LeftOut(subject=series, number=number, why=why, patient=owner, series=series, frames=count)
-            made.left_out.append(gap)
+    gaps = (Refusal(125, "a copy of it is used"), copies), (Refusal(124, "no mask speaks of it"), total - len(frames) - copies)
+    made.left_out += [
+        LeftOut(subject=series, number=gap.number, why=gap.why, patient=owner, series=series, frames=count)
+        for gap, count in gaps
+        if count
+    ]
     if not frames:
         return
     frames = _ordered(frames)
