@@ -12,6 +12,7 @@ from torch import Tensor
 
 from icmoe.backbone import grid_of
 from icmoe.data.slices import Slice, load_mask
+from icmoe.device import moved
 from icmoe.features import FeatureCache, Features
 from icmoe.preprocess import target, view_target
 from icmoe.study import Study
@@ -100,12 +101,8 @@ def steps_of(slices: int, batch_size: int, epochs: int) -> int:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch on `device`; for CUDA through pinned memory, so that the copy runs beside the computation."""
-    if device.type != "cuda":
-        return batch
-
-    def move(tensor: Tensor) -> Tensor:
-        return tensor.pin_memory().to(device, non_blocking=True)
-
-    features = Features(move(batch.features.embedding_BCHW), tuple(move(block) for block in batch.features.blocks))
-    return Batch(features, move(batch.target_BKhw))
+    """Return the batch on `device`."""
+    features = Features(
+        moved(batch.features.embedding_BCHW, device), tuple(moved(block, device) for block in batch.features.blocks)
+    )
+    return Batch(features, moved(batch.target_BKhw, device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from icmoe.errors import Fault, IcmoeError
 
@@ -23,3 +24,8 @@ def available_device(name: str) -> torch.device:
         limit = "cpu" + "".join(f", cuda:{index}" for index in range(torch.cuda.device_count()))
         raise IcmoeError(Fault(number=211, value=name, limit=limit, did="Nothing was started."))
     return device
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU tensor on `device`; for CUDA through pinned memory, so that the copy runs beside the computation."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

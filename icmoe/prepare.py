@@ -9,6 +9,7 @@ from torch import Tensor
 
 from icmoe.backbone import Backbone
 from icmoe.data.slices import Slice, load_image
+from icmoe.device import moved
 from icmoe.features import FeatureCache, Wanted
 from icmoe.preprocess import apply_view, prepare
 from icmoe.study import Study, View
@@ -85,8 +86,7 @@ def encode_missing(
     batch_size = GPU_BATCH if device.type == "cuda" else CPU_BATCH
     for at in range(0, len(missing), batch_size):
         chunk = missing[at : at + batch_size]
-        images_B3SS = torch.stack([item.read() for item in chunk]).to(device)
-        features = backbone.encode(images_B3SS)
+        features = backbone.encode(moved(torch.stack([item.read() for item in chunk]), device))
         for row, item in enumerate(chunk):
             cache.put(item.key, features.embedding_BCHW[row], [block[row] for block in features.blocks])
         if on_progress is not None:
