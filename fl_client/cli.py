@@ -18,6 +18,16 @@ from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from icmoe.platform import require_supported_platform
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+LINES_PER_NUMBER = 5
+"""So many exclusions of one kind are shown; an export may hold thousands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What stood before the command."""
+
+    site: str | None
+    config: Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,23 +47,19 @@ def default_site_file(site: str) -> Path:
 @app.callback(invoke_without_command=True)
 def fl_client(
     context: typer.Context,
-    site: Annotated[str | None, typer.Option(help="Name of this hospital in the study.")] = None,
+    site: Annotated[str | None, typer.Option(help="Name of this hospital, as in its site file.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="Site file. Default: sites/NAME.toml in the user's configuration folder.")
     ] = None,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
-    """Speak for one hospital: check its site file, prepare its features."""
+    """Speak for one hospital: read its export, prepare its features, show what it offers. --site stands before the command."""
     if version:
         sys.stdout.write(f"icmoe-federated {__version__}\n")
         raise typer.Exit
     with exit_on_fault():
         require_supported_platform()
-        if site is None:
-            raise IcmoeError(
-                Fault(number=203, where="fl_client", value="--site", did="Nothing was started.", todo="Name this hospital.")
-            )
-        context.obj = Chosen(site, config or default_site_file(site))
+        context.obj = Options(site, config)
         if context.invoked_subcommand is None:
             show(context)
 
@@ -64,8 +70,8 @@ def show(context: typer.Context, as_json: Annotated[bool, typer.Option("--json",
     from fl_client.site import read_site_file, site_data
     from icmoe.summary import summarise
 
-    chosen: Chosen = context.obj
     with exit_on_fault():
+        chosen = _chosen(context)
         settings, studies = read_site_file(chosen.path)
         _same_name(chosen, settings.name)
         site = site_data(chosen.path, settings, studies[0])
@@ -90,8 +96,8 @@ def show(context: typer.Context, as_json: Annotated[bool, typer.Option("--json",
             settings.name, ", ".join(f"{name} {digest[:12]}" for name, digest in approved.items()), str(found), str(used)
         )
         Console().print(table)
-        for line in exclusions:
-            Console().print(line, highlight=False, soft_wrap=True)
+        for line in _shortened(exclusions):
+            Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -101,8 +107,8 @@ def prepare(context: typer.Context) -> None:
     from fl_client.progress import bars
     from fl_client.site import read_site_file
 
-    chosen: Chosen = context.obj
     with exit_on_fault():
+        chosen = _chosen(context)
         settings, studies = read_site_file(chosen.path)
         _same_name(chosen, settings.name)
         for study in studies:
@@ -115,34 +121,64 @@ def prepare(context: typer.Context) -> None:
 def ingest(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be used; keep nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be used; keep nothing, not even the hashes.")
+    ] = False,
     encode: Annotated[bool, typer.Option(help="Run the frozen backbone over the images at the end.")] = True,
 ) -> None:
-    """Read the export named under [ingest]: find series, pair them with masks, check them, keep what may be used."""
-    from fl_client.ingesting import encode_site, ingest_site, print_report
+    """Read the export that the site file names: find series, pair them with masks, check them, keep what may be used."""
+    from fl_client.ingesting import encode_site, ingest_site, print_encoded, print_report
 
-    chosen: Chosen = context.obj
     with exit_on_fault():
+        chosen = _chosen(context)
         reports = ingest_site(chosen.path, chosen.site, dry_run=dry_run)
         if not as_json:
             print_report(reports)
         try:
             if encode and not dry_run:
                 encode_site(chosen.path, reports)
+                if not as_json:
+                    print_encoded(reports)
         finally:  # what was ingested stays and is told, whatever keeps the backbone from running
             if as_json:
                 sys.stdout.write(json.dumps(reports, indent=1) + "\n")
 
 
 @app.command()
-def forget(context: typer.Context, patient: Annotated[str, typer.Argument(help="The hospital's number, or P-....")]) -> None:
-    """Take a patient out for good: pixels, features, index; the patient's files are not read again."""
+def forget(
+    context: typer.Context, patient: Annotated[str, typer.Argument(help="The hospital's own number, or the P-... of ingest.")]
+) -> None:
+    """Take a patient out for good: pixels, features, index, report page; what the study has learned stays learned."""
     from fl_client.ingesting import forget_patient
 
-    chosen: Chosen = context.obj
     with exit_on_fault():
+        chosen = _chosen(context)
         frames, features = forget_patient(chosen.path, chosen.site, patient)
-        Console().print(f"{frames} images and {features} cached views removed; the patient is not read again.", highlight=False)
+        line = f"{frames} images and {features} cached views removed; the patient is not read again."
+        if not frames:
+            line = "No image of this patient was in use here: check the number. Files that bear it are not read from now on."
+        Console().print(line, highlight=False, soft_wrap=True)
+
+
+def _chosen(context: typer.Context) -> Chosen:
+    """Return whom the command speaks of; asked for when it runs, so that its --help needs no site."""
+    options: Options = context.obj
+    if options.site is None:
+        todo = "Name this hospital before the command: fl_client --site NAME ingest."
+        raise IcmoeError(Fault(number=203, where="fl_client", value="--site", did="Nothing was started.", todo=todo))
+    return Chosen(options.site, options.config or default_site_file(options.site))
+
+
+def _shortened(sentences: list[str]) -> list[str]:
+    """Return the sentences, those of each number together and no more than `LINES_PER_NUMBER` of them."""
+    by_number: dict[str, list[str]] = {}
+    for sentence in sentences:
+        by_number.setdefault(sentence.split()[0], []).append(sentence)
+    lines = []
+    for number, alike in by_number.items():
+        rest = len(alike) - LINES_PER_NUMBER
+        lines += alike[:LINES_PER_NUMBER] + ([f"{number} holds for {rest} more; show --json lists all."] if rest > 0 else [])
+    return lines
 
 
 def _same_name(chosen: Chosen, name: str) -> None:

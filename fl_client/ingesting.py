@@ -19,9 +19,11 @@ from fl_client.progress import bars
 from fl_client.site import SiteFile, cache_folder_of, read_site_file, site_export
 from icmoe.cache_entries import forget_images
 from icmoe.data.ingest.page import PAGE, drop_report, quality_report
+from icmoe.data.ingest.pseudonyms import SECRET_FILE
 from icmoe.data.ingest.quality import quality_record
 from icmoe.data.ingest.run import Export, forget, gone_digests, ingest
 from icmoe.errors import Fault, IcmoeError
+from icmoe.study import Study
 
 
 def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]:
@@ -43,18 +45,55 @@ def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]
     """
     settings, studies = read_site_file(path)
     _same(path, settings, name)
-    reports = []
-    for study in studies:
-        with _place(site_export(path, settings, study), dry_run=dry_run) as export, bars() as on_progress:
-            changed = ingest(export, on_progress=on_progress)
-            if dry_run:
-                record = quality_record(export.store, study.labels)
-            else:
-                record = quality_report(export.store, export.site, study.labels, on_progress=on_progress)
-                record["page"] = str(export.store / PAGE)
-                _drop_features(path, settings, export)
-            reports.append({"study": study.name, "changed": changed, **record})
-    return reports
+    _require_apart(path, settings)
+    with _numbered_os_errors():
+        return [_ingest_study(path, settings, study, dry_run=dry_run) for study in studies]
+
+
+def _ingest_study(path: Path, settings: SiteFile, study: Study, *, dry_run: bool) -> dict[str, Any]:
+    with _place(site_export(path, settings, study), dry_run=dry_run) as export, bars() as on_progress:
+        changed = ingest(export, on_progress=on_progress)
+        if dry_run:
+            record = quality_record(export.store, study.labels)
+        else:
+            record = quality_report(export.store, export.site, study.labels, on_progress=on_progress)
+            record["page"] = str(export.store / PAGE)
+            _drop_features(path, settings, export)
+    passing = dry_run and not (site_export(path, settings, study).secret_folder / SECRET_FILE).exists()
+    names = {row["series"] for row in record["series"]}
+    unknown = sorted(set(export.settings.allow) - names)
+    return {"study": study.name, "changed": changed, "allowed_but_not_found": unknown, "hashes_will_change": passing, **record}
+
+
+def _require_apart(path: Path, settings: SiteFile) -> None:
+    """Refuse to keep the ingest within the export: it would read what it wrote."""
+    chosen = settings.ingest
+    if chosen is None:
+        return
+    store, root = path.parent / chosen.store, path.parent / chosen.folder
+    if store.resolve().is_relative_to(root.resolve()):
+        fault = Fault(
+            number=210,
+            where=str(path),
+            what="the ingest would be kept inside the export",
+            value=f"store = {chosen.store}",
+            did="Nothing was read.",
+            todo="Name a store outside folder, or a folder without it.",
+        )
+        raise IcmoeError(fault)
+
+
+@contextmanager
+def _numbered_os_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        did = "What was kept so far stays; another run continues there."
+        todo = "Make room or name another store under [ingest], then run ingest again."
+        fault = Fault(
+            number=129, where="ingest", what="a file cannot be kept or read", value=error.strerror or "", did=did, todo=todo
+        )
+        raise IcmoeError(fault) from None
 
 
 def encode_site(path: Path, reports: list[dict[str, Any]]) -> None:
@@ -96,8 +135,25 @@ def print_report(reports: list[dict[str, Any]]) -> None:
             rates = report["label_rates"][split][1:] if counts["images"] else []
             console.print(", ".join([line, *(f"{rate['label']} on {rate['images_share']:.0%}" for rate in rates)]))
         console.print(f"{report['used']} of {_many(report['found'], 'images')} used, {_many(report['patients'], 'patients')}")
+        if not report["splits"]["train"]["images"]:
+            what, did = "site has no usable training image", "It cannot take part in training."
+            todo = "Look at the reasons above, or place patients with split_file or shares under [ingest]."
+            console.print(str(Fault(number=108, what=what, did=did, todo=todo)), markup=False, soft_wrap=True)
+        if unknown := report["allowed_but_not_found"]:
+            what, todo = "allow names series that are not there", "Copy their names from the table."
+            console.print(str(Fault(number=210, what=what, value=", ".join(unknown), todo=todo)), markup=False, soft_wrap=True)
         if "page" in report:
             console.print(f"Page with pictures, for this site alone: {report['page']}", markup=False, soft_wrap=True)
+        elif report["hashes_will_change"]:
+            line = "Dry run before the first ingest: P-... and S-... and who is in which split will differ in the real one."
+            console.print(line, soft_wrap=True)
+
+
+def print_encoded(reports: list[dict[str, Any]]) -> None:
+    """Print how many views the frozen backbone ran over, as `fl_client prepare` does."""
+    for report in reports:
+        line = f"{report['study']}: {_many(report['encoded'], 'views')} encoded, {_many(report['used'], 'images')} ready"
+        Console(highlight=False).print(line, soft_wrap=True)
 
 
 def _table(report: dict[str, Any]) -> Table:
@@ -149,7 +205,7 @@ def _place(export: Export, *, dry_run: bool) -> Iterator[Export]:
         return
     folder = Path(tempfile.mkdtemp(prefix="icmoe-dry-run-"))
     try:
-        secret = export.secret_folder / "secret.key"
+        secret = export.secret_folder / SECRET_FILE
         if secret.exists():
             shutil.copy2(secret, folder)
         yield replace(export, store=folder / "store", secret_folder=folder)

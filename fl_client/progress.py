@@ -38,7 +38,8 @@ def bars() -> Iterator[Any]:
         To call with the step's name, how much is done and how much there is.
     """
     columns = (TextColumn("{task.description:<6}"), BarColumn(), MofNCompleteColumn(), RateColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         shown: dict[str, Any] = {}
 
         def on_progress(step: str, done: int, total: int) -> None:

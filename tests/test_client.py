@@ -266,3 +266,21 @@ def test_the_environment_must_name_the_site_file(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     with pytest.raises(IcmoeError, match="ICM205"):
         site_from_environment(CONTEXT)
+
+
+@pytest.mark.parametrize("command", ["show", "prepare", "ingest", "forget"])
+def test_help_needs_no_site(command: str) -> None:
+    shown = CliRunner().invoke(cli.app, [command, "--help"])
+    assert shown.exit_code == 0
+    assert f" {command} [OPTIONS]" in shown.output
+
+
+def test_a_site_named_behind_the_command_is_told_where_it_belongs() -> None:
+    done = CliRunner().invoke(cli.app, ["ingest"])
+    assert done.exit_code == 1
+    assert "before the command" in done.output + done.stderr
+
+
+def test_the_shown_exclusions_are_few_of_each_kind() -> None:
+    lines = cli._shortened([f"ICM116 F-{n}: junk." for n in range(9)] + ["ICM108 Alder: none."])
+    assert lines[5:] == ["ICM116 holds for 4 more; show --json lists all.", "ICM108 Alder: none."]

@@ -83,19 +83,15 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
     from icmoe.data.ingest.walking import walk
 
     if not export.root.is_dir():
-        raise IcmoeError(
-            Fault(
-                number=109,
-                where=str(export.root),
-                what="export is not there",
-                did="Nothing was read.",
-                todo="Correct folder under [ingest].",
-            )
-        )
+        what = "export is not a folder" if export.root.exists() else "export is not there"
+        raise IcmoeError(_no_export(export, what, "Correct folder under [ingest]."))
     hashes = site_pseudonyms(export.secret_folder)
     splits = _splits(export.split_file)
     with index.claimed(export.store) as connection:
         found = {path: (size, changed) for path, size, changed in walk(export.root, export.settings.exclude)}
+        if not found:  # a share that is not mounted looks like this, and must not empty the index
+            todo = "Check that it is mounted and that folder and exclude under [ingest] are right."
+            raise IcmoeError(_no_export(export, "export holds no file", todo))
         ids = {path: hashes.of("file", path) for path in found}
         basis = _basis(export, splits, connection)
         known = index.files(connection) if index.meta(connection, "recipe") == _recipe(export) else {}
@@ -114,6 +110,10 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
         index.put_meta(connection, {"complete": basis})
         _clean(connection, export.store)
         return True
+
+
+def _no_export(export: Export, what: str, todo: str) -> Fault:
+    return Fault(number=109, where=str(export.root), what=what, did="Nothing was read.", todo=todo)
 
 
 def _require_packages() -> None:
@@ -207,11 +207,18 @@ def _splits(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
     did = "Nothing was read."
-    try:
-        rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines()))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise IcmoeError(Fault(number=110, where=path.name, value=type(error).__name__, did=did)) from None
     todo = "Expected columns patient and split with train, val or test."
+    try:
+        reader = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines())
+        rows = list(reader)
+    except OSError as error:
+        todo = "Correct split_file under [ingest]."
+        raise IcmoeError(Fault(number=110, where=str(path), value=error.strerror or "", did=did, todo=todo)) from None
+    except (UnicodeDecodeError, csv.Error):
+        raise IcmoeError(Fault(number=110, where=path.name, value="not CSV in UTF-8", did=did, todo=todo)) from None
+    if not {"patient", "split"} <= set(reader.fieldnames or ()):
+        what = "column patient or split is missing"
+        raise IcmoeError(Fault(number=110, where=path.name, what=what, did=did, todo=f"{todo} Commas separate them."))
     faults = []
     found: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):

@@ -8,18 +8,26 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from icmoe.errors import Fault, IcmoeError
+
 
 def walk(root: Path, exclude: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     """Yield path below `root`, size in bytes and time of change in ns of every regular file, in the order of names.
 
     Links are not followed: they could lead out of the export or round in circles.
+
+    Raises
+    ------
+    IcmoeError
+        109, after the last file, where folders cannot be read: their files must not pass for deleted ones.
     """
-    for folder, folders, files in os.walk(root):
+    shut: list[OSError] = []
+    for folder, folders, files in os.walk(root, onerror=shut.append):
         folders.sort()
         for name in sorted(files):
             full = os.path.join(folder, name)  # noqa: PTH118  # three times as fast, and there may be a million
             relative = os.path.relpath(full, root)
-            if any(fnmatch.fnmatchcase(relative, pattern) for pattern in exclude):
+            if _matches(relative, exclude):
                 continue
             try:
                 state = os.lstat(full)
@@ -27,6 +35,28 @@ def walk(root: Path, exclude: Sequence[str]) -> Iterator[tuple[str, int, int]]:
                 continue
             if state.st_mode & 0o170000 == 0o100000:
                 yield relative, state.st_size, state.st_mtime_ns
+    gone = (FileNotFoundError, NotADirectoryError)
+    _require_open(
+        root, [e for e in shut if not isinstance(e, gone) and not _matches(f"{os.path.relpath(e.filename, root)}/", exclude)]
+    )
+
+
+def _matches(relative: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(relative, pattern) for pattern in patterns)
+
+
+def _require_open(root: Path, shut: Sequence[OSError]) -> None:
+    if shut:
+        raise IcmoeError(
+            Fault(
+                number=109,
+                where=str(root),
+                what="folders of the export cannot be read",
+                value=f"{len(shut)}, {shut[0].strerror}",
+                did="Nothing was read.",
+                todo="Let this user read them (find FOLDER -type d ! -readable lists them), or name them under exclude.",
+            )
+        )
 
 
 def stem(relative: str) -> str:

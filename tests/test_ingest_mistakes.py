@@ -1,0 +1,127 @@
+"""What a person does wrong at the first ingest: each is one numbered sentence, and what was there before stays."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from test_quality import site_file, write_series
+from typer.testing import CliRunner
+
+from fl_client import cli
+from icmoe.data.ingest.pseudonyms import SECRET_FILE
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """Return a site file whose export holds two patients."""
+    write_series(tmp_path / "export/a", "one", seed=1)
+    write_series(tmp_path / "export/b", "two", seed=2)
+    return site_file(tmp_path, tmp_path / "export", "[128, 255]")
+
+
+def command(site: Path, *words: str) -> str:
+    """Return what the command prints, output and errors; a traceback fails the test."""
+    done = CliRunner().invoke(cli.app, ["--site", "Elm", "--config", str(site), *words])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.output
+
+
+def ingest(site: Path, *words: str) -> str:
+    """Return what ingest prints without running the backbone."""
+    return command(site, "ingest", "--no-encode", *words)
+
+
+def set_key(site: Path, line: str) -> None:
+    """Add a line to the section [ingest], which is the file's last."""
+    site.write_text(f"{site.read_text()}{line}\n")
+
+
+def test_an_empty_export_does_not_empty_the_index(site: Path) -> None:
+    assert "of 8 images used" in ingest(site)
+    (site.parent / "export").rename(site.parent / "elsewhere")
+    assert "ICM109" in ingest(site)
+    (site.parent / "export").mkdir()
+    assert "export holds no file" in ingest(site)
+    assert '"images_found": 8' in command(site, "show", "--json")
+
+
+def test_a_folder_that_cannot_be_read_does_not_pass_for_a_deleted_one(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = ingest(site)
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    with monkeypatch.context() as patch:  # the tests may run as root, whom permissions do not bind
+        patch.setattr(os, "scandir", scandir)
+        refused = ingest(site)
+        assert "ICM109" in refused
+        assert "1, Permission denied" in refused
+        set_key(site, 'exclude = ["b/*"]')
+        assert "of 4 images used" in ingest(site)
+    site.write_text(site.read_text().replace('exclude = ["b/*"]\n', ""))
+    assert ingest(site) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "No such file or directory. Nothing was read. Correct split_file"),
+        ("case,part\none,train\n", "column patient or split is missing"),
+        ("patient;split\none;train\n", "column patient or split is missing"),
+        ("patient,split\none,trian\n", "row 1"),
+    ],
+)
+def test_a_bad_split_file_is_told_by_what_is_wrong_with_it(site: Path, text: str | None, told: str) -> None:
+    if text is not None:
+        (site.parent / "split.csv").write_text(text)
+    set_key(site, 'split_file = "split.csv"')
+    printed = ingest(site)
+    assert "ICM110" in printed
+    assert told in printed
+    assert "slice, image, mask" not in printed  # the columns of another kind of split file
+
+
+def test_the_ingest_is_not_kept_inside_the_export(site: Path) -> None:
+    set_key(site, 'store = "export/ingest"')
+    assert "ICM210" in ingest(site)
+    assert not (site.parent / "export/ingest").exists()
+
+
+def test_what_cannot_be_kept_is_a_numbered_sentence_and_the_next_run_goes_on(site: Path) -> None:
+    ingest(site)
+    (store,) = (path for path in (site.parent / "ingest").iterdir() if path.is_dir())
+    (store / "frames").rename(store / "aside")
+    (store / "frames").write_text("a file where the folder should be")
+    write_series(site.parent / "export/c", "three", seed=3)
+    assert "ICM129" in ingest(site)
+    (store / "frames").unlink()
+    (store / "aside").rename(store / "frames")
+    assert "of 12 images used" in ingest(site)
+
+
+def test_a_dry_run_before_the_first_ingest_says_that_its_hashes_pass(site: Path) -> None:
+    assert "will differ" in ingest(site, "--dry-run")
+    assert not (site.parent / "ingest" / SECRET_FILE).exists()
+    assert "will differ" not in ingest(site)
+    assert "will differ" not in ingest(site, "--dry-run")
+
+
+def test_an_allowed_series_that_is_not_there_is_told(site: Path) -> None:
+    set_key(site, 'allow = ["S-0123456789abcdef"]')
+    assert "ICM210 allow names series that are not there: S-0123456789abcdef" in ingest(site)
+
+
+def test_without_a_training_image_ingest_says_so(site: Path) -> None:
+    site.write_text(site.read_text().replace("[1.0, 0.0, 0.0]", "[0.0, 0.0, 1.0]"))
+    assert "ICM108" in ingest(site)
+
+
+def test_forgetting_somebody_unknown_does_not_claim_a_removal(site: Path) -> None:
+    ingest(site)
+    assert "No image of this patient was in use" in command(site, "forget", "thre")
+    assert "3 images and 0 cached views removed" in command(site, "forget", "one")
