@@ -18,8 +18,9 @@ from fl_client.preparing import encode_ingested
 from fl_client.progress import bars
 from fl_client.site import SiteFile, cache_folder_of, read_site_file, site_export
 from icmoe.cache_entries import forget_images
+from icmoe.data.ingest.index import INDEX
 from icmoe.data.ingest.page import PAGE, drop_report, quality_report
-from icmoe.data.ingest.pseudonyms import SECRET_FILE
+from icmoe.data.ingest.pseudonyms import FORGOTTEN, SECRET_FILE
 from icmoe.data.ingest.quality import quality_record
 from icmoe.data.ingest.run import Export, forget, gone_digests, ingest
 from icmoe.errors import Fault, IcmoeError
@@ -115,9 +116,11 @@ def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int]:
     settings, studies = read_site_file(path)
     _same(path, settings, name)
     frames = features = 0
-    for study in studies:
-        export = site_export(path, settings, study)
-        drop_report(export.store)  # it shows the patient
+    exports = [site_export(path, settings, study) for study in studies]
+    former = (place.parent for place in exports[0].secret_folder.glob(f"*/{INDEX}"))  # of studies that are no longer approved
+    for store in sorted({export.store for export in exports} | set(former)):
+        export = replace(exports[0], store=store)
+        drop_report(store)  # it shows the patient
         frames += forget(export, patient)
         features += _drop_features(path, settings, export)
     return frames, features
@@ -205,9 +208,11 @@ def _place(export: Export, *, dry_run: bool) -> Iterator[Export]:
         return
     folder = Path(tempfile.mkdtemp(prefix="icmoe-dry-run-"))
     try:
-        secret = export.secret_folder / SECRET_FILE
+        secret, forgotten = (export.secret_folder / name for name in (SECRET_FILE, FORGOTTEN))
         if secret.exists():
             shutil.copy2(secret, folder)
+        if forgotten.exists():
+            shutil.copytree(forgotten, folder / FORGOTTEN)
         yield replace(export, store=folder / "store", secret_folder=folder)
     finally:
         shutil.rmtree(folder)

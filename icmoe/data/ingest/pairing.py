@@ -153,9 +153,14 @@ def _by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Us
         raise Refusal(123, "none of the images that it refers to is in the folder")
     if off and not placed:
         raise Refusal(121, "none of the images that it refers to lies in the plane of its marks")
+    _same_patient(record, images, found)
+    return {key: _use(path, record, parts) for key, parts in found.items()}
+
+
+def _same_patient(record: FileRecord, images: Images, found: Iterable[Key]) -> None:
+    """Refuse a mask that names another patient than its images, as after two exports that were numbered alike."""
     if record.patient and any(images[target].patient not in {record.patient, ""} for target, _ in found):
         raise Refusal(121, "it refers to images of another patient than its own")
-    return {key: _use(path, record, parts) for key, parts in found.items()}
 
 
 def _is_stack(image: FileRecord) -> bool:
@@ -201,6 +206,7 @@ def _by_space(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
         raise Refusal(123, "it refers to no image, and no image shares its frame of reference and planes")
     if len(best) > 1:
         raise Refusal(122, f"it refers to no image, and {len(best)} series share its geometry")
+    _same_patient(record, images, series[best[0]])
     return {key: _use(path, record, parts) for key, parts in series[best[0]].items()}
 
 

@@ -142,7 +142,7 @@ def _series(
         return
     frames = _ordered(frames)
     involved = sorted({path for path, _, _ in frames} | {use.path for path, n, _ in frames for use in uses[path, n]})
-    said = [f"{path}#{n}:{[(use.form, marks[use.path]) for use in uses[path, n]]}" for path, n, _ in frames]
+    said = [f"{path}#{n}:{[(use.form, marks[use.path], _meant(use)) for use in uses[path, n]]}" for path, n, _ in frames]
     text = "\n".join([RECIPE_VERSION, series, *(marks[path] for path in involved), *said])
     mark = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
     wanted = tuple(
@@ -153,6 +153,11 @@ def _series(
     made.jobs[series] = (mark, SeriesJob(series, site.root, site.store, site.labels, kinds, wanted))
     made.patients[series], made.modalities[series] = owner, members[0][1].modality
     made.planes[series] = [place.plane for _, _, place in frames]
+
+
+def _meant(use: Use) -> list[tuple[int, int, int]]:
+    """Return which part of a mask counts as which class: the site's names for the classes may change where no file does."""
+    return [(patch.number, patch.value, patch.label) for patch in use.patches]
 
 
 def _whole(owner: str, held: str, site: Site) -> Refusal | None:

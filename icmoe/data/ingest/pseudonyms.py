@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import secrets
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from icmoe.errors import Fault, IcmoeError
 SECRET_FILE = "secret.key"  # noqa: S105  # a file name
 SECRET_BYTES = 32
 DIGITS = 16
+FORGOTTEN = "forgotten"
+"""Folder beside the secret with one empty file per forgotten patient: it outlives every index and holds for every study."""
 
 
 class Pseudonyms:
@@ -67,6 +70,32 @@ def site_pseudonyms(folder: Path) -> Pseudonyms:
     if mode and os.name == "posix":
         raise IcmoeError(_fault(path, "others may read the secret of the site", f"{mode:03o}", "000", f"chmod 600 {path}"))
     return Pseudonyms(secret)
+
+
+def pseudonym_of(patient: str, hashes: Pseudonyms) -> str:
+    """Return the pseudonym of a patient who is named by it, or by the hospital's own number."""
+    plain = patient.strip().casefold()
+    return f"P-{plain[2:]}" if re.fullmatch(rf"p-[0-9a-f]{{{DIGITS}}}", plain) else hashes.patient(patient)
+
+
+def forget_name(folder: Path, patient: str) -> None:
+    """Note that a patient is not to be read again, whatever becomes of the indexes.
+
+    Raises
+    ------
+    IcmoeError
+        129 where that cannot be written.
+    """
+    path = folder / FORGOTTEN / patient
+    try:
+        write_atomically(path, b"", private=True)
+    except OSError as error:
+        raise IcmoeError(_fault(path.parent, "list of forgotten patients cannot be written", error.strerror or "")) from None
+
+
+def forgotten(folder: Path) -> list[str]:
+    """Return the pseudonyms of the patients who are not to be read again, sorted."""
+    return sorted(path.name for path in (folder / FORGOTTEN).glob("P-*"))
 
 
 def _fault(path: Path, what: str, value: str, limit: str = "", todo: str = "") -> Fault:

@@ -79,7 +79,7 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
         packages that read images are not installed.
     """
     _require_packages()
-    from icmoe.data.ingest.pseudonyms import site_pseudonyms
+    from icmoe.data.ingest.pseudonyms import forgotten, site_pseudonyms
     from icmoe.data.ingest.walking import walk
 
     if not export.root.is_dir():
@@ -88,20 +88,23 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
     hashes = site_pseudonyms(export.secret_folder)
     splits = _splits(export.split_file)
     with index.claimed(export.store) as connection:
+        connection.executemany("insert or ignore into forgotten values (?)", [(name,) for name in forgotten(export.secret_folder)])
         found = {path: (size, changed) for path, size, changed in walk(export.root, export.settings.exclude)}
         if not found:  # a share that is not mounted looks like this, and must not empty the index
             todo = "Check that it is mounted and that folder and exclude under [ingest] are right."
             raise IcmoeError(_no_export(export, "export holds no file", todo))
         ids = {path: hashes.of("file", path) for path in found}
         basis = _basis(export, splits, connection)
-        known = index.files(connection) if index.meta(connection, "recipe") == _recipe(export) else {}
+        if index.meta(connection, "recipe") != _recipe(export):
+            _start_over(connection, export)
+        known = index.files(connection)
         new = [path for path, state in found.items() if known.get(ids[path]) != state]
         if not new and known.keys() == set(ids.values()) and index.meta(connection, "complete") == basis:
             _clean(connection, export.store)
             return False
         from icmoe.data.ingest.work import publish, read_files
 
-        index.put_meta(connection, {"complete": "", "cleaned": "", "recipe": _recipe(export), "site": export.site})
+        index.put_meta(connection, {"complete": "", "cleaned": "", "site": export.site})
         read_files(connection, export, hashes, {path: (ids[path], found[path]) for path in new}, on_progress)
         with index.transaction(connection):
             gone = index.files(connection).keys() - set(ids.values())
@@ -132,14 +135,16 @@ def forget(export: Export, patient: str) -> int:
     patient
         The hospital's own number, or the pseudonym P-....
     """
-    from icmoe.data.ingest.pseudonyms import site_pseudonyms
+    from icmoe.data.ingest.pseudonyms import forget_name, pseudonym_of, site_pseudonyms
 
-    hashes = site_pseudonyms(export.secret_folder)
-    name = patient if patient.startswith("P-") and len(patient) == 18 else hashes.patient(patient)
+    name = pseudonym_of(patient, site_pseudonyms(export.secret_folder))
+    forget_name(export.secret_folder, name)
     with index.claimed(export.store) as connection:
         rows = [row for row in index.frame_rows(connection) if row.patient == name]
         out = index.left_out(connection)
         series = {row.series for row in rows} | {item.series for item in out if item.patient == name}
+        # An ingest that was stopped has decoded series that are in neither.
+        series |= {f"S-{record.series}" for record in index.records(connection).values() if record.patient == name}
         with index.transaction(connection):
             connection.execute("insert or ignore into forgotten values (?)", (name,))
             connection.executemany("delete from series where id = ?", [(key,) for key in series])
@@ -186,6 +191,13 @@ def _recipe(export: Export) -> str:
     """Return what the records of files depend on besides the files."""
     settings = export.settings
     return json.dumps([RECIPE_VERSION, {k: list(v) for k, v in sorted(settings.labels.items())}, settings.patient_pattern])
+
+
+def _start_over(connection: sqlite3.Connection, export: Export) -> None:
+    """Drop what was read by another recipe in one step with its name: after a kill, none of it passes for this recipe's."""
+    with index.transaction(connection):
+        connection.execute("delete from file")
+        index.put_meta(connection, {"complete": "", "recipe": _recipe(export)})
 
 
 def _basis(export: Export, splits: dict[str, str], connection: sqlite3.Connection) -> str:
