@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +20,9 @@ from fl_client.preparing import encode_ingested
 from fl_client.progress import bars
 from fl_client.site import SiteFile, cache_folder_of, read_site_file, site_export
 from icmoe.cache_entries import forget_images
-from icmoe.data.ingest.index import INDEX
+from icmoe.data.ingest.index import INDEX, published
 from icmoe.data.ingest.page import PAGE, drop_report, quality_report
-from icmoe.data.ingest.pseudonyms import FORGOTTEN, SECRET_FILE
+from icmoe.data.ingest.pseudonyms import SECRET_FILE
 from icmoe.data.ingest.quality import quality_record
 from icmoe.data.ingest.run import Export, forget, gone_digests, ingest
 from icmoe.errors import Fault, IcmoeError
@@ -207,18 +209,23 @@ def _place(export: Export, *, dry_run: bool) -> Iterator[Export]:
         yield export
         return
     folder = Path(tempfile.mkdtemp(prefix="icmoe-dry-run-"))
+    former = signal.signal(signal.SIGTERM, _stop)  # the pictures in the folder must go when the command is ended, too
     try:
-        secret, forgotten = (export.secret_folder / name for name in (SECRET_FILE, FORGOTTEN))
-        if secret.exists():
-            shutil.copy2(secret, folder)
-        if forgotten.exists():
-            shutil.copytree(forgotten, folder / FORGOTTEN)
-        yield replace(export, store=folder / "store", secret_folder=folder)
+        known = (export.secret_folder / SECRET_FILE).exists()
+        yield replace(export, store=folder / "store", secret_folder=export.secret_folder if known else folder)
     finally:
         shutil.rmtree(folder)
+        signal.signal(signal.SIGTERM, former)
+
+
+def _stop(number: int, frame: object) -> None:
+    del frame
+    sys.exit(128 + number)
 
 
 def _drop_features(path: Path, settings: SiteFile, export: Export) -> int:
-    """Remove the cached features of pictures that are gone and return their number."""
+    """Remove the cached features of pictures that are gone from every study and return their number."""
+    others = [place.parent for place in export.secret_folder.glob(f"*/{INDEX}") if place.parent != export.store]
     with gone_digests(export.store) as digests:
-        return forget_images(cache_folder_of(path, settings), digests)
+        used = {row.result.digest for store in others for row in published(store)[0]} if digests else set()
+        return forget_images(cache_folder_of(path, settings), [digest for digest in digests if digest not in used])

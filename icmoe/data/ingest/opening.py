@@ -83,8 +83,10 @@ def content_of(path: Path) -> Content:
     Raises
     ------
     Refusal
-        117 where it cannot be read or is larger than `MAX_BYTES`.
+        116 where it is a link, 117 where it cannot be read or is larger than `MAX_BYTES`.
     """
+    if path.is_symlink():
+        raise Refusal(116, "a link, which is not followed")
     with refusing(117, "file cannot be opened"), path.open("rb") as file:
         head = file.read(HEAD_BYTES)
         size = file.seek(0, 2)

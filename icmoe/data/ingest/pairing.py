@@ -14,7 +14,7 @@ from icmoe.data.ingest.geometry import OFF_GRID_PX, Grid, grid_between, height_m
 from icmoe.data.ingest.opening import Refusal
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.volumes import matrix_of
-from icmoe.data.ingest.walking import case, stem
+from icmoe.data.ingest.walking import case, own_folders, stem
 
 OFF_PLANE_MM = 0.5
 FORMS = ("seg", "contours", "volume", "picture")
@@ -83,12 +83,24 @@ class Images:
             self.by_space.setdefault(record.space, []).append(path)
             known = ((frame, place.plane) for frame, place in enumerate(record.frames))
             planes |= {(path, frame): plane for frame, plane in known if plane is not None and plane[9]}
+        self._owners: dict[str, set[str]] = {}
+        for path, record in self.records.items():
+            self._owners.setdefault(str(PurePosixPath(path).parent), set()).add(record.patient)
+        self._closest: dict[str, set[str]] = {}
         self._keys = list(planes)
         self._points_N4 = np.asarray([[*plane[:3], 1.0] for plane in planes.values()]).reshape(-1, 4)
 
     def __getitem__(self, path: str) -> FileRecord:
         """Return the record of an image."""
         return self.records[path]
+
+    def closest_owners(self, path: str) -> set[str]:
+        """Return the patients of the images in the folders that are closest to a mask's, whatever their names."""
+        own = str(PurePosixPath(path).parent)
+        if own not in self._closest:
+            folders = _closest(path, {folder: f"{folder}/image" for folder in self._owners})
+            self._closest[own] = set().union(*(self._owners[folder] for folder in folders))
+        return self._closest[own]
 
     def near(self, mask_matrix: npt.NDArray[np.float64]) -> list[Key]:
         """Return the frames whose first pixel lies on a voxel of the mask's grid, continued beyond its ends."""
@@ -231,6 +243,10 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
         raise Refusal(121, "no image lies on the grid of this volume")
     if len(best) > 1 and (named or not channels):
         raise Refusal(122, f"{len(best)} series lie on the grid of this volume, equally close by name and folder")
+    if not named and not channels:
+        _at_home(path, images[folders[best[0]]], images)
+    if not (named or channels or owned) and not set(own_folders(path)) & set(own_folders(folders[best[0]])) and volumes:
+        raise Refusal(121, "the volume on its grid has another name, and neither shares a folder with the other")
     return {key: use for name in best for key, use in series[name].items()}
 
 
@@ -243,9 +259,16 @@ def _by_name(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     if len(best) > 1:
         raise Refusal(122, f"{len(best)} images have its name, equally close by folder")
     image = images[best[0]]
+    _at_home(path, image, images)
     if (image.rows, image.columns) != (record.rows, record.columns):
         raise Refusal(105, f"mask {record.rows} x {record.columns}, image {image.rows} x {image.columns}")
     return {(best[0], 0): Use(path, "picture")}
+
+
+def _at_home(path: str, image: FileRecord, images: Images) -> None:
+    """Refuse the image of another patient than those whose images lie closest to a mask: its own may be missing or damaged."""
+    if image.patient not in images.closest_owners(path):
+        raise Refusal(121, "the image that it fits is another patient's than the images closest to it by folder")
 
 
 def _use(path: str, record: FileRecord, parts: Iterable[tuple[Patch, Grid | None]]) -> Use:

@@ -18,15 +18,9 @@ from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, FramePlace, refused
 from icmoe.data.ingest.segmentations import segmentation_record
 from icmoe.data.ingest.volumes import looks_like_classes, volume_record
-from icmoe.data.ingest.walking import stem
+from icmoe.data.ingest.walking import own_folders, stem
 from icmoe.errors import IcmoeError
 
-GENERIC = re.compile(
-    r"(image|img|mask|label|seg|segmentation|png|nifti|nii|dicom|scan|train|val|test|data)s?(tr|ts)?"
-    r"|flair|t1|t1w|t1ce|t1gd|t2|t2w|pd|dwi|adc|swi|ct|mr|mri|pt|pet|anat|ses-[a-z0-9]+",
-    re.I,
-)
-"""Folder names that say what lies in them, not whose it is."""
 BIDS = r"(?:^|/)(sub-[A-Za-z0-9]+)(?:/|_)"
 """Who it is in the Brain Imaging Data Structure."""
 
@@ -96,9 +90,8 @@ class Reader:
         """
         found = re.search(self.patient_pattern or BIDS, relative)
         path = PurePosixPath(relative)
-        folders = [part for part in path.parent.parts if not GENERIC.fullmatch(part)]
         volume = path.name.lower().endswith((".nii", ".nii.gz"))
-        named = "/".join(folders) or (stem(relative) if volume else ".")
+        named = "/".join(own_folders(relative)) or (stem(relative) if volume else ".")
         return {"patient": self.hashes.patient(found.group(1) if found and found.group(1) else named)}
 
 

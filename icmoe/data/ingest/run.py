@@ -7,6 +7,7 @@ and what readers see changes only in the last one. Unchanged data need no work.
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
 import importlib.util
 import json
@@ -89,7 +90,7 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
     splits = _splits(export.split_file)
     with index.claimed(export.store) as connection:
         connection.executemany("insert or ignore into forgotten values (?)", [(name,) for name in forgotten(export.secret_folder)])
-        found = {path: (size, changed) for path, size, changed in walk(export.root, export.settings.exclude)}
+        found = {path: (size, changed) for path, size, changed in walk(export.root, _passed_over(export))}
         if not found:  # a share that is not mounted looks like this, and must not empty the index
             todo = "Check that it is mounted and that folder and exclude under [ingest] are right."
             raise IcmoeError(_no_export(export, "export holds no file", todo))
@@ -193,6 +194,13 @@ def _recipe(export: Export) -> str:
     return json.dumps([RECIPE_VERSION, {k: list(v) for k, v in sorted(settings.labels.items())}, settings.patient_pattern])
 
 
+def _passed_over(export: Export) -> list[str]:
+    """Return the patterns of paths below the export that are not read: the site's, and what ingest itself writes there."""
+    root, own = export.root.resolve(), export.secret_folder.resolve()
+    inside = [f"{glob.escape(str(own.relative_to(root)))}/*"] if root in own.parents else []
+    return [*export.settings.exclude, *inside]
+
+
 def _start_over(connection: sqlite3.Connection, export: Export) -> None:
     """Drop what was read by another recipe in one step with its name: after a kill, none of it passes for this recipe's."""
     with index.transaction(connection):
@@ -235,7 +243,7 @@ def _splits(path: Path | None) -> dict[str, str]:
     found: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
         patient, split = (row.get("patient") or "").strip(), (row.get("split") or "").strip()
-        if not patient or split not in SPLITS or found.setdefault(patient, split) != split:
+        if not patient or split not in SPLITS or found.setdefault(patient.casefold(), split) != split:
             faults.append(
                 Fault(number=110, where=f"{path.name} row {number}", limit="patient once, train, val or test", did=did, todo=todo)
             )

@@ -5,16 +5,26 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from icmoe.errors import Fault, IcmoeError
 
+GENERIC = re.compile(
+    r"(image|img|mask|label|seg|segmentation|png|nifti|nii|dicom|scan|train|val|test|data)s?(tr|ts)?"
+    r"|flair|t1|t1w|t1ce|t1gd|t2|t2w|pd|dwi|adc|swi|ct|mr|mri|pt|pet|anat|ses-[a-z0-9]+"
+    r"|(visit|session|exam|study|series|scan|timepoint|baseline|follow[-_ ]?up|day|week|month|year)[-_ ]?\d*"
+    r"|\d{4}(?P<gap>[-_.]?)(0[1-9]|1[0-2])(?P=gap)([0-2]\d|3[01])",
+    re.I,
+)
+"""Folder names that say what lies in them or when it was taken, not whose it is: visits of one patient stay together."""
+
 
 def walk(root: Path, exclude: Sequence[str]) -> Iterator[tuple[str, int, int]]:
-    """Yield path below `root`, size in bytes and time of change in ns of every regular file, in the order of names.
+    """Yield path below `root`, size in bytes and time of change in ns of every regular file and link, in the order of names.
 
-    Links are not followed: they could lead out of the export or round in circles.
+    Links are named but not followed: they could lead out of the export or round in circles.
 
     Raises
     ------
@@ -24,16 +34,17 @@ def walk(root: Path, exclude: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     shut: list[OSError] = []
     for folder, folders, files in os.walk(root, onerror=shut.append):
         folders.sort()
-        for name in sorted(files):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]  # noqa: PTH114, PTH118  # as below
+        for name in sorted([*files, *links]):
             full = os.path.join(folder, name)  # noqa: PTH118  # three times as fast, and there may be a million
             relative = os.path.relpath(full, root)
             if _matches(relative, exclude):
                 continue
             try:
                 state = os.lstat(full)
-            except OSError:  # gone since the folder was listed
+            except FileNotFoundError:  # gone since the folder was listed
                 continue
-            if state.st_mode & 0o170000 == 0o100000:
+            if stat.S_ISREG(state.st_mode) or stat.S_ISLNK(state.st_mode):
                 yield relative, state.st_size, state.st_mtime_ns
     gone = (FileNotFoundError, NotADirectoryError)
     _require_open(
@@ -69,3 +80,8 @@ def stem(relative: str) -> str:
 def case(relative: str) -> str:
     """Return a volume's `stem` without the number of its channel (case_0000.nii.gz, as nnU-Net writes it)."""
     return re.sub(r"_\d{4}$", "", stem(relative))
+
+
+def own_folders(relative: str) -> list[str]:
+    """Return the folders of a file that may be named for whose it is."""
+    return [part for part in PurePosixPath(relative).parent.parts if not GENERIC.fullmatch(part)]
