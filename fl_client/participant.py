@@ -69,6 +69,10 @@ class Participant:
         """
         for study in self.studies:
             if study.digest == digest:
+                if study.labels != self.studies[0].labels:
+                    what = "study has other labels than the first approved one, whose masks were read"
+                    todo = "Write a site file of its own for this study."
+                    raise IcmoeError(Fault(number=302, where=self.name, what=what, value=study.name, todo=todo))
                 return study
         raise IcmoeError(Fault(number=302, where=self.name, value=str(digest)[:16], did="Nothing was trained, nothing was sent."))
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
-from dicom_builders import MASKS, VOLUME, numbers, put, save, segmentation, volume
+from dicom_builders import MASKS, VOLUME, contour, numbers, put, save, segmentation, structures, volume
 from exports import LESION, export_of, taken, write_series
+from PIL import Image
 from test_quality import site_file
 
 from fl_client.ingesting import forget_patient, ingest_site
+from fl_client.participant import Participant
 from icmoe.data.ingest import index
 from icmoe.data.ingest.run import Export, forget, ingest
 from icmoe.data.slices import load_mask
-from icmoe.study import Label
+from icmoe.errors import IcmoeError
+from icmoe.study import Label, Study, read_study
 
 SHIFTED = np.roll(MASKS, 3, axis=1)
 
@@ -117,3 +122,118 @@ def test_a_mask_of_another_patient_is_refused_although_it_shares_the_frame_of_re
     data = taken(export_of(tmp_path / "export", tmp_path / "kept"))
     assert not data.slices
     assert 121 in numbers(data)
+
+
+def picture(path: Path, values: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path)
+
+
+def noise(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (20, 24)).astype(np.uint8)
+
+
+def test_a_mask_does_not_go_to_the_picture_of_its_name_in_another_patients_folder(tmp_path: Path):
+    picture(tmp_path / "export/images/A/1.png", noise(1))
+    picture(tmp_path / "export/images/B/2.png", noise(2))
+    for name in ("B/1", "B/2"):
+        picture(tmp_path / f"export/masks/{name}.png", MASKS[2] * 255)
+    data = taken(export_of(tmp_path / "export", tmp_path / "kept"))
+    assert len(data.slices) == 1
+    assert numbers(data).count(121) == 1
+
+
+@pytest.mark.parametrize(("image", "mask"), [("A.nii", "B_seg.nii"), ("A/t1.nii", "B/seg.nii")])
+def test_a_volume_does_not_go_to_another_patients_image_on_the_same_grid(tmp_path: Path, image: str, mask: str):
+    grey = np.random.default_rng(1).normal(size=(20, 24, 5)).astype(np.float32)
+    for name, values in ((image, grey), (mask, np.moveaxis(MASKS, 0, 2))):
+        (tmp_path / "export" / name).parent.mkdir(parents=True, exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(values, np.diag([1.0, 1.0, 3.0, 1.0])), tmp_path / "export" / name)
+    data = taken(export_of(tmp_path / "export", tmp_path / "kept"))
+    assert not data.slices
+    assert 121 in numbers(data)
+
+
+def test_visits_of_one_patient_stay_in_one_split(tmp_path: Path):
+    for seed, visit in enumerate(("visit1", "visit2", "2019-01-02", "session_3")):
+        picture(tmp_path / f"export/jo/{visit}/1.png", noise(seed))
+        picture(tmp_path / f"export/jo/{visit}/1_mask.png", MASKS[2] * 255)
+    data = taken(export_of(tmp_path / "export", tmp_path / "kept"))
+    assert (len(data.slices), len({item.patient for item in data.slices})) == (4, 1)
+
+
+def test_a_mask_that_names_an_instance_of_two_patients_is_refused(tmp_path: Path):
+    one, other = volume(VOLUME), volume(VOLUME[:, ::-1].copy(), PatientID="Roe 2")
+    for first, second in zip(one, other, strict=True):
+        second.SOPInstanceUID = first.SOPInstanceUID
+    mask = segmentation(other, MASKS, "BINARY")
+    mask.PatientID = ""
+    for folder, objects in (("a", one), ("b", [*other, mask])):
+        for number, data in enumerate(objects):
+            save(data, tmp_path / f"export/{folder}/{number}")
+    found = taken(export_of(tmp_path / "export", tmp_path / "kept"))
+    assert not found.slices
+    assert 122 in numbers(found)
+
+
+def test_contours_without_images_are_refused_where_two_frames_of_reference_are_listed(tmp_path: Path):
+    one, other = volume(VOLUME), volume(VOLUME[:, ::-1].copy())
+    square = contour(np.array([[-17, -27, 50], [-5, -27, 50], [-5, -18, 50], [-17, -18, 50]], dtype=float))
+    drawn = structures([square], listed=one, space=one[0].FrameOfReferenceUID)
+    further = structures([], listed=other, space=other[0].FrameOfReferenceUID)
+    drawn.ReferencedFrameOfReferenceSequence.extend(further.ReferencedFrameOfReferenceSequence)
+    put(tmp_path, [*one, *other, drawn])
+    data = taken(export_of(tmp_path / "export", tmp_path / "kept"))
+    assert not data.slices
+    assert 122 in numbers(data)
+
+
+def test_links_are_told_and_what_ingest_wrote_into_the_export_is_not_read(tmp_path: Path):
+    write_series(tmp_path / "export/a", "one", 2, seed=1)
+    (tmp_path / "export/link").symlink_to(tmp_path / "export/a/x1.dcm")
+    (tmp_path / "export/round").symlink_to(tmp_path / "export")
+    export = export_of(tmp_path / "export", tmp_path / "export/own")
+    assert ingest(export)
+    assert not ingest(export)
+    data = index.read_index(export.store)
+    assert (len(data.slices), numbers(data).count(116)) == (2, 2)
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_series(tmp_path / "export/a", "one", 2, seed=1)
+    export = export_of(tmp_path / "export", tmp_path / "place")
+    before = taken(export).slices
+    listing = os.scandir
+
+    def refused(path: str) -> object:
+        if str(path).endswith("/a"):
+            raise PermissionError(13, "Permission denied")
+        return listing(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", refused)
+        with pytest.raises(IcmoeError, match="ICM109"):
+            ingest(export)
+    assert index.read_index(export.store).slices == before
+
+
+def test_one_patient_in_two_splits_is_a_fault_however_the_number_is_written(tmp_path: Path):
+    write_series(tmp_path / "export/a", "one", 2, seed=1)
+    (tmp_path / "split.csv").write_text("patient,split\nOne,test\none,train\n")
+    export = replace(export_of(tmp_path / "export", tmp_path / "place"), split_file=tmp_path / "split.csv")
+    with pytest.raises(IcmoeError, match="ICM110"):
+        ingest(export)
+
+
+def test_a_study_of_other_labels_is_not_trained_on_the_masks_of_the_first(tmp_path: Path):
+    first, second = (study_of(tmp_path, values) for values in ("[255]", "[128, 255]"))
+    site = Participant(
+        name="Elm", studies=(first, second), train=(), val=(), cache_folder=tmp_path / "cache", state_folder=tmp_path / "state"
+    )
+    assert site.approved(first.digest) is first
+    with pytest.raises(IcmoeError, match="ICM302"):
+        site.approved(second.digest)
+
+
+def study_of(place: Path, values: str) -> Study:
+    return read_study(site_file(place, place, values).with_name("study.toml"))

@@ -74,11 +74,14 @@ class Images:
     def __init__(self, files: Mapping[str, FileRecord]) -> None:
         self.records = {path: record for path, record in files.items() if is_image(record)}
         self.by_uid: dict[str, str] = {}
+        self.of_several: set[str] = set()
         self.by_stem: dict[str, list[str]] = {}
         self.by_space: dict[str, list[str]] = {}
         planes: dict[Key, Plane] = {}
         for path, record in self.records.items():
-            self.by_uid.setdefault(record.image, path)
+            other = self.by_uid.setdefault(record.image, path)
+            if record.image and self.records[other].patient != record.patient:
+                self.of_several.add(record.image)
             self.by_stem.setdefault(stem(path), []).append(path)
             self.by_space.setdefault(record.space, []).append(path)
             known = ((frame, place.plane) for frame, place in enumerate(record.frames))
@@ -148,10 +151,14 @@ def _uses(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
 def _by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     """Match by the instances that the parts of a mask name; parts that name none lie on a listed image in their plane."""
     by_uid = images.by_uid
+    if images.of_several & {*record.listed, *(patch.image for patch in record.patches)}:
+        raise Refusal(122, "images of several patients have the instance UID that it refers to")
     listed = [by_uid[uid] for uid in record.listed if uid in by_uid]
     found: dict[Key, list[tuple[Patch, Grid | None]]] = {
         (target, frame): [] for target in listed if _is_stack(images[target]) for frame in range(len(images[target].frames))
     }
+    if any(not patch.image for patch in record.patches) and len(_spaces(listed, images)) > 1:
+        raise Refusal(122, "parts of it name no image, and its images lie in several frames of reference")
     sources = Counter((patch.number, patch.label) for patch in record.patches)
     placed, off = False, False
     for patch in record.patches:
@@ -173,6 +180,10 @@ def _same_patient(record: FileRecord, images: Images, found: Iterable[Key]) -> N
     """Refuse a mask that names another patient than its images, as after two exports that were numbered alike."""
     if record.patient and any(images[target].patient not in {record.patient, ""} for target, _ in found):
         raise Refusal(121, "it refers to images of another patient than its own")
+
+
+def _spaces(targets: Iterable[str], images: Images) -> set[str]:
+    return {images[target].space for target in targets}
 
 
 def _is_stack(image: FileRecord) -> bool:
@@ -243,10 +254,8 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
         raise Refusal(121, "no image lies on the grid of this volume")
     if len(best) > 1 and (named or not channels):
         raise Refusal(122, f"{len(best)} series lie on the grid of this volume, equally close by name and folder")
-    if not named and not channels:
-        _at_home(path, images[folders[best[0]]], images)
-    if not (named or channels or owned) and not set(own_folders(path)) & set(own_folders(folders[best[0]])) and volumes:
-        raise Refusal(121, "the volume on its grid has another name, and neither shares a folder with the other")
+    if not (named or channels or owned):
+        _may_be_its_own(path, folders[best[0]], images)
     return {key: use for name in best for key, use in series[name].items()}
 
 
@@ -269,6 +278,13 @@ def _at_home(path: str, image: FileRecord, images: Images) -> None:
     """Refuse the image of another patient than those whose images lie closest to a mask: its own may be missing or damaged."""
     if image.patient not in images.closest_owners(path):
         raise Refusal(121, "the image that it fits is another patient's than the images closest to it by folder")
+
+
+def _may_be_its_own(path: str, target: str, images: Images) -> None:
+    """Refuse a volume that fits by its grid alone: those of many patients in one space, or of one scanner, lie on the same."""
+    _at_home(path, images[target], images)
+    if images[target].kind == "volume" and not set(own_folders(path)) & set(own_folders(target)):
+        raise Refusal(121, "the volume on its grid has another name and lies in a folder of another name")
 
 
 def _use(path: str, record: FileRecord, parts: Iterable[tuple[Patch, Grid | None]]) -> Use:

@@ -89,7 +89,9 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
     hashes = site_pseudonyms(export.secret_folder)
     splits = _splits(export.split_file)
     with index.claimed(export.store) as connection:
-        connection.executemany("insert or ignore into forgotten values (?)", [(name,) for name in forgotten(export.secret_folder)])
+        connection.executemany(
+            "insert or ignore into forgotten values (?)", [(name,) for name in forgotten(export.secret_folder)]
+        )
         found = {path: (size, changed) for path, size, changed in walk(export.root, _passed_over(export))}
         if not found:  # a share that is not mounted looks like this, and must not empty the index
             todo = "Check that it is mounted and that folder and exclude under [ingest] are right."
