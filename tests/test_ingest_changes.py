@@ -207,7 +207,7 @@ def test_a_folder_that_cannot_be_read_is_not_taken_for_deleted(tmp_path: Path, m
 
     def refused(path: str) -> object:
         if str(path).endswith("/a"):
-            raise PermissionError(13, "Permission denied")
+            raise PermissionError(13, "Permission denied", str(path))
         return listing(path)
 
     with monkeypatch.context() as patched:
