@@ -145,6 +145,17 @@ def ingest(
 
 
 @app.command()
+def which(context: typer.Context, name: Annotated[str, typer.Argument(help="P-..., S-... or F-... of a report.")]) -> None:
+    """Name the files behind a hash of the report, to look at them; the names go to this terminal and nowhere else."""
+    from fl_client.ingesting import files_named
+
+    with exit_on_fault():
+        chosen = _chosen(context)
+        for path in files_named(chosen.path, chosen.site, name):
+            sys.stdout.write(f"{path}\n")
+
+
+@app.command()
 def forget(
     context: typer.Context, patient: Annotated[str, typer.Argument(help="The hospital's own number, or the P-... of ingest.")]
 ) -> None:

@@ -20,6 +20,7 @@ from fl_client.preparing import encode_ingested
 from fl_client.progress import bars
 from fl_client.site import SiteFile, cache_folder_of, read_site_file, site_export
 from icmoe.cache_entries import forget_images
+from icmoe.data.ingest.finding import files_of
 from icmoe.data.ingest.index import INDEX, published
 from icmoe.data.ingest.page import PAGE, drop_report, quality_report
 from icmoe.data.ingest.pseudonyms import SECRET_FILE
@@ -126,6 +127,25 @@ def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int]:
         frames += forget(export, patient)
         features += _drop_features(path, settings, export)
     return frames, features
+
+
+def files_named(path: Path, name: str, wanted: str) -> list[str]:
+    """Return the files that a hash of any approved study's report stands for, below the export.
+
+    Raises
+    ------
+    IcmoeError
+        As `files_of`.
+    """
+    settings, studies = read_site_file(path)
+    _same(path, settings, name)
+    faults: list[Fault] = []
+    for study in studies:
+        try:
+            return files_of(site_export(path, settings, study), wanted)
+        except IcmoeError as error:
+            faults = [*error.faults]
+    raise IcmoeError(*faults)
 
 
 def print_report(reports: list[dict[str, Any]]) -> None:

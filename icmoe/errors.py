@@ -54,7 +54,10 @@ CATALOGUE: dict[int, Entry] = {
     123: Entry("mask has no image", "Export the images that it was drawn on into the same folder."),
     124: Entry("image has no mask", "Nothing, or add its mask: without one it cannot be trained on."),
     125: Entry("picture is there twice", "Nothing: one of them is used."),
-    126: Entry("text may be burned into the picture", "Look at it, then name its series under allow in the site file."),
+    126: Entry(
+        "text may be burned into the picture",
+        "Look at it (fl_client which S-... names its files), then name its series under allow in the site file.",
+    ),
     127: Entry(
         "patient shares pictures with a patient of another split", "Check whether they are one person; give them one number."
     ),

@@ -218,7 +218,13 @@ def test_the_command_ingests_forgets_and_refuses_by_number(tmp_path: Path):
     assert json.loads(dry.stdout)[0]["used"] == 4
     assert not (tmp_path / "ingest").exists(), "a dry run keeps nothing"
     assert json.loads(command("ingest", "--json", "--no-encode").stdout)[0]["changed"] is True
-    assert json.loads(command("ingest", "--json", "--no-encode").stdout)[0]["changed"] is False
+    again = json.loads(command("ingest", "--json", "--no-encode").stdout)[0]
+    assert again["changed"] is False
+    for row in again["series"]:
+        names = command("which", row["series"]).stdout.splitlines()
+        assert {Path(name).parent.name for name in names} in ({"a"}, {"b"})
+        assert set(names) <= set(command("which", row["patient"]).stdout.splitlines())
+    assert "ICM210" in command("which", "S-0123456789abcdef").stderr
     assert command("forget", "two").stdout.startswith("2 images")
     assert json.loads(command("ingest", "--json", "--no-encode").stdout)[0]["used"] == 2
     (tmp_path / "ingest/secret.key").chmod(0o644)
