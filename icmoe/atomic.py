@@ -19,9 +19,10 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True, private: 
     durable
         Whether to wait for the disk; not needed for what can be computed again.
     private
-        Whether only the owner may read the file: patient data and what was trained on it alone.
+        Whether only the owner may read the file, and list its folder where it is made: patient data and what was trained
+        on it alone.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
     name = path.parent / f".{path.name[:32]}.{secrets.token_hex(8)}"
     descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
     try:

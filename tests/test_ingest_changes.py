@@ -237,3 +237,13 @@ def test_a_study_of_other_labels_is_not_trained_on_the_masks_of_the_first(tmp_pa
 
 def study_of(place: Path, values: str) -> Study:
     return read_study(site_file(place, place, values).with_name("study.toml"))
+
+
+def test_what_ingest_keeps_is_its_owners_alone(tmp_path: Path):
+    write_series(tmp_path / "export/a", "one", 2)
+    taken(export_of(tmp_path / "export", tmp_path / "place/ingest"))
+    kept = [path for path in (tmp_path / "place/ingest").rglob("*") if path.name != "lock"]
+    assert len(kept) > 5
+    for path in [tmp_path / "place/ingest", *kept]:
+        if path.is_file() or path.name in {"ingest", "store"}:
+            assert path.stat().st_mode & 0o077 == 0, path
