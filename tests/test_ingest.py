@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from exports import LESION, export_of, taken, write_series
+from exports import LESION, export_of, read_frames, taken, write_series
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,7 +19,6 @@ from pydicom.data import get_charset_files, get_testdata_file
 from icmoe.data.ingest import index
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.opening import Refusal
-from icmoe.data.ingest.pixels import read_frames
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.reading import Reader
 from icmoe.data.ingest.run import Export, forget, ingest, store_of

@@ -16,11 +16,20 @@ import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, iter_pixels
-from pydicom.uid import JPEGLossless, JPEGLosslessSV1, RLELossless, UncompressedTransferSyntaxes
+from pydicom.uid import (
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    RLELossless,
+    UncompressedTransferSyntaxes,
+)
 
 from icmoe.data.images import LUMINANCE
 from icmoe.data.ingest.headers import integer, numbers, numeric, sequence, text
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
+from icmoe.data.picture import Picture, picture_of
+from icmoe.data.store import smallest
 from icmoe.window import Window
 
 MODALITY_TAGS = ("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence")
@@ -59,8 +68,10 @@ class Shown:
         return Window(low, high) if low < high else window
 
 
-def read_frames(path: Path, numbers_wanted: Sequence[int], shown: Shown | None = None) -> Iterator[tuple[int, Grey | Refusal]]:
-    """Yield the wanted frames of one object in rising order, each as grey values or as the reason why it has none.
+def read_pictures(
+    path: Path, numbers_wanted: Sequence[int], shown: Shown | None = None
+) -> Iterator[tuple[int, Picture | Refusal]]:
+    """Yield the wanted frames of one object in rising order, each as a grey picture or as the reason why it has none.
 
     A large multi-frame object is read frame by frame from disk, so that memory does not grow with it.
 
@@ -84,12 +95,14 @@ def read_frames(path: Path, numbers_wanted: Sequence[int], shown: Shown | None =
     plain, damaged = str(header.file_meta.TransferSyntaxUID) in PLAIN, 0
     while wanted:
         # pydicom would drop the upper bits of pixels that do not start at bit 0.
-        stream = iter_pixels(path if large else header, indices=wanted, correct_unused_bits=False)
+        one = None if large else _stored(header)
+        options: dict[str, Any] = {"indices": wanted, "correct_unused_bits": False}
+        stream = iter_pixels(path if large else header, **options) if one is None else iter([one])
         for place, number in enumerate(wanted):
             try:
                 with refusing(118, UNDECODABLE):
-                    grey = _grey(next(stream), header, number, shown or Shown())
-                yield number, grey
+                    picture = _picture(next(stream), header, number, shown or Shown())
+                yield number, picture
             except Refusal as refusal:
                 damaged += 1  # compressed frames are independent of each other
                 lost = wanted[place:] if plain or damaged > MAX_DAMAGED else [number]
@@ -100,22 +113,43 @@ def read_frames(path: Path, numbers_wanted: Sequence[int], shown: Shown | None =
             return
 
 
-def _grey(stored: npt.NDArray[Any], header: Dataset, number: int, shown: Shown) -> Grey:
-    """Return the grey values of one decoded frame, H x W."""
-    photometric = text(header, "PhotometricInterpretation").upper()
-    if photometric == "PALETTE COLOR":
+def _stored(header: Dataset) -> npt.NDArray[Any] | None:
+    """Return the pixels of a grey object of one frame that lie in it as they are, None where pydicom has to look at them."""
+    depth, bits, signed = (integer(header, name) for name in ("BitsAllocated", "BitsStored", "PixelRepresentation"))
+    shape = integer(header, "Rows"), integer(header, "Columns")
+    plain = header.file_meta.TransferSyntaxUID in {ImplicitVRLittleEndian, ExplicitVRLittleEndian}
+    grey = text(header, "PhotometricInterpretation") in {"MONOCHROME1", "MONOCHROME2"} and "PixelRepresentation" in header
+    one = integer(header, "SamplesPerPixel") == 1 and integer(header, "NumberOfFrames") in {0, 1}
+    if not (plain and grey and one and depth in {8, 16} and 1 <= bits <= depth and signed in {0, 1}):
+        return None
+    raw = header.get_item("PixelData")
+    size = shape[0] * shape[1] * depth // 8
+    if raw is None or not isinstance(raw.value, bytes) or not size <= len(raw.value) <= size + 1:
+        return None
+    return np.frombuffer(raw.value, dtype=f"<{'i' if signed else 'u'}{depth // 8}", count=shape[0] * shape[1]).reshape(shape)
+
+
+def _picture(stored: npt.NDArray[Any], header: Dataset, number: int, shown: Shown) -> Picture:
+    """Return the grey picture of one decoded frame; all that the header does to a value is done once per value."""
+    if text(header, "PhotometricInterpretation").upper() == "PALETTE COLOR":
         stored = apply_color_lut(significant_bits(stored, header), header)
     if stored.ndim == 3:
         shown.add(-np.inf, np.inf)
-        return _luminance(stored[..., :3])
+        return picture_of(smallest(_luminance(stored[..., :3])))
     if stored.ndim != 2:
         raise Refusal(118, f"a frame of {stored.ndim} dimensions")
-    values = significant_bits(stored, header)
+    picture = picture_of(stored)
+    return picture.of_values(smallest(_grey(picture.values_V, header, number, shown)))
+
+
+def _grey(stored_V: npt.NDArray[Any], header: Dataset, number: int, shown: Shown) -> Grey:
+    """Return the grey values that a frame's stored values stand for, in their order."""
+    values = significant_bits(stored_V, header)
     padded = _padding(values, header)
     modality = frame_element(header, number, "PixelValueTransformationSequence", MODALITY_TAGS)
     voi = frame_element(header, number, "FrameVOILUTSequence", VOI_TAGS)
     grey, limits, top = _voi(_modality(values, modality), voi)
-    if photometric == "MONOCHROME1":
+    if text(header, "PhotometricInterpretation").upper() == "MONOCHROME1":
         turning_point = _turning_point(header, modality) if top is None else top
         grey = turning_point - grey.astype(np.float64)
         limits = (turning_point - limits[1], turning_point - limits[0])
@@ -159,7 +193,7 @@ def significant_bits(stored: npt.NDArray[Any], header: Dataset) -> npt.NDArray[A
 
 
 def frame_element(header: Dataset, number: int, group: str, names: Sequence[str]) -> Dataset:
-    """Return the elements `names` that hold for a frame: its own group's, the shared group's, or the object's.
+    """Return a data set with the elements `names` that hold for a frame: its own group's, the shared group's, or the object.
 
     Parameters
     ----------
@@ -170,13 +204,14 @@ def frame_element(header: Dataset, number: int, group: str, names: Sequence[str]
     group
         Functional group that holds them in an enhanced object.
     names
-        Keywords; those with a value of another form are left out.
+        Keywords; those in a group with a value of another form are left out.
     """
     own = sequence(header, "PerFrameFunctionalGroupsSequence")[number : number + 1]
     shared = sequence(header, "SharedFunctionalGroupsSequence")[:1]
     places = [item for place in (*own, *shared) for item in sequence(place, group)[:1]]
-    source = places[0] if places else header
-    found = Dataset()
+    if not places:
+        return header
+    source, found = places[0], Dataset()
     found.file_meta = header.file_meta  # with the next, tells byte order and sign of what stands in a table
     found.PixelRepresentation = integer(header, "PixelRepresentation")
     for name in names:
