@@ -169,15 +169,21 @@ def _opened(levels_HW: Levels, side: int) -> Levels:
 
     Comparing shifted arrays is many times as fast as scipy's filters here, because numpy compares 16 bytes at a time.
     """
-    padded_HW = np.pad(levels_HW, side - 1, mode="edge")
-    eroded_HW = _least(_least(padded_HW, side, 0), side, 1)
-    return 255 - _least(_least(255 - eroded_HW, side, 0), side, 1)
+    reach = side - 1
+    padded_HW = np.empty((levels_HW.shape[0] + 2 * reach, levels_HW.shape[1] + 2 * reach), dtype=np.uint8)
+    padded_HW[reach:-reach, reach:-reach] = levels_HW
+    padded_HW[:reach, reach:-reach], padded_HW[-reach:, reach:-reach] = levels_HW[0], levels_HW[-1]
+    padded_HW[:, :reach], padded_HW[:, -reach:] = padded_HW[:, reach, None], padded_HW[:, -reach - 1, None]
+    eroded_HW = _folded(np.minimum, padded_HW, side)
+    return _folded(np.maximum, eroded_HW, side)
 
 
-def _least(levels_HW: Levels, side: int, axis: int) -> Levels:
-    """Return the least of each `side` neighbours along an axis, in steps that double."""
-    lines, reach = np.moveaxis(levels_HW, axis, 0), 1
+def _folded(extreme: np.ufunc, levels_HW: Levels, side: int) -> Levels:
+    """Return the least or the greatest level of each square, in steps that double."""
+    reach = 1
     while reach < side:
         step = min(reach, side - reach)
-        lines, reach = np.minimum(lines[:-step], lines[step:]), reach + step
-    return np.moveaxis(lines, 0, axis)
+        levels_HW = extreme(levels_HW[:-step], levels_HW[step:])
+        levels_HW = extreme(levels_HW[:, :-step], levels_HW[:, step:])
+        reach += step
+    return levels_HW

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from icmoe.data.images import read_classes, read_grey
 from icmoe.data.ingest.burned_in import holds_text
 from icmoe.data.ingest.contours import fill, read_contours
 from icmoe.data.ingest.geometry import share_within, upright
-from icmoe.data.ingest.opening import Refusal, refusing
+from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pairing import Use
 from icmoe.data.ingest.pixels import Shown, read_pictures
 from icmoe.data.ingest.records import FrameResult, Kind, Plane
-from icmoe.data.ingest.segmentations import open_segmentation, read_patch
+from icmoe.data.ingest.segmentations import read_patch
 from icmoe.data.ingest.volumes import SCALING_ERROR, read_volume, through_axis
 from icmoe.data.picture import Picture, picture_digest, picture_of, ranks_digest
 from icmoe.data.store import entry_path, read_stored, smallest, write_stored
@@ -205,7 +206,7 @@ class _Masks:
 
     def _segments(self, use: Use, shape: tuple[int, int]) -> Classes:
         classes = np.zeros(shape, dtype=np.uint8)
-        seg = self._once(use.path, open_segmentation)
+        seg = self._once(use.path, partial(open_dicom, pixels=True))
         for patch, grid in zip(use.patches, use.grids, strict=True):
             marked = read_patch(seg, patch)
             if grid is not None and share_within(marked[..., None], [grid], shape) < 0.5:

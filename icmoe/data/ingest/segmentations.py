@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from highdicom.seg import Segmentation, SegmentationTypeValues
 from pydicom.dataset import Dataset
+from pydicom.pixels import pixel_array
 
 from icmoe.data.ingest.headers import group_plane, identity, integer, named_patient, referenced_frames, sequence, text
 from icmoe.data.ingest.labels import LabelNames
@@ -82,8 +83,15 @@ def segmentation_record(path: Path, names: LabelNames, hashes: Pseudonyms) -> Fi
         )
 
 
-def read_patch(seg: Segmentation, patch: Patch) -> npt.NDArray[np.bool_]:
+def read_patch(seg: Dataset, patch: Patch) -> npt.NDArray[np.bool_]:
     """Return which pixels one frame of a SEG object marks, H x W.
+
+    Parameters
+    ----------
+    seg
+        The object with its pixels; that it follows the standard was found out when its record was made.
+    patch
+        Of that record.
 
     Raises
     ------
@@ -91,11 +99,21 @@ def read_patch(seg: Segmentation, patch: Patch) -> npt.NDArray[np.bool_]:
         118 where the frame cannot be decoded.
     """
     with refusing(118, "frame of the segmentation cannot be decoded"):
-        frame = seg.get_stored_frame(patch.number, as_index=True)
+        if integer(seg, "BitsAllocated") == 1 and not seg.file_meta.TransferSyntaxUID.is_encapsulated:
+            return _unpacked(seg, patch.number)
+        frame = pixel_array(seg, index=patch.number)
         if patch.value:
             return np.asarray(frame == patch.value)
         maximum = integer(seg, "MaximumFractionalValue") or 1
         return np.asarray(2.0 * frame.astype(np.float64) >= maximum)
+
+
+def _unpacked(seg: Dataset, number: int) -> npt.NDArray[np.bool_]:
+    """Return one frame of single bits, which need not begin with a byte."""
+    shape = integer(seg, "Rows"), integer(seg, "Columns")
+    first, size = number * shape[0] * shape[1], shape[0] * shape[1]
+    packed = np.frombuffer(seg.PixelData, np.uint8, count=(first % 8 + size + 7) // 8, offset=first // 8)
+    return np.unpackbits(packed, bitorder="little")[first % 8 : first % 8 + size].reshape(shape).view(np.bool_)
 
 
 def listed_instances(data: Dataset, hashes: Pseudonyms) -> Iterable[str]:
