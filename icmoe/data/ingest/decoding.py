@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,16 @@ from icmoe.data.images import read_classes, read_grey
 from icmoe.data.ingest.burned_in import holds_text
 from icmoe.data.ingest.contours import fill, read_contours
 from icmoe.data.ingest.geometry import share_within, upright
+from icmoe.data.ingest.jobs import SeriesJob, Wanted
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pairing import Use
 from icmoe.data.ingest.pixels import Shown, read_pictures
-from icmoe.data.ingest.records import FrameResult, Kind, Plane
+from icmoe.data.ingest.records import FrameResult, Plane
 from icmoe.data.ingest.segmentations import read_patch
 from icmoe.data.ingest.volumes import SCALING_ERROR, read_volume, through_axis
 from icmoe.data.picture import Picture, picture_digest, picture_of, ranks_digest
 from icmoe.data.store import entry_path, read_stored, smallest, write_stored
 from icmoe.errors import IcmoeError
-from icmoe.study import Label
 from icmoe.window import ValueCounts, Window
 
 Classes = npt.NDArray[np.uint8]
@@ -32,29 +32,6 @@ OFF_IMAGE = "most of the mask lies off the image"
 MAX_KEPT = 2**22
 """Values of a series' frames that are held in memory at a time."""
 TWO_READINGS = "two masks mark the same object differently; exclude one of them"
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """One frame to decode: its file, frame number, plane, masks, and the name its entry gets."""
-
-    path: str
-    number: int
-    plane: Plane | None
-    uses: tuple[Use, ...]
-    entry: str
-
-
-@dataclass(frozen=True, slots=True)
-class SeriesJob:
-    """What a process needs to decode a series."""
-
-    series: str
-    root: Path
-    store: Path
-    labels: tuple[Label, ...]
-    kinds: dict[str, Kind]
-    frames: tuple[Wanted, ...]
 
 
 def decode_series(job: SeriesJob) -> list[FrameResult]:

@@ -6,10 +6,7 @@ pydicom's messages repeat the values they complain about, so that they are neith
 from __future__ import annotations
 
 import logging
-import warnings
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +18,8 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
 )
+
+from icmoe.data.ingest.refusals import Refusal, refusing
 
 MAX_BYTES = 2**32
 """Largest file."""
@@ -35,46 +34,6 @@ Content = Literal["dicom", "nifti", "png", "other"]
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 logging.getLogger("nibabel").setLevel(logging.CRITICAL + 1)
-
-
-class Refusal(Exception):
-    """A file, or a frame of it, is not used.
-
-    Parameters
-    ----------
-    number
-        Key of the error catalogue.
-    why
-        The reason in fixed words and numbers; never a text from the file.
-    """
-
-    def __init__(self, number: int, why: str) -> None:
-        super().__init__(number, why)
-        self.number = number
-        self.why = why
-
-
-@contextmanager
-def refusing(number: int, why: str) -> Iterator[None]:
-    """Turn whatever a broken file makes a library raise into one reason.
-
-    Yields
-    ------
-    None
-
-    Raises
-    ------
-    Refusal
-        With the given number and reason.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except Refusal:
-        raise
-    except Exception:  # noqa: BLE001  # there is no list of what a parser raises on arbitrary bytes
-        raise Refusal(number, why) from None
 
 
 def content_of(path: Path) -> Content:

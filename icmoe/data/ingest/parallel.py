@@ -13,7 +13,8 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
-PRELOAD = ["icmoe.data.ingest.reading", "icmoe.data.ingest.decoding"]
+PRELOAD = ["icmoe.data.ingest.preloaded"]
+"""Imported once, by the process that all workers are forked from."""
 
 
 def in_processes(

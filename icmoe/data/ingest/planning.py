@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from icmoe.data.ingest.decoding import SeriesJob, Wanted
 from icmoe.data.ingest.geometry import height_mm, parallel, slice_distance_mm, upright
 from icmoe.data.ingest.index import LeftOut
-from icmoe.data.ingest.opening import Refusal
+from icmoe.data.ingest.jobs import SeriesJob, Wanted
 from icmoe.data.ingest.pairing import Key, Use, is_image, pair
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import RECIPE_VERSION, FileRecord, FramePlace, Plane
+from icmoe.data.ingest.refusals import Refusal
 from icmoe.data.ingest.walking import case, stem
 from icmoe.study import Label
 
