@@ -56,12 +56,14 @@ def ingested(root: Path, place: Path) -> None:
 
 def images(root: Path) -> list[Path]:
     """Return the DICOM files with pixels, masks among them."""
+    from pydicom.tag import Tag
+
     from icmoe.data.ingest.opening import Refusal, open_dicom
 
     found = []
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         try:
-            data = open_dicom(path, pixels=False, tags=["Rows", "Columns"])
+            data = open_dicom(path, pixels=False, tags=[Tag("Rows")])
         except Refusal:
             continue
         if "Rows" in data:

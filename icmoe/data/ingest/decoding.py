@@ -19,7 +19,7 @@ from icmoe.data.ingest.jobs import SeriesJob, Wanted
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pairing import Use
 from icmoe.data.ingest.pixels import Shown, read_pictures
-from icmoe.data.ingest.records import FrameResult, Plane
+from icmoe.data.ingest.records import FrameResult, PlainPixels, Plane
 from icmoe.data.ingest.segmentations import read_patch
 from icmoe.data.ingest.volumes import SCALING_ERROR, read_volume, through_axis
 from icmoe.data.picture import Picture, picture_digest, picture_of, ranks_digest
@@ -92,7 +92,7 @@ def _first_pass(
         rows=ranks_HW.shape[0],
         columns=ranks_HW.shape[1],
         mean=picture.mean,
-        class_px=tuple(np.bincount(classes.ravel(), minlength=len(job.labels)).tolist()),
+        class_px=tuple(int(np.count_nonzero(classes == label)) for label in range(len(job.labels))),
         lettered=lettered,
     )
 
@@ -121,16 +121,19 @@ def _pictures(job: SeriesJob, shown: Shown) -> Iterator[tuple[tuple[str, int], P
     by_file: dict[str, list[int]] = {}
     for frame in job.frames:
         by_file.setdefault(frame.path, []).append(frame.number)
+    plain = {frame.path: frame.plain for frame in job.frames}
     for path, numbers in by_file.items():
         try:
-            for number, picture in _frames_of(job, path, numbers, shown):
+            for number, picture in _frames_of(job, path, numbers, shown, plain[path]):
                 yield (path, number), picture
         except Refusal as refusal:
             for number in numbers:
                 yield (path, number), refusal
 
 
-def _frames_of(job: SeriesJob, path: str, numbers: Sequence[int], shown: Shown) -> Iterator[tuple[int, Picture | Refusal]]:
+def _frames_of(
+    job: SeriesJob, path: str, numbers: Sequence[int], shown: Shown, plain: PlainPixels | None
+) -> Iterator[tuple[int, Picture | Refusal]]:
     match job.kinds[path]:
         case "picture":
             with refusing(118, "PNG file cannot be decoded"):
@@ -141,7 +144,7 @@ def _frames_of(job: SeriesJob, path: str, numbers: Sequence[int], shown: Shown) 
             for number in numbers:
                 yield number, picture_of(smallest(voxels.take(number, axis=axis)))
         case _:
-            yield from read_pictures(job.root / path, numbers, shown)
+            yield from read_pictures(job.root / path, numbers, shown, plain)
 
 
 def _are_two_readings(classes: Classes, other: Classes, *, whole: bool) -> bool:

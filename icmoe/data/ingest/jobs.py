@@ -10,7 +10,7 @@ from typing import Any
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.pairing import Use
 from icmoe.data.ingest.pseudonyms import Pseudonyms
-from icmoe.data.ingest.records import FileRecord, FrameResult, Kind, Plane
+from icmoe.data.ingest.records import FileRecord, FrameResult, Kind, PlainPixels, Plane
 from icmoe.study import Label
 
 
@@ -34,6 +34,7 @@ class Wanted:
     plane: Plane | None
     uses: tuple[Use, ...]
     entry: str
+    plain: PlainPixels | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,9 @@ from pydicom.uid import (
 )
 
 from icmoe.data.images import LUMINANCE
-from icmoe.data.ingest.headers import integer, numbers, numeric, sequence, text
+from icmoe.data.ingest.headers import GREY, SHOWN, Header, all_numbers, integer, numbers, numeric, sequence, text
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
+from icmoe.data.ingest.records import PlainPixels
 from icmoe.data.picture import Picture, picture_of
 from icmoe.data.store import smallest
 from icmoe.window import Window
@@ -41,6 +42,13 @@ WHOLE_WORDS = frozenset({RLELossless, JPEGLossless, JPEGLosslessSV1})
 """Compression that keeps all allocated bits, also those that are not part of the pixel."""
 MAX_DAMAGED = 16
 """Damaged frames of one compressed object after which the rest is not tried."""
+PIXEL_DATA = b"\xe0\x7f\x10\x00"
+TABLES = ("ModalityLUTSequence", "VOILUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+TERMS = {
+    "PhotometricInterpretation": ("MONOCHROME1", "MONOCHROME2"),
+    "VOILUTFunction": ("LINEAR", "LINEAR_EXACT", "SIGMOID"),
+}
+"""Of plain objects."""
 PLAIN = frozenset(map(str, UncompressedTransferSyntaxes))
 Grey = npt.NDArray[np.float32]
 
@@ -69,7 +77,7 @@ class Shown:
 
 
 def read_pictures(
-    path: Path, numbers_wanted: Sequence[int], shown: Shown | None = None
+    path: Path, numbers_wanted: Sequence[int], shown: Shown | None = None, plain: PlainPixels | None = None
 ) -> Iterator[tuple[int, Picture | Refusal]]:
     """Yield the wanted frames of one object in rising order, each as a grey picture or as the reason why it has none.
 
@@ -83,29 +91,34 @@ def read_pictures(
         Frame numbers from 0.
     shown
         Takes in the window of every frame.
+    plain
+        What is known of it where it is plain.
 
     Raises
     ------
     Refusal
         116 or 117 where the header cannot be read.
     """
+    shown = shown or Shown()
+    stored = plain_pixels(path, plain) if plain else None
+    if plain and stored is not None:
+        yield 0, _picture(stored, plain.values, 0, shown)
+        return
     large = path.stat().st_size > WHOLE_BYTES
     header = open_dicom(path, pixels=not large)
     wanted = sorted(set(numbers_wanted)) if integer(header, "NumberOfFrames") > 1 else [0]
-    plain, damaged = str(header.file_meta.TransferSyntaxUID) in PLAIN, 0
+    packed, damaged = str(header.file_meta.TransferSyntaxUID) not in PLAIN, 0
     while wanted:
         # pydicom would drop the upper bits of pixels that do not start at bit 0.
-        one = None if large else _stored(header)
-        options: dict[str, Any] = {"indices": wanted, "correct_unused_bits": False}
-        stream = iter_pixels(path if large else header, **options) if one is None else iter([one])
+        stream = iter_pixels(path if large else header, indices=wanted, correct_unused_bits=False)
         for place, number in enumerate(wanted):
             try:
                 with refusing(118, UNDECODABLE):
-                    picture = _picture(next(stream), header, number, shown or Shown())
+                    picture = _picture(next(stream), header, number, shown)
                 yield number, picture
             except Refusal as refusal:
                 damaged += 1  # compressed frames are independent of each other
-                lost = wanted[place:] if plain or damaged > MAX_DAMAGED else [number]
+                lost = wanted[place:] if not packed or damaged > MAX_DAMAGED else [number]
                 yield from ((other, refusal) for other in lost)
                 wanted = wanted[place + len(lost) :]
                 break
@@ -113,25 +126,67 @@ def read_pictures(
             return
 
 
-def _stored(header: Dataset) -> npt.NDArray[Any] | None:
-    """Return the pixels of a grey object of one frame that lie in it as they are, None where pydicom has to look at them."""
-    depth, bits, signed = (integer(header, name) for name in ("BitsAllocated", "BitsStored", "PixelRepresentation"))
-    shape = integer(header, "Rows"), integer(header, "Columns")
-    plain = header.file_meta.TransferSyntaxUID in {ImplicitVRLittleEndian, ExplicitVRLittleEndian}
-    grey = text(header, "PhotometricInterpretation") in {"MONOCHROME1", "MONOCHROME2"} and "PixelRepresentation" in header
-    one = integer(header, "SamplesPerPixel") == 1 and integer(header, "NumberOfFrames") in {0, 1}
-    if not (plain and grey and one and depth in {8, 16} and 1 <= bits <= depth and signed in {0, 1}):
+def plain_record(path: Path, header: Dataset) -> PlainPixels | None:
+    """Return what is needed of a plain object to decode it, None where it is not plain or anything about it is odd.
+
+    Parameters
+    ----------
+    path
+        The file.
+    header
+        Its whitelisted part.
+    """
+    syntax = header.file_meta.TransferSyntaxUID
+    numeric_names = [name for name in (*GREY, *SHOWN, "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames") if name in header]
+    values: dict[str, tuple[float, ...] | str] = {name: all_numbers(header, name) for name in numeric_names}
+    values |= {name: text(header, name) for name in TERMS if name in header}
+    depth, bits = integer(values, "BitsAllocated"), integer(values, "BitsStored")
+    if (
+        syntax not in {ImplicitVRLittleEndian, ExplicitVRLittleEndian}
+        or any(name in header for name in TABLES)
+        or any(len(value) == 0 for value in values.values())
+        or any(values.get(name, next(iter(terms))) not in terms for name, terms in TERMS.items())
+        or "PixelRepresentation" not in values
+        or integer(values, "PixelRepresentation") not in {0, 1}
+        or "PhotometricInterpretation" not in values
+        or not (depth in {8, 16} and 1 <= bits <= depth)
+        or integer(values, "SamplesPerPixel") != 1
+        or integer(values, "NumberOfFrames") > 1
+    ):
         return None
-    raw = header.get_item("PixelData")
-    size = shape[0] * shape[1] * depth // 8
-    if raw is None or not isinstance(raw.value, bytes) or not size <= len(raw.value) <= size + 1:
-        return None
-    return np.frombuffer(raw.value, dtype=f"<{'i' if signed else 'u'}{depth // 8}", count=shape[0] * shape[1]).reshape(shape)
+    plain = PlainPixels(start=int(header.read_to_byte), implicit=syntax == ImplicitVRLittleEndian, values=values)
+    return plain if plain_pixels(path, plain, only_look=True) is not None else None
 
 
-def _picture(stored: npt.NDArray[Any], header: Dataset, number: int, shown: Shown) -> Picture:
+def plain_pixels(path: Path, plain: PlainPixels, *, only_look: bool = False) -> npt.NDArray[Any] | None:
+    """Return the pixels of a plain object, H x W, or none of them; None where they are not where they should be.
+
+    Parameters
+    ----------
+    path
+        The file.
+    plain
+        What its header says.
+    only_look
+        Whether to leave the pixels themselves alone.
+    """
+    values = plain.values
+    shape, depth = (integer(values, "Rows"), integer(values, "Columns")), integer(values, "BitsAllocated")
+    kind = np.dtype(f"<{'i' if integer(values, 'PixelRepresentation') else 'u'}{depth // 8}")
+    size = shape[0] * shape[1] * kind.itemsize
+    length, head = size + size % 2, 8 if plain.implicit else 12
+    with refusing(118, UNDECODABLE), path.open("rb") as file:
+        ends = file.seek(0, 2) >= plain.start + head + length
+        file.seek(plain.start)
+        start = file.read(head)
+        if not ends or start[:4] != PIXEL_DATA or int.from_bytes(start[-4:], "little") != length:
+            return None
+        return np.frombuffer(b"" if only_look else file.read(size), dtype=kind).reshape((0, 0) if only_look else shape)
+
+
+def _picture(stored: npt.NDArray[Any], header: Header, number: int, shown: Shown) -> Picture:
     """Return the grey picture of one decoded frame; all that the header does to a value is done once per value."""
-    if text(header, "PhotometricInterpretation").upper() == "PALETTE COLOR":
+    if isinstance(header, Dataset) and text(header, "PhotometricInterpretation").upper() == "PALETTE COLOR":
         stored = apply_color_lut(significant_bits(stored, header), header)
     if stored.ndim == 3:
         shown.add(-np.inf, np.inf)
@@ -142,7 +197,7 @@ def _picture(stored: npt.NDArray[Any], header: Dataset, number: int, shown: Show
     return picture.of_values(smallest(_grey(picture.values_V, header, number, shown)))
 
 
-def _grey(stored_V: npt.NDArray[Any], header: Dataset, number: int, shown: Shown) -> Grey:
+def _grey(stored_V: npt.NDArray[Any], header: Header, number: int, shown: Shown) -> Grey:
     """Return the grey values that a frame's stored values stand for, in their order."""
     values = significant_bits(stored_V, header)
     padded = _padding(values, header)
@@ -159,7 +214,7 @@ def _grey(stored_V: npt.NDArray[Any], header: Dataset, number: int, shown: Shown
     return np.ascontiguousarray(grey, dtype=np.float32)
 
 
-def _modality(values: npt.NDArray[Any], modality: Dataset) -> npt.NDArray[Any]:
+def _modality(values: npt.NDArray[Any], modality: Header) -> npt.NDArray[Any]:
     """Return values after the modality transform; a slope of 0 or one that is no number counts as not given."""
     if sequence(modality, "ModalityLUTSequence"):
         return np.asarray(apply_modality_lut(values, modality))
@@ -167,7 +222,7 @@ def _modality(values: npt.NDArray[Any], modality: Dataset) -> npt.NDArray[Any]:
     return values if (slope, intercept) == (1.0, 0.0) else values * slope + intercept
 
 
-def significant_bits(stored: npt.NDArray[Any], header: Dataset) -> npt.NDArray[Any]:
+def significant_bits(stored: npt.NDArray[Any], header: Header) -> npt.NDArray[Any]:
     """Return integers without what lies above their stored bits: overlays in old files, or a sign not extended.
 
     Parameters
@@ -179,7 +234,10 @@ def significant_bits(stored: npt.NDArray[Any], header: Dataset) -> npt.NDArray[A
     """
     depth, bits = stored.dtype.itemsize * 8, integer(header, "BitsStored")
     shift = integer(header, "HighBit") + 1 - bits
-    syntax, signed = header.file_meta.TransferSyntaxUID, integer(header, "PixelRepresentation") == 1
+    signed, syntax = (
+        integer(header, "PixelRepresentation") == 1,
+        header.file_meta.TransferSyntaxUID if isinstance(header, Dataset) else ExplicitVRLittleEndian,
+    )
     whole = syntax in WHOLE_WORDS or not syntax.is_encapsulated
     if stored.dtype.kind not in "iu" or not 1 < bits < depth or not whole:
         return stored
@@ -192,7 +250,7 @@ def significant_bits(stored: npt.NDArray[Any], header: Dataset) -> npt.NDArray[A
     return np.where(kept > high, kept - (1 << bits), kept) if signed else kept
 
 
-def frame_element(header: Dataset, number: int, group: str, names: Sequence[str]) -> Dataset:
+def frame_element(header: Header, number: int, group: str, names: Sequence[str]) -> Header:
     """Return a data set with the elements `names` that hold for a frame: its own group's, the shared group's, or the object.
 
     Parameters
@@ -209,7 +267,7 @@ def frame_element(header: Dataset, number: int, group: str, names: Sequence[str]
     own = sequence(header, "PerFrameFunctionalGroupsSequence")[number : number + 1]
     shared = sequence(header, "SharedFunctionalGroupsSequence")[:1]
     places = [item for place in (*own, *shared) for item in sequence(place, group)[:1]]
-    if not places:
+    if not places or not isinstance(header, Dataset):
         return header
     source, found = places[0], Dataset()
     found.file_meta = header.file_meta  # with the next, tells byte order and sign of what stands in a table
@@ -220,7 +278,7 @@ def frame_element(header: Dataset, number: int, group: str, names: Sequence[str]
     return found
 
 
-def _voi(grey: npt.NDArray[Any], voi: Dataset) -> tuple[npt.NDArray[Any], tuple[float, float], float | None]:
+def _voi(grey: npt.NDArray[Any], voi: Header) -> tuple[npt.NDArray[Any], tuple[float, float], float | None]:
     """Return values after a VOI transform that bends, the range that a linear one lets through, and where the scale ends.
 
     The end is None where the values keep their scale.
@@ -241,7 +299,7 @@ def _voi(grey: npt.NDArray[Any], voi: Dataset) -> tuple[npt.NDArray[Any], tuple[
     return grey, (centre - 0.5 - (width - 1.0) / 2.0, centre - 0.5 + (width - 1.0) / 2.0), None
 
 
-def first_number(data: Dataset, name: str) -> float | None:
+def first_number(data: Header, name: str) -> float | None:
     """Return the first of one or several numbers, None where there is none."""
     for count in range(1, 9):
         values = numbers(data, name, count)
@@ -250,7 +308,7 @@ def first_number(data: Dataset, name: str) -> float | None:
     return None
 
 
-def _turning_point(header: Dataset, modality: Dataset) -> float:
+def _turning_point(header: Header, modality: Header) -> float:
     """Return the sum of the least and the greatest value that the stored bits can give after the modality transform.
 
     It is 0 where these are so large that single values would be lost beside them.
@@ -263,7 +321,7 @@ def _turning_point(header: Dataset, modality: Dataset) -> float:
     return float(_modality(np.asarray([ends], dtype=np.int64), modality).sum(dtype=np.float64))
 
 
-def _padding(values: npt.NDArray[Any], header: Dataset) -> npt.NDArray[np.bool_] | None:
+def _padding(values: npt.NDArray[Any], header: Header) -> npt.NDArray[np.bool_] | None:
     """Return which pixels the header says to be padding, None where it names no padding value."""
     if "PixelPaddingValue" not in header:
         return None

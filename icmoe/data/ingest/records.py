@@ -56,6 +56,17 @@ class Patch(Record):
     """Where the patch itself says that it lies."""
 
 
+class PlainPixels(Record):
+    """Of an uncompressed grey object of one frame: where its pixels are and all that turns them into grey values."""
+
+    start: int
+    """Byte at which their element begins."""
+    implicit: bool
+    """Whether their element has the short head of the implicit encoding."""
+    values: dict[str, tuple[float, ...] | str]
+    """Numbers by keyword; of texts only terms of the standard."""
+
+
 class FileRecord(Record):
     """What is kept of one file's header."""
 
@@ -83,6 +94,8 @@ class FileRecord(Record):
     """Width, pixels."""
     frames: tuple[FramePlace, ...] = ()
     """Frames of an image."""
+    plain: PlainPixels | None = None
+    """Where given, decoding needs no second look at the header."""
     held: str = ""
     """Why the header alone makes burned-in text likely, in fixed words."""
     mask: bool = False
