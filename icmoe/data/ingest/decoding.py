@@ -19,7 +19,7 @@ from icmoe.data.ingest.jobs import SeriesJob, Wanted
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pairing import Use
 from icmoe.data.ingest.pixels import Shown, read_pictures
-from icmoe.data.ingest.records import FrameResult, PlainPixels, Plane
+from icmoe.data.ingest.records import FrameResult, Plane
 from icmoe.data.ingest.segmentations import read_patch
 from icmoe.data.ingest.volumes import SCALING_ERROR, read_volume, through_axis
 from icmoe.data.picture import Picture, picture_digest, picture_of, ranks_digest
@@ -132,7 +132,7 @@ def _pictures(job: SeriesJob, shown: Shown) -> Iterator[tuple[tuple[str, int], P
 
 
 def _frames_of(
-    job: SeriesJob, path: str, numbers: Sequence[int], shown: Shown, plain: PlainPixels | None
+    job: SeriesJob, path: str, numbers: Sequence[int], shown: Shown, plain: tuple[str, int]
 ) -> Iterator[tuple[int, Picture | Refusal]]:
     match job.kinds[path]:
         case "picture":

@@ -10,7 +10,7 @@ from typing import Any
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.pairing import Use
 from icmoe.data.ingest.pseudonyms import Pseudonyms
-from icmoe.data.ingest.records import FileRecord, FrameResult, Kind, PlainPixels, Plane
+from icmoe.data.ingest.records import FileRecord, FrameResult, Kind, Plane
 from icmoe.study import Label
 
 
@@ -27,14 +27,14 @@ class FilesJob:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One frame to decode: its file, frame number, plane, masks, and the name its entry gets."""
+    """One frame to decode: file, frame number, plane, masks, name of its entry, `plain` and `pixels_at` of its file."""
 
     path: str
     number: int
     plane: Plane | None
     uses: tuple[Use, ...]
     entry: str
-    plain: PlainPixels | None = None
+    plain: tuple[str, int] = ("", 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,12 @@ scanners write another one into every slice, and equal tissue must stay equal fr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +30,6 @@ from pydicom.uid import (
 from icmoe.data.images import LUMINANCE
 from icmoe.data.ingest.headers import GREY, SHOWN, Header, all_numbers, integer, numbers, numeric, sequence, text
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
-from icmoe.data.ingest.records import PlainPixels
 from icmoe.data.picture import Picture, picture_of
 from icmoe.data.store import smallest
 from icmoe.window import Window
@@ -77,7 +78,7 @@ class Shown:
 
 
 def read_pictures(
-    path: Path, numbers_wanted: Sequence[int], shown: Shown | None = None, plain: PlainPixels | None = None
+    path: Path, numbers_wanted: Sequence[int], shown: Shown | None = None, plain: tuple[str, int] = ("", 0)
 ) -> Iterator[tuple[int, Picture | Refusal]]:
     """Yield the wanted frames of one object in rising order, each as a grey picture or as the reason why it has none.
 
@@ -92,7 +93,7 @@ def read_pictures(
     shown
         Takes in the window of every frame.
     plain
-        What is known of it where it is plain.
+        `plain` and `pixels_at` of its record.
 
     Raises
     ------
@@ -100,9 +101,10 @@ def read_pictures(
         116 or 117 where the header cannot be read.
     """
     shown = shown or Shown()
-    stored = plain_pixels(path, plain) if plain else None
-    if plain and stored is not None:
-        yield 0, _picture(stored, plain.values, 0, shown)
+    values = json.loads(plain[0] or "{}")
+    stored = _plain_pixels(path, values, plain[1]) if values else None
+    if stored is not None:
+        yield 0, _picture(stored, values, 0, shown)
         return
     large = path.stat().st_size > WHOLE_BYTES
     header = open_dicom(path, pixels=not large)
@@ -126,8 +128,8 @@ def read_pictures(
             return
 
 
-def plain_record(path: Path, header: Dataset) -> PlainPixels | None:
-    """Return what is needed of a plain object to decode it, None where it is not plain or anything about it is odd.
+def plain_pixels_of(path: Path, header: Dataset) -> dict[str, Any]:
+    """Return the fields `plain` and `pixels_at` of a record, none where the object is not plain or anything about it is odd.
 
     Parameters
     ----------
@@ -136,52 +138,42 @@ def plain_record(path: Path, header: Dataset) -> PlainPixels | None:
     header
         Its whitelisted part.
     """
-    syntax = header.file_meta.TransferSyntaxUID
-    numeric_names = [name for name in (*GREY, *SHOWN, "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames") if name in header]
-    values: dict[str, tuple[float, ...] | str] = {name: all_numbers(header, name) for name in numeric_names}
+    named = [name for name in (*GREY, *SHOWN, "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames") if name in header]
+    values: dict[str, Any] = {name: all_numbers(header, name) for name in named}
     values |= {name: text(header, name) for name in TERMS if name in header}
-    depth, bits = integer(values, "BitsAllocated"), integer(values, "BitsStored")
+    depth, bits, signed = (integer(values, name) for name in ("BitsAllocated", "BitsStored", "PixelRepresentation"))
+    syntax, at = header.file_meta.TransferSyntaxUID, int(header.read_to_byte)
     if (
         syntax not in {ImplicitVRLittleEndian, ExplicitVRLittleEndian}
         or any(name in header for name in TABLES)
-        or any(len(value) == 0 for value in values.values())
-        or any(values.get(name, next(iter(terms))) not in terms for name, terms in TERMS.items())
-        or "PixelRepresentation" not in values
-        or integer(values, "PixelRepresentation") not in {0, 1}
-        or "PhotometricInterpretation" not in values
-        or not (depth in {8, 16} and 1 <= bits <= depth)
-        or integer(values, "SamplesPerPixel") != 1
-        or integer(values, "NumberOfFrames") > 1
+        or not all(values.values())
+        or any(values[name] not in terms for name, terms in TERMS.items() if name in values)
+        or not {"PixelRepresentation", "PhotometricInterpretation"} <= values.keys()
+        or not (signed in {0, 1} and depth in {8, 16} and 1 <= bits <= depth)
+        or not (integer(values, "SamplesPerPixel") == 1 and integer(values, "NumberOfFrames") in {0, 1})
     ):
-        return None
-    plain = PlainPixels(start=int(header.read_to_byte), implicit=syntax == ImplicitVRLittleEndian, values=values)
-    return plain if plain_pixels(path, plain, only_look=True) is not None else None
+        return {}
+    values["head"] = 8 if syntax == ImplicitVRLittleEndian else 12
+    with path.open("rb") as file:
+        return {"plain": sys.intern(json.dumps(values)), "pixels_at": at} if _at_pixels(file, values, at) else {}
 
 
-def plain_pixels(path: Path, plain: PlainPixels, *, only_look: bool = False) -> npt.NDArray[Any] | None:
-    """Return the pixels of a plain object, H x W, or none of them; None where they are not where they should be.
+def _at_pixels(file: BinaryIO, values: Mapping[str, Any], at: int) -> int:
+    """Return how many bytes of pixels lie there, as many as the header says, and go to the first; 0 where they do not."""
+    size = integer(values, "Rows") * integer(values, "Columns") * integer(values, "BitsAllocated") // 8
+    length, head = size + size % 2, int(values["head"])
+    ends = file.seek(0, 2) >= at + head + length
+    file.seek(at)
+    start = file.read(head)
+    return size if ends and start[:4] == PIXEL_DATA and int.from_bytes(start[-4:], "little") == length else 0
 
-    Parameters
-    ----------
-    path
-        The file.
-    plain
-        What its header says.
-    only_look
-        Whether to leave the pixels themselves alone.
-    """
-    values = plain.values
-    shape, depth = (integer(values, "Rows"), integer(values, "Columns")), integer(values, "BitsAllocated")
-    kind = np.dtype(f"<{'i' if integer(values, 'PixelRepresentation') else 'u'}{depth // 8}")
-    size = shape[0] * shape[1] * kind.itemsize
-    length, head = size + size % 2, 8 if plain.implicit else 12
+
+def _plain_pixels(path: Path, values: Mapping[str, Any], at: int) -> npt.NDArray[Any] | None:
+    """Return the pixels of a plain object, None where they are not where they were."""
+    kind = f"<{'i' if integer(values, 'PixelRepresentation') else 'u'}{integer(values, 'BitsAllocated') // 8}"
     with refusing(118, UNDECODABLE), path.open("rb") as file:
-        ends = file.seek(0, 2) >= plain.start + head + length
-        file.seek(plain.start)
-        start = file.read(head)
-        if not ends or start[:4] != PIXEL_DATA or int.from_bytes(start[-4:], "little") != length:
-            return None
-        return np.frombuffer(b"" if only_look else file.read(size), dtype=kind).reshape((0, 0) if only_look else shape)
+        size = _at_pixels(file, values, at)
+        return np.frombuffer(file.read(size), dtype=kind).reshape(integer(values, "Rows"), -1) if size else None
 
 
 def _picture(stored: npt.NDArray[Any], header: Header, number: int, shown: Shown) -> Picture:

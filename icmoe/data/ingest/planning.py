@@ -145,9 +145,9 @@ def _series(
     said = [f"{path}#{n}:{[(use.form, marks[use.path]) for use in uses[path, n]]}" for path, n, _ in frames]
     text = "\n".join([RECIPE_VERSION, series, *(marks[path] for path in involved), *said])
     mark = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-    records = dict(members)
+    plain = {path: (record.plain, record.pixels_at) for path, record in members}
     wanted = tuple(
-        Wanted(path, n, place.plane, tuple(uses[path, n]), site.hashes.of("frame", f"{mark}\0{path}\0{n}"), records[path].plain)
+        Wanted(path, n, place.plane, tuple(uses[path, n]), site.hashes.of("frame", f"{mark}\0{path}\0{n}"), plain[path])
         for path, n, place in frames
     )
     kinds = {path: record.kind for path, record in members}

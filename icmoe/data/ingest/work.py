@@ -52,7 +52,7 @@ def read_files(
             by_path = {one.paths[0]: found[0] if found else refused(117, CRASHED) for one, found in single}
         else:
             by_path = dict(zip(batch.paths, answer, strict=True))
-        rows = [(new[path][0], *new[path][1], record.model_dump_json()) for path, record in by_path.items()]
+        rows = [(new[path][0], *new[path][1], record.model_dump_json(exclude_defaults=True)) for path, record in by_path.items()]
         with index.transaction(connection):
             connection.executemany("insert or replace into file values (?, ?, ?, ?)", rows)
         done += len(batch.paths)
@@ -74,6 +74,7 @@ def publish(
     marks = {paths[key]: f"{key}:{size}:{changed}" for key, (size, changed) in index.files(connection).items()}
     records = {path: stored[key] for key, path in sorted(paths.items(), key=lambda item: item[1])}
     made = plan(records, marks, site)
+    del stored, records, marks  # the largest things in memory
     known = index.series_results(connection)
     missing = [job for series, (mark, job) in made.jobs.items() if known.get(series, ("", []))[0] != mark]
     total, done = sum(len(job.frames) for job in missing), 0
