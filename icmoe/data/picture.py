@@ -45,7 +45,7 @@ class Picture:
     @property
     def finite_V(self) -> npt.NDArray[np.bool_]:
         """Which values are finite."""
-        return np.isfinite(self.values_V)
+        return np.asarray(np.isfinite(self.values_V))
 
     @property
     def mean(self) -> float:
@@ -81,7 +81,7 @@ def ranks_digest(ranks_HW: npt.NDArray[np.unsignedinteger[Any]]) -> bytes:
     """Return the SHA-256 of a picture's ranks and shape."""
     little = np.ascontiguousarray(ranks_HW, dtype=ranks_HW.dtype.newbyteorder("<"))
     digest = hashlib.sha256(f"{little.itemsize}:{'x'.join(map(str, little.shape))}:".encode())
-    digest.update(little)
+    digest.update(little.data)
     return digest.digest()
 
 

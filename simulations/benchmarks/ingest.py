@@ -154,7 +154,7 @@ def _series(folder: Path, kind: str, count: int, seed: int) -> list[Any]:
 
     folder.mkdir(parents=True)
     rng, side = np.random.default_rng(seed), 256 if kind == "MR" else 512
-    template = pydicom.dcmread(get_testdata_file("MR_small.dcm" if kind == "MR" else "CT_small.dcm", download=False))
+    template = pydicom.dcmread(str(get_testdata_file("MR_small.dcm" if kind == "MR" else "CT_small.dcm", download=False)))
     template.remove_private_tags()
     template.pop("PixelPaddingValue", None)
     template.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian

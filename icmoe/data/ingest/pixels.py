@@ -208,7 +208,7 @@ def _grey(stored_V: npt.NDArray[Any], header: Header, number: int, shown: Shown)
 
 def _modality(values: npt.NDArray[Any], modality: Header) -> npt.NDArray[Any]:
     """Return values after the modality transform; a slope of 0 or one that is no number counts as not given."""
-    if sequence(modality, "ModalityLUTSequence"):
+    if isinstance(modality, Dataset) and sequence(modality, "ModalityLUTSequence"):
         return np.asarray(apply_modality_lut(values, modality))
     slope, intercept = numeric(modality, "RescaleSlope") or 1.0, numeric(modality, "RescaleIntercept")
     return values if (slope, intercept) == (1.0, 0.0) else values * slope + intercept
@@ -276,7 +276,7 @@ def _voi(grey: npt.NDArray[Any], voi: Header) -> tuple[npt.NDArray[Any], tuple[f
     The end is None where the values keep their scale.
     """
     everything = (-np.inf, np.inf)
-    if sequence(voi, "VOILUTSequence"):
+    if isinstance(voi, Dataset) and sequence(voi, "VOILUTSequence"):
         table = sequence(voi, "VOILUTSequence")[0]
         return apply_voi(np.rint(grey).astype(np.int64), voi, index=0), everything, 2.0 ** int(table.LUTDescriptor[2]) - 1.0
     centre, width = first_number(voi, "WindowCenter"), first_number(voi, "WindowWidth")
