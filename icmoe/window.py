@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 PERCENTILES = (0.5, 99.5)
-
-
-PERCENTILES = (0.5, 99.5)
+WHOLE = 2**16
+"""Whole numbers below this, either sign, are counted in a table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +49,25 @@ class ValueCounts:
     MAX_VALUES = 2**23
 
     def __init__(self) -> None:
+        self._whole = np.zeros(2 * WHOLE, dtype=np.int64)
         self._values = np.empty(0, dtype=np.float64)
         self._counts = np.empty(0, dtype=np.int64)
 
     def add(self, image_HW: npt.NDArray[Any]) -> None:
         """Count the finite pixels of one image, any real dtype and size."""
-        pixels = np.asarray(image_HW).ravel()
-        if pixels.dtype.kind == "f":
-            pixels = pixels[np.isfinite(pixels)]
-        values, counts = _counted(pixels)
-        values = np.concatenate([self._values, values])
-        self._values, where = np.unique(values, return_inverse=True)
-        both = np.concatenate([self._counts, counts])
+        self.add_counts(*np.unique(image_HW, return_counts=True))
+
+    def add_counts(self, values_V: npt.NDArray[Any], counts_V: npt.NDArray[np.int64]) -> None:
+        """Count distinct values, each as often as it occurs; those that are not finite are left out."""
+        if values_V.dtype.kind in "iu" and values_V.size and int(values_V.min()) >= -WHOLE and int(values_V.max()) < WHOLE:
+            self._whole[values_V.astype(np.int64) + WHOLE] += counts_V
+            return
+        known = np.isfinite(values_V)
+        self._merge(values_V[known].astype(np.float64), counts_V[known])
+
+    def _merge(self, values_V: npt.NDArray[np.float64], counts_V: npt.NDArray[np.int64]) -> None:
+        self._values, where = np.unique(np.concatenate([self._values, values_V]), return_inverse=True)
+        both = np.concatenate([self._counts, counts_V])
         self._counts = np.bincount(where.ravel(), weights=both, minlength=len(self._values)).astype(np.int64)
         while len(self._values) > self.MAX_VALUES:
             self._counts = np.add.reduceat(self._counts, np.arange(0, len(self._counts), 2))
@@ -78,6 +84,9 @@ class ValueCounts:
         ValueError
             Where there is no finite pixel.
         """
+        present = np.flatnonzero(self._whole)
+        self._merge((present - WHOLE).astype(np.float64), self._whole[present])
+        self._whole[:] = 0
         if self._values.size == 0:
             raise ValueError("a window needs at least one finite pixel")
         ends = np.cumsum(self._counts)
@@ -106,18 +115,6 @@ def series_window(images: Sequence[npt.NDArray[Any]]) -> Window:
     for image in images:
         counts.add(image)
     return counts.window()
-
-
-def _counted(pixels: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Return the distinct values in rising order and their numbers; small integers without sorting."""
-    if pixels.size and pixels.dtype.kind in "iu":
-        lowest = int(pixels.min())
-        if int(pixels.max()) - lowest < 2**20:
-            counts = np.bincount(np.subtract(pixels, lowest, dtype=np.int64))
-            present = np.flatnonzero(counts)
-            return (present + lowest).astype(np.float64), counts[present]
-    values, counts = np.unique(pixels, return_counts=True)
-    return values.astype(np.float64), counts
 
 
 def normalise(image_HW: npt.NDArray[Any], window: Window) -> npt.NDArray[np.float32]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
 from icmoe.data.ingest import index
+from icmoe.data.ingest.opening import Refusal
+from icmoe.data.ingest.pixels import read_pictures
 from icmoe.data.ingest.run import Export, ingest
 from icmoe.data.ingest.settings import IngestSettings
 from icmoe.data.slices import SiteData
@@ -31,6 +34,12 @@ def export_of(root: Path, place: Path, labels: tuple[Label, ...] = LESION, **set
 def taken(export: Export) -> SiteData:
     ingest(export)
     return index.read_index(export.store)
+
+
+def read_frames(path: Path, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray | Refusal]]:
+    """Yield the grey values of frames, or why they have none."""
+    for number, picture in read_pictures(path, numbers):
+        yield number, picture if isinstance(picture, Refusal) else picture.grey_HW
 
 
 def write_series(folder: Path, patient: str, slices: int = 3, seed: int = 0, **elements: object) -> list[np.ndarray]:

@@ -23,3 +23,15 @@ def test_the_benchmark_prints_both_figures_of_each_ratio() -> None:
     for row in rows:
         assert row["ratio"] == pytest.approx(row["other"] / row["ours"])
     assert rows[1]["ours"] < rows[2]["ours"] + 1  # the balance bias travels down only
+
+
+def test_ingest_is_measured_beside_plain_pydicom_on_the_same_images() -> None:
+    script = SCRIPT.with_name("ingest.py")
+    command = [sys.executable, str(script), "--made", "30", "--repeats", "1"]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
+    assert found["images"] == 32, "30 slices in two series, a mask object each"
+    assert found["speed_of_plain"]["limit"] == 0.5
+    clock = {step: found[step]["clock_s"]["median"] for step in ("plain", "first", "again")}
+    assert found["speed_of_plain"]["achieved"]["median"] == pytest.approx(clock["plain"] / clock["first"], abs=0.01)
+    assert found["restart_gain"]["achieved"]["median"] == pytest.approx(clock["first"] / clock["again"], rel=0.05)
+    assert all(found[step]["cpu_s"]["median"] > 0.0 for step in clock)

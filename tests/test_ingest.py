@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from exports import LESION, export_of, taken, write_series
+from exports import LESION, export_of, read_frames, taken, write_series
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,12 +18,11 @@ from pydicom.data import get_charset_files, get_testdata_file
 
 from icmoe.data.ingest import index
 from icmoe.data.ingest.labels import LabelNames
-from icmoe.data.ingest.opening import Refusal
-from icmoe.data.ingest.pixels import read_frames
+from icmoe.data.ingest.opening import Refusal, open_dicom
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.reading import Reader
 from icmoe.data.ingest.run import Export, forget, ingest, store_of
-from icmoe.data.ingest.segmentations import open_segmentation, read_patch
+from icmoe.data.ingest.segmentations import read_patch
 from icmoe.data.slices import load_image, load_mask
 from icmoe.data.sources import read_sites
 
@@ -73,7 +72,7 @@ def test_odd_files_are_read_or_refused_for_the_right_reason(name: str, want: tup
     elif kind == "seg":
         assert (record.fault, record.rows, record.columns) == (0, *result)
         assert record.patches[0].number == 0
-        assert np.array_equal(read_patch(open_segmentation(path), record.patches[0]), pydicom.dcmread(path).pixel_array)
+        assert np.array_equal(read_patch(open_dicom(path, pixels=True), record.patches[0]), pydicom.dcmread(path).pixel_array)
     else:
         assert record.fault == 0
         frames = [grey for _, grey in read_frames(path, range(len(record.frames)))]

@@ -14,6 +14,7 @@ from dicom_builders import (
     item,
     save,
 )
+from exports import read_frames
 from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames
@@ -28,7 +29,6 @@ from pydicom.uid import (
 )
 
 from icmoe.data.ingest.opening import Refusal
-from icmoe.data.ingest.pixels import read_frames
 
 RNG = np.random.default_rng(5)
 U8, U16, U12 = (

@@ -26,14 +26,13 @@ from dicom_builders import (
     used,
     volume,
 )
-from exports import LESION
+from exports import LESION, read_frames
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
 
 from icmoe.data.ingest.labels import LabelNames
-from icmoe.data.ingest.pixels import read_frames
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.reading import Reader
 from icmoe.data.ingest.records import FileRecord

@@ -9,17 +9,17 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from icmoe.data.images import LEFT_OUT, pixel_digest, read_classes, read_grey
+from icmoe.data.images import LEFT_OUT, read_classes, read_grey
+from icmoe.data.picture import Picture, picture_digest, picture_of, ranks_digest
 from icmoe.data.slices import SiteData, Slice
 from icmoe.data.splits import Row, patients_in_two_splits, read_rows, spacing_mm
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Label
-from icmoe.window import Window, normalise, series_window
+from icmoe.window import ValueCounts, Window
 
 Progress = Callable[[int, int], None]
 """Called with the number of images read so far and the number of all."""
@@ -166,26 +166,29 @@ def _read_patients(
 
 
 def _read_patient(root: Path, rows: Sequence[Row], labels: Sequence[Label]) -> tuple[list[Slice], list[Fault]]:
-    usable: list[tuple[Row, _Picture, tuple[float, float, float] | None]] = []
+    usable: list[tuple[Row, _Checked, tuple[float, float, float] | None]] = []
     faults: list[Fault] = []
     for row in rows:
         try:
             spacing = spacing_mm(row, did=LEFT_OUT)
-            usable.append((row, _checked_picture(root, row, labels), spacing))
+            usable.append((row, _checked(root, row, labels), spacing))
         except IcmoeError as error:
             faults.extend(error.faults)
     if not usable:
         return [], faults
-    window = series_window([picture.pixels_HW for _, picture, _ in usable])
-    return [_slice(root, row, picture, spacing, window) for row, picture, spacing in usable], faults
+    counts = ValueCounts()
+    for _, checked, _ in usable:
+        counts.add_counts(checked.picture.values_V, checked.picture.counts_V)
+    window = counts.window()
+    return [_slice(root, row, checked, spacing, window) for row, checked, spacing in usable], faults
 
 
-class _Picture(NamedTuple):
-    pixels_HW: npt.NDArray[Any]
+class _Checked(NamedTuple):
+    picture: Picture
     classes: tuple[int, ...]
 
 
-def _checked_picture(root: Path, row: Row, labels: Sequence[Label]) -> _Picture:
+def _checked(root: Path, row: Row, labels: Sequence[Label]) -> _Checked:
     """Return the image's pixels and its mask's classes once both are known to be usable together.
 
     Raises
@@ -200,11 +203,11 @@ def _checked_picture(root: Path, row: Row, labels: Sequence[Label]) -> _Picture:
         raise IcmoeError(Fault(number=105, where=row.mask, value=sizes[0], limit=sizes[1], did=LEFT_OUT))
     if pixels.min() == pixels.max():
         raise IcmoeError(Fault(number=113, where=row.image, value=f"every pixel is {pixels.flat[0]}", did=LEFT_OUT))
-    return _Picture(pixels, tuple(np.flatnonzero(np.bincount(classes.ravel())).tolist()))
+    return _Checked(picture_of(pixels), tuple(np.flatnonzero(np.bincount(classes.ravel())).tolist()))
 
 
-def _slice(root: Path, row: Row, picture: _Picture, spacing: tuple[float, float, float] | None, window: Window) -> Slice:
-    pixels = picture.pixels_HW
+def _slice(root: Path, row: Row, checked: _Checked, spacing: tuple[float, float, float] | None, window: Window) -> Slice:
+    picture = checked.picture
     return Slice(
         site=row.site,
         patient=row.patient,
@@ -212,11 +215,11 @@ def _slice(root: Path, row: Row, picture: _Picture, spacing: tuple[float, float,
         split=row.split,
         image=root / row.image,
         mask=root / row.mask,
-        image_digest=pixel_digest(normalise(pixels, window)),
-        shape=(pixels.shape[0], pixels.shape[1]),
+        image_digest=picture_digest(ranks_digest(picture.ranks_HW), picture.values_V, window),
+        shape=(picture.ranks_HW.shape[0], picture.ranks_HW.shape[1]),
         window=window,
         spacing_mm=spacing,
-        classes=picture.classes,
+        classes=checked.classes,
     )
 
 

@@ -1,8 +1,7 @@
-"""PNG files as arrays: grey images, masks as class indices, and the digest of decoded pixels."""
+"""PNG files as arrays: grey images, and masks as class indices."""
 
 from __future__ import annotations
 
-import hashlib
 import struct
 import zlib
 from collections.abc import Sequence
@@ -102,13 +101,6 @@ def read_classes(path: Path, labels: Sequence[Label], *, where: str) -> npt.NDAr
     if (classes_HW == _UNKNOWN).any():
         raise _fault(106, where, _some(np.unique(values_HW[classes_HW == _UNKNOWN])), limit=_named(labels))
     return classes_HW
-
-
-def pixel_digest(pixels_HW: npt.NDArray[Any]) -> str:
-    """Return the SHA-256 of decoded pixels with their shape and type: equal for equal images, however compressed."""
-    little = np.ascontiguousarray(pixels_HW, dtype=pixels_HW.dtype.newbyteorder("<"))
-    header = f"{little.dtype.kind}{little.dtype.itemsize}:{'x'.join(map(str, little.shape))}:"
-    return hashlib.sha256(header.encode() + little.tobytes()).hexdigest()
 
 
 def _decode(path: Path, where: str, *, missing: int, unreadable: int, palette_is_colour: bool) -> npt.NDArray[Any]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from icmoe.data.images import pixel_digest, read_classes, read_grey
+from icmoe.data.images import read_classes, read_grey
+from icmoe.data.picture import picture_digest, picture_of, ranks_digest
 from icmoe.data.store import SUFFIX, read_stored
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Label
@@ -35,7 +36,7 @@ class Slice:
     mask
         PNG file of the mask, or the same entry.
     image_digest
-        SHA-256 of the normalised pixels and their shape: the same for every file that stores the same picture.
+        `picture_digest` on the scale of `window`: the same for every file that stores the same picture.
     shape
         Height and width, pixels.
     window
@@ -106,13 +107,13 @@ def load_image(item: Slice) -> npt.NDArray[np.float32]:
     """
     where = f"{item.site}/{item.image.name}"
     grey_HW = read_stored(item.image).grey_HW if item.image.suffix == SUFFIX else read_grey(item.image, where=where)
-    pixels_HW = normalise(grey_HW, item.window)
-    if pixel_digest(pixels_HW) != item.image_digest:
+    picture = picture_of(grey_HW)
+    if picture_digest(ranks_digest(picture.ranks_HW), picture.values_V, item.window) != item.image_digest:
         todo = "Start again: features, window and digest belong to the former image."
         raise IcmoeError(
             Fault(number=102, where=where, what="image changed since the folder was read", did="It was not used.", todo=todo)
         )
-    return pixels_HW
+    return normalise(picture.values_V, item.window).take(picture.ranks_HW)
 
 
 def load_mask(path: Path, labels: Sequence[Label]) -> npt.NDArray[np.uint8]:

@@ -31,7 +31,7 @@ class Stored:
 
 def write_stored(path: Path, grey_HW: npt.NDArray[Any], classes_HW: npt.NDArray[np.uint8]) -> None:
     """Write a frame atomically, readable by its owner alone; equal frames give equal bytes."""
-    tensors = {GREY: np.ascontiguousarray(smallest(grey_HW)), CLASSES: np.ascontiguousarray(classes_HW)}
+    tensors = {GREY: np.ascontiguousarray(grey_HW), CLASSES: np.ascontiguousarray(classes_HW)}
     write_atomically(path, save(tensors), durable=False, private=True)
 
 

@@ -16,11 +16,12 @@ on one row with nothing above and below.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
+
+from icmoe.data.picture import Picture
 
 STROKE_PX = 6
 """Strokes up to this width are letters; wider things are surroundings."""
@@ -38,6 +39,8 @@ ABOVE, BELOW = 0.1, 0.2
 """Share of a line's columns that may be drawn upon just above and just below it: commas, and letters that hang down."""
 
 Levels = npt.NDArray[np.uint8]
+DRAWN: Levels = np.asarray([(3 * 255 + 2 * level - 1) // 5 if level <= 255 - CONTRAST else 255 for level in range(256)], np.uint8)
+"""By the level of the surroundings, the highest level that is not drawn: a stroke is more than half-way to the extreme."""
 Numbers = npt.NDArray[np.int64]
 
 
@@ -64,22 +67,21 @@ class _Strokes:
         return self.boxes_N4[1:, 2] - self.boxes_N4[:-1, 3]
 
 
-def holds_text(grey_HW: npt.NDArray[Any]) -> bool:
+def holds_text(picture: Picture) -> bool:
     """Return whether a picture likely holds a line of drawn text.
 
     Parameters
     ----------
-    grey_HW
+    picture
         Grey values on any scale; what is not finite counts as the least.
     """
-    finite_HW = grey_HW
-    if grey_HW.dtype.kind == "f" and not bool(np.isfinite(grey_HW).all()):
-        known = grey_HW[np.isfinite(grey_HW)]
-        finite_HW = np.where(np.isfinite(grey_HW), grey_HW, known.min() if known.size else 0.0)
-    low, high = (float(finite_HW.min()), float(finite_HW.max())) if finite_HW.size else (0.0, 0.0)
-    if low == high:
+    finite_V = picture.values_V[picture.finite_V]
+    if len(finite_V) < 2:
         return False
-    levels_HW = ((finite_HW - np.float32(low)) * np.float32(255.0 / (high - low)) + np.float32(0.5)).astype(np.uint8)
+    low, high = float(finite_V[0]), float(finite_V[-1])
+    values_V = np.where(picture.finite_V, picture.values_V, finite_V[0])
+    levels_V = ((values_V - np.float32(low)) * np.float32(255.0 / (high - low)) + np.float32(0.5)).astype(np.uint8)
+    levels_HW = levels_V.take(picture.ranks_HW)
     return any(_holds_light_text(form_HW) for form_HW in (levels_HW, 255 - levels_HW))
 
 
@@ -102,11 +104,15 @@ def _holds_light_text(levels_HW: Levels) -> bool:
 
 def _strokes(levels_HW: Levels) -> _Strokes | None:
     """Return what is drawn in the lightest value, as light strokes more than half-way from their surroundings to it."""
+    if np.count_nonzero(levels_HW > DRAWN[0]) < LETTERS:
+        return None
     around_HW = _opened(levels_HW, STROKE_PX + 1)
-    drawn_HW = (5 * levels_HW.astype(np.uint16) >= 3 * 255 + 2 * around_HW.astype(np.uint16)) & (around_HW <= 255 - CONTRAST)
+    drawn_HW = levels_HW > DRAWN.take(around_HW)
     # Letters of a line are at least as high as its lowest rows differ, so that one row crosses all of them.
-    begins_HW = drawn_HW[:, 1:] > drawn_HW[:, :-1]
-    if drawn_HW.size == 0 or int((begins_HW.sum(axis=1) + drawn_HW[:, 0]).max()) < LETTERS:
+    begins_HW = drawn_HW.copy()
+    begins_HW[:, 1:] &= ~drawn_HW[:, :-1]
+    begins = np.flatnonzero(begins_HW)
+    if len(begins) < LETTERS or int(np.bincount(begins // levels_HW.shape[1]).max()) < LETTERS:
         return None
     marks_HW, count = ndimage.label(drawn_HW, np.ones((3, 3)))
     if count < LETTERS:
@@ -163,15 +169,21 @@ def _opened(levels_HW: Levels, side: int) -> Levels:
 
     Comparing shifted arrays is many times as fast as scipy's filters here, because numpy compares 16 bytes at a time.
     """
-    padded_HW = np.pad(levels_HW, side - 1, mode="edge")
-    eroded_HW = _least(_least(padded_HW, side, 0), side, 1)
-    return 255 - _least(_least(255 - eroded_HW, side, 0), side, 1)
+    reach = side - 1
+    padded_HW = np.empty((levels_HW.shape[0] + 2 * reach, levels_HW.shape[1] + 2 * reach), dtype=np.uint8)
+    padded_HW[reach:-reach, reach:-reach] = levels_HW
+    padded_HW[:reach, reach:-reach], padded_HW[-reach:, reach:-reach] = levels_HW[0], levels_HW[-1]
+    padded_HW[:, :reach], padded_HW[:, -reach:] = padded_HW[:, reach, None], padded_HW[:, -reach - 1, None]
+    eroded_HW = _folded(np.minimum, padded_HW, side)
+    return _folded(np.maximum, eroded_HW, side)
 
 
-def _least(levels_HW: Levels, side: int, axis: int) -> Levels:
-    """Return the least of each `side` neighbours along an axis, in steps that double."""
-    lines, reach = np.moveaxis(levels_HW, axis, 0), 1
+def _folded(extreme: np.ufunc, levels_HW: Levels, side: int) -> Levels:
+    """Return the least or the greatest level of each square, in steps that double."""
+    reach = 1
     while reach < side:
         step = min(reach, side - reach)
-        lines, reach = np.minimum(lines[:-step], lines[step:]), reach + step
-    return np.moveaxis(lines, 0, axis)
+        levels_HW = extreme(levels_HW[:-step], levels_HW[step:])
+        levels_HW = extreme(levels_HW[:, :-step], levels_HW[:, step:])
+        reach += step
+    return levels_HW

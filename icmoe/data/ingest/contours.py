@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.path import Path as Outline
 from pydicom.dataset import Dataset
+from pydicom.tag import Tag
 
 from icmoe.data.ingest.geometry import plane_matrix
 from icmoe.data.ingest.headers import identity, integer, named_patient, referenced_frames, sequence, text
@@ -65,7 +66,7 @@ def read_contours(path: Path) -> list[npt.NDArray[np.float64]]:
     Refusal
         116 or 117.
     """
-    data = open_dicom(path, pixels=False, tags=["ROIContourSequence"])
+    data = open_dicom(path, pixels=False, tags=[Tag("ROIContourSequence")])
     with refusing(117, "contours cannot be parsed"):
         return [_points(item) for _, item in _contours(data)]
 

@@ -3,150 +3,148 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from icmoe.data.images import pixel_digest, read_classes, read_grey
+from icmoe.data.images import read_classes, read_grey
 from icmoe.data.ingest.burned_in import holds_text
 from icmoe.data.ingest.contours import fill, read_contours
 from icmoe.data.ingest.geometry import share_within, upright
-from icmoe.data.ingest.opening import Refusal, refusing
+from icmoe.data.ingest.jobs import SeriesJob, Wanted
+from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pairing import Use
-from icmoe.data.ingest.pixels import Shown, read_frames
-from icmoe.data.ingest.records import FrameResult, Kind, Plane
-from icmoe.data.ingest.segmentations import open_segmentation, read_patch
+from icmoe.data.ingest.pixels import Shown, read_pictures
+from icmoe.data.ingest.records import FrameResult, Plane
+from icmoe.data.ingest.segmentations import read_patch
 from icmoe.data.ingest.volumes import SCALING_ERROR, read_volume, through_axis
+from icmoe.data.picture import Picture, picture_digest, picture_of, ranks_digest
 from icmoe.data.store import entry_path, read_stored, smallest, write_stored
 from icmoe.errors import IcmoeError
-from icmoe.study import Label
-from icmoe.window import ValueCounts, Window, normalise
+from icmoe.window import ValueCounts, Window
 
 Classes = npt.NDArray[np.uint8]
 OFF_IMAGE = "most of the mask lies off the image"
+MAX_KEPT = 2**22
+"""Values of a series' frames that are held in memory at a time."""
 TWO_READINGS = "two masks mark the same object differently; exclude one of them"
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """One frame to decode: its file, frame number, plane, masks, and the name its entry gets."""
-
-    path: str
-    number: int
-    plane: Plane | None
-    uses: tuple[Use, ...]
-    entry: str
-
-
-@dataclass(frozen=True, slots=True)
-class SeriesJob:
-    """What a process needs to decode a series."""
-
-    series: str
-    root: Path
-    store: Path
-    labels: tuple[Label, ...]
-    kinds: dict[str, Kind]
-    frames: tuple[Wanted, ...]
 
 
 def decode_series(job: SeriesJob) -> list[FrameResult]:
     """Decode the frames of a series into its store and return what became of each, in their order.
 
-    Grey values are written as they are decoded and read again once the window is known, so that memory stays that of
-    one frame.
+    Of a written frame only the values that occur in it are kept until the window is known, `MAX_KEPT` in all; those beyond
+    are read again, so that memory stays that of one frame.
     """
-    counts, results = ValueCounts(), dict[tuple[str, int], FrameResult]()
+    counts, results, kept = ValueCounts(), dict[tuple[str, int], FrameResult](), _Kept()
     wanted = {(frame.path, frame.number): frame for frame in job.frames}
-    masks = _Masks(job)
-    shown = Shown()
-    for key, grey in _greys(job, shown):
-        results[key] = _first_pass(job, wanted[key], grey, masks, counts)
+    masks, shown = _Masks(job), Shown()
+    for key, picture in _pictures(job, shown):
+        results[key] = _first_pass(job, wanted[key], picture, masks, counts, kept)
     twice = next((result for result in results.values() if result.why == TWO_READINGS), None)
     if twice:  # where the two agree by chance or mark nothing, nobody knows either which of them is right
         return [twice] * len(wanted)
     window = shown.bound(counts.window()) if any(not result.fault for result in results.values()) else None
     missing = FrameResult(fault=118, why="the file holds fewer frames than its header says")
-    return [_second_pass(job, results.get(key, missing), window) for key in wanted]
+    return [_second_pass(job, results.get(key, missing), window, kept) for key in wanted]
+
+
+class _Kept:
+    """Of each frame what its digest needs: digest of its ranks, and its values as long as there is room."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, tuple[bytes, npt.NDArray[Any] | None]] = {}
+        self._room = MAX_KEPT
+
+    def add(self, entry: str, ranks: bytes, values_V: npt.NDArray[Any]) -> None:
+        """Keep what a written frame needs."""
+        self._room -= len(values_V)
+        self.of[entry] = (ranks, values_V if self._room >= 0 else None)
 
 
 def _first_pass(
-    job: SeriesJob, frame: Wanted, grey: npt.NDArray[Any] | Refusal, masks: _Masks, counts: ValueCounts
+    job: SeriesJob, frame: Wanted, picture: Picture | Refusal, masks: _Masks, counts: ValueCounts, kept: _Kept
 ) -> FrameResult:
-    if isinstance(grey, Refusal):
-        return FrameResult(fault=grey.number, why=grey.why)
-    lettered = _lettered(grey, job.kinds[frame.path])
+    if isinstance(picture, Refusal):
+        return FrameResult(fault=picture.number, why=picture.why)
+    lettered = _lettered(picture, job.kinds[frame.path])
+    values_V, turn = picture.values_V, upright(frame.plane)
     try:
         with refusing(104, "mask cannot be decoded"):
-            classes = masks.classes(frame, grey.shape)
-        turn = upright(frame.plane)
-        grey, classes = smallest(turn.turn(grey)), turn.turn(classes)
-        finite = grey[np.isfinite(grey)] if grey.dtype.kind == "f" else grey
-        if finite.size == 0 or finite.min() == finite.max():
+            classes = turn.turn(masks.classes(frame, picture.ranks_HW.shape))
+        finite_V = values_V[picture.finite_V]
+        if len(finite_V) < 2:
             raise Refusal(113, "every pixel has the same value")
     except Refusal as refusal:
         return FrameResult(fault=refusal.number, why=refusal.why, lettered=lettered)
-    counts.add(grey)
-    own = Window(float(finite.min()), float(finite.max()))
-    write_stored(_path(job, frame.entry), grey, classes)
+    counts.add_counts(values_V, picture.counts_V)
+    ranks_HW = turn.turn(picture.ranks_HW)
+    ranks = ranks_digest(ranks_HW)
+    kept.add(frame.entry, ranks, values_V)
+    write_stored(_path(job, frame.entry), values_V.take(ranks_HW), classes)
     return FrameResult(
         entry=frame.entry,
-        picture=pixel_digest(normalise(grey, own)),
-        rows=grey.shape[0],
-        columns=grey.shape[1],
-        mean=float(finite.mean()),
-        class_px=tuple(np.bincount(classes.ravel(), minlength=len(job.labels)).tolist()),
+        picture=picture_digest(ranks, values_V, Window(float(finite_V[0]), float(finite_V[-1]))),
+        rows=ranks_HW.shape[0],
+        columns=ranks_HW.shape[1],
+        mean=picture.mean,
+        class_px=tuple(int(np.count_nonzero(classes == label)) for label in range(len(job.labels))),
         lettered=lettered,
     )
 
 
-def _lettered(grey: npt.NDArray[Any], kind: str) -> bool:
+def _lettered(picture: Picture, kind: str) -> bool:
     """Return whether a frame as stored holds text; slices of a volume may lie on their side."""
-    return holds_text(grey) or (kind == "volume" and holds_text(grey.T))
+    return holds_text(picture) or (kind == "volume" and holds_text(replace(picture, ranks_HW=picture.ranks_HW.T)))
 
 
-def _second_pass(job: SeriesJob, result: FrameResult, window: Window | None) -> FrameResult:
+def _second_pass(job: SeriesJob, result: FrameResult, window: Window | None, kept: _Kept) -> FrameResult:
     if result.fault or window is None:
         return result
-    grey = read_stored(_path(job, result.entry)).grey_HW
-    return result.model_copy(update={"digest": pixel_digest(normalise(grey, window)), "low": window.low, "high": window.high})
+    ranks, values_V = kept.of[result.entry]
+    if values_V is None:
+        values_V = picture_of(read_stored(_path(job, result.entry)).grey_HW).values_V
+    digest = picture_digest(ranks, values_V, window)
+    return result.model_copy(update={"digest": digest, "low": window.low, "high": window.high})
 
 
 def _path(job: SeriesJob, entry: str) -> Path:
     return entry_path(job.store, entry)
 
 
-def _greys(job: SeriesJob, shown: Shown) -> Iterator[tuple[tuple[str, int], npt.NDArray[Any] | Refusal]]:
+def _pictures(job: SeriesJob, shown: Shown) -> Iterator[tuple[tuple[str, int], Picture | Refusal]]:
     """Yield every wanted frame, file by file."""
     by_file: dict[str, list[int]] = {}
     for frame in job.frames:
         by_file.setdefault(frame.path, []).append(frame.number)
+    plain = {frame.path: frame.plain for frame in job.frames}
     for path, numbers in by_file.items():
         try:
-            for number, grey in _frames_of(job, path, numbers, shown):
-                yield (path, number), grey
+            for number, picture in _frames_of(job, path, numbers, shown, plain[path]):
+                yield (path, number), picture
         except Refusal as refusal:
             for number in numbers:
                 yield (path, number), refusal
 
 
 def _frames_of(
-    job: SeriesJob, path: str, numbers: Sequence[int], shown: Shown
-) -> Iterator[tuple[int, npt.NDArray[Any] | Refusal]]:
+    job: SeriesJob, path: str, numbers: Sequence[int], shown: Shown, plain: tuple[str, int]
+) -> Iterator[tuple[int, Picture | Refusal]]:
     match job.kinds[path]:
         case "picture":
             with refusing(118, "PNG file cannot be decoded"):
-                yield 0, read_grey(job.root / path, where="")
+                yield 0, picture_of(smallest(read_grey(job.root / path, where="")))
         case "volume":
             voxels, matrix = read_volume(job.root / path)
             axis = through_axis(matrix)
             for number in numbers:
-                yield number, voxels.take(number, axis=axis)
+                yield number, picture_of(smallest(voxels.take(number, axis=axis)))
         case _:
-            yield from read_frames(job.root / path, numbers, shown)
+            yield from read_pictures(job.root / path, numbers, shown, plain)
 
 
 def _are_two_readings(classes: Classes, other: Classes, *, whole: bool) -> bool:
@@ -188,7 +186,7 @@ class _Masks:
 
     def _segments(self, use: Use, shape: tuple[int, int]) -> Classes:
         classes = np.zeros(shape, dtype=np.uint8)
-        seg = self._once(use.path, open_segmentation)
+        seg = self._once(use.path, partial(open_dicom, pixels=True))
         for patch, grid in zip(use.patches, use.grids, strict=True):
             marked = read_patch(seg, patch)
             if grid is not None and share_within(marked[..., None], [grid], shape) < 0.5:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from icmoe.data.ingest.records import Plane
+from icmoe.data.ingest.records import FileRecord, Plane
 
 ALIGNED = 0.9
 """Least cosine between a pixel axis and a body axis for a picture to be turned upright; oblique ones stay as stored."""
@@ -32,6 +32,11 @@ def plane_matrix(plane: Plane) -> Array:
     matrix[:3, 2] = np.cross(along_row, along_column)
     matrix[:3, 3] = values[:3]
     return matrix
+
+
+def matrix_of(record: FileRecord) -> Array:
+    """Return the 4 x 4 matrix of a volume from its record, from voxel index to coordinates."""
+    return np.vstack([np.asarray(record.affine).reshape(3, 4), [0.0, 0.0, 0.0, 1.0]])
 
 
 def normal(plane: Plane) -> tuple[float, float, float]:

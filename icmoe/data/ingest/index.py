@@ -10,12 +10,13 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from icmoe.data.ingest.records import FileRecord, FrameResult, Record
-from icmoe.data.slices import SiteData, Slice
-from icmoe.data.store import entry_path
 from icmoe.errors import Fault, IcmoeError
-from icmoe.window import Window
+
+if TYPE_CHECKING:
+    from icmoe.data.slices import SiteData, Slice
 
 INDEX = "index.sqlite"
 SCHEMA = """
@@ -80,6 +81,8 @@ def claimed(folder: Path) -> Iterator[sqlite3.Connection]:
         os.close(descriptor)
         with _connected(folder) as connection:
             connection.execute("pragma secure_delete = on")
+            connection.execute("pragma journal_mode = wal")  # a step then waits for no disk; closing empties the log
+            connection.execute("pragma synchronous = normal")
             connection.executescript(SCHEMA)
             yield connection
 
@@ -142,7 +145,7 @@ def series_results(connection: sqlite3.Connection) -> dict[str, tuple[str, list[
 
 def put_series(connection: sqlite3.Connection, series: str, fingerprint: str, results: Iterable[FrameResult]) -> None:
     """Write the results of one series."""
-    text = json.dumps([result.model_dump(mode="json") for result in results])
+    text = json.dumps([result.model_dump(mode="json", exclude_defaults=True) for result in results])
     connection.execute("insert or replace into series values (?, ?, ?)", (series, fingerprint, text))
 
 
@@ -169,6 +172,8 @@ def read_index(folder: Path) -> SiteData:
     IcmoeError
         131 where ingest has not been run to its end, 129 where the index is damaged.
     """
+    from icmoe.data.slices import SiteData  # a run on unchanged data comes without arrays
+
     if not is_index(folder):
         raise IcmoeError(Fault(number=131, where=str(folder), did="Nothing was started."))
     with _connected(folder) as connection:
@@ -204,6 +209,10 @@ def state(folder: Path) -> str:
 
 
 def _slice(folder: Path, site: str, row: FrameRow) -> Slice:
+    from icmoe.data.slices import Slice
+    from icmoe.data.store import entry_path
+    from icmoe.window import Window
+
     path = entry_path(folder, row.result.entry)
     return Slice(
         site=site,

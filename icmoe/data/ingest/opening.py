@@ -6,21 +6,22 @@ pydicom's messages repeat the values they complain about, so that they are neith
 from __future__ import annotations
 
 import logging
-import warnings
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import pydicom
 from pydicom.dataset import Dataset, FileDataset
+from pydicom.tag import BaseTag, Tag
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
 )
+
+from icmoe.data.ingest.refusals import Refusal, refusing
 
 MAX_BYTES = 2**32
 """Largest file."""
@@ -30,51 +31,13 @@ PREAMBLE_AND_GROUP_LENGTH = 144
 HEAD_BYTES = 352
 """Bytes that tell what a file is."""
 
+IDENTITY = (Tag("SOPClassUID"), Tag("SOPInstanceUID"))
+
 Content = Literal["dicom", "nifti", "png", "other"]
 
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 logging.getLogger("nibabel").setLevel(logging.CRITICAL + 1)
-
-
-class Refusal(Exception):
-    """A file, or a frame of it, is not used.
-
-    Parameters
-    ----------
-    number
-        Key of the error catalogue.
-    why
-        The reason in fixed words and numbers; never a text from the file.
-    """
-
-    def __init__(self, number: int, why: str) -> None:
-        super().__init__(number, why)
-        self.number = number
-        self.why = why
-
-
-@contextmanager
-def refusing(number: int, why: str) -> Iterator[None]:
-    """Turn whatever a broken file makes a library raise into one reason.
-
-    Yields
-    ------
-    None
-
-    Raises
-    ------
-    Refusal
-        With the given number and reason.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except Refusal:
-        raise
-    except Exception:  # noqa: BLE001  # there is no list of what a parser raises on arbitrary bytes
-        raise Refusal(number, why) from None
 
 
 def content_of(path: Path) -> Content:
@@ -105,8 +68,10 @@ def content_of(path: Path) -> Content:
     return "dicom" if head[:2] in {b"\x02\x00", b"\x08\x00", b"\x00\x08"} else "other"
 
 
-def open_dicom(path: Path, *, pixels: bool, tags: list[str] | None = None) -> FileDataset:
+def open_dicom(path: Path, *, pixels: bool, tags: Sequence[BaseTag] | None = None) -> FileDataset:
     """Return a DICOM data set that names its class, its instance and its transfer syntax.
+
+    Its attribute `read_to_byte` is where reading stopped.
 
     Parameters
     ----------
@@ -115,16 +80,19 @@ def open_dicom(path: Path, *, pixels: bool, tags: list[str] | None = None) -> Fi
     pixels
         Whether to read the pixels too.
     tags
-        Keywords to read; all where None.
+        What to read; all where None.
 
     Raises
     ------
     Refusal
         116 where it is not DICOM, 117 where it cannot be parsed.
     """
+    chosen = None if tags is None else [*tags, *IDENTITY]
     with refusing(117, "DICOM header cannot be parsed"):
         try:
-            data = pydicom.dcmread(_bounded(path), stop_before_pixels=not pixels, force=True, specific_tags=_with_identity(tags))
+            with _bounded(path).open("rb") as file:
+                data = pydicom.dcmread(file, stop_before_pixels=not pixels, force=True, specific_tags=chosen)
+                data.read_to_byte = file.tell()
         except (EOFError, MemoryError, RecursionError):
             raise Refusal(117, "DICOM header ends too early or is nested too deeply") from None
         if not (str(data.get("SOPClassUID") or "") and str(data.get("SOPInstanceUID") or "")):
@@ -136,10 +104,6 @@ def open_dicom(path: Path, *, pixels: bool, tags: list[str] | None = None) -> Fi
             raise Refusal(116, "no DICOM object: it names neither class nor instance")
         _complete_syntax(data)
         return data
-
-
-def _with_identity(tags: list[str] | None) -> list[str] | None:
-    return None if tags is None else [*tags, "SOPClassUID", "SOPInstanceUID"]
 
 
 def _bounded(path: Path) -> Path:

@@ -10,10 +10,9 @@ from pathlib import PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
-from icmoe.data.ingest.geometry import OFF_GRID_PX, Grid, grid_between, height_mm, parallel, plane_matrix
-from icmoe.data.ingest.opening import Refusal
+from icmoe.data.ingest.geometry import OFF_GRID_PX, Grid, grid_between, height_mm, matrix_of, parallel, plane_matrix
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
-from icmoe.data.ingest.volumes import matrix_of
+from icmoe.data.ingest.refusals import Refusal
 from icmoe.data.ingest.walking import case, own_folders, stem
 
 OFF_PLANE_MM = 0.5

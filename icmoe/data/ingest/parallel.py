@@ -8,12 +8,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
 from typing import TypeVar
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
-PRELOAD = ["icmoe.data.ingest.reading", "icmoe.data.ingest.decoding"]
+PRELOAD = ["icmoe.data.ingest.preloaded"]
+"""Imported once, by the process that all workers are forked from."""
 
 
 def in_processes(
@@ -75,9 +77,15 @@ def _drain(
     unsure += jobs.values()
 
 
+def preload() -> None:
+    """Start the process that workers are forked from; it imports what they need while this one goes on."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    forkserver.ensure_running()
+
+
 def _pool(processes: int) -> ProcessPoolExecutor:
+    preload()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     return ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with_parent)
 
 

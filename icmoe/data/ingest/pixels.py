@@ -7,20 +7,31 @@ scanners write another one into every slice, and equal tissue must stay equal fr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, iter_pixels
-from pydicom.uid import JPEGLossless, JPEGLosslessSV1, RLELossless, UncompressedTransferSyntaxes
+from pydicom.uid import (
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    RLELossless,
+    UncompressedTransferSyntaxes,
+)
 
 from icmoe.data.images import LUMINANCE
-from icmoe.data.ingest.headers import integer, numbers, numeric, sequence, text
+from icmoe.data.ingest.headers import GREY, SHOWN, Header, all_numbers, integer, numbers, numeric, sequence, text
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
+from icmoe.data.picture import Picture, picture_of
+from icmoe.data.store import smallest
 from icmoe.window import Window
 
 MODALITY_TAGS = ("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence")
@@ -32,6 +43,13 @@ WHOLE_WORDS = frozenset({RLELossless, JPEGLossless, JPEGLosslessSV1})
 """Compression that keeps all allocated bits, also those that are not part of the pixel."""
 MAX_DAMAGED = 16
 """Damaged frames of one compressed object after which the rest is not tried."""
+PIXEL_DATA = b"\xe0\x7f\x10\x00"
+TABLES = ("ModalityLUTSequence", "VOILUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+TERMS = {
+    "PhotometricInterpretation": ("MONOCHROME1", "MONOCHROME2"),
+    "VOILUTFunction": ("LINEAR", "LINEAR_EXACT", "SIGMOID"),
+}
+"""Of plain objects."""
 PLAIN = frozenset(map(str, UncompressedTransferSyntaxes))
 Grey = npt.NDArray[np.float32]
 
@@ -59,8 +77,10 @@ class Shown:
         return Window(low, high) if low < high else window
 
 
-def read_frames(path: Path, numbers_wanted: Sequence[int], shown: Shown | None = None) -> Iterator[tuple[int, Grey | Refusal]]:
-    """Yield the wanted frames of one object in rising order, each as grey values or as the reason why it has none.
+def read_pictures(
+    path: Path, numbers_wanted: Sequence[int], shown: Shown | None = None, plain: tuple[str, int] = ("", 0)
+) -> Iterator[tuple[int, Picture | Refusal]]:
+    """Yield the wanted frames of one object in rising order, each as a grey picture or as the reason why it has none.
 
     A large multi-frame object is read frame by frame from disk, so that memory does not grow with it.
 
@@ -72,27 +92,35 @@ def read_frames(path: Path, numbers_wanted: Sequence[int], shown: Shown | None =
         Frame numbers from 0.
     shown
         Takes in the window of every frame.
+    plain
+        `plain` and `pixels_at` of its record.
 
     Raises
     ------
     Refusal
         116 or 117 where the header cannot be read.
     """
+    shown = shown or Shown()
+    values = json.loads(plain[0] or "{}")
+    stored = _plain_pixels(path, values, plain[1]) if values else None
+    if stored is not None:
+        yield 0, _picture(stored, values, 0, shown)
+        return
     large = path.stat().st_size > WHOLE_BYTES
     header = open_dicom(path, pixels=not large)
     wanted = sorted(set(numbers_wanted)) if integer(header, "NumberOfFrames") > 1 else [0]
-    plain, damaged = str(header.file_meta.TransferSyntaxUID) in PLAIN, 0
+    packed, damaged = str(header.file_meta.TransferSyntaxUID) not in PLAIN, 0
     while wanted:
         # pydicom would drop the upper bits of pixels that do not start at bit 0.
         stream = iter_pixels(path if large else header, indices=wanted, correct_unused_bits=False)
         for place, number in enumerate(wanted):
             try:
                 with refusing(118, UNDECODABLE):
-                    grey = _grey(next(stream), header, number, shown or Shown())
-                yield number, grey
+                    picture = _picture(next(stream), header, number, shown)
+                yield number, picture
             except Refusal as refusal:
                 damaged += 1  # compressed frames are independent of each other
-                lost = wanted[place:] if plain or damaged > MAX_DAMAGED else [number]
+                lost = wanted[place:] if not packed or damaged > MAX_DAMAGED else [number]
                 yield from ((other, refusal) for other in lost)
                 wanted = wanted[place + len(lost) :]
                 break
@@ -100,22 +128,75 @@ def read_frames(path: Path, numbers_wanted: Sequence[int], shown: Shown | None =
             return
 
 
-def _grey(stored: npt.NDArray[Any], header: Dataset, number: int, shown: Shown) -> Grey:
-    """Return the grey values of one decoded frame, H x W."""
-    photometric = text(header, "PhotometricInterpretation").upper()
-    if photometric == "PALETTE COLOR":
+def plain_pixels_of(path: Path, header: Dataset) -> dict[str, Any]:
+    """Return the fields `plain` and `pixels_at` of a record, none where the object is not plain or anything about it is odd.
+
+    Parameters
+    ----------
+    path
+        The file.
+    header
+        Its whitelisted part.
+    """
+    named = [name for name in (*GREY, *SHOWN, "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames") if name in header]
+    values: dict[str, Any] = {name: all_numbers(header, name) for name in named}
+    values |= {name: text(header, name) for name in TERMS if name in header}
+    depth, bits, signed = (integer(values, name) for name in ("BitsAllocated", "BitsStored", "PixelRepresentation"))
+    syntax, at = header.file_meta.TransferSyntaxUID, int(header.read_to_byte)
+    if (
+        syntax not in {ImplicitVRLittleEndian, ExplicitVRLittleEndian}
+        or any(name in header for name in TABLES)
+        or not all(values.values())
+        or any(values[name] not in terms for name, terms in TERMS.items() if name in values)
+        or not {"PixelRepresentation", "PhotometricInterpretation"} <= values.keys()
+        or not (signed in {0, 1} and depth in {8, 16} and 1 <= bits <= depth)
+        or not (integer(values, "SamplesPerPixel") == 1 and integer(values, "NumberOfFrames") in {0, 1})
+    ):
+        return {}
+    values["head"] = 8 if syntax == ImplicitVRLittleEndian else 12
+    with path.open("rb") as file:
+        return {"plain": sys.intern(json.dumps(values)), "pixels_at": at} if _at_pixels(file, values, at) else {}
+
+
+def _at_pixels(file: BinaryIO, values: Mapping[str, Any], at: int) -> int:
+    """Return how many bytes of pixels lie there, as many as the header says, and go to the first; 0 where they do not."""
+    size = integer(values, "Rows") * integer(values, "Columns") * integer(values, "BitsAllocated") // 8
+    length, head = size + size % 2, int(values["head"])
+    ends = file.seek(0, 2) >= at + head + length
+    file.seek(at)
+    start = file.read(head)
+    return size if ends and start[:4] == PIXEL_DATA and int.from_bytes(start[-4:], "little") == length else 0
+
+
+def _plain_pixels(path: Path, values: Mapping[str, Any], at: int) -> npt.NDArray[Any] | None:
+    """Return the pixels of a plain object, None where they are not where they were."""
+    kind = f"<{'i' if integer(values, 'PixelRepresentation') else 'u'}{integer(values, 'BitsAllocated') // 8}"
+    with refusing(118, UNDECODABLE), path.open("rb") as file:
+        size = _at_pixels(file, values, at)
+        return np.frombuffer(file.read(size), dtype=kind).reshape(integer(values, "Rows"), -1) if size else None
+
+
+def _picture(stored: npt.NDArray[Any], header: Header, number: int, shown: Shown) -> Picture:
+    """Return the grey picture of one decoded frame; all that the header does to a value is done once per value."""
+    if isinstance(header, Dataset) and text(header, "PhotometricInterpretation").upper() == "PALETTE COLOR":
         stored = apply_color_lut(significant_bits(stored, header), header)
     if stored.ndim == 3:
         shown.add(-np.inf, np.inf)
-        return _luminance(stored[..., :3])
+        return picture_of(smallest(_luminance(stored[..., :3])))
     if stored.ndim != 2:
         raise Refusal(118, f"a frame of {stored.ndim} dimensions")
-    values = significant_bits(stored, header)
+    picture = picture_of(stored)
+    return picture.of_values(smallest(_grey(picture.values_V, header, number, shown)))
+
+
+def _grey(stored_V: npt.NDArray[Any], header: Header, number: int, shown: Shown) -> Grey:
+    """Return the grey values that a frame's stored values stand for, in their order."""
+    values = significant_bits(stored_V, header)
     padded = _padding(values, header)
     modality = frame_element(header, number, "PixelValueTransformationSequence", MODALITY_TAGS)
     voi = frame_element(header, number, "FrameVOILUTSequence", VOI_TAGS)
     grey, limits, top = _voi(_modality(values, modality), voi)
-    if photometric == "MONOCHROME1":
+    if text(header, "PhotometricInterpretation").upper() == "MONOCHROME1":
         turning_point = _turning_point(header, modality) if top is None else top
         grey = turning_point - grey.astype(np.float64)
         limits = (turning_point - limits[1], turning_point - limits[0])
@@ -125,15 +206,15 @@ def _grey(stored: npt.NDArray[Any], header: Dataset, number: int, shown: Shown) 
     return np.ascontiguousarray(grey, dtype=np.float32)
 
 
-def _modality(values: npt.NDArray[Any], modality: Dataset) -> npt.NDArray[Any]:
+def _modality(values: npt.NDArray[Any], modality: Header) -> npt.NDArray[Any]:
     """Return values after the modality transform; a slope of 0 or one that is no number counts as not given."""
-    if sequence(modality, "ModalityLUTSequence"):
+    if isinstance(modality, Dataset) and sequence(modality, "ModalityLUTSequence"):
         return np.asarray(apply_modality_lut(values, modality))
     slope, intercept = numeric(modality, "RescaleSlope") or 1.0, numeric(modality, "RescaleIntercept")
     return values if (slope, intercept) == (1.0, 0.0) else values * slope + intercept
 
 
-def significant_bits(stored: npt.NDArray[Any], header: Dataset) -> npt.NDArray[Any]:
+def significant_bits(stored: npt.NDArray[Any], header: Header) -> npt.NDArray[Any]:
     """Return integers without what lies above their stored bits: overlays in old files, or a sign not extended.
 
     Parameters
@@ -145,7 +226,10 @@ def significant_bits(stored: npt.NDArray[Any], header: Dataset) -> npt.NDArray[A
     """
     depth, bits = stored.dtype.itemsize * 8, integer(header, "BitsStored")
     shift = integer(header, "HighBit") + 1 - bits
-    syntax, signed = header.file_meta.TransferSyntaxUID, integer(header, "PixelRepresentation") == 1
+    signed, syntax = (
+        integer(header, "PixelRepresentation") == 1,
+        header.file_meta.TransferSyntaxUID if isinstance(header, Dataset) else ExplicitVRLittleEndian,
+    )
     whole = syntax in WHOLE_WORDS or not syntax.is_encapsulated
     if stored.dtype.kind not in "iu" or not 1 < bits < depth or not whole:
         return stored
@@ -158,8 +242,8 @@ def significant_bits(stored: npt.NDArray[Any], header: Dataset) -> npt.NDArray[A
     return np.where(kept > high, kept - (1 << bits), kept) if signed else kept
 
 
-def frame_element(header: Dataset, number: int, group: str, names: Sequence[str]) -> Dataset:
-    """Return the elements `names` that hold for a frame: its own group's, the shared group's, or the object's.
+def frame_element(header: Header, number: int, group: str, names: Sequence[str]) -> Header:
+    """Return a data set with the elements `names` that hold for a frame: its own group's, the shared group's, or the object.
 
     Parameters
     ----------
@@ -170,13 +254,14 @@ def frame_element(header: Dataset, number: int, group: str, names: Sequence[str]
     group
         Functional group that holds them in an enhanced object.
     names
-        Keywords; those with a value of another form are left out.
+        Keywords; those in a group with a value of another form are left out.
     """
     own = sequence(header, "PerFrameFunctionalGroupsSequence")[number : number + 1]
     shared = sequence(header, "SharedFunctionalGroupsSequence")[:1]
     places = [item for place in (*own, *shared) for item in sequence(place, group)[:1]]
-    source = places[0] if places else header
-    found = Dataset()
+    if not places or not isinstance(header, Dataset):
+        return header
+    source, found = places[0], Dataset()
     found.file_meta = header.file_meta  # with the next, tells byte order and sign of what stands in a table
     found.PixelRepresentation = integer(header, "PixelRepresentation")
     for name in names:
@@ -185,13 +270,13 @@ def frame_element(header: Dataset, number: int, group: str, names: Sequence[str]
     return found
 
 
-def _voi(grey: npt.NDArray[Any], voi: Dataset) -> tuple[npt.NDArray[Any], tuple[float, float], float | None]:
+def _voi(grey: npt.NDArray[Any], voi: Header) -> tuple[npt.NDArray[Any], tuple[float, float], float | None]:
     """Return values after a VOI transform that bends, the range that a linear one lets through, and where the scale ends.
 
     The end is None where the values keep their scale.
     """
     everything = (-np.inf, np.inf)
-    if sequence(voi, "VOILUTSequence"):
+    if isinstance(voi, Dataset) and sequence(voi, "VOILUTSequence"):
         table = sequence(voi, "VOILUTSequence")[0]
         return apply_voi(np.rint(grey).astype(np.int64), voi, index=0), everything, 2.0 ** int(table.LUTDescriptor[2]) - 1.0
     centre, width = first_number(voi, "WindowCenter"), first_number(voi, "WindowWidth")
@@ -206,7 +291,7 @@ def _voi(grey: npt.NDArray[Any], voi: Dataset) -> tuple[npt.NDArray[Any], tuple[
     return grey, (centre - 0.5 - (width - 1.0) / 2.0, centre - 0.5 + (width - 1.0) / 2.0), None
 
 
-def first_number(data: Dataset, name: str) -> float | None:
+def first_number(data: Header, name: str) -> float | None:
     """Return the first of one or several numbers, None where there is none."""
     for count in range(1, 9):
         values = numbers(data, name, count)
@@ -215,7 +300,7 @@ def first_number(data: Dataset, name: str) -> float | None:
     return None
 
 
-def _turning_point(header: Dataset, modality: Dataset) -> float:
+def _turning_point(header: Header, modality: Header) -> float:
     """Return the sum of the least and the greatest value that the stored bits can give after the modality transform.
 
     It is 0 where these are so large that single values would be lost beside them.
@@ -228,7 +313,7 @@ def _turning_point(header: Dataset, modality: Dataset) -> float:
     return float(_modality(np.asarray([ends], dtype=np.int64), modality).sum(dtype=np.float64))
 
 
-def _padding(values: npt.NDArray[Any], header: Dataset) -> npt.NDArray[np.bool_] | None:
+def _padding(values: npt.NDArray[Any], header: Header) -> npt.NDArray[np.bool_] | None:
     """Return which pixels the header says to be padding, None where it names no padding value."""
     if "PixelPaddingValue" not in header:
         return None

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from icmoe.data.ingest.decoding import SeriesJob, Wanted
 from icmoe.data.ingest.geometry import height_mm, parallel, slice_distance_mm, upright
 from icmoe.data.ingest.index import LeftOut
-from icmoe.data.ingest.opening import Refusal
+from icmoe.data.ingest.jobs import SeriesJob, Wanted
 from icmoe.data.ingest.pairing import Key, Use, is_image, pair
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import RECIPE_VERSION, FileRecord, FramePlace, Plane
+from icmoe.data.ingest.refusals import Refusal
 from icmoe.data.ingest.walking import case, stem
 from icmoe.study import Label
 
@@ -145,8 +145,9 @@ def _series(
     said = [f"{path}#{n}:{[(use.form, marks[use.path], _meant(use)) for use in uses[path, n]]}" for path, n, _ in frames]
     text = "\n".join([RECIPE_VERSION, series, *(marks[path] for path in involved), *said])
     mark = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    plain = {path: (record.plain, record.pixels_at) for path, record in members}
     wanted = tuple(
-        Wanted(path, n, place.plane, tuple(uses[path, n]), site.hashes.of("frame", f"{mark}\0{path}\0{n}"))
+        Wanted(path, n, place.plane, tuple(uses[path, n]), site.hashes.of("frame", f"{mark}\0{path}\0{n}"), plain[path])
         for path, n, place in frames
     )
     kinds = {path: record.kind for path, record in members}

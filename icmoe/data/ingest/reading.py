@@ -14,6 +14,7 @@ from icmoe.data.ingest.contours import contours_record
 from icmoe.data.ingest.headers import SEGMENTATIONS, STRUCTURE_SET, image_record, read_header
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.opening import Refusal, content_of, refusing
+from icmoe.data.ingest.pixels import plain_pixels_of
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, FramePlace, refused
 from icmoe.data.ingest.segmentations import segmentation_record
@@ -80,7 +81,8 @@ class Reader:
             return segmentation_record(path, self.names, self.hashes)
         if header.SOPClassUID == STRUCTURE_SET:
             return contours_record(header, self.names, self.hashes)
-        return image_record(header, self.hashes)
+        record = image_record(header, self.hashes)
+        return record.model_copy(update=plain_pixels_of(path, header))
 
     def _owner(self, relative: str) -> dict[str, str]:
         """Return whose a file without identity is: the pattern's group, else the folder that is not named for its kind.

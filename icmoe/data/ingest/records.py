@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import sys
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 Plane = tuple[float, float, float, float, float, float, float, float, float, float, float]
 """Position of the first pixel's centre (3), direction along a row (3), along a column (3), distance of rows and of
@@ -19,6 +20,8 @@ MODALITIES = SAFE_MODALITIES | frozenset(
 )
 """DICOM's terms that are kept; any other text in their place is not."""
 
+Shared = Annotated[str, AfterValidator(sys.intern)]
+"""A text that many records have, in memory once."""
 Kind = Literal["image", "seg", "contours", "volume", "picture", "none"]
 
 
@@ -65,17 +68,17 @@ class FileRecord(Record):
     """Number of the reason why it is not used; 0 where it may be used."""
     why: str = ""
     """The reason in fixed words and numbers; never a text from the file."""
-    patient: str = ""
+    patient: Shared = ""
     """Keyed hash, empty where the file names no patient."""
-    study: str = ""
+    study: Shared = ""
     """Keyed hash of the study instance UID."""
-    series: str = ""
+    series: Shared = ""
     """Keyed hash of the series instance UID."""
     image: str = ""
     """Keyed hash of the SOP instance UID."""
-    space: str = ""
+    space: Shared = ""
     """Keyed hash of the frame of reference UID."""
-    modality: str = ""
+    modality: Shared = ""
     """A defined term of DICOM, or empty."""
     rows: int = 0
     """Height, pixels."""
@@ -83,6 +86,11 @@ class FileRecord(Record):
     """Width, pixels."""
     frames: tuple[FramePlace, ...] = ()
     """Frames of an image."""
+    plain: Shared = ""
+    """Of an uncompressed grey object of one frame, as JSON: all that turns its pixels into grey values, numbers and terms of
+    the standard by keyword. Where given, decoding needs no second look at the header."""
+    pixels_at: int = 0
+    """Of such an object: byte at which the element of its pixels begins."""
     held: str = ""
     """Why the header alone makes burned-in text likely, in fixed words."""
     mask: bool = False

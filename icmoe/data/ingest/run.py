@@ -19,6 +19,7 @@ from pathlib import Path
 
 from icmoe.data.ingest import index
 from icmoe.data.ingest.index import FrameRow, LeftOut
+from icmoe.data.ingest.parallel import preload
 from icmoe.data.ingest.records import RECIPE_VERSION
 from icmoe.data.ingest.settings import IngestSettings
 from icmoe.errors import Fault, IcmoeError
@@ -105,6 +106,8 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
         if not new and known.keys() == set(ids.values()) and index.meta(connection, "complete") == basis:
             _clean(connection, export.store)
             return False
+        if new:
+            preload()
         from icmoe.data.ingest.work import publish, read_files
 
         index.put_meta(connection, {"complete": "", "cleaned": "", "site": export.site})

@@ -1,15 +1,15 @@
-"""DICOM SEG objects, read by highdicom: binary, fractional (from half of the maximum on) and label maps."""
+"""DICOM SEG objects, their segments read by highdicom: binary, fractional (from half of the maximum on) and label maps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from highdicom.seg import Segmentation, SegmentationTypeValues
+from highdicom.seg import SegmentDescription
 from pydicom.dataset import Dataset
+from pydicom.pixels import pixel_array
 
 from icmoe.data.ingest.headers import group_plane, identity, integer, named_patient, referenced_frames, sequence, text
 from icmoe.data.ingest.labels import LabelNames
@@ -18,34 +18,6 @@ from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, Patch
 
 BROKEN = "segmentation object does not follow the standard"
-
-
-def open_segmentation(path: Path) -> Segmentation:
-    """Return a SEG object with its pixels.
-
-    Raises
-    ------
-    Refusal
-        116 or 117.
-    """
-    data = open_dicom(path, pixels=True)
-    with refusing(117, BROKEN):
-        for own in sequence(data, "PerFrameFunctionalGroupsSequence"):
-            _split_references(own)
-        return Segmentation.from_dataset(data, copy=False)
-
-
-def _split_references(own: Dataset) -> None:
-    """Make one reference per frame out of one to several frames, which highdicom does not read."""
-    for derivation in sequence(own, "DerivationImageSequence"):
-        if any(len(referenced_frames(source)) > 1 for source in sequence(derivation, "SourceImageSequence")):
-            single = []
-            for source in sequence(derivation, "SourceImageSequence"):
-                for frame in referenced_frames(source):
-                    single.append(deepcopy(source))
-                    if frame >= 0:
-                        single[-1].ReferencedFrameNumber = frame + 1
-            derivation.SourceImageSequence = single
 
 
 def segmentation_record(path: Path, names: LabelNames, hashes: Pseudonyms) -> FileRecord:
@@ -65,9 +37,10 @@ def segmentation_record(path: Path, names: LabelNames, hashes: Pseudonyms) -> Fi
     Refusal
         116 or 117; 120 where no segment names a class of the study.
     """
-    seg = open_segmentation(path)
+    seg = open_dicom(path, pixels=False)
     with refusing(117, BROKEN):
-        labels = {number: names.index(_names_of(seg, number)) for number in seg.segment_numbers}
+        described = [SegmentDescription.from_dataset(item, copy=False) for item in seg.SegmentSequence]
+        labels = {item.segment_number: names.index(_names_of(item)) for item in described if item.segment_number}
         if not any(label is not None for label in labels.values()):
             raise Refusal(120, f"none of its {len(labels)} segments is called like a class of the study")
         known = {number: label for number, label in labels.items() if label is not None}
@@ -82,8 +55,15 @@ def segmentation_record(path: Path, names: LabelNames, hashes: Pseudonyms) -> Fi
         )
 
 
-def read_patch(seg: Segmentation, patch: Patch) -> npt.NDArray[np.bool_]:
+def read_patch(seg: Dataset, patch: Patch) -> npt.NDArray[np.bool_]:
     """Return which pixels one frame of a SEG object marks, H x W.
+
+    Parameters
+    ----------
+    seg
+        The object with its pixels; that it follows the standard was found out when its record was made.
+    patch
+        Of that record.
 
     Raises
     ------
@@ -91,11 +71,21 @@ def read_patch(seg: Segmentation, patch: Patch) -> npt.NDArray[np.bool_]:
         118 where the frame cannot be decoded.
     """
     with refusing(118, "frame of the segmentation cannot be decoded"):
-        frame = seg.get_stored_frame(patch.number, as_index=True)
+        if integer(seg, "BitsAllocated") == 1 and not seg.file_meta.TransferSyntaxUID.is_encapsulated:
+            return _unpacked(seg, patch.number)
+        frame = pixel_array(seg, index=patch.number)
         if patch.value:
             return np.asarray(frame == patch.value)
         maximum = integer(seg, "MaximumFractionalValue") or 1
         return np.asarray(2.0 * frame.astype(np.float64) >= maximum)
+
+
+def _unpacked(seg: Dataset, number: int) -> npt.NDArray[np.bool_]:
+    """Return one frame of single bits, which need not begin with a byte."""
+    shape = integer(seg, "Rows"), integer(seg, "Columns")
+    first, size = number * shape[0] * shape[1], shape[0] * shape[1]
+    packed = np.frombuffer(seg.PixelData, np.uint8, count=(first % 8 + size + 7) // 8, offset=first // 8)
+    return np.unpackbits(packed, bitorder="little")[first % 8 : first % 8 + size].reshape(shape).view(np.bool_)
 
 
 def listed_instances(data: Dataset, hashes: Pseudonyms) -> Iterable[str]:
@@ -105,16 +95,15 @@ def listed_instances(data: Dataset, hashes: Pseudonyms) -> Iterable[str]:
             yield hashes.of("uid", text(item, "ReferencedSOPInstanceUID"))
 
 
-def _names_of(seg: Segmentation, number: int) -> list[str]:
-    described = seg.get_segment_description(number)
+def _names_of(described: SegmentDescription) -> list[str]:
     kind = described.segmented_property_type
     return [str(described.segment_label), kind.meaning, kind.value, f"{kind.scheme_designator}:{kind.value}"]
 
 
-def _patches(seg: Segmentation, labels: dict[int, int], hashes: Pseudonyms) -> Iterable[Patch]:
+def _patches(seg: Dataset, labels: dict[int, int], hashes: Pseudonyms) -> Iterable[Patch]:
     groups = sequence(seg, "PerFrameFunctionalGroupsSequence")
     shared = (sequence(seg, "SharedFunctionalGroupsSequence") or [Dataset()])[0]
-    whole = seg.segmentation_type == SegmentationTypeValues.LABELMAP
+    whole = text(seg, "SegmentationType") == "LABELMAP"
     for number, own in enumerate(groups):
         segments = labels if whole else {_segment(own, shared): labels.get(_segment(own, shared))}
         plane = group_plane(own, shared)

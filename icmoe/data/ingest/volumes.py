@@ -69,11 +69,6 @@ def volume_record(path: Path) -> FileRecord:
     )
 
 
-def matrix_of(record: FileRecord) -> npt.NDArray[np.float64]:
-    """Return a volume's matrix from its record."""
-    return np.vstack([np.asarray(record.affine).reshape(3, 4), [0.0, 0.0, 0.0, 1.0]])
-
-
 def through_axis(matrix: npt.NDArray[np.float64]) -> int:
     """Return the axis that slices are cut across: the one with voxels half again as long, else the one nearest the head's."""
     lengths = np.linalg.norm(matrix[:3, :3], axis=0)

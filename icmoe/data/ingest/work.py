@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-from icmoe.data.ingest import index
-from icmoe.data.ingest.decoding import decode_series
+from icmoe.data.ingest import index, jobs
 from icmoe.data.ingest.index import FrameRow, LeftOut
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.parallel import in_processes
 from icmoe.data.ingest.planning import Plan, Site, plan, spacing_of
 from icmoe.data.ingest.pseudonyms import Pseudonyms
-from icmoe.data.ingest.reading import Reader
 from icmoe.data.ingest.records import FrameResult, refused
 from icmoe.data.ingest.run import BATCH_FILES, DEADLINE_S, SPLITS, Export, Progress, write_frames
 
@@ -40,21 +39,23 @@ def read_files(
         Told at the start and after each batch.
     """
     names = LabelNames(export.labels, export.settings.labels)
-    reader = Reader(export.root, hashes, names, export.settings.patient_pattern)
+    site = export.root, hashes, names, export.settings.patient_pattern
     paths = list(new)
-    batches = [paths[at : at + BATCH_FILES] for at in range(0, len(paths), BATCH_FILES)]
+    batches = [jobs.FilesJob(*site, tuple(paths[at : at + BATCH_FILES])) for at in range(0, len(paths), BATCH_FILES)]
     done = 0
     on_progress("read", done, len(paths))
-    for batch, answer in in_processes(reader.read_many, batches, export.settings.processes, deadline_s=DEADLINE_S):
+    for batch, answer in in_processes(jobs.read_files, batches, export.settings.processes, deadline_s=DEADLINE_S):
         if answer is None:  # one of them killed its process: find out which
-            single = in_processes(reader.read, batch, 1, deadline_s=DEADLINE_S)
-            by_path = {path: record or refused(117, CRASHED) for path, record in single}
+            single = in_processes(
+                jobs.read_files, [replace(batch, paths=(path,)) for path in batch.paths], 1, deadline_s=DEADLINE_S
+            )
+            by_path = {one.paths[0]: found[0] if found else refused(117, CRASHED) for one, found in single}
         else:
-            by_path = dict(zip(batch, answer, strict=True))
-        rows = [(new[path][0], *new[path][1], record.model_dump_json()) for path, record in by_path.items()]
+            by_path = dict(zip(batch.paths, answer, strict=True))
+        rows = [(new[path][0], *new[path][1], record.model_dump_json(exclude_defaults=True)) for path, record in by_path.items()]
         with index.transaction(connection):
             connection.executemany("insert or replace into file values (?, ?, ?, ?)", rows)
-        done += len(batch)
+        done += len(batch.paths)
         on_progress("read", done, len(paths))
 
 
@@ -73,11 +74,12 @@ def publish(
     marks = {paths[key]: f"{key}:{size}:{changed}" for key, (size, changed) in index.files(connection).items()}
     records = {path: stored[key] for key, path in sorted(paths.items(), key=lambda item: item[1])}
     made = plan(records, marks, site)
+    del stored, records, marks  # the largest things in memory
     known = index.series_results(connection)
     missing = [job for series, (mark, job) in made.jobs.items() if known.get(series, ("", []))[0] != mark]
     total, done = sum(len(job.frames) for job in missing), 0
     on_progress("decode", done, total)
-    for job, answer in in_processes(decode_series, missing, export.settings.processes, deadline_s=DEADLINE_S):
+    for job, answer in in_processes(jobs.decode_series, missing, export.settings.processes, deadline_s=DEADLINE_S):
         results = answer if answer is not None else [FrameResult(fault=118, why=CRASHED)] * len(job.frames)
         with index.transaction(connection):
             index.put_series(connection, job.series, made.jobs[job.series][0], results)

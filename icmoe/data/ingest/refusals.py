@@ -1,0 +1,47 @@
+"""Why a file or a frame is not used."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Refusal(Exception):
+    """A file, or a frame of it, is not used.
+
+    Parameters
+    ----------
+    number
+        Key of the error catalogue.
+    why
+        The reason in fixed words and numbers; never a text from the file.
+    """
+
+    def __init__(self, number: int, why: str) -> None:
+        super().__init__(number, why)
+        self.number = number
+        self.why = why
+
+
+@contextmanager
+def refusing(number: int, why: str) -> Iterator[None]:
+    """Turn whatever a broken file makes a library raise into one reason.
+
+    Yields
+    ------
+    None
+
+    Raises
+    ------
+    Refusal
+        With the given number and reason.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Refusal:
+        raise
+    except Exception:  # noqa: BLE001  # there is no list of what a parser raises on arbitrary bytes
+        raise Refusal(number, why) from None
