@@ -140,7 +140,7 @@ def test_copies_are_found_also_between_patients_of_two_splits(tmp_path: Path):
     export = Export(**{name: getattr(export, name) for name in export.__slots__} | {"split_file": split})
     data = taken(export)
     assert {item.split for item in data.slices} == {"test"}
-    assert [item.number for item in data.exclusions].count(125) == 2
+    assert [item.number for item in data.exclusions].count(127) == 2
 
 
 def test_no_marker_from_header_or_path_is_in_anything_that_is_written(tmp_path: Path):

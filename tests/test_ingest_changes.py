@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 from dicom_builders import MASKS, VOLUME, contour, numbers, put, save, segmentation, structures, volume
 from exports import LESION, export_of, taken, write_series
@@ -247,3 +248,19 @@ def test_what_ingest_keeps_is_its_owners_alone(tmp_path: Path):
     for path in [tmp_path / "place/ingest", *kept]:
         if path.is_file() or path.name in {"ingest", "store"}:
             assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_a_volume_keeps_its_spacing_without_its_empty_end_and_loses_it_with_a_gap(tmp_path: Path):
+    write_series(tmp_path / "export/a", "one", 5, seed=1)
+    export = export_of(tmp_path / "export", tmp_path / "place")
+    assert {item.spacing_mm for item in taken(export).slices} == {(5.0, 1.0, 1.5)}
+    make_constant(tmp_path / "export/a/x1.dcm")  # the last one: names count down
+    assert [item.spacing_mm for item in taken(export).slices] == [(5.0, 1.0, 1.5)] * 4
+    make_constant(tmp_path / "export/a/x3.dcm")
+    assert [item.spacing_mm for item in taken(export).slices] == [None] * 3
+
+
+def make_constant(path: Path) -> None:
+    data = pydicom.dcmread(path)
+    data.PixelData = bytes(len(data.PixelData))
+    data.save_as(path)

@@ -7,9 +7,10 @@ from collections import defaultdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmoe.data.ingest.copies import COMMON, SPLITS, without_copies
+from icmoe.data.ingest.copies import COMMON, without_copies
 from icmoe.data.ingest.index import FrameRow
 from icmoe.data.ingest.records import FrameResult
+from icmoe.data.ingest.run import SPLITS
 
 
 def rows_of(held: list[tuple[int, int]], splits: dict[int, str]) -> list[FrameRow]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from icmoe.data.ingest.index import FrameRow, LeftOut
+from icmoe.data.ingest.refusals import Refusal
+from icmoe.data.ingest.run import SPLITS
 
-SPLITS = ("train", "val", "test")
 COMMON = 5
 """Patients from whom on an equal picture says nothing about a person: a logo, a test pattern, an empty report."""
 
@@ -38,22 +39,21 @@ def without_copies(rows: Sequence[FrameRow]) -> tuple[list[FrameRow], list[LeftO
         if reason is None:
             kept[row.result.picture] = row
         else:
-            number, why = reason
-            out.append(LeftOut(subject=row.series, number=number, why=why, patient=row.patient, series=row.series))
+            out.append(LeftOut(subject=row.series, number=reason.number, why=reason.why, patient=row.patient, series=row.series))
     return list(kept.values()), out
 
 
 def _reason(
     row: FrameRow, persons: Mapping[str, str], best: Mapping[str, int], kept: Mapping[str, FrameRow], *, common: bool
-) -> tuple[int, str] | None:
+) -> Refusal | None:
     if SPLITS.index(row.split) < best[persons.get(row.patient, row.patient)]:
-        return 127, "it shares pictures with a patient of another split"
+        return Refusal(127, "it shares pictures with a patient of another split")
     if common:
-        return 125, f"{COMMON} or more patients have the same picture"
+        return Refusal(125, f"{COMMON} or more patients have the same picture")
     other = kept.get(row.result.picture)
     if other is None:
         return None
-    return 125, "a copy of it is used" if other.patient == row.patient else f"{other.patient} has the same picture"
+    return Refusal(125, "a copy of it is used" if other.patient == row.patient else f"{other.patient} has the same picture")
 
 
 def _persons(groups: Sequence[Sequence[str]]) -> dict[str, str]:

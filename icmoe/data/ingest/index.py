@@ -85,6 +85,7 @@ def claimed(folder: Path) -> Iterator[sqlite3.Connection]:
             connection.execute("pragma synchronous = normal")
             connection.executescript(SCHEMA)
             yield connection
+            connection.execute("pragma journal_mode = delete")  # a copy on a disk that is not to be written can be read
 
 
 @contextmanager
@@ -92,6 +93,10 @@ def _connected(folder: Path) -> Iterator[sqlite3.Connection]:
     connection = sqlite3.connect(folder / INDEX, timeout=30.0, isolation_level=None)
     try:
         yield connection
+    except sqlite3.OperationalError as error:  # the disk is full, or not to be written
+        what, did = "index cannot be used", "What was kept so far stays."
+        todo = "Put right what SQLite names, then run the command again."
+        raise IcmoeError(Fault(number=129, where=str(folder / INDEX), what=what, value=str(error), did=did, todo=todo)) from None
     except sqlite3.DatabaseError as error:
         what = "index is damaged; move it away and run ingest again"
         raise IcmoeError(Fault(number=129, where=str(folder / INDEX), what=what, value=type(error).__name__)) from None

@@ -57,8 +57,11 @@ def _drain(
     waiting: list[Item],
     unsure: list[Item],
     deadline_s: float,
-) -> Iterator[tuple[Item, Answer]]:
-    """Yield answers until all are there or the pool is lost; what was at work then is in `unsure`."""
+) -> Iterator[tuple[Item, Answer | None]]:
+    """Yield answers until all are there or the pool is lost; what was at work then is in `unsure`.
+
+    Whatever `function` raises costs its item alone; only what the disk refuses would meet every other item too.
+    """
     jobs: dict[Future[Answer], Item] = {}
     try:
         while waiting or jobs:
@@ -70,8 +73,10 @@ def _drain(
                 _kill(pool)
                 break
             for job in done:
-                answer = job.result()
-                yield jobs.pop(job), answer
+                error = job.exception()
+                if isinstance(error, BrokenProcessPool | OSError):
+                    raise error
+                yield jobs.pop(job), None if error else job.result()
     except BrokenProcessPool:
         pass
     unsure += jobs.values()

@@ -106,7 +106,8 @@ def read_pictures(
     if stored is not None:
         yield 0, _picture(stored, values, 0, shown)
         return
-    large = path.stat().st_size > WHOLE_BYTES
+    with refusing(117, "file cannot be opened"):
+        large = path.stat().st_size > WHOLE_BYTES
     header = open_dicom(path, pixels=not large)
     wanted = sorted(set(numbers_wanted)) if integer(header, "NumberOfFrames") > 1 else [0]
     packed, damaged = str(header.file_meta.TransferSyntaxUID) not in PLAIN, 0

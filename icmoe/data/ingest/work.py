@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from icmoe.data.ingest import index, jobs
+from icmoe.data.ingest.copies import without_copies
 from icmoe.data.ingest.index import FrameRow, LeftOut
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.parallel import in_processes
 from icmoe.data.ingest.planning import Plan, Site, plan, spacing_of
 from icmoe.data.ingest.pseudonyms import Pseudonyms
-from icmoe.data.ingest.records import FrameResult, refused
-from icmoe.data.ingest.run import BATCH_FILES, DEADLINE_S, SPLITS, Export, Progress, write_frames
+from icmoe.data.ingest.records import FrameResult, Plane, refused
+from icmoe.data.ingest.run import BATCH_FILES, DEADLINE_S, Export, Progress, write_frames
 
 CRASHED = "a decoder crashed or hung on it"
 
@@ -81,8 +82,9 @@ def publish(
     on_progress("decode", done, total)
     for job, answer in in_processes(jobs.decode_series, missing, export.settings.processes, deadline_s=DEADLINE_S):
         results = answer if answer is not None else [FrameResult(fault=118, why=CRASHED)] * len(job.frames)
+        mark = made.jobs[job.series][0] if answer is not None else ""  # another run tries again
         with index.transaction(connection):
-            index.put_series(connection, job.series, made.jobs[job.series][0], results)
+            index.put_series(connection, job.series, mark, results)
         done += len(job.frames)
         on_progress("decode", done, total)
     fixed = {hashes.patient(number): split for number, split in splits.items()}
@@ -102,35 +104,50 @@ def _frames(
     connection: sqlite3.Connection, made: Plan, site: Site, split_of: Callable[[str], str]
 ) -> tuple[list[FrameRow], list[LeftOut]]:
     out, rows = list(made.left_out), list[FrameRow]()
+    planes: dict[str, Plane | None] = {}
     counts: dict[str, int] = {}
-    series_of: dict[str, int] = {}
-    for series in made.jobs:
-        series_of[made.patients[series]] = series_of.get(made.patients[series], 0) + 1
     for series, (_, results) in sorted(index.series_results(connection).items()):
         if series not in made.jobs:
             continue
-        patient = made.patients[series]
-        whole = series_of[patient] == 1 and not any(result.fault for result in results)
-        spacing = spacing_of(made.planes[series]) if whole else None
+        patient, modality = made.patients[series], made.modalities[series]
         reasons: dict[tuple[int, str], int] = {}
         held = "" if series in site.allow else _text_found(results)
-        for result in results:
+        for result, plane in zip(results, made.planes[series], strict=True):
             if result.fault or held:
                 reason = (result.fault, result.why) if result.fault else (126, held)
                 reasons[reason] = reasons.get(reason, 0) + 1
                 continue
             place = counts[patient] = counts.get(patient, -1) + 1
-            modality, split = made.modalities[series], split_of(patient)
-            rows.append(
-                FrameRow(
-                    patient=patient, series=series, split=split, index=place, modality=modality, spacing=spacing, result=result
-                )
+            planes[result.entry] = plane
+            row = FrameRow(
+                patient=patient,
+                series=series,
+                split=split_of(patient),
+                index=place,
+                modality=modality,
+                spacing=None,
+                result=result,
             )
+            rows.append(row)
         out += [
             LeftOut(subject=series, number=number, why=why, patient=patient, series=series, frames=frames)
             for (number, why), frames in reasons.items()
         ]
-    return _without_copies(rows, out)
+    kept, copies = without_copies(rows)
+    return _with_spacing(kept, planes), [*out, *copies]
+
+
+def _with_spacing(rows: Sequence[FrameRow], planes: Mapping[str, Plane | None]) -> list[FrameRow]:
+    """Return the frames with the distances of slices, rows and columns, where a patient's frames are one even stack."""
+    stacks: dict[str, list[FrameRow]] = {}
+    for row in rows:
+        stacks.setdefault(row.patient, []).append(row)
+    known = {
+        patient: spacing_of([planes[row.result.entry] for row in stack])
+        for patient, stack in stacks.items()
+        if len({row.series for row in stack}) == 1
+    }
+    return [row.model_copy(update={"spacing": known.get(row.patient)}) for row in rows]
 
 
 def _text_found(results: Sequence[FrameResult]) -> str:
@@ -140,30 +157,6 @@ def _text_found(results: Sequence[FrameResult]) -> str:
     """
     count = sum(result.lettered for result in results)
     return f"letters were found in {count} of its pictures" if count else ""
-
-
-def _without_copies(rows: Sequence[FrameRow], out: list[LeftOut]) -> tuple[list[FrameRow], list[LeftOut]]:
-    """Keep one frame of equal pictures, test before val before train; a patient who shares one across splits is left out.
-
-    Equal pictures under two patients are one person, whose other pictures would carry the test into training.
-    """
-    first: dict[str, FrameRow] = {}
-    kept, apart = [], set[str]()
-    for row in sorted(rows, key=lambda row: (-SPLITS.index(row.split), row.patient, row.index)):
-        other = first.setdefault(row.result.picture, row)
-        if other is row:
-            kept.append(row)
-            continue
-        if other.split != row.split:
-            apart.add(row.patient)
-        why = "a copy of it is used" if other.patient == row.patient else f"{other.patient} has the same picture"
-        out.append(LeftOut(subject=row.series, number=125, why=why, patient=row.patient, series=row.series))
-    for row in kept:
-        if row.patient in apart:
-            why = "it shares pictures with a patient of another split"
-            out.append(LeftOut(subject=row.patient, number=127, why=why, patient=row.patient, series=row.series))
-    order = {id(row): place for place, row in enumerate(rows)}
-    return sorted((row for row in kept if row.patient not in apart), key=lambda row: order[id(row)]), out
 
 
 def _split(share: float, shares: tuple[float, float, float]) -> str:
