@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fl_client.site import SiteFile, read_site_file, site_export
+from fl_client.approval import approved_studies, read_approvals
+from fl_client.site import SiteFile, read_named, site_export
 from icmoe.atomic import write_atomically
 from icmoe.data.ingest.quality import quality_record
 from icmoe.data.ingest.run import Export, forget, gone_digests, ingest
-from icmoe.errors import Fault, IcmoeError
 from icmoe.features import FeatureCache, default_cache_folder
 from icmoe.study import Study
 
@@ -41,10 +41,9 @@ def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]
     Raises
     ------
     IcmoeError
-        2xx for the site file, 109, 110, 129, 130 for the ingest.
+        2xx for the site file, 316 where no study is approved, 109, 110, 129, 130 for the ingest.
     """
-    settings, studies = read_site_file(path)
-    _same(path, settings, name)
+    settings, studies = _approved(path, name)
     reports = []
     for study in studies:
         with _place(site_export(path, settings, study), dry_run=dry_run) as export, _bars() as on_progress:
@@ -58,9 +57,9 @@ def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]
 
 
 def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int]:
-    """Take a patient out of every index and return how many images and cached views went."""
-    settings, studies = read_site_file(path)
-    _same(path, settings, name)
+    """Take a patient out of every index, those of withdrawn studies too; return how many images and cached views went."""
+    settings = read_named(path, name)
+    studies = tuple(approval.study for approval in read_approvals(path.parent / settings.state))
     frames = features = 0
     for study in studies:
         export = site_export(path, settings, study)
@@ -88,10 +87,9 @@ def print_report(reports: list[dict[str, Any]]) -> None:
         console.print(f"{report['used']} of {report['found']} images used, {report['patients']} patients", highlight=False)
 
 
-def _same(path: Path, settings: SiteFile, name: str) -> None:
-    if settings.name != name:
-        what = "--site and the site file differ"
-        raise IcmoeError(Fault(number=210, where=str(path), what=what, value=name, limit=settings.name))
+def _approved(path: Path, name: str) -> tuple[SiteFile, tuple[Study, ...]]:
+    settings = read_named(path, name)
+    return settings, approved_studies(path.parent / settings.state)
 
 
 @contextmanager

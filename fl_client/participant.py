@@ -38,6 +38,8 @@ class Participant:
         Whether n_k is sent exactly (simulation only) or rounded up to ten.
     steps_per_round
         Steps of a round where they are not `local_epochs` passes.
+    audited
+        Whether what comes in is bounded and, like what leaves, written to the audit log (a hospital; not a simulation).
     """
 
     name: str
@@ -50,6 +52,7 @@ class Participant:
     threads: int = 1
     exact_counts: bool = False
     steps_per_round: int | None = None
+    audited: bool = False
 
     def approved(self, digest: object) -> Study:
         """Return the approved study with this digest.

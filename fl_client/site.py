@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 from flwr.app import Context
 from pydantic import Field, model_validator
 
+from fl_client.approval import approved_study
 from fl_client.participant import Participant
+from fl_client.policy import Policy, limit_gpu, policy_faults, require_hour
+from icmoe.bundle import bundle_digest, bundle_files
 from icmoe.config import Section, parse, read_toml
 from icmoe.data.folder import read_folder
 from icmoe.data.ingest.index import read_index
 from icmoe.data.ingest.run import Export, store_of
 from icmoe.data.ingest.settings import IngestSettings
 from icmoe.data.slices import SiteData, Slice
+from icmoe.device import available_device
 from icmoe.errors import Fault, IcmoeError
 from icmoe.features import FeatureCache, default_cache_folder
-from icmoe.study import Study, read_study
+from icmoe.study import Study
 
 ENVIRONMENT = "FL_CLIENT_SITE_FILE"
+
+
+class Coordinator(Section):
+    """Section [coordinator] of the site file."""
+
+    address: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+:[0-9]{1,5}$")]
+    """host:port of the coordinator's public port."""
+    ca: str
+    """Certificate of the consortium's authority."""
+    key: str
+    """Private key of this site, made at the site."""
 
 
 class SiteFile(Section):
@@ -32,8 +49,6 @@ class SiteFile(Section):
     """Folder with <name>/{images,masks} and splits/{train,val,test}.csv; or [ingest]."""
     ingest: IngestSettings | None = None
     """An export of DICOM, NIfTI and PNG files."""
-    studies: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Study files that this site approves."""
     cache: str | None = None
     """Feature cache; the user's cache folder where absent."""
     state: str = "state"
@@ -44,6 +59,10 @@ class SiteFile(Section):
     """CPU threads of a training step."""
     allow_test_only: bool = False
     """Whether studies over the untrained test backbone may run here."""
+    coordinator: Coordinator | None = None
+    """How the coordinator is reached; not needed to prepare data."""
+    policy: Policy = Policy()
+    """What the site allows, whatever a study says."""
 
     @model_validator(mode="after")
     def _one_source(self) -> SiteFile:
@@ -52,20 +71,36 @@ class SiteFile(Section):
         return self
 
 
-def read_site_file(path: Path) -> tuple[SiteFile, tuple[Study, ...]]:
-    """Return the settings and the approved studies.
+def read_site_file(path: Path) -> SiteFile:
+    """Return the settings.
 
     Raises
     ------
     IcmoeError
-        201-205, every fault of the site file at once; 212 per study for tests where the site does not allow them.
+        201-205, every fault of the site file at once.
     """
-    settings = parse(SiteFile, read_toml(path), where=str(path))
-    studies = tuple(read_study(path.parent / name) for name in settings.studies)
-    tests = [] if settings.allow_test_only else [study for study in studies if study.test_only]
-    if tests:
-        raise IcmoeError(*(Fault(number=212, where=str(path), value=study.name, did="Nothing was started.") for study in tests))
-    return settings, studies
+    return parse(SiteFile, read_toml(path), where=str(path))
+
+
+def read_named(path: Path, name: str) -> SiteFile:
+    """Return the settings of a site file that must be of site `name`.
+
+    Raises
+    ------
+    IcmoeError
+        As `read_site_file`; 210 where the file is of another site.
+    """
+    settings = read_site_file(path)
+    if settings.name != name:
+        what = "--site and the site file differ"
+        raise IcmoeError(Fault(number=210, where=str(path), what=what, value=name, limit=settings.name))
+    return settings
+
+
+def study_faults(path: Path, settings: SiteFile, study: Study) -> list[Fault]:
+    """Return why the site would not take part in a study: 212 for a test where tests are not allowed, 319 for the policy."""
+    tests = [Fault(number=212, where=str(path), value=study.name, did="Nothing was started.")]
+    return (tests if study.test_only and not settings.allow_test_only else []) + policy_faults(settings.policy, study)
 
 
 def site_data(path: Path, settings: SiteFile, study: Study) -> SiteData | None:
@@ -119,47 +154,73 @@ def site_slices(path: Path, settings: SiteFile, study: Study) -> tuple[Slice, ..
     return site.slices
 
 
-def read_site(path: Path) -> Participant:
-    """Return the site of a site file, ready to train; its features must be in the cache.
+def read_site(path: Path, digest: str) -> Participant:
+    """Return the site of a site file, ready to train one approved study; its features must be in the cache.
+
+    Parameters
+    ----------
+    path
+        The site file.
+    digest
+        Digest of the study as the message says it; everything else is the site's own.
 
     Raises
     ------
     IcmoeError
-        As `read_site_file` and `site_slices`; 207 where features are not there yet.
+        As `read_site_file`, `approved_study`, `study_faults` and `site_slices`; 320 outside the site's hours, 207 where
+        features are not there yet.
     """
-    settings, studies = read_site_file(path)
-    slices = site_slices(path, settings, studies[0])
+    settings = read_site_file(path)
+    state_folder = path.parent / settings.state
+    study = approved_study(state_folder, settings.name, digest, bundle_digest(bundle_files()))
+    if faults := study_faults(path, settings, study):
+        raise IcmoeError(*faults)
+    require_hour(settings.policy, datetime.now(UTC).astimezone())
+    slices = site_slices(path, settings, study)
     cache_folder = path.parent / settings.cache if settings.cache else default_cache_folder()
-    cache = FeatureCache.of(cache_folder, studies[0])
-    keys = [cache.key(item.image_digest, "identity") for item in slices]
-    if missing := sum(not cache.contains(key) for key in keys):
-        todo = f"Run fl_client --site {settings.name} prepare."
-        fault = Fault(
-            number=207, where=settings.name, what="features are not in the cache", value=f"{missing} of {len(keys)}", todo=todo
-        )
-        raise IcmoeError(fault)
+    _require_features(settings.name, FeatureCache.of(cache_folder, study), slices)
+    limit_gpu(settings.policy, available_device(settings.device))
     return Participant(
         name=settings.name,
-        studies=studies,
+        studies=(study,),
         train=tuple(item for item in slices if item.split == "train"),
         val=tuple(item for item in slices if item.split == "val"),
         cache_folder=cache_folder,
-        state_folder=path.parent / settings.state,
+        state_folder=state_folder,
         device=settings.device,
         threads=settings.threads,
+        audited=True,
     )
 
 
-def site_from_environment(context: Context) -> Participant:
+def site_from_environment(context: Context, digest: str) -> Participant:
     """Return the site whose file the environment names; what the coordinator sends has no say in it.
 
     Raises
     ------
     IcmoeError
-        205 where the environment names no file.
+        205 where the environment names no file, else as `read_site`.
     """
-    del context
+    del context  # holds the run's configuration, which the coordinator writes
+    return read_site(site_file_of_environment(), digest)
+
+
+def site_file_of_environment() -> Path:
+    """Return the site file that the environment names.
+
+    Raises
+    ------
+    IcmoeError
+        205 where it names none.
+    """
     name = os.environ.get(ENVIRONMENT, "")
     if not name:
         raise IcmoeError(Fault(number=205, where=ENVIRONMENT, what="the environment names no site file"))
-    return read_site(Path(name))
+    return Path(name)
+
+
+def _require_features(name: str, cache: FeatureCache, slices: Sequence[Slice]) -> None:
+    keys = [cache.key(item.image_digest, "identity") for item in slices]
+    if missing := sum(not cache.contains(key) for key in keys):
+        value, todo = f"{missing} of {len(keys)}", f"Run fl_client --site {name} prepare."
+        raise IcmoeError(Fault(number=207, where=name, what="features are not in the cache", value=value, todo=todo))
