@@ -15,7 +15,8 @@ from rich.text import Text
 from fl_client.approval import approve, changes, read_approvals, withdraw
 from fl_client.audit import START, digests_of_round, read_log, record
 from fl_client.policy import epsilon_of
-from fl_client.site import SiteFile, read_named, site_data, study_faults
+from fl_client.site import site_data
+from fl_client.sitefile import SiteFile, read_named, study_faults
 from icmoe.bundle import bundle_digest, bundle_files
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import global_state, update_of
@@ -55,7 +56,9 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
     bundle = bundle_digest(bundle_files())
     known = [approval.study for approval in read_approvals(state) if approval.study.name == study.name]
     console = Console()
-    console.print(_table({**_terms(study), **_site_terms(path, settings, study), "app bundle": bundle}, study.name))
+    console.print(_table({**_terms(study), **_site_terms(path, settings, study)}, study.name))
+    for what, digest in (("study", study.digest), ("app bundle", bundle)):
+        console.print(f"{what:10} {digest}", highlight=False, soft_wrap=True)  # whole lines: they are read out and compared
     console.print(_difference(known[-1], study) if known else "No study of this name was approved before.", soft_wrap=True)
     if not agreed and not _asks(console):
         console.print("Nothing was approved.")
@@ -126,7 +129,6 @@ def _terms(study: Study) -> dict[str, str]:
     labels = ", ".join(f"{label.name} {list(label.values)}" for label in study.labels)
     backbone = study.backbone
     return {
-        "digest": study.digest,
         "labels": labels,
         "backbone": f"{backbone.name} {backbone.digest[:12]}, {backbone.image_size} px",
         "privacy": "no differential privacy: updates can leak about training data" if epsilon_of(study) == float("inf") else "",

@@ -65,7 +65,8 @@ def fl_client(
 def show(context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show the site: approved studies, images found and used."""
     from fl_client.approval import approved_studies
-    from fl_client.site import read_named, site_data
+    from fl_client.site import site_data
+    from fl_client.sitefile import read_named
 
     chosen: Chosen = context.obj
     with exit_on_fault():
@@ -153,7 +154,8 @@ def prepare(
 ) -> None:
     """Run the frozen backbone over the site's images once and keep the features at the site."""
     from fl_client.approval import approved_studies
-    from fl_client.site import read_named, site_slices
+    from fl_client.site import site_slices
+    from fl_client.sitefile import read_named
     from icmoe.backbone import load_backbone
     from icmoe.device import available_device
     from icmoe.features import FeatureCache, default_cache_folder

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fl_client.approval import approved_studies, read_approvals
-from fl_client.site import SiteFile, read_named, site_export
+from fl_client.site import site_export
+from fl_client.sitefile import SiteFile, read_named
 from icmoe.atomic import write_atomically
 from icmoe.data.ingest.quality import quality_record
 from icmoe.data.ingest.run import Export, forget, gone_digests, ingest

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import re
 from datetime import datetime, time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 from pydantic import Field, field_validator
 
 from icmoe.config import Section
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Study
+
+if TYPE_CHECKING:
+    import torch
 
 _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 _REFUSED = "The site does not take part."
@@ -85,6 +87,8 @@ def require_hour(policy: Policy, now: datetime) -> None:
 
 def limit_gpu(policy: Policy, device: torch.device) -> None:
     """Let this process take no more than the site's share of the GPU's memory."""
+    import torch  # only where something is trained; the supervisor reads the policy too
+
     if device.type == "cuda" and policy.gpu_share < 1.0:
         torch.cuda.set_per_process_memory_fraction(policy.gpu_share, device)
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fl_client.flower_private import run_supernode
-from fl_client.site import read_site_file, site_file_of_environment
+from fl_client.sitefile import read_site_file, site_file_of_environment
 from fl_client.watchdog import end_with_parent
 from icmoe.bundle import NAME, PUBLISHER, VERSION, bundle_files
 from icmoe.errors import exit_on_fault

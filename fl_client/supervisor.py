@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fl_client.approval import approved_studies
-from fl_client.site import ENVIRONMENT, SiteFile, read_named
+from fl_client.sitefile import ENVIRONMENT, SiteFile, read_named
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
 
 FIRST_DELAY_S, LONGEST_DELAY_S, LONG_LIFE_S = 1.0, 15.0, 120.0

@@ -20,7 +20,8 @@ from fl_client.app import make_client_app
 from fl_client.approval import approve, approved_studies, approved_study, changes, read_approvals, withdraw
 from fl_client.audit import read_log
 from fl_client.policy import Policy, limit_gpu, policy_faults, require_hour
-from fl_client.site import ENVIRONMENT, site_from_environment
+from fl_client.site import site_from_environment
+from fl_client.sitefile import ENVIRONMENT
 from icmoe.bundle import PACKAGES, bundle_digest, bundle_files, differences
 from icmoe.config import parse
 from icmoe.errors import IcmoeError

@@ -17,7 +17,8 @@ from fl_client import cli
 from fl_client.app import make_client_app
 from fl_client.participant import Participant
 from fl_client.personal import personal_path
-from fl_client.site import ENVIRONMENT, read_site, site_from_environment
+from fl_client.site import read_site, site_from_environment
+from fl_client.sitefile import ENVIRONMENT
 from icmoe.data.folder import read_folder
 from icmoe.errors import CATALOGUE, IcmoeError
 from icmoe.exchange import ARRAYS, CONFIG, NUMBERS, ROUND_KEY, STUDY_KEY, UPDATE, global_state, is_personal, update_of

@@ -8,14 +8,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 from test_client import command
 
-from fl_client.site import ENVIRONMENT, SiteFile
+from fl_client.approval import approve
+from fl_client.sitefile import ENVIRONMENT, SiteFile
 from fl_client.supervisor import (
     Hearing,
     child_environment,
@@ -266,6 +273,57 @@ def test_without_approval_or_coordinator_the_command_says_so_and_starts_nothing(
     assert done.exit_code == 1
     assert "ICM316" in done.stderr
     assert "Traceback" not in done.stderr + done.output
+
+
+def write_credentials(folder: Path) -> None:
+    """A CA certificate and a node key of the right kinds, which nobody has registered."""
+    authority = ec.generate_private_key(ec.SECP384R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, authority.public_key(), x509.random_serial_number(), now, now + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(authority, hashes.SHA384())
+    )
+    (folder / "ca.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
+    key = ec.generate_private_key(ec.SECP384R1())
+    (folder / "node.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+
+
+def test_the_command_says_what_it_waits_for_and_leaves_when_asked(make_study, tmp_path: Path) -> None:
+    write_credentials(tmp_path)
+    port = free_port()  # nobody listens there
+    path = tmp_path / "Alder.toml"
+    coordinator = f'coordinator = {{address = "127.0.0.1:{port}", ca = "ca.crt", key = "node.key"}}'
+    path.write_text(f'name = "Alder"\ndata = "x"\nallow_test_only = true\n{coordinator}\n')
+    approve(tmp_path / "state", make_study(), "b" * 64, datetime.now(UTC))
+    program = str(Path(sys.executable).parent / "fl_client")
+    line = [program, "--site", "Alder", "--config", str(path)]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env={**ENV, "COLUMNS": "300"})
+    try:
+        assert process.stderr is not None
+        said = [process.stderr.readline() for _ in range(3)]
+        assert "approved: tiny" in said[0]
+        assert f"connecting to 127.0.0.1:{port}" in said[1]
+        assert "the coordinator does not answer; trying again" in said[2]
+        second = subprocess.run(line, capture_output=True, text=True, timeout=60, env=ENV)
+        assert second.returncode == 1
+        assert "ICM325" in second.stderr
+        process.terminate()
+        _, rest = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert rest.splitlines()[-1].endswith("Alder: left the federation")
+    assert "Traceback" not in rest
+    log = tmp_path / "state/supernode.log"
+    assert "Connection attempt failed" in log.read_text()
+    assert log.stat().st_mode & 0o077 == 0
+
+
+def test_the_supervisor_and_its_child_do_without_pytorch() -> None:
+    code = "import sys, fl_client.supervisor, fl_client.supernode; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=ENV)
 
 
 def test_ending_a_group_that_is_gone_is_no_error() -> None:
