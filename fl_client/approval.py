@@ -6,6 +6,7 @@ study's digest. A withdrawn approval stays as a record.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from datetime import datetime
@@ -17,7 +18,7 @@ from pydantic import Field, ValidationError
 from icmoe.atomic import write_atomically
 from icmoe.config import Section
 from icmoe.errors import Fault, IcmoeError
-from icmoe.study import Study
+from icmoe.study import Study, canonical_json
 
 FOLDER = "approvals"
 
@@ -25,6 +26,8 @@ FOLDER = "approvals"
 class Approval(Section):
     """One approval."""
 
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Digest of the study when it was approved. A later version of the study's schema may give it another one."""
     study: Study
     """The approved study, whole."""
     bundle: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -41,28 +44,29 @@ def read_approvals(state: Path) -> tuple[Approval, ...]:
     Raises
     ------
     IcmoeError
-        321 for every file that is damaged or holds another study than its name says.
+        321 for every file that is damaged, was changed, or was written by a version whose studies cannot be read any more.
     """
     faults: list[Fault] = []
     found: list[Approval] = []
     for path in sorted((state / FOLDER).glob("*.json")):
         try:
-            approval = Approval.model_validate_json(path.read_bytes())
+            content = path.read_bytes()
+            found.append(Approval.model_validate_json(content))
+            digest = _digest(json.loads(content)["study"])
         except (OSError, ValidationError) as error:
             faults.append(Fault(number=321, where=str(path), value=type(error).__name__, did="Nothing was started."))
             continue
-        if approval.study.digest != path.stem:
-            value, limit = approval.study.digest[:12], path.stem[:12]
-            faults.append(Fault(number=321, where=str(path), value=value, limit=limit, did="Nothing was started."))
-        found.append(approval)
+        if not digest == path.stem == found[-1].digest:
+            faults.append(Fault(number=321, where=str(path), value=digest[:12], limit=path.stem[:12], did="Nothing was started."))
     if faults:
         raise IcmoeError(*faults)
-    return tuple(sorted(found, key=lambda approval: (datetime.fromisoformat(approval.approved_at), approval.study.digest)))
+    return tuple(sorted(found, key=lambda approval: (datetime.fromisoformat(approval.approved_at), approval.digest)))
 
 
 def approve(state: Path, study: Study, bundle: str, now: datetime) -> Approval:
     """Keep the study as approved, together with the digest of the bundle that may run it."""
-    approval = Approval(study=study, bundle=bundle, approved_at=now.isoformat(timespec="microseconds"))
+    when = now.isoformat(timespec="microseconds")
+    approval = Approval(digest=study.digest, study=study, bundle=bundle, approved_at=when)
     _keep(state, approval)
     return approval
 
@@ -125,7 +129,7 @@ def approved_study(state: Path, site: str, digest: str, bundle: str) -> Study:
         302 where no approval of it stands, 318 where the package changed since, 321 where the store is damaged.
     """
     did = "Nothing was trained, nothing was sent."
-    approval = next((one for one in standing(read_approvals(state)) if one.study.digest == digest), None)
+    approval = next((one for one in standing(read_approvals(state)) if one.digest == digest), None)
     if approval is None:
         raise IcmoeError(Fault(number=302, where=site, value=digest[:16], did=did))
     if approval.bundle != bundle:
@@ -140,6 +144,11 @@ def changes(old: Study, new: Study) -> list[tuple[str, str, str]]:
     return [(key, before.get(key, "-"), after.get(key, "-")) for key in differing]
 
 
+def _digest(values: dict[str, Any]) -> str:
+    """Return the digest of a study as it was written, by whatever version."""
+    return hashlib.sha256(canonical_json(values).encode()).hexdigest()
+
+
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
@@ -148,9 +157,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _begins(approval: Approval, which: str) -> bool:
-    return len(which) >= 8 and approval.study.digest.startswith(which)
+    return len(which) >= 8 and approval.digest.startswith(which)
 
 
 def _keep(state: Path, approval: Approval) -> None:
-    path = state / FOLDER / f"{approval.study.digest}.json"
+    path = state / FOLDER / f"{approval.digest}.json"
     write_atomically(path, approval.model_dump_json(indent=1).encode(), private=True)

@@ -63,6 +63,7 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
     if not agreed and not _asks(console):
         console.print("Nothing was approved.")
         sys.exit(1)
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
     approve(state, study, bundle, datetime.now(UTC))
     record(state, "approved", {"study": study.digest, "name": study.name, "bundle": bundle})
     console.print(f"{study.name} {study.digest[:12]} is approved at {name}.", highlight=False)
@@ -72,8 +73,8 @@ def withdraw_study(path: Path, name: str, which: str) -> None:
     """Withdraw the approval of a study by name or digest and say which went."""
     state = path.parent / read_named(path, name).state
     for approval in withdraw(state, which, datetime.now(UTC)):
-        record(state, "withdrawn", {"study": approval.study.digest, "name": approval.study.name})
-        Console().print(f"{approval.study.name} {approval.study.digest[:12]} is withdrawn at {name}.", highlight=False)
+        record(state, "withdrawn", {"study": approval.digest, "name": approval.study.name})
+        Console().print(f"{approval.study.name} {approval.digest[:12]} is withdrawn at {name}.", highlight=False)
 
 
 def list_approvals(path: Path, name: str, *, as_json: bool) -> None:
@@ -83,7 +84,7 @@ def list_approvals(path: Path, name: str, *, as_json: bool) -> None:
     rows = [
         {
             "study": approval.study.name,
-            "digest": approval.study.digest,
+            "digest": approval.digest,
             "approved": approval.approved_at,
             "withdrawn": approval.withdrawn_at,
             "package": "as approved" if approval.bundle == bundle else "changed since: approve again",

@@ -33,6 +33,8 @@ FIRST_DELAY_S, LONGEST_DELAY_S, LONG_LIFE_S = 1.0, 15.0, 120.0
 GRACE_S = 5.0
 LOG = "supernode.log"
 
+# Flower ends without a word when the coordinator answers 401.
+_TURNED_AWAY = "the coordinator turned the site away: its clock differs by more than 5 s, or its key is not registered"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _LEVEL = re.compile(r"^[A-Z]+\s*:\s+")
 _SENTENCES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
@@ -75,7 +77,7 @@ def run_site(path: Path, name: str) -> int:
         with only_one(state):
             say = _screen(name)
             say(f"approved: {names}")
-            say(f"connecting to {flags[1]}")
+            say(f"connecting to {flags[1]}; Flower's own lines go to {state / LOG}")
             with _log_file(state / LOG) as log:
                 supervise(lambda: start_supernode(path, state, flags), Hearing(say, log), say)
             say("left the federation")
@@ -172,8 +174,8 @@ def supervise(start: Callable[[], subprocess.Popen[str]], hear: Say, say: Say) -
                 return
             delay_s = next_delay(delay_s, time.monotonic() - born)
             wait_s = delay_s * random.uniform(0.7, 1.3)  # noqa: S311  (spreads the hospitals, hides nothing)
-            what, value = "the connection ended", f"exit code {child.returncode}"
-            say(str(Fault(number=324, what=what, value=value, did=f"Starting again in {wait_s:.0f} s.")))
+            what = _TURNED_AWAY if child.returncode == 0 else f"the connection ended with exit code {child.returncode}"
+            say(str(Fault(number=324, what=what, did=f"Starting again in {wait_s:.0f} s.")))
             stop.wait(wait_s)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -25,6 +26,7 @@ from fl_client.sitefile import ENVIRONMENT
 from icmoe.bundle import PACKAGES, bundle_digest, bundle_files, differences
 from icmoe.config import parse
 from icmoe.errors import IcmoeError
+from icmoe.study import canonical, canonical_json
 
 __all__ = ["hospital"]
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -218,6 +220,21 @@ def test_a_damaged_approval_stops_the_site_with_its_name(make_study, tmp_path: P
     (tmp_path / "approvals/broken.json").write_text("{")
     with pytest.raises(IcmoeError, match=r"ICM321 .*broken\.json"):
         read_approvals(tmp_path)
+
+
+def test_an_approval_whose_digest_a_later_schema_would_change_is_no_damage(make_study, tmp_path: Path) -> None:
+    study = make_study()
+    values = json.loads(canonical(study))
+    del values["aggregation"]["server_learning_rate"]  # as if written before the schema had this setting
+    digest = hashlib.sha256(canonical_json(values).encode()).hexdigest()
+    kept = {"digest": digest, "study": values, "bundle": BUNDLE, "approved_at": NOW.isoformat()}
+    (tmp_path / "approvals").mkdir()
+    (tmp_path / "approvals" / f"{digest}.json").write_text(json.dumps(kept))
+    assert [approval.study for approval in read_approvals(tmp_path)] == [study]
+    with pytest.raises(IcmoeError, match="ICM318"):
+        approved_study(tmp_path, "Alder", digest, "c" * 64)
+    with pytest.raises(IcmoeError, match="ICM302"):
+        approved_study(tmp_path, "Alder", study.digest, BUNDLE)
 
 
 def test_changes_name_each_setting_that_differs(make_study) -> None:
