@@ -34,7 +34,8 @@ GRACE_S = 5.0
 LOG = "supernode.log"
 
 # Flower ends without a word when the coordinator answers 401.
-_TURNED_AWAY = "the coordinator turned the site away: its clock differs by more than 5 s, or its key is not registered"
+_TURNED_AWAY = "the coordinator turned the site away: its clock differs by more than 5 s, or its key was revoked"
+_NOT_LET_IN = "the coordinator does not let the site in: its key is not admitted, or its last connection runs out first (60 s)"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _LEVEL = re.compile(r"^[A-Z]+\s*:\s+")
 _SENTENCES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
@@ -48,7 +49,8 @@ _SENTENCES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"^Sent successfully", "answer sent; waiting for the coordinator to ask"),
         (r"^Connection attempt failed", "the coordinator does not answer; trying again"),
         (r"^Connection successful", "the coordinator answers again"),
-        (r"^\[code: \d+\] (.+)", str(Fault(number=324, what="the coordinator refused the connection", value=r"\1"))),
+        (r"^\[code: 2004\]", str(Fault(number=324, what=_NOT_LET_IN))),
+        (r"^\[code: \d+\] (.+?)\.?$", str(Fault(number=324, what="the coordinator refused the connection", value=r"\1"))),
         (r"^SSL/TLS handshake error", str(Fault(number=324, what="the coordinator's certificate is not the consortium's"))),
         (r"^Timeout \(", str(Fault(number=323, what="training was ended at the study's deadline"))),
         (r"is not in `RUNNING` status", "the coordinator ended the run before the answer was sent"),

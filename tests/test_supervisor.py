@@ -226,7 +226,8 @@ def test_flowers_lines_become_sentences_said_once_and_all_are_kept() -> None:
         "\x1b[93mWARNING \x1b[0m:   Connection attempt failed, retrying in 0.51 seconds",
         "\x1b[93mWARNING \x1b[0m:   Connection attempt failed, retrying in 1.71 seconds",
         "ICM302 Alder: study is not approved at this site: 0000.",
-        "[code: 20] Node is active",
+        "[code: 20] Node is active.",
+        "[code: 2004] Failed to activate SuperNode.",
         "Traceback (most recent call last):",
     ]
     for line in lines:
@@ -237,6 +238,8 @@ def test_flowers_lines_become_sentences_said_once_and_all_are_kept() -> None:
         "the coordinator does not answer; trying again",
         "ICM302 Alder: study is not approved at this site: 0000.",
         f"ICM324 the coordinator refused the connection: Node is active. {CATALOGUE[324].remedy}",
+        "ICM324 the coordinator does not let the site in: its key is not admitted, or its last connection runs out first (60 s). "
+        + CATALOGUE[324].remedy,
     ]
 
 
