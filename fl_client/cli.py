@@ -43,7 +43,7 @@ def fl_client(
     ] = None,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
-    """Speak for one hospital: check its site file, prepare its features."""
+    """Speak for one hospital. Without a command: take part in the studies that it approved, until stopped."""
     if version:
         sys.stdout.write(f"icmoe-federated {__version__}\n")
         raise typer.Exit
@@ -55,19 +55,22 @@ def fl_client(
             )
         context.obj = Chosen(site, config or default_site_file(site))
         if context.invoked_subcommand is None:
-            show(context)
+            from fl_client.supervisor import run_site
+
+            raise typer.Exit(run_site(context.obj.path, site))
 
 
 @app.command()
 def show(context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show the site: approved studies, images found and used."""
-    from fl_client.site import read_site_file, site_data
+    from fl_client.approval import approved_studies
+    from fl_client.site import read_named, site_data
     from icmoe.summary import summarise
 
     chosen: Chosen = context.obj
     with exit_on_fault():
-        settings, studies = read_site_file(chosen.path)
-        _same_name(chosen, settings.name)
+        settings = read_named(chosen.path, chosen.site)
+        studies = approved_studies(chosen.path.parent / settings.state)
         site = site_data(chosen.path, settings, studies[0])
         found, used = (site.images_found, site.images_used) if site is not None else (0, 0)
         exclusions = [str(fault) for fault in site.exclusions] if site is not None else []
@@ -95,17 +98,70 @@ def show(context: typer.Context, as_json: Annotated[bool, typer.Option("--json",
 
 
 @app.command()
-def prepare(context: typer.Context) -> None:
-    """Run the frozen backbone over the site's images once and keep the features at the site."""
-    from fl_client.preparing import prepare_study
-    from fl_client.progress import bars
-    from fl_client.site import read_site_file
+def approve(
+    context: typer.Context,
+    study: Annotated[Path, typer.Argument(help="Study file, received by another way than the federation.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Show what a study asks this site to run, with which data, and what leaves; keep a copy of it once you agree."""
+    from fl_client.approving import approve_study
 
     chosen: Chosen = context.obj
     with exit_on_fault():
-        settings, studies = read_site_file(chosen.path)
-        _same_name(chosen, settings.name)
-        for study in studies:
+        approve_study(chosen.path, chosen.site, study, agreed=yes)
+
+
+@app.command()
+def approvals(context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the studies that this site approved."""
+    from fl_client.approving import list_approvals
+
+    chosen: Chosen = context.obj
+    with exit_on_fault():
+        list_approvals(chosen.path, chosen.site, as_json=as_json)
+
+
+@app.command()
+def withdraw(context: typer.Context, study: Annotated[str, typer.Argument(help="Name of the study, or its digest.")]) -> None:
+    """Withdraw an approval: from the next message on the site refuses the study."""
+    from fl_client.approving import withdraw_study
+
+    chosen: Chosen = context.obj
+    with exit_on_fault():
+        withdraw_study(chosen.path, chosen.site, study)
+
+
+@app.command()
+def audit(
+    context: typer.Context,
+    what: Annotated[str | None, typer.Argument(help="digest, or nothing for the whole log.")] = None,
+    round_number: Annotated[int | None, typer.Argument(metavar="ROUND", help="Round whose digests are printed.")] = None,
+    study: Annotated[str | None, typer.Option(help="Name or digest of the study; the last one where absent.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check and print the audit log; `audit digest ROUND` prints what hospitals compare by telephone."""
+    from fl_client.approving import print_audit
+
+    chosen: Chosen = context.obj
+    with exit_on_fault():
+        if (what is None) != (round_number is None) or what not in {None, "digest"}:
+            value = " ".join(str(word) for word in (what, round_number) if word is not None)
+            raise IcmoeError(Fault(number=210, where="audit", value=value, limit="audit, or audit digest ROUND"))
+        print_audit(chosen.path, chosen.site, round_number, study, as_json=as_json)
+
+
+@app.command()
+def prepare(context: typer.Context) -> None:
+    """Run the frozen backbone over the site's images once and keep the features at the site."""
+    from fl_client.approval import approved_studies
+    from fl_client.preparing import prepare_study
+    from fl_client.progress import bars
+    from fl_client.site import read_named
+
+    chosen: Chosen = context.obj
+    with exit_on_fault():
+        settings = read_named(chosen.path, chosen.site)
+        for study in approved_studies(chosen.path.parent / settings.state):
             with bars() as on_progress:
                 encoded, images = prepare_study(chosen.path, settings, study, on_progress=on_progress)
             Console().print(f"{study.name}: {encoded} views encoded, {images} images ready", highlight=False)
@@ -128,7 +184,7 @@ def ingest(
             print_report(reports)
         try:
             if encode and not dry_run:
-                encode_site(chosen.path, reports)
+                encode_site(chosen.path, chosen.site, reports)
         finally:  # what was ingested stays and is told, whatever keeps the backbone from running
             if as_json:
                 sys.stdout.write(json.dumps(reports, indent=1) + "\n")
@@ -143,12 +199,6 @@ def forget(context: typer.Context, patient: Annotated[str, typer.Argument(help="
     with exit_on_fault():
         frames, features = forget_patient(chosen.path, chosen.site, patient)
         Console().print(f"{frames} images and {features} cached views removed; the patient is not read again.", highlight=False)
-
-
-def _same_name(chosen: Chosen, name: str) -> None:
-    if chosen.site != name:
-        fault = Fault(number=210, where=str(chosen.path), what="--site and the site file differ", value=chosen.site, limit=name)
-        raise IcmoeError(fault)
 
 
 def main() -> None:

@@ -14,14 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fl_client.approval import approved_studies, read_approvals
 from fl_client.preparing import encode_ingested
 from fl_client.progress import bars
-from fl_client.site import SiteFile, cache_folder_of, read_site_file, site_export
+from fl_client.site import SiteFile, cache_folder_of, read_named, site_export
 from icmoe.cache_entries import forget_images
 from icmoe.data.ingest.page import PAGE, drop_report, quality_report
 from icmoe.data.ingest.quality import quality_record
 from icmoe.data.ingest.run import Export, forget, gone_digests, ingest
-from icmoe.errors import Fault, IcmoeError
+from icmoe.study import Study
 
 
 def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]:
@@ -39,10 +40,9 @@ def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]
     Raises
     ------
     IcmoeError
-        2xx for the site file, 109, 110, 129, 130 for the ingest.
+        2xx for the site file, 316 where no study is approved, 109, 110, 129, 130 for the ingest.
     """
-    settings, studies = read_site_file(path)
-    _same(path, settings, name)
+    settings, studies = _approved(path, name)
     reports = []
     for study in studies:
         with _place(site_export(path, settings, study), dry_run=dry_run) as export, bars() as on_progress:
@@ -57,7 +57,7 @@ def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]
     return reports
 
 
-def encode_site(path: Path, reports: list[dict[str, Any]]) -> None:
+def encode_site(path: Path, name: str, reports: list[dict[str, Any]]) -> None:
     """Fill the feature cache of every approved study and note in its report how many views were new.
 
     Raises
@@ -65,16 +65,16 @@ def encode_site(path: Path, reports: list[dict[str, Any]]) -> None:
     IcmoeError
         206, 207 for the backbone's weights, 211 for the device; the index is complete all the same.
     """
-    settings, studies = read_site_file(path)
+    settings, studies = _approved(path, name)
     for study, report in zip(studies, reports, strict=True):
         with bars() as on_progress:
             report["encoded"] = encode_ingested(path, settings, study, on_progress=on_progress)
 
 
 def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int]:
-    """Take a patient out of every index and return how many images and cached views went."""
-    settings, studies = read_site_file(path)
-    _same(path, settings, name)
+    """Take a patient out of every index, those of withdrawn studies too; return how many images and cached views went."""
+    settings = read_named(path, name)
+    studies = tuple(approval.study for approval in read_approvals(path.parent / settings.state))
     frames = features = 0
     for study in studies:
         export = site_export(path, settings, study)
@@ -136,10 +136,9 @@ def _volumes(row: dict[str, Any], labels: list[str]) -> str:
     return ", ".join(f"{name} {value:,.{1 if unit == 'ml' else 0}f} {unit}" for name, value in pairs)
 
 
-def _same(path: Path, settings: SiteFile, name: str) -> None:
-    if settings.name != name:
-        what = "--site and the site file differ"
-        raise IcmoeError(Fault(number=210, where=str(path), what=what, value=name, limit=settings.name))
+def _approved(path: Path, name: str) -> tuple[SiteFile, tuple[Study, ...]]:
+    settings = read_named(path, name)
+    return settings, approved_studies(path.parent / settings.state)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,4 +102,4 @@ def main(grid: Grid, context: Context) -> None:
         write_model(path.with_suffix(".model.safetensors"), tensors, header)
     except IcmoeError as error:
         print_faults(error.faults)
-        sys.exit(1)
+        raise  # Flower reports an exception at once; after an exit it would wait a minute and lose the lines above

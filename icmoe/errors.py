@@ -89,6 +89,30 @@ CATALOGUE: dict[int, Entry] = {
     ),
     303: Entry("this platform is not supported", "Use Linux on x86-64 (Windows through WSL2) with Python 3.11 or newer."),
     304: Entry("site did not finish its part of a round", "Read the site's own log; the coordinator only sees this number."),
+    316: Entry("no study is approved at this site", "Approve one: fl_client --site NAME approve STUDY.toml."),
+    317: Entry(
+        "app bundle differs from the site's installed package",
+        "Install the same version of icmoe-federated at coordinator and site; the site runs nothing else.",
+    ),
+    318: Entry(
+        "installed package changed since the study was approved", "Look at the new version, then approve the study again."
+    ),
+    319: Entry("study breaks the site's policy", "Agree on another study, or change [policy] in the site file."),
+    320: Entry(
+        "site does not take part at this hour", "Nothing: the round goes on without it. The hours stand in the site file."
+    ),
+    321: Entry("site's records are damaged or were changed", "Restore the file from a backup, and find out who changed it."),
+    322: Entry(
+        "global model is outside its bounds", "Compare its digest with the other hospitals; do not go on before it is explained."
+    ),
+    323: Entry(
+        "site's process ended before it answered", "Read the site's own log: the time was over, the memory was, or it was killed."
+    ),
+    324: Entry(
+        "connection to the coordinator was refused or lost",
+        "Nothing at first: it is tried again. If it lasts, ask the coordinator.",
+    ),
+    325: Entry("site cannot be started", "Correct what is named; another fl_client of the site may be running."),
     401: Entry("frozen backbone changed during training", "Do not use the result; report the case with the two digests."),
     501: Entry("no site delivered a usable update", "Look at the sites' errors; the global model was kept."),
     502: Entry("run folder is in use or holds another run", "Choose another --out, or continue the same run with --resume."),

@@ -44,7 +44,6 @@ bottleneck = 8
 """
 SITE = """
 name = "Elm"
-studies = ["study.toml"]
 allow_test_only = true
 cache = "cache"
 [ingest]
@@ -86,7 +85,7 @@ def test_no_marker_is_in_logs_report_cache_update_or_on_the_wire(tmp_path: Path)
     (tmp_path / "study.toml").write_text(STUDY)
     site = tmp_path / "site.toml"
     site.write_text(SITE)
-    lines = ("ingest --dry-run", "ingest", "ingest --json", "show", "prepare")
+    lines = ("approve study.toml --yes", "ingest --dry-run", "ingest", "ingest --json", "show", "prepare")
     said = b"".join(command(tmp_path, site, *line.split()) for line in lines)
     assert b"6 of 6 images used" in said
     wire = federated_round(tmp_path, site)
