@@ -9,6 +9,7 @@ from typing import Annotated
 from flwr.app import Context
 from pydantic import Field, model_validator
 
+from fl_client.credentials import Coordinator
 from fl_client.participant import Participant
 from icmoe.config import Section, parse, read_toml
 from icmoe.data.folder import read_folder
@@ -34,6 +35,8 @@ class SiteFile(Section):
     """An export of DICOM, NIfTI and PNG files."""
     studies: Annotated[tuple[str, ...], Field(min_length=1)]
     """Study files that this site approves."""
+    backbone: str | None = None
+    """Weights file of a sam-vit backbone; lite-medsam comes with its package."""
     cache: str | None = None
     """Feature cache; the user's cache folder where absent."""
     state: str = "state"
@@ -44,6 +47,8 @@ class SiteFile(Section):
     """CPU threads of a training step."""
     allow_test_only: bool = False
     """Whether studies over the untrained test backbone may run here."""
+    coordinator: Coordinator | None = None
+    """How to reach the federation; without it the file serves for the data only."""
 
     @model_validator(mode="after")
     def _one_source(self) -> SiteFile:

@@ -88,6 +88,18 @@ CATALOGUE: dict[int, Entry] = {
     ),
     303: Entry("this platform is not supported", "Use Linux on x86-64 (Windows through WSL2) with Python 3.11 or newer."),
     304: Entry("site did not finish its part of a round", "Read the site's own log; the coordinator only sees this number."),
+    306: Entry("private file can be read by others", "Make it readable by its owner only, or make it anew."),
+    307: Entry(
+        "key is of the wrong kind", "Make one with fl_client --site NAME init: NIST curve, OpenSSH format, no passphrase."
+    ),
+    308: Entry("certificate is not trusted", "Compare the kit's digest with the coordinator; ask for a new kit if it differs."),
+    309: Entry("certificate has expired or expires soon", "The coordinator renews it with fl_server provision --renew."),
+    310: Entry("start kit or request cannot be used", "Ask for it again and compare its digest or fingerprint by telephone."),
+    311: Entry("coordinator cannot be reached", "Check the address, the firewall and the outbound proxy with the hospital's IT."),
+    312: Entry("port does not answer as the coordinator's should", "Check the port; the coordinator checks its reverse proxy."),
+    313: Entry("clock differs from the coordinator's", "Synchronise this machine's clock by NTP."),
+    314: Entry("site is not admitted", "Send request.json to the coordinator, who runs fl_server admit."),
+    315: Entry("machine has too little room", "Free some, or move cache and state to another disk."),
     401: Entry("frozen backbone changed during training", "Do not use the result; report the case with the two digests."),
     501: Entry("no site delivered a usable update", "Look at the sites' errors; the global model was kept."),
     502: Entry("run folder is in use or holds another run", "Choose another --out, or continue the same run with --resume."),
