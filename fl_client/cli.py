@@ -79,20 +79,21 @@ def init(
 @app.command()
 def check(context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Look at everything that could stop this site: connection, certificates, clock, data, room; every fault at once."""
-    from fl_client.preflight import print_checks, run_preflight
-
     chosen: Chosen = context.obj
-    if not print_checks(chosen.site, run_preflight(chosen.path, site=chosen.site), as_json=as_json):
-        raise typer.Exit(1)
+    with exit_on_fault():
+        from fl_client.preflight import print_checks, run_preflight
+
+        if not print_checks(chosen.site, run_preflight(chosen.path, site=chosen.site), as_json=as_json):
+            raise typer.Exit(1)
 
 
 @app.command("it-sheet")
 def it_sheet(context: typer.Context) -> None:
     """Print one sheet for the hospital's IT: what goes where, over which port, what never leaves."""
-    from fl_client.it_sheet import sheet
-
     chosen: Chosen = context.obj
     with exit_on_fault():
+        from fl_client.it_sheet import sheet
+
         sys.stdout.write(sheet(chosen.path, chosen.site))
 
 

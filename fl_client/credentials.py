@@ -54,8 +54,7 @@ def read_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
     except (ValueError, UnsupportedAlgorithm):
         key, found = None, "PEM, not OpenSSH" if b"BEGIN" in data and b"OPENSSH" not in data else "not a private key"
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        limit = "NIST curve, OpenSSH format, no passphrase"
-        raise IcmoeError(Fault(number=307, where=str(path), value=found, limit=limit, did="It was not used."))
+        raise IcmoeError(Fault(number=307, where=str(path), value=found, did="It was not used."))
     return key
 
 

@@ -1,10 +1,26 @@
 """Private names of Flower that a site's side needs, in one place, for one version."""
 
+# ruff: noqa: E402  (the version is looked at before any private name)
 from __future__ import annotations
 
 import datetime as dt
 from base64 import b64encode
 from importlib.metadata import version
+
+from icmoe.errors import Fault, IcmoeError
+
+SUPPORTED = "1.41."
+
+if not (_found := version("flwr")).startswith(SUPPORTED):
+    _fault = Fault(
+        number=303,
+        where="fl_client",
+        what="this version of Flower is not supported",
+        value=f"flwr {_found}",
+        limit=f"{SUPPORTED}x",
+        todo="Install icmoe-federated again; it names the versions that fit.",
+    )
+    raise IcmoeError(_fault)
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -14,11 +30,6 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.primitives.asymmetric import sign_message
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
-
-SUPPORTED = "1.41."
-
-if not version("flwr").startswith(SUPPORTED):
-    raise ImportError(f"fl_client knows the private names of flwr {SUPPORTED}x, not of {version('flwr')}")
 
 MEDIA_TYPE = {"content-type": PROTOBUF_MEDIA_TYPE, "accept": PROTOBUF_MEDIA_TYPE}
 UNSIGNED = "/v1/fleet/pull-messages"  # asked without a signature; a server that authenticates sites answers as below

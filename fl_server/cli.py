@@ -74,9 +74,9 @@ def admit(
     fingerprint: Annotated[str | None, typer.Option(help="The key's fingerprint as the hospital read it out; compared.")] = None,
 ) -> None:
     """Register a site's key with the running SuperLink under the site's name."""
-    from fl_server.admission import admit as run
-
     with exit_on_fault():
+        from fl_server.admission import admit as run
+
         found = run(request, out, expected=fingerprint)
         sys.stdout.write(f"{found.site} is admitted as node {found.node_id}\nkey fingerprint  {found.fingerprint}\n")
         if fingerprint is None:
@@ -86,9 +86,9 @@ def admit(
 @app.command()
 def revoke(site: Annotated[str, typer.Argument(help="Name of the site.")], out: OutOption) -> None:
     """Take a site's key out of the federation for good; its SuperNode stops within half a minute."""
-    from fl_server.admission import revoke as run
-
     with exit_on_fault():
+        from fl_server.admission import revoke as run
+
         sys.stdout.write(f"{site} is revoked\nkey fingerprint  {run(site, out)}\n")
 
 

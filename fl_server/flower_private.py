@@ -1,19 +1,30 @@
 """Private names of Flower that the coordinator's side needs, in one place, for one version."""
 
+# ruff: noqa: E402  (the version is looked at before any private name)
 from __future__ import annotations
 
 from importlib.metadata import version
+
+from icmoe.errors import Fault, IcmoeError
+
+SUPPORTED = "1.41."
+
+if not (_found := version("flwr")).startswith(SUPPORTED):
+    _fault = Fault(
+        number=303,
+        where="fl_server",
+        what="this version of Flower is not supported",
+        value=f"flwr {_found}",
+        limit=f"{SUPPORTED}x",
+        todo="Install icmoe-federated again; it names the versions that fit.",
+    )
+    raise IcmoeError(_fault)
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
 from flwr.supercore.control import ControlHttpClient
-
-SUPPORTED = "1.41."
-
-if not version("flwr").startswith(SUPPORTED):
-    raise ImportError(f"fl_server knows the private names of flwr {SUPPORTED}x, not of {version('flwr')}")
 
 
 class Refused(Exception):
