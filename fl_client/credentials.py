@@ -13,7 +13,7 @@ from icmoe.atomic import write_atomically
 from icmoe.config import Section
 from icmoe.errors import Fault, IcmoeError
 from icmoe.joining import Address, parse_certificate
-from icmoe.private import read_private, read_small
+from icmoe.private import read_private
 
 
 class Coordinator(Section):
@@ -58,19 +58,19 @@ def read_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def read_ca(path: Path) -> x509.Certificate:
+def parse_ca(data: bytes, *, where: str) -> x509.Certificate:
     """Return the certificate of the consortium's CA.
 
     Raises
     ------
     IcmoeError
-        205 where it cannot be read, 308 where it is not the certificate of a CA.
+        308 where it is not the certificate of a CA.
     """
-    certificate = parse_certificate(read_small(path), where=str(path))
+    certificate = parse_certificate(data, where=where)
     try:
         is_ca = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     except (x509.ExtensionNotFound, ValueError):
         is_ca = False
     if not is_ca:
-        raise IcmoeError(Fault(number=308, where=str(path), what="certificate is not that of a CA", did="It was not used."))
+        raise IcmoeError(Fault(number=308, where=where, what="certificate is not that of a CA", did="It was not used."))
     return certificate

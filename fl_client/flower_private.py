@@ -5,22 +5,10 @@ from __future__ import annotations
 
 import datetime as dt
 from base64 import b64encode
-from importlib.metadata import version
 
-from icmoe.errors import Fault, IcmoeError
+from icmoe.platform import require_version
 
-SUPPORTED = "1.41."
-
-if not (_found := version("flwr")).startswith(SUPPORTED):
-    _fault = Fault(
-        number=303,
-        where="fl_client",
-        what="this version of Flower is not supported",
-        value=f"flwr {_found}",
-        limit=f"{SUPPORTED}x",
-        todo="Install icmoe-federated again; it names the versions that fit.",
-    )
-    raise IcmoeError(_fault)
+require_version("flwr", "1.41.")
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat

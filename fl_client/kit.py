@@ -7,9 +7,10 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography import x509
 from rich.console import Console
 
-from fl_client.credentials import make_node_key, read_ca, read_node_key
+from fl_client.credentials import make_node_key, parse_ca, read_node_key
 from icmoe.atomic import write_atomically
 from icmoe.config import parse
 from icmoe.errors import Fault, IcmoeError
@@ -21,10 +22,9 @@ from icmoe.joining import (
     fingerprint,
     kit_digest,
     make_request,
-    parse_certificate,
     validity_fault,
 )
-from icmoe.private import read_small
+from icmoe.private import file_errors, read_small
 
 SITE_FILE = """\
 # Site file of {site} in {consortium}; paths are relative to this file.
@@ -122,15 +122,13 @@ def join(folder: Path, site: str, site_file: Path, *, digest: str | None, new_ke
     kit, files = read_kit(folder, site)
     if digest is not None and digest.replace(" ", "") != kit_digest(files).replace(" ", ""):
         raise _unusable(folder, "digest differs from the one given", kit_digest(files), digest)
-    ca = read_ca(folder / "ca.crt")
-    valid, fault = validity_fault(ca.not_valid_before_utc, ca.not_valid_after_utc, now, where=str(folder / "ca.crt"))
+    where = str(folder / "ca.crt")
+    ca = parse_ca(files["ca.crt"], where=where)
+    valid, fault = validity_fault(ca.not_valid_before_utc, ca.not_valid_after_utc, now, where=where)
     if fault is not None and not valid:
         raise IcmoeError(fault)
-    try:
-        return _write(site_file, kit, files, new_key=new_key)
-    except OSError as error:
-        where = str(error.filename or site_file.parent)
-        raise IcmoeError(Fault(number=205, where=where, value=error.strerror or "", did="Nothing more was made.")) from None
+    with file_errors():
+        return _write(site_file, kit, files, ca, new_key=new_key)
 
 
 def print_joined(site: str, joined: Joined) -> None:
@@ -146,13 +144,12 @@ def print_joined(site: str, joined: Joined) -> None:
     console.print(f"Then fill in the site file and run: fl_client --site {site} check")
 
 
-def _write(site_file: Path, kit: Kit, files: dict[str, bytes], *, new_key: bool) -> Joined:
+def _write(site_file: Path, kit: Kit, files: dict[str, bytes], ca: x509.Certificate, *, new_key: bool) -> Joined:
     own, site = site_file.parent / kit.site, kit.site
     own.mkdir(parents=True, exist_ok=True, mode=0o700)
     key_path, request = own / "node.key", own / "request.json"
     make_one = new_key or not key_path.exists()
     key = make_node_key(key_path) if make_one else read_node_key(key_path)
-    ca = parse_certificate(files["ca.crt"], where="ca.crt")
     write_atomically(own / "ca.crt", files["ca.crt"])
     write_atomically(request, make_request(site, key, ca).model_dump_json(indent=1).encode())
     made = [own / "ca.crt", *([key_path] if make_one else []), request]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import errno
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from rich.text import Text
 
 from fl_client.check import Check, attempt
 from fl_client.connection import check_connection, check_health
-from fl_client.credentials import Coordinator, read_ca, read_node_key
+from fl_client.credentials import Coordinator, parse_ca, read_node_key
 from fl_client.site import SiteFile, site_slices
 from icmoe.backbone import backbone_digest, grid_of, weights_path, widths
 from icmoe.config import parse, read_toml
@@ -25,6 +27,7 @@ from icmoe.errors import Fault, IcmoeError, print_faults
 from icmoe.features import FeatureCache, default_cache_folder
 from icmoe.joining import fingerprint, validity_fault
 from icmoe.prepare import wanted_views
+from icmoe.private import read_small
 from icmoe.study import Study, read_study
 
 GB = 1e9
@@ -122,7 +125,7 @@ def _site_file(path: Path, settings: SiteFile, site: str) -> Check:
 
 def _with_known_sites(fault: Fault, path: Path) -> Fault:
     """Return the fault of a site file that is not there with the names of those that are."""
-    if fault.number != 205 or path.exists():
+    if fault.value != os.strerror(errno.ENOENT):
         return fault
     known = ", ".join(sorted(item.stem for item in path.parent.glob("*.toml"))) or "none"
     todo = "Run fl_client --site NAME init --kit DIR, or name the file with --config."
@@ -130,7 +133,7 @@ def _with_known_sites(fault: Fault, path: Path) -> Fault:
 
 
 def _ca(path: Path) -> Check:
-    ca = read_ca(path)
+    ca = parse_ca(read_small(path), where=str(path))
     start, end = ca.not_valid_before_utc, ca.not_valid_after_utc
     ok, fault = validity_fault(start, end, dt.datetime.now(tz=dt.UTC), where=str(path), warn_days=CA_WARN_DAYS)
     return Check("CA", ok=ok, fault=fault, note=f"valid until {end:%Y-%m-%d}")

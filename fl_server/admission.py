@@ -144,7 +144,8 @@ def _registry(place: Place, consortium: Consortium) -> Iterator[Registry]:
     try:
         yield registry
     except httpx.HTTPError as error:
-        what, todo = "SuperLink cannot be reached", "Start the SuperLink on this machine, then repeat the command."
+        what = "SuperLink cannot be reached"
+        todo = "Start it on this machine, then repeat the command; behind a proxy NO_PROXY must name 127.0.0.1."
         where, value = f"127.0.0.1:{port}", type(error).__name__
         raise IcmoeError(Fault(number=311, where=where, what=what, value=value, did="Nothing was changed.", todo=todo)) from None
     finally:

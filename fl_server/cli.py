@@ -15,6 +15,7 @@ from rich.table import Table
 from icmoe import __version__
 from icmoe.errors import exit_on_fault
 from icmoe.platform import require_supported_platform
+from icmoe.private import file_errors
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -63,7 +64,7 @@ def provision(
     from fl_server.provisioning import print_provisioned
     from fl_server.provisioning import provision as run
 
-    with exit_on_fault():
+    with exit_on_fault(), file_errors():
         print_provisioned(run(consortium, out, renew=renew, now=dt.datetime.now(tz=dt.UTC)))
 
 
@@ -74,7 +75,7 @@ def admit(
     fingerprint: Annotated[str | None, typer.Option(help="The key's fingerprint as the hospital read it out; compared.")] = None,
 ) -> None:
     """Register a site's key with the running SuperLink under the site's name."""
-    with exit_on_fault():
+    with exit_on_fault(), file_errors():
         from fl_server.admission import admit as run
 
         found = run(request, out, expected=fingerprint)
@@ -86,7 +87,7 @@ def admit(
 @app.command()
 def revoke(site: Annotated[str, typer.Argument(help="Name of the site.")], out: OutOption) -> None:
     """Take a site's key out of the federation for good; its SuperNode stops within half a minute."""
-    with exit_on_fault():
+    with exit_on_fault(), file_errors():
         from fl_server.admission import revoke as run
 
         sys.stdout.write(f"{site} is revoked\nkey fingerprint  {run(site, out)}\n")
@@ -101,7 +102,7 @@ def expiry(
     """Show when certificates end; exit code 1 where one ends soon, for a timer to watch."""
     from fl_server.provisioning import print_expiry
 
-    with exit_on_fault():
+    with exit_on_fault(), file_errors():
         if not print_expiry(out, dt.datetime.now(tz=dt.UTC), warn_days=days, as_json=as_json):
             raise typer.Exit(1)
 

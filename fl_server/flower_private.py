@@ -3,22 +3,9 @@
 # ruff: noqa: E402  (the version is looked at before any private name)
 from __future__ import annotations
 
-from importlib.metadata import version
+from icmoe.platform import require_version
 
-from icmoe.errors import Fault, IcmoeError
-
-SUPPORTED = "1.41."
-
-if not (_found := version("flwr")).startswith(SUPPORTED):
-    _fault = Fault(
-        number=303,
-        where="fl_server",
-        what="this version of Flower is not supported",
-        value=f"flwr {_found}",
-        limit=f"{SUPPORTED}x",
-        todo="Install icmoe-federated again; it names the versions that fit.",
-    )
-    raise IcmoeError(_fault)
+require_version("flwr", "1.41.")
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec

@@ -115,7 +115,9 @@ def provision(source: Path, folder: Path, *, renew: bool, now: dt.datetime) -> P
     Raises
     ------
     IcmoeError
-        201-205 for the file, 306-308 where a key or certificate that is there cannot be used.
+        201-205 for the file, 306-309 where a key or certificate that is there cannot be used.
+    OSError
+        Where the folder cannot be written to.
     """
     consortium, place = read_consortium(source), Place(folder)
     _make_folder(folder)
@@ -128,7 +130,7 @@ def provision(source: Path, folder: Path, *, renew: bool, now: dt.datetime) -> P
     read_private(secret)
     kits = {site.name: _provide_kit(place, consortium, site.name, changes) for site in consortium.sites}
     _write(place.consortium, source.read_bytes(), changes)
-    gone = sorted({path.name for path in (folder / "sites").iterdir()} - set(consortium.site_names))
+    gone = sorted({path.parent.name for path in (folder / "sites").glob("*/kit")} - set(consortium.site_names))
     notes = [f"{name} is not in {source.name} any more; its key works until: fl_server revoke {name}" for name in gone]
     return Provisioned(tuple(changes), kits, (*notes, *map(str, expiry_faults(folder, now))))
 
@@ -187,12 +189,9 @@ def print_expiry(folder: Path, now: dt.datetime, *, warn_days: int, as_json: boo
 
 
 def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for name in ("ca", "coordinator", "sites"):
-            (folder / name).mkdir(exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise IcmoeError(Fault(number=205, where=str(folder), value=error.strerror or "", did="Nothing was made.")) from None
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for name in ("ca", "coordinator", "sites"):
+        (folder / name).mkdir(exist_ok=True, mode=0o700)
 
 
 def _write(path: Path, data: bytes, changes: list[str], *, private: bool = False) -> None:

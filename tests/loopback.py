@@ -32,10 +32,10 @@ FLEET = {
 class Authority:
     """A CA of a test and what it signs, as files below `folder`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, days: int = 3650) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.key = folder, make_key()
-        self.certificate = ca_certificate("test", self.key, 3650, NOW - dt.timedelta(days=400))
+        self.certificate = ca_certificate("test", self.key, days, NOW - dt.timedelta(days=400))
         self.path = folder / "ca.crt"
         self.path.write_bytes(self.certificate.public_bytes(Encoding.PEM))
 

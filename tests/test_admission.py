@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import importlib
-import importlib.metadata
 import json
 import socket
 from pathlib import Path
@@ -174,7 +173,7 @@ def test_another_version_of_flower_is_refused_before_its_private_names_are_used(
     module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = importlib.import_module(module)
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: "1.42.0")
-    with pytest.raises(IcmoeError, match=r"flwr 1\.42\.0 \(allowed: 1\.41\.x\)") as caught:
+    monkeypatch.setattr("icmoe.platform.version", lambda _: "1.42.0")
+    with pytest.raises(IcmoeError, match=r"flwr: this version is not supported: 1\.42\.0 \(allowed: 1\.41\.x\)") as caught:
         importlib.reload(loaded)
     assert numbers(caught) == [303]

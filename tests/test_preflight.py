@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import shutil
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,17 @@ def test_a_certificate_that_ends_soon_is_a_warning(hospital: Hospital, authority
     assert code == 0
     assert "ICM309" in output
     assert "19 days left" in output
+
+
+def test_a_ca_that_has_ended_or_ends_within_a_quarter(hospital: Hospital, tmp_path: Path) -> None:
+    for days, numbers, fine in ((480, [309], True), (390, [309, 309], False)):
+        ending = Authority(tmp_path / str(days), days)
+        shutil.copy(ending.path, hospital.ca)
+        context = ending.server(*HOSTS, days=45, now=NOW - dt.timedelta(days=10 if fine else 30))
+        with http_server(tls=context) as (port, _):
+            faults = hospital.at(port).faults()
+        assert [fault["number"] for fault in faults] == numbers
+        assert all(fault["ok"] == fine for fault in faults)
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])

@@ -17,6 +17,7 @@ from loopback import NOW, Authority
 
 from fl_server.certificates import missing_names, parse_key
 from fl_server.consortium import read_consortium
+from icmoe.atomic import write_atomically
 from icmoe.errors import IcmoeError
 from icmoe.joining import (
     parse_certificate,
@@ -208,3 +209,37 @@ def test_expiry_is_watched_by_exit_code_and_json(tmp_path: Path) -> None:
     assert (code, record["ok"], [fault["number"] for fault in record["faults"]]) == (1, False, [309])
     assert record["certificates"]["server"]["days"] == 364
     assert serve("expiry", "--out", tmp_path / "nowhere")[0] == 1
+
+
+def test_a_run_that_was_stopped_at_any_file_is_completed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stopped_at in range(13):
+        folder = tmp_path / str(stopped_at)
+        folder.mkdir()
+        written: list[Path] = []
+
+        def write(path: Path, data: bytes, *, private: bool = False, at: int = stopped_at, written: list[Path] = written) -> None:
+            if len(written) == at:
+                raise KeyboardInterrupt
+            written.append(path)
+            write_atomically(path, data, private=private)
+
+        with monkeypatch.context() as patched:
+            patched.setattr("fl_server.provisioning.write_atomically", write)
+            with pytest.raises(KeyboardInterrupt):
+                make(folder)
+        make(folder)
+        assert make(folder).changes == ()
+        handshake(folder / "out", folder / "out" / "sites" / "Birch" / "kit" / "ca.crt")
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_numbered_sentence(tmp_path: Path) -> None:
+    source = write_consortium(tmp_path)
+    (tmp_path / "file").write_text("x")
+    for command in (["provision", source], ["expiry"], ["admit", source], ["revoke", "Alder"]):
+        code, output = serve(*command, "--out", tmp_path / "file" / "x")
+        assert (code, output[:7]) == (1, "ICM205 ")
+    make(tmp_path)
+    (tmp_path / "out" / "sites" / "Cedar").write_text("in the way")
+    code, output = serve("provision", write_consortium(tmp_path, "Alder", "Cedar"), "--out", tmp_path / "out")
+    assert (code, output[:7]) == (1, "ICM205 ")
+    assert "Cedar" in output
