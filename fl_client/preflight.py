@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -134,8 +135,10 @@ def _with_known_sites(fault: Fault, path: Path) -> Fault:
 
 def _ca(path: Path) -> Check:
     ca = parse_ca(read_small(path), where=str(path))
-    start, end = ca.not_valid_before_utc, ca.not_valid_after_utc
-    ok, fault = validity_fault(start, end, dt.datetime.now(tz=dt.UTC), where=str(path), warn_days=CA_WARN_DAYS)
+    start, end, now = ca.not_valid_before_utc, ca.not_valid_after_utc, dt.datetime.now(tz=dt.UTC)
+    ok, fault = validity_fault(start, end, now, where=str(path), warn_days=CA_WARN_DAYS)
+    todo = "Ask the coordinator for a new start kit and run init again; the key stays."
+    fault = replace(fault, todo=todo) if fault is not None and now >= start else fault
     return Check("CA", ok=ok, fault=fault, note=f"valid until {end:%Y-%m-%d}")
 
 

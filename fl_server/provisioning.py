@@ -122,6 +122,7 @@ def provision(source: Path, folder: Path, *, renew: bool, now: dt.datetime) -> P
     consortium, place = read_consortium(source), Place(folder)
     _make_folder(folder)
     changes: list[str] = []
+    old = parse_certificate(read_small(place.ca), where=str(place.ca)) if place.ca.exists() else None
     ca = _provide_ca(place, consortium, now, changes, renew=renew)
     _provide_server(place, consortium, ca, now, changes, renew=renew)
     secret = place.coordinator / "superexec.secret"
@@ -132,6 +133,8 @@ def provision(source: Path, folder: Path, *, renew: bool, now: dt.datetime) -> P
     _write(place.consortium, source.read_bytes(), changes)
     gone = sorted({path.parent.name for path in (folder / "sites").glob("*/kit")} - set(consortium.site_names))
     notes = [f"{name} is not in {source.name} any more; its key works until: fl_server revoke {name}" for name in gone]
+    if old is not None and old != ca:
+        notes.append(f"the CA was renewed; hand out all kits again before {old.not_valid_after_utc:%Y-%m-%d}, the old one's end")
     return Provisioned(tuple(changes), kits, (*notes, *map(str, expiry_faults(folder, now))))
 
 

@@ -83,6 +83,7 @@ def test_a_ca_that_has_ended_or_ends_within_a_quarter(hospital: Hospital, tmp_pa
             faults = hospital.at(port).faults()
         assert [fault["number"] for fault in faults] == numbers
         assert all(fault["ok"] == fine for fault in faults)
+        assert "new start kit" in faults[0]["sentence"]
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])

@@ -130,7 +130,8 @@ def test_sites_that_hold_the_old_ca_trust_what_a_renewed_ca_signs(tmp_path: Path
     make(tmp_path, text=short)
     folder, old = tmp_path / "out", tmp_path / "old.crt"
     old.write_bytes((folder / "ca" / "ca.crt").read_bytes())
-    make(tmp_path, text=short, renew=True)
+    done = make(tmp_path, text=short, renew=True)
+    assert f"before {NOW + dt.timedelta(days=50):%Y-%m-%d}" in done.notes[0]
     assert (folder / "ca" / "ca.crt").read_bytes() != old.read_bytes()
     handshake(folder, folder / "ca" / "ca.crt")
     handshake(folder, old)
