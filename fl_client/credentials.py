@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_ssh_private_key
 
 from icmoe.atomic import write_atomically
 from icmoe.config import Section
 from icmoe.errors import Fault, IcmoeError
-from icmoe.joining import Address, parse_certificate
+from icmoe.joining import UNREADABLE, Address, parse_certificate
 from icmoe.private import read_private
 
 
@@ -51,7 +50,7 @@ def read_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
         found = type(key).__name__.removesuffix("PrivateKey").lstrip("_")
     except TypeError:
         key, found = None, "encrypted by a passphrase"
-    except (ValueError, UnsupportedAlgorithm):
+    except UNREADABLE:
         key, found = None, "PEM, not OpenSSH" if b"BEGIN" in data and b"OPENSSH" not in data else "not a private key"
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise IcmoeError(Fault(number=307, where=str(path), value=found, did="It was not used."))

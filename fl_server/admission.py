@@ -16,7 +16,16 @@ from fl_server.flower_private import Refused, Registry
 from fl_server.provisioning import Place
 from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError
-from icmoe.joining import JoinRequest, fingerprint, key_digest, parse_certificate, parse_request, proven_key, public_text
+from icmoe.joining import (
+    UNREADABLE,
+    JoinRequest,
+    fingerprint,
+    key_digest,
+    parse_certificate,
+    parse_request,
+    proven_key,
+    public_text,
+)
 from icmoe.private import read_small
 
 
@@ -123,7 +132,7 @@ def _refuse_strangers(
 def _public_key(path: Path) -> ec.EllipticCurvePublicKey:
     try:
         key = load_ssh_public_key(read_small(path))
-    except ValueError:
+    except UNREADABLE:
         key = None
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise IcmoeError(Fault(number=307, where=str(path), did="Nothing was changed.", todo="Restore the file from its backup."))

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from icmoe.errors import Fault, IcmoeError
+from icmoe.joining import UNREADABLE
 
 EARLIER = dt.timedelta(hours=1)  # valid a little before it is made: clocks differ
 _NO_USAGE = dict.fromkeys(
@@ -60,7 +61,7 @@ def parse_key(data: bytes, *, where: str) -> ec.EllipticCurvePrivateKey:
     """
     try:
         key = load_pem_private_key(data, password=None)
-    except (ValueError, TypeError):
+    except UNREADABLE:
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         limit, todo = "an unencrypted EC key in PEM format", "Restore the file from its backup."

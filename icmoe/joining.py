@@ -32,6 +32,11 @@ from icmoe.errors import Fault, IcmoeError
 KIT_FILES = ("ca.crt", "kit.toml")
 CHECKSUMS = "SHA256SUMS"
 WARN_DAYS = 30
+# What damaged keys and certificates raise.
+UNREADABLE = (
+    *(ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm),
+    *(x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType),
+)
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$")]
 ConsortiumName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
 _LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
@@ -124,7 +129,7 @@ def proven_key(request: JoinRequest, *, where: str) -> ec.EllipticCurvePublicKey
     """
     try:
         key = load_ssh_public_key(request.public_key.encode())
-    except (ValueError, UnsupportedAlgorithm):
+    except UNREADABLE:
         key = None
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise IcmoeError(Fault(number=307, where=where, value=request.public_key.split(" ")[0][:40], did="Nothing was admitted."))
@@ -162,8 +167,11 @@ def parse_certificate(data: bytes, *, where: str) -> x509.Certificate:
         308 where there is none.
     """
     try:
-        return x509.load_pem_x509_certificate(data)
-    except ValueError:
+        certificate = x509.load_pem_x509_certificate(data)
+        # Read now what is otherwise read, and found damaged, only when it is used.
+        _ = (certificate.public_key(), certificate.extensions, certificate.not_valid_before_utc, certificate.not_valid_after_utc)
+        return certificate
+    except UNREADABLE:
         fault = Fault(number=308, where=where, what="file is not a certificate in PEM format", did="It was not used.")
         raise IcmoeError(fault) from None
 

@@ -100,6 +100,7 @@ def test_requests_that_do_not_belong_are_refused_before_flower_is_asked(tmp_path
         ("[" * 50_000, 310),
         (" " * 70_000, 205),
         (json.dumps({**values, "extra": 1}), 201),
+        (json.dumps({**values, "public_key": "\ud800 x"}), 202),
         (json.dumps({**values, "site": "Birch"}), 310),  # signed for Alder
         (json.dumps({**values, "proof": base64.b64encode(b"0" * 100).decode()}), 310),
     ]

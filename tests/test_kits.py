@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import base64
 import datetime as dt
 import stat
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from consortia import init, make, numbers
-from loopback import NOW
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loopback import NOW, Authority
 
+from fl_client.credentials import make_node_key, parse_ca, read_node_key
 from fl_client.kit import join, read_kit
+from fl_server.certificates import key_pem, make_key, parse_key
 from icmoe.errors import IcmoeError
 from icmoe.joining import (
     CHECKSUMS,
     checksum_text,
+    key_digest,
 )
 
 
@@ -105,3 +112,37 @@ def test_an_expired_ca_is_refused_before_a_key_is_made(kit: Path, tmp_path: Path
     assert numbers(caught) == [309]
     assert not (tmp_path / "Alder").exists()
     assert read_kit(kit, "Alder")[0].address == "coordinator.example:443"
+
+
+def altered(data: bytes, place: int, change: int) -> bytes:
+    """Return a PEM file whose decoded bytes are changed at one place."""
+    first, *middle, last = data.decode().strip().split("\n")
+    body = bytearray(base64.b64decode("".join(middle)))
+    body[place % len(body)] ^= change
+    return f"{first}\n{base64.b64encode(bytes(body)).decode()}\n{last}\n".encode()
+
+
+@settings(max_examples=400, deadline=None)
+@given(place=st.integers(0, 10_000), change=st.integers(1, 255))
+def test_a_key_or_certificate_with_any_byte_changed_is_read_or_refused_by_number(
+    files: dict[str, Path], place: int, change: int
+) -> None:
+    readers = {
+        "ca": lambda path: key_digest(parse_ca(path.read_bytes(), where="")),
+        "node": read_node_key,
+        "server": lambda path: parse_key(path.read_bytes(), where=""),
+    }
+    for name, read in readers.items():
+        files["altered"].write_bytes(altered(files[name].read_bytes(), place, change))
+        files["altered"].chmod(0o600)
+        with suppress(IcmoeError):  # anything else would be a traceback
+            read(files["altered"])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("files")
+    make_node_key(folder / "node.key")
+    (folder / "server.key").write_bytes(key_pem(make_key()))
+    ca = Authority(folder).path
+    return {"ca": ca, "node": folder / "node.key", "server": folder / "server.key", "altered": folder / "altered"}
