@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import sys
@@ -58,6 +59,43 @@ def fl_client(
             from fl_client.supervisor import run_site
 
             raise typer.Exit(run_site(context.obj.path, site))
+
+
+@app.command()
+def init(
+    context: typer.Context,
+    kit: Annotated[Path, typer.Option(help="Folder of the start kit that the coordinator handed over.")],
+    digest: Annotated[str | None, typer.Option(help="The kit's digest as the coordinator read it out; compared.")] = None,
+    new_key: Annotated[bool, typer.Option("--new-key", help="Replace this site's key, after it was revoked.")] = False,
+) -> None:
+    """Take a start kit: make this site's key, which never leaves, and the request to send to the coordinator."""
+    from fl_client.kit import join, print_joined
+
+    chosen: Chosen = context.obj
+    with exit_on_fault():
+        now = dt.datetime.now(tz=dt.UTC)
+        print_joined(chosen.site, join(kit, chosen.site, chosen.path, digest=digest, new_key=new_key, now=now))
+
+
+@app.command()
+def check(context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Look at everything that could stop this site: connection, certificates, clock, data, room; every fault at once."""
+    chosen: Chosen = context.obj
+    with exit_on_fault():
+        from fl_client.preflight import print_checks, run_preflight
+
+        if not print_checks(chosen.site, run_preflight(chosen.path, site=chosen.site), as_json=as_json):
+            raise typer.Exit(1)
+
+
+@app.command("it-sheet")
+def it_sheet(context: typer.Context) -> None:
+    """Print one sheet for the hospital's IT: what goes where, over which port, what never leaves."""
+    chosen: Chosen = context.obj
+    with exit_on_fault():
+        from fl_client.it_sheet import sheet
+
+        sys.stdout.write(sheet(chosen.path, chosen.site))
 
 
 @app.command()

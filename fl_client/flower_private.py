@@ -1,40 +1,52 @@
 """Every private name of Flower that a hospital's side touches, in one place, for one minor version of Flower.
 
 The SuperNode is Flower's own. It is made to run nothing but the site's installed package, whatever the coordinator ships,
-and to send nothing but numbers and their titles when something goes wrong.
+and to send nothing but numbers and their titles when something goes wrong. The preflight asks Flower's API what it would
+answer, without changing anything there.
 """
 
+# ruff: noqa: E402  (the version is looked at before any private name)
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import logging
 import sys
 import zipfile
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from icmoe.platform import require_version
+
+require_version("flwr", "1.41.")
+
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import Error, Message
 from flwr.app.message.message import make_message
 from flwr.cli.build import build_fab_from_files
-from flwr.supercore.constant import TaskType
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
+from flwr.proto.fleet_pb2 import ActivateNodeRequest
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TaskType
+from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.primitives.asymmetric import sign_message
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.run import Run
 from flwr.supernode import start_client_internal
 
 from icmoe.bundle import differences
-from icmoe.errors import CATALOGUE, Fault, IcmoeError
+from icmoe.errors import CATALOGUE, Fault
 
 log = logging.getLogger("fl_client")
 
-VERSION = "1.41."
 ERROR_CODE = 1000
 LARGEST_BYTES = 50_000_000
 """Bytes that a shipped bundle may unpack to; Flower packs at most 10 MB."""
@@ -45,19 +57,6 @@ Connect = Callable[..., Any]
 _EQUAL = "equal"
 # What Flower's own code says in an error reply, and the number that says the same.
 _FLOWERS_OWN = {"The FAB could not be verified.": 317, "ClientApp stopped responding.": 323}
-
-
-def require_flower() -> None:
-    """Refuse a version of Flower whose private names were not tried.
-
-    Raises
-    ------
-    IcmoeError
-        325.
-    """
-    found = version("flwr")
-    if not found.startswith(VERSION):
-        raise IcmoeError(Fault(number=325, where="flwr", what="version is not known", value=found, limit=f"{VERSION}x"))
 
 
 def pack(files: Mapping[str, bytes]) -> bytes:
@@ -129,7 +128,6 @@ def run_supernode(files: Mapping[str, bytes], fab_id: str, fab_version: str, hom
     arguments
         Flags of `flower-supernode`.
     """
-    require_flower()
     from flwr.supernode.cli import flower_supernode
 
     content = pack(files)
@@ -179,3 +177,30 @@ def _write_entities(home: Path) -> Path:
     path = home / "trusted-entities.yaml"
     path.write_text(f"fpk_icmoe: '{key}'\n")
     return path
+
+
+MEDIA_TYPE = {"content-type": PROTOBUF_MEDIA_TYPE, "accept": PROTOBUF_MEDIA_TYPE}
+UNSIGNED = "/v1/fleet/pull-messages"  # asked without a signature; a server that authenticates sites answers as below
+UNSIGNED_ANSWER = "Invalid SuperNode authentication"
+SIGNED = "/v1/fleet/activate-node"  # asked with a heartbeat of zero, which changes nothing
+OTHER_APIS = (
+    ("POST", "/v1/control/list-runs"),
+    ("POST", "/v1/runtime/acquire-task"),
+    ("GET", "/openapi.json"),
+    ("GET", "/docs"),
+)
+ADMITTED = int(ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL)  # the key was found, then the heartbeat was refused
+NOT_ADMITTED = int(ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED)
+AHEAD_S, BEHIND_S = SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
+
+
+def signed_request(key: ec.EllipticCurvePrivateKey) -> tuple[bytes, dict[str, str]]:
+    """Return body and headers of a request to `SIGNED` that only asks whether the key is registered."""
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    signed_at = dt.datetime.now(tz=dt.UTC).isoformat()
+    headers = {
+        FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(public).decode(),
+        TIMESTAMP_HEADER: signed_at,
+        FLEET_HTTP_SIGNATURE_HEADER: b64encode(sign_message(key, signed_at.encode())).decode(),
+    }
+    return ActivateNodeRequest(public_key=public, heartbeat_interval=0.0).SerializeToString(), {**MEDIA_TYPE, **headers}

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from fl_client.credentials import Coordinator
 from fl_client.policy import Policy, policy_faults
 from icmoe.cache_entries import default_cache_folder
 from icmoe.config import Section, parse, read_toml
@@ -20,17 +21,6 @@ from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Study
 
 ENVIRONMENT = "FL_CLIENT_SITE_FILE"
-
-
-class Coordinator(Section):
-    """Section [coordinator] of the site file."""
-
-    address: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+:[0-9]{1,5}$")]
-    """host:port of the coordinator's public port."""
-    ca: str
-    """Certificate of the consortium's authority."""
-    key: str
-    """Private key of this site, made at the site."""
 
 
 class SiteFile(Section):
@@ -59,7 +49,7 @@ class SiteFile(Section):
     allow_test_only: bool = False
     """Whether studies over the untrained test backbone may run here."""
     coordinator: Coordinator | None = None
-    """How the coordinator is reached; not needed to prepare data."""
+    """How the coordinator is reached; without it the file serves for the data only."""
     policy: Policy = Policy()
     """What the site allows, whatever a study says."""
 

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fl_client.approval import approved_studies
+from fl_client.readiness import require_ready
 from fl_client.site import ENVIRONMENT, SiteFile, read_named
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
 
@@ -79,6 +80,7 @@ def run_site(path: Path, name: str) -> int:
         with only_one(state):
             say = _screen(name)
             say(f"approved: {names}")
+            require_ready(path, name, say)
             say(f"connecting to {flags[1]}; Flower's own lines go to {state / LOG}")
             with _log_file(state / LOG) as log:
                 supervise(lambda: start_supernode(path, state, flags), Hearing(say, log), say)

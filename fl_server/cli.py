@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.table import Table
 from icmoe import __version__
 from icmoe.errors import exit_on_fault
 from icmoe.platform import require_supported_platform
+from icmoe.private import file_errors
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -47,6 +49,62 @@ def check(
         table.add_row("experts", f"{proposal.model.experts}, {min(proposal.model.top_k, proposal.model.experts)} fused per pixel")
         table.add_row("rounds", f"{proposal.rounds}, quorum {proposal.quorum}, deadline {proposal.deadline_s:.0f} s")
         Console().print(table)
+
+
+OutOption = Annotated[Path, typer.Option("--out", help="Folder of the consortium, as fl_server provision made it.")]
+
+
+@app.command()
+def provision(
+    consortium: Annotated[Path, typer.Argument(help="Consortium file, TOML.")],
+    out: OutOption,
+    renew: Annotated[bool, typer.Option("--renew", help="Renew certificates that end within 60 days.")] = False,
+) -> None:
+    """Make CA, server certificate and start kits; what is there is kept, what is missing is added."""
+    from fl_server.provisioning import print_provisioned
+    from fl_server.provisioning import provision as run
+
+    with exit_on_fault(), file_errors():
+        print_provisioned(run(consortium, out, renew=renew, now=dt.datetime.now(tz=dt.UTC)))
+
+
+@app.command()
+def admit(
+    request: Annotated[Path, typer.Argument(help="request.json as the site sent it.")],
+    out: OutOption,
+    fingerprint: Annotated[str | None, typer.Option(help="The key's fingerprint as the hospital read it out; compared.")] = None,
+) -> None:
+    """Register a site's key with the running SuperLink under the site's name."""
+    with exit_on_fault(), file_errors():
+        from fl_server.admission import admit as run
+
+        found = run(request, out, expected=fingerprint)
+        sys.stdout.write(f"{found.site} is admitted as node {found.node_id}\nkey fingerprint  {found.fingerprint}\n")
+        if fingerprint is None:
+            sys.stdout.write("Compare the fingerprint with the hospital by telephone; if it differs: fl_server revoke.\n")
+
+
+@app.command()
+def revoke(site: Annotated[str, typer.Argument(help="Name of the site.")], out: OutOption) -> None:
+    """Take a site's key out of the federation for good; its SuperNode stops within half a minute."""
+    with exit_on_fault(), file_errors():
+        from fl_server.admission import revoke as run
+
+        sys.stdout.write(f"{site} is revoked\nkey fingerprint  {run(site, out)}\n")
+
+
+@app.command()
+def expiry(
+    out: OutOption,
+    days: Annotated[int, typer.Option(help="Report certificates that end within this many days.", min=0)] = 60,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show when certificates end; exit code 1 where one ends soon, for a timer to watch."""
+    from fl_server.provisioning import print_expiry
+
+    with exit_on_fault(), file_errors():
+        if not print_expiry(out, dt.datetime.now(tz=dt.UTC), warn_days=days, as_json=as_json):
+            raise typer.Exit(1)
 
 
 def main() -> None:

@@ -89,6 +89,18 @@ CATALOGUE: dict[int, Entry] = {
     ),
     303: Entry("this platform is not supported", "Use Linux on x86-64 (Windows through WSL2) with Python 3.11 or newer."),
     304: Entry("site did not finish its part of a round", "Read the site's own log; the coordinator only sees this number."),
+    306: Entry("private file can be read by others", "Make it readable by its owner only, or make it anew."),
+    307: Entry(
+        "key is of the wrong kind", "Make one with fl_client --site NAME init: NIST curve, OpenSSH format, no passphrase."
+    ),
+    308: Entry("certificate is not trusted", "Compare the kit's digest with the coordinator; ask for a new kit if it differs."),
+    309: Entry("certificate has expired or expires soon", "The coordinator renews it with fl_server provision --renew."),
+    310: Entry("start kit or request cannot be used", "Ask for it again and compare its digest or fingerprint by telephone."),
+    311: Entry("coordinator cannot be reached", "Check the address, the firewall and the outbound proxy with the hospital's IT."),
+    312: Entry("port does not answer as the coordinator's should", "Check the port; the coordinator checks its reverse proxy."),
+    313: Entry("clock differs from the coordinator's", "Synchronise this machine's clock by NTP."),
+    314: Entry("site is not admitted", "Send request.json to the coordinator, who runs fl_server admit."),
+    315: Entry("machine has too little room", "Free some, or move cache and state to another disk."),
     316: Entry("no study is approved at this site", "Approve one: fl_client --site NAME approve STUDY.toml."),
     317: Entry(
         "app bundle differs from the site's installed package",

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
+from hospitals import Hospital
 from hypothesis import given
 from hypothesis import strategies as st
 from test_client import command
 
-from fl_client.approval import approve
 from fl_client.site import ENVIRONMENT, SiteFile
 from fl_client.supervisor import (
     Hearing,
@@ -35,6 +30,8 @@ from fl_client.supervisor import (
 )
 from icmoe.config import parse
 from icmoe.errors import CATALOGUE, IcmoeError
+
+pytest_plugins = ["hospitals"]
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.timeout(120)
@@ -278,37 +275,29 @@ def test_without_approval_or_coordinator_the_command_says_so_and_starts_nothing(
     assert "Traceback" not in done.stderr + done.output
 
 
-def write_credentials(folder: Path) -> None:
-    """A CA certificate and a node key of the right kinds, which nobody has registered."""
-    authority = ec.generate_private_key(ec.SECP384R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, authority.public_key(), x509.random_serial_number(), now, now + timedelta(days=1))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(authority, hashes.SHA384())
-    )
-    (folder / "ca.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
-    key = ec.generate_private_key(ec.SECP384R1())
-    (folder / "node.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+def test_the_command_does_not_start_what_somebody_at_the_site_must_put_right(hospital: Hospital) -> None:
+    hospital.at(free_port())
+    hospital.key.chmod(0o644)
+    shutil.rmtree(hospital.folder / "export")
+    done = command(hospital.path)
+    assert done.exit_code == 1
+    assert {line[:6] for line in done.stderr.splitlines() if line.startswith("ICM")} == {"ICM109", "ICM306"}
+    assert "connecting" not in done.stderr
 
 
-def test_the_command_says_what_it_waits_for_and_leaves_when_asked(make_study, tmp_path: Path) -> None:
-    write_credentials(tmp_path)
+def test_the_command_says_what_it_waits_for_and_leaves_when_asked(hospital: Hospital) -> None:
     port = free_port()  # nobody listens there
-    path = tmp_path / "Alder.toml"
-    coordinator = f'coordinator = {{address = "127.0.0.1:{port}", ca = "ca.crt", key = "node.key"}}'
-    path.write_text(f'name = "Alder"\ndata = "x"\nallow_test_only = true\n{coordinator}\n')
-    approve(tmp_path / "state", make_study(), "b" * 64, datetime.now(UTC))
+    path = hospital.at(f"127.0.0.1:{port}").path
     program = str(Path(sys.executable).parent / "fl_client")
     line = [program, "--site", "Alder", "--config", str(path)]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env={**ENV, "COLUMNS": "300"})
     try:
         assert process.stderr is not None
-        said = [process.stderr.readline() for _ in range(3)]
+        said = [process.stderr.readline() for _ in range(4)]
         assert "approved: tiny" in said[0]
-        assert f"connecting to 127.0.0.1:{port}" in said[1]
-        assert "the coordinator does not answer; trying again" in said[2]
+        assert "ICM311" in said[1]  # the preflight's word; it may come right by itself
+        assert f"connecting to 127.0.0.1:{port}" in said[2]
+        assert "the coordinator does not answer; trying again" in said[3]
         second = subprocess.run(line, capture_output=True, text=True, timeout=60, env=ENV)
         assert second.returncode == 1
         assert "ICM325" in second.stderr
@@ -319,7 +308,7 @@ def test_the_command_says_what_it_waits_for_and_leaves_when_asked(make_study, tm
     assert process.returncode == 0
     assert rest.splitlines()[-1].endswith("Alder: left the federation")
     assert "Traceback" not in rest
-    log = tmp_path / "state/supernode.log"
+    log = hospital.folder / "state/supernode.log"
     assert "Connection attempt failed" in log.read_text()
     assert log.stat().st_mode & 0o077 == 0
 

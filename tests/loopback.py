@@ -1,0 +1,151 @@
+"""Real servers on loopback for the tests of the connection: TLS with any certificate, and ports that speak something else."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import socket
+import ssl
+import subprocess
+import sysconfig
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from fl_server.certificates import ca_certificate, key_pem, make_key, server_certificate
+
+NOW = dt.datetime.now(tz=dt.UTC)
+HOSTS = ("localhost", "127.0.0.1")
+FLEET = {
+    "/v1/fleet/pull-messages": (401, {"detail": "Invalid SuperNode authentication"}),
+    "/v1/fleet/activate-node": (400, {"code": 2003, "detail": "Invalid heartbeat interval."}),
+}
+
+
+class Authority:
+    """A CA of a test and what it signs, as files below `folder`."""
+
+    def __init__(self, folder: Path, days: int = 3650) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.key = folder, make_key()
+        self.certificate = ca_certificate("test", self.key, days, NOW - dt.timedelta(days=400))
+        self.path = folder / "ca.crt"
+        self.path.write_bytes(self.certificate.public_bytes(Encoding.PEM))
+
+    def server(self, *names: str, days: int = 365, now: dt.datetime = NOW) -> ssl.SSLContext:
+        key = make_key()
+        leaf = server_certificate(names, key.public_key(), self.certificate, self.key, days, now)
+        path = self.folder / f"{leaf.serial_number}.pem"
+        path.write_bytes(leaf.public_bytes(Encoding.PEM) + key_pem(key))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(path)
+        return context
+
+
+@contextmanager
+def http_server(
+    answers: dict[str, tuple[int, Any]] = FLEET, *, tls: ssl.SSLContext | None, ahead_s: float = 0.0
+) -> Iterator[tuple[int, list[str]]]:
+    """Serve the answers by path, 404 elsewhere, and say which lines were asked; `ahead_s` is how far its clock is wrong."""
+    asked: list[str] = []
+
+    class Requests(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("content-length") or 0))
+            asked.append(f"{self.command} {self.path} {len(body)}")
+            status, values = answers.get(self.path, (404, {"detail": "Not Found"}))
+            data = values if isinstance(values, bytes) else json.dumps(values).encode()
+            self.send_response(status)
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST = answer
+
+        def date_time_string(self, timestamp: float | None = None) -> str:
+            return super().date_time_string(int(time.time() + ahead_s))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Requests)
+    server.handle_error = lambda *_: None
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield server.server_address[1], asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def raw_server(talk: Callable[[socket.socket], None], *, tls: ssl.SSLContext | None = None) -> Iterator[int]:
+    """Serve each connection with `talk`, in a thread of its own."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def one(connection: socket.socket) -> None:
+        with suppress(OSError), closing(connection):
+            talk(tls.wrap_socket(connection, server_side=True) if tls is not None else connection)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=one, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        listener.close()
+
+
+def closed_port() -> int:
+    """Return a port on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@contextmanager
+def superlink(folder: Path, port: int) -> Iterator[None]:
+    """Run Flower's SuperLink with the certificates of a provisioned folder until the test ends, at most two minutes."""
+    scripts = Path(sysconfig.get_path("scripts"))
+    chosen = folder / "coordinator"
+    command = [
+        *("timeout", "120", str(scripts / "flower-superlink"), "--host", "127.0.0.1", "--port", str(port)),
+        *("--ssl-ca-certfile", str(chosen / "ca.crt"), "--ssl-certfile", str(chosen / "server.crt")),
+        *("--ssl-keyfile", str(chosen / "server.key"), "--enable-supernode-auth", "--database", str(folder / "state.db")),
+        *("--isolation", "process", "--superexec-auth-secret-file", str(chosen / "superexec.secret")),
+        "--disable-runtime-dependency-installation",
+    ]
+    settings = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_HOME": str(folder / "flwr")}
+    environment = {**os.environ, **settings, "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"}
+    with (folder / "superlink.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        _wait_for(port, folder / "superlink.log")
+        yield
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _wait_for(port: int, log: Path) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        with suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        time.sleep(0.2)
+    raise AssertionError(log.read_text())
