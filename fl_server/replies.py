@@ -83,7 +83,7 @@ def parse_replies(
     for reply in replies:
         site = sites.get(reply.metadata.src_node_id, "")
         if reply.has_error():
-            faults.append(_site_fault(site, reply.error.reason))
+            faults.append(site_fault(site, reply.error.reason))
             continue
         try:
             if not site or site in updates:
@@ -94,7 +94,7 @@ def parse_replies(
     return [updates[site] for site in sorted(updates)], faults
 
 
-def _site_fault(site: str, reason: str | None) -> Fault:
+def site_fault(site: str, reason: str | None) -> Fault:
     """Return the fault a site reported as "ICMnnn sentence"; any other text is not repeated, it may name files."""
     text = reason or ""
     number = int(text[3:6]) if text[:3] == "ICM" and text[3:6].isdigit() else 304

@@ -1,0 +1,158 @@
+"""A consortium on loopback for tests: certificates, keys, phantoms, and the real programs as child processes."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from fl_server.home import Home, read_home
+from fl_server.superlink import program
+from icmoe.study import Study, canonical
+
+ROOT = Path(__file__).parents[1]
+Key = ec.EllipticCurvePrivateKey
+PEM, OPENSSH = serialization.Encoding.PEM, serialization.Encoding.OpenSSH
+FL_SERVER = [sys.executable, "-c", "from fl_server.cli import main; main()"]
+NOT_ENCRYPTED = serialization.NoEncryption()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def write_private(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    path.chmod(0o600)
+    return path
+
+
+def certificate(name: str, issuer: tuple[x509.Name, Key] | None, *, days: int = 2) -> tuple[x509.Certificate, Key]:
+    """A CA without an issuer, a server certificate for loopback with one; with negative days one that has expired."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    issuer_name, issuer_key = issuer or (subject, key)
+    start = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=3)
+    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer_name).public_key(key.public_key())
+    builder = builder.serial_number(x509.random_serial_number()).not_valid_before(start)
+    builder = builder.not_valid_after(start + datetime.timedelta(days=3 + days))
+    builder = builder.add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
+    if issuer is not None:
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    return builder.sign(issuer_key, hashes.SHA256()), key
+
+
+def write_server_certificate(home: Path, ca: x509.Certificate, ca_key: Key, *, days: int = 2, stem: str = "server") -> None:
+    leaf, key = certificate("coordinator", (ca.subject, ca_key), days=days)
+    (home / "coordinator").mkdir(parents=True, exist_ok=True)
+    (home / "coordinator" / f"{stem}.crt").write_bytes(leaf.public_bytes(PEM) + ca.public_bytes(PEM))
+    data = key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, NOT_ENCRYPTED)
+    write_private(home / "coordinator" / f"{stem}.key", data)
+
+
+def make_home(root: Path) -> tuple[Home, x509.Certificate, Key]:
+    """The coordinator's folder as `fl_server provision` leaves it, on free loopback ports."""
+    root.mkdir(parents=True, exist_ok=True)
+    ca, ca_key = certificate("consortium", None)
+    write_server_certificate(root, ca, ca_key)
+    (root / "coordinator" / "ca.crt").write_bytes(ca.public_bytes(PEM))
+    write_private(root / "coordinator" / "superexec.secret", secrets.token_hex(32).encode())
+    text = f'name = "loopback"\n[coordinator]\naddress = "127.0.0.1:{free_port()}"\nsuperlink_port = {free_port()}\n'
+    (root / "consortium.toml").write_text(text)
+    return read_home(root), ca, ca_key
+
+
+def make_node_key(path: Path) -> Path:
+    """A site's key pair: `path` and `path`.pub."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    write_private(path, key.private_bytes(PEM, serialization.PrivateFormat.OpenSSH, NOT_ENCRYPTED))
+    path.with_suffix(".pub").write_bytes(key.public_key().public_bytes(OPENSSH, serialization.PublicFormat.OpenSSH))
+    return path
+
+
+def study_text(study: Study) -> str:
+    """The study as TOML with every default spelled out."""
+    values = json.loads(canonical(study))
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if not isinstance(value, dict | list)]
+    for label in values["labels"]:
+        lines.append(f"[[labels]]\nname = {json.dumps(label['name'])}\nvalues = {label['values']}")
+    for section, keys in values.items():
+        if isinstance(keys, dict):
+            lines.append(f"[{section}]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in keys.items()))
+    return "\n".join(lines) + "\n"
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The tests' own packages first, for every process that Flower starts."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
+    scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PYTHONPATH": path, "PATH": scripts, "COLUMNS": "200", **quiet, **changes}
+
+
+def fl_server(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [*FL_SERVER, *arguments]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout_s, check=False, cwd="/")
+
+
+def flwr(folder: Path, *arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    """Flower's own command line with `folder` as its home."""
+    command = [program("flwr"), *arguments]
+    settings = environment(FLWR_HOME=str(folder))
+    return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=timeout_s, check=False, cwd="/")
+
+
+def supernode_command(address: str, ca: Path | None, key: Path | None) -> list[str]:
+    trust = ["--root-certificates", str(ca)] if ca is not None else ["--insecure"]
+    proof = ["--auth-supernode-private-key", str(key)] if key is not None else []
+    return [program("flower-supernode"), "--superlink", address, *trust, *proof, "--port", str(free_port())]
+
+
+@contextmanager
+def running(command: list[str], log: Path, settings: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A child in its own session; it and all that it started are gone afterwards."""
+    with log.open("ab") as out:
+        process = subprocess.Popen(command, env=dict(settings), stdout=out, stderr=out, start_new_session=True, cwd="/")
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(timeout=15)
+
+
+def wait_until(true: Callable[[], object], what: str, timeout_s: float = 60.0) -> None:
+    ends = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < ends, f"not within {timeout_s:.0f} s: {what}"
+        time.sleep(0.2)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
