@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field
 from icmoe.atomic import write_atomically
 from icmoe.config import Section, parse, read_toml
 from icmoe.errors import Fault, IcmoeError
+from icmoe.private import read_private
 
 CONNECTION = "coordinator"
 
@@ -123,20 +124,15 @@ def read_home(root: Path) -> Home:
     Raises
     ------
     IcmoeError
-        201-205 for its consortium.toml, 326 per missing file, 327 per private file that others may read.
+        201-205 for its consortium.toml, 326 per missing file, 306 for a private file that others may read.
     """
     path = root / "consortium.toml"
     settings = parse(_Consortium, read_toml(path), where=str(path)).coordinator
     home = Home(root.resolve(), settings.address, settings.superlink_port)
-    did = "Nothing was started."
     needed = [home.ca, home.certificate, home.key, home.secret]
-    faults = [Fault(number=326, where=str(path), did=did) for path in needed if not path.is_file()]
-    private = {path: path.stat().st_mode & 0o777 for path in (home.key, home.secret) if path.is_file()}
-    faults += [
-        Fault(number=327, where=str(path), value=f"mode {mode:04o}", limit="0600", did=did)
-        for path, mode in private.items()
-        if mode & 0o077
-    ]
+    faults = [Fault(number=326, where=str(path), did="Nothing was started.") for path in needed if not path.is_file()]
     if faults:
         raise IcmoeError(*faults)
+    for private in (home.key, home.secret):
+        read_private(private)
     return home

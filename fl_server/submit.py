@@ -13,7 +13,7 @@ from fl_server import flower
 from fl_server.home import Home
 from fl_server.rounds import RoundRecord, RunState
 from icmoe.atomic import write_atomically
-from icmoe.bundle import write_app
+from icmoe.bundle import PACKAGES, bundle_files
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Study, read_study
 
@@ -110,6 +110,17 @@ def start(home: Home, path: Path) -> tuple[Study, StudyFolder]:
     write_app(app)
     folder.note_run(flower.submit(home, app, folder.study))
     return study, folder
+
+
+def write_app(folder: Path) -> None:
+    """Lay out the app from this installation, as the sites build it from theirs, and remove what is not part of it."""
+    files = bundle_files()
+    for package in PACKAGES:
+        for path in (folder / package).rglob("*.py"):
+            if path.relative_to(folder).as_posix() not in files:
+                path.unlink()
+    for name, data in files.items():
+        write_atomically(folder / name, data, durable=False)
 
 
 def follow(home: Home, study: Study, folder: StudyFolder, tell: Callable[[RoundRecord], None]) -> None:

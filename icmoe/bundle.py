@@ -1,28 +1,28 @@
-"""The Flower app that a study runs: the two app packages as they are installed, and nothing else.
+"""The app bundle: the code that Flower ships to a site, made from the installed packages alone.
 
-Coordinator and site lay the same folder from their own installations, so that one builder gives both the same digest.
+Coordinator and sites build it from their own installation; equal installations make equal bundles. The model's code
+(`icmoe`) is not part of it and comes from each installation too.
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from icmoe import __version__
-from icmoe.atomic import write_atomically
-from icmoe.errors import Fault, IcmoeError
 
 PACKAGES = ("fl_client", "fl_server")
+PUBLISHER, NAME, VERSION = "icmoe", "icmoe-federated", __version__
 
-# Without dependencies: what the apps import is installed at coordinator and site, never fetched when a run starts.
-PROJECT = f"""[project]
-name = "icmoe-federated"
-version = "{__version__}"
-license = "Apache-2.0"
+PYPROJECT = f"""\
+[project]
+name = "{NAME}"
+version = "{VERSION}"
 
 [tool.flwr.app]
-publisher = "icmoe"
-fab-include = [{", ".join(f'"{package}/*.py"' for package in PACKAGES)}]
+publisher = "{PUBLISHER}"
+fab-include = ["fl_client/**/*.py", "fl_server/**/*.py"]
 
 [tool.flwr.app.components]
 serverapp = "fl_server.app:app"
@@ -33,30 +33,26 @@ study = "study.toml"
 """
 
 
-def app_files() -> dict[str, bytes]:
-    """Return the app's files by their path in it.
+def bundle_files(root: Path | None = None) -> dict[str, bytes]:
+    """Return the files of the app bundle by their path in it, sorted.
 
-    Raises
-    ------
-    IcmoeError
-        205 where a package is not installed as files.
+    Parameters
+    ----------
+    root
+        Folder that holds the packages; where this package is installed if absent.
     """
-    files = {"pyproject.toml": PROJECT.encode()}
-    for package in PACKAGES:
-        spec = find_spec(package)
-        if spec is None or spec.origin is None:
-            raise IcmoeError(Fault(number=205, where=package, what="package is not installed", did="Nothing was built."))
-        for path in sorted(Path(spec.origin).parent.glob("*.py")):
-            files[f"{package}/{path.name}"] = path.read_bytes()
-    return files
+    root = root or Path(__file__).resolve().parents[1]
+    sources = (path for package in PACKAGES for path in (root / package).rglob("*.py"))
+    files = {path.relative_to(root).as_posix(): path.read_bytes() for path in sources}
+    return dict(sorted({**files, "pyproject.toml": PYPROJECT.encode()}.items()))
 
 
-def write_app(folder: Path) -> None:
-    """Write the app into `folder`; Python files there that are not part of it are removed."""
-    files = app_files()
-    for package in PACKAGES:
-        for path in (folder / package).glob("*.py"):
-            if f"{package}/{path.name}" not in files:
-                path.unlink()
-    for name, data in files.items():
-        write_atomically(folder / name, data, durable=False)
+def bundle_digest(files: Mapping[str, bytes]) -> str:
+    """Return the SHA-256 over names and contents: what a site approves, whichever library packs the files."""
+    lines = (f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in sorted(files.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def differences(mine: Mapping[str, bytes], other: Mapping[str, bytes]) -> list[str]:
+    """Return the names of files that only one side has or whose contents differ, sorted."""
+    return sorted(name for name in {*mine, *other} if mine.get(name) != other.get(name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import ipaddress
 import json
 import os
@@ -50,11 +50,11 @@ def certificate(name: str, issuer: tuple[x509.Name, Key] | None, *, days: int = 
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     issuer_name, issuer_key = issuer or (subject, key)
-    start = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=3)
+    start = dt.datetime.now(dt.UTC) - dt.timedelta(days=3)
     names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
     builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer_name).public_key(key.public_key())
     builder = builder.serial_number(x509.random_serial_number()).not_valid_before(start)
-    builder = builder.not_valid_after(start + datetime.timedelta(days=3 + days))
+    builder = builder.not_valid_after(start + dt.timedelta(days=3 + days))
     builder = builder.add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
     if issuer is not None:
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
@@ -93,8 +93,7 @@ def study_text(study: Study) -> str:
     """The study as TOML with every default spelled out."""
     values = json.loads(canonical(study))
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if not isinstance(value, dict | list)]
-    for label in values["labels"]:
-        lines.append(f"[[labels]]\nname = {json.dumps(label['name'])}\nvalues = {label['values']}")
+    lines += [f"[[labels]]\nname = {json.dumps(label['name'])}\nvalues = {label['values']}" for label in values["labels"]]
     for section, keys in values.items():
         if isinstance(keys, dict):
             lines.append(f"[{section}]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in keys.items()))
