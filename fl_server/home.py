@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from icmoe.atomic import write_atomically
 from icmoe.config import Section, parse, read_toml
@@ -18,19 +18,13 @@ from icmoe.private import read_private
 CONNECTION = "coordinator"
 
 
-class _Lenient(Section):
-    model_config = ConfigDict(extra="ignore")
+class Coordinator(Section):
+    """What is needed of the consortium file's section of the same name."""
 
-
-class _Coordinator(_Lenient):
     address: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+:[0-9]{1,5}$")]
     """Public host:port, the one that hospitals connect to."""
     superlink_port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port of the SuperLink on loopback."""
-
-
-class _Consortium(_Lenient):
-    coordinator: _Coordinator
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +121,9 @@ def read_home(root: Path) -> Home:
         201-205 for its consortium.toml, 326 per missing file, 306 for a private file that others may read.
     """
     path = root / "consortium.toml"
-    settings = parse(_Consortium, read_toml(path), where=str(path)).coordinator
+    section = read_toml(path).get("coordinator", {})
+    values = {key: section[key] for key in Coordinator.model_fields if isinstance(section, dict) and key in section}
+    settings = parse(Coordinator, values, where=f"{path} [coordinator]")
     home = Home(root.resolve(), settings.address, settings.superlink_port)
     needed = [home.ca, home.certificate, home.key, home.secret]
     faults = [Fault(number=326, where=str(path), did="Nothing was started.") for path in needed if not path.is_file()]

@@ -160,8 +160,8 @@ def _completed(home: Home, folder: StudyFolder) -> bool:
     if run.status == "finished:completed":
         return True
     if run.finished:
-        number = 509 if run.status == "finished:stopped" else 507
-        raise IcmoeError(*folder.faults(), Fault(number=number, value=f"run {run.run_id}, {run.details or run.status}"))
+        value = f"run {run.run_id}, {run.details or run.status}"
+        raise IcmoeError(*folder.faults(), Fault(number=509 if run.status == "finished:stopped" else 507, value=value))
     return False
 
 
