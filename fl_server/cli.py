@@ -62,11 +62,11 @@ def superlink(
     ] = None,
 ) -> None:
     """Write nginx.conf and print the exact Flower commands of this consortium, or run them."""
-    from fl_server.commands import run_superlink
+    from fl_server.superlink import serve
 
     with exit_on_fault():
         require_supported_platform()
-        run_superlink(home, execute=execute, listen=listen)
+        serve(home, execute=execute, listen=listen)
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,24 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fl_server import flower, submit, superlink
+from fl_server import flower, submit
 from fl_server.home import read_home
 from fl_server.rounds import RoundRecord
-from fl_server.supervise import supervise
 from icmoe.errors import Fault, IcmoeError
-
-
-def run_superlink(root: Path, *, execute: bool, listen: str | None) -> None:
-    """Write the configurations and print the commands, or run and supervise them."""
-    home = read_home(root)
-    superlink.write_configurations(home, listen=listen)
-    if not execute:
-        sys.stdout.write(superlink.printed(home))
-        return
-    superlink.require_free_port(home.superlink_port)
-    os.umask(0o077)
-    sys.stderr.write(superlink.printed(home))
-    supervise(superlink.children(home))
 
 
 def run_study(root: Path, path: Path, *, as_json: bool) -> None:

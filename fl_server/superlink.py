@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import socket
+import sys
 import sysconfig
 from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from fl_server.home import Home
-from fl_server.supervise import Child
+from fl_server.home import Home, read_home
+from fl_server.supervise import Child, supervise
 from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError
 
@@ -122,3 +124,16 @@ def write_configurations(home: Home, *, listen: str | None = None) -> None:
     (home.folder / "nginx").mkdir(mode=0o700, exist_ok=True)
     write_atomically(home.folder / "nginx.conf", nginx_configuration(home, listen=listen).encode())
     home.write_flower_configuration()
+
+
+def serve(root: Path, *, execute: bool, listen: str | None) -> None:
+    """Write the configurations and print the commands, or run and supervise them."""
+    home = read_home(root)
+    write_configurations(home, listen=listen)
+    if not execute:
+        sys.stdout.write(printed(home))
+        return
+    require_free_port(home.superlink_port)
+    os.umask(0o077)
+    sys.stderr.write(printed(home))
+    supervise(children(home))
