@@ -7,8 +7,10 @@ import ipaddress
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -127,10 +129,15 @@ def supernode_command(address: str, ca: Path | None, key: Path | None) -> list[s
 
 
 @contextmanager
-def running(command: list[str], log: Path, settings: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    command: list[str], log: Path, settings: Mapping[str, str], *, user: int | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """A child in its own session; it and all that it started are gone afterwards."""
+    who = {} if user is None else {"user": user, "group": user, "extra_groups": []}
     with log.open("ab") as out:
-        process = subprocess.Popen(command, env=dict(settings), stdout=out, stderr=out, start_new_session=True, cwd="/")
+        process = subprocess.Popen(
+            command, env=dict(settings), stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, cwd="/", **who
+        )
     try:
         yield process
     finally:
@@ -155,3 +162,51 @@ def listens(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1.0)
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+NOBODY = 65534
+NGINX = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"]))
+
+
+@contextmanager
+def public_port(home: Home, configuration: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Debian's nginx with a configuration of `fl_server superlink`, as an unprivileged user."""
+    user = NOBODY if os.geteuid() == 0 else None
+    if user is not None:
+        for path in (home.folder / "nginx", *home.folder.glob("*.key")):
+            os.chown(path, user, user)
+    assert NGINX is not None
+    command = [NGINX, "-e", "stderr", "-c", str(configuration)]
+    with running(command, home.root / f"{configuration.stem}.log", environment(), user=user) as process:
+        yield process
+
+
+def raw(port: int, request: bytes, *, ca: Path, protocols: list[str] | None = None) -> bytes:
+    """The answer to these very bytes over TLS."""
+    context = ssl.create_default_context(cafile=str(ca))
+    if protocols:
+        context.set_alpn_protocols(protocols)
+    plain = socket.create_connection(("127.0.0.1", port), timeout=20)
+    answer = b""
+    with context.wrap_socket(plain, server_hostname="127.0.0.1") as secure:
+        with suppress(OSError):  # an answer may come before all is sent
+            secure.sendall(request)
+        with suppress(OSError):
+            while chunk := secure.recv(65536):
+                answer += chunk
+    return answer
+
+
+def post(path: str, body: bytes = b"", *, version: str = "1.1", headers: str = "") -> bytes:
+    head = f"POST {path} HTTP/{version}\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
+    head += "Content-Type: application/protobuf\r\n"
+    return (head + headers + "\r\n").encode() + body
+
+
+def children_of(pid: int) -> dict[str, int]:
+    """Process numbers of a process's children by the name of the program in their command line."""
+    found = {}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+        found[next((Path(word.decode()).name for word in words if b"flower-" in word or b"flwr-" in word), "")] = int(child)
+    return found

@@ -109,16 +109,20 @@ def test_a_round_is_told_in_one_line(make_study) -> None:
 
 
 # Two children: one ends at once, cleanly; the other starts a child of its own, as a SuperExec starts ServerApps.
-SUPERVISED = """
+SUPERVISED = '''
 import os, sys
 from fl_server.supervise import Child, supervise
 python, folder = sys.executable, sys.argv[1]
-grandchild = f"import subprocess, time; open('{folder}/pid', 'w').write(str(subprocess.Popen(['sleep', '600']).pid)); time.sleep(600)"
+grandchild = f"""
+import subprocess, time
+open('{folder}/pid', 'w').write(str(subprocess.Popen(['sleep', '600']).pid))
+time.sleep(600)
+"""
 supervise([
     Child("brief", [python, "-c", f"open('{folder}/brief', 'a').write('x')"], dict(os.environ)),
     Child("parent", [python, "-c", grandchild], dict(os.environ)),
 ])
-"""
+'''
 
 
 def alive(pid: int) -> bool:
