@@ -76,6 +76,11 @@ class Home:
         return self.folder / "state.db"
 
     @property
+    def proxy(self) -> Path:
+        """Configuration of nginx, and below it the one folder that nginx writes to."""
+        return self.folder / "proxy"
+
+    @property
     def runs(self) -> Path:
         """One folder per study: its file, its state, its model."""
         return self.folder / "runs"

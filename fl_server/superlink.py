@@ -68,7 +68,7 @@ def printed(home: Home) -> str:
     settings = [f"export {name}={shlex.quote(value)}" for name, value in home.settings().items()]
     path = f'export PATH={shlex.quote(sysconfig.get_path("scripts"))}:"$PATH"'
     commands = [shlex.join(superlink_command(home)) + " &", shlex.join(superexec_command(home)) + " &"]
-    proxy = shlex.join(["nginx", "-e", "stderr", "-c", str(home.folder / "nginx.conf")])
+    proxy = shlex.join(["nginx", "-e", "stderr", "-c", str(home.proxy / "nginx.conf")])
     return "\n".join(["umask 077", *settings, path, *commands, f"# the public port, {home.address}:", proxy]) + "\n"
 
 
@@ -108,8 +108,7 @@ def nginx_configuration(home: Home, *, listen: str | None = None) -> str:
     text = files("fl_server").joinpath("nginx.conf.j2").read_text(encoding="utf-8")
     template = Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True).from_string(text)  # noqa: S701
     return template.render(
-        folder=home.folder,
-        run=home.folder / "nginx",
+        proxy=home.proxy,
         listen=listen or str(home.public_port),
         superlink_port=home.superlink_port,
         certificate=home.certificate,
@@ -121,8 +120,8 @@ def nginx_configuration(home: Home, *, listen: str | None = None) -> str:
 
 def write_configurations(home: Home, *, listen: str | None = None) -> None:
     """Write nginx.conf and Flower's connection into the coordinator's folder."""
-    (home.folder / "nginx").mkdir(mode=0o700, exist_ok=True)
-    write_atomically(home.folder / "nginx.conf", nginx_configuration(home, listen=listen).encode())
+    (home.proxy / "run").mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_atomically(home.proxy / "nginx.conf", nginx_configuration(home, listen=listen).encode())
     home.write_flower_configuration()
 
 

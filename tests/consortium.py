@@ -173,7 +173,7 @@ def public_port(home: Home, configuration: Path) -> Iterator[subprocess.Popen[by
     """Debian's nginx with a configuration of `fl_server superlink`, as an unprivileged user."""
     user = NOBODY if os.geteuid() == 0 else None
     if user is not None:
-        for path in (home.folder / "nginx", *home.folder.glob("*.key")):
+        for path in (home.proxy / "run", *home.folder.glob("*.key")):
             os.chown(path, user, user)
     assert NGINX is not None
     command = [NGINX, "-e", "stderr", "-c", str(configuration)]

@@ -110,9 +110,9 @@ def coordinator(studies: dict[str, Study]) -> Iterator[Coordinator]:
             .replace("/server.", "/expired.")
             .replace("nginx.pid", "b.pid")
         )
-        (home.folder / "expired.conf").write_text(text)
+        (home.proxy / "expired.conf").write_text(text)
         for configuration in ("nginx.conf", "expired.conf"):
-            stack.enter_context(public_port(home, home.folder / configuration))
+            stack.enter_context(public_port(home, home.proxy / configuration))
         wait_until(lambda: listens(home.public_port) and listens(expired), "nginx on its ports")
         yield Coordinator(home, supervisor, root / "wrong-ca.crt", expired)
     shutil.rmtree(root)
@@ -229,7 +229,7 @@ def test_a_chunk_of_flowers_size_passes_and_a_larger_body_does_not(coordinator: 
     assert not from_nginx(passed)
     assert status_of(passed) == 401  # the SuperLink read it and asks for the signature
     assert status_of(raw(port, post("/v1/fleet/push-object", padding(7 * 2**20)), ca=ca)) == 413
-    assert not any((coordinator.home.folder / "nginx" / "body").rglob("*"))
+    assert not any((coordinator.home.proxy / "run" / "body").rglob("*"))
 
 
 HANDSHAKES = {
