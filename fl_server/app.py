@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +54,7 @@ def main(grid: Grid, context: Context) -> None:
     except IcmoeError as error:
         write_atomically(faults, json.dumps([fault.record() for fault in error.faults]).encode())
         print_faults(error.faults)
-        sys.exit(1)
+        raise  # Flower reports an exception at once; after an exit it would wait a minute and lose the lines above
 
 
 def run_study(grid: Grid, path: Path) -> None:
