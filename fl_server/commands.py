@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fl_server import flower, submit
 from fl_server.home import read_home
 from fl_server.rounds import RoundRecord
+from icmoe.bundle import bundle_digest, bundle_files
 from icmoe.errors import Fault, IcmoeError
 
 
@@ -25,7 +26,8 @@ def run_study(root: Path, path: Path, *, as_json: bool) -> None:
     if folder.model.exists():
         say(f"{study.name} is complete: {folder.model}")
         return
-    say(f"study {study.name} {study.digest}\nrun {folder.run_id}, deadline of each wait {study.deadline_s:.0f} s")
+    say(f"study      {study.name} {study.digest}\napp bundle {bundle_digest(bundle_files())}")
+    say(f"run        {folder.run_id}, deadline of each wait {study.deadline_s:.0f} s")
 
     def tell(record: RoundRecord) -> None:
         say(submit.sentence(record, study))
@@ -71,7 +73,7 @@ def stop_run(root: Path, run_id: str) -> None:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table("run", "study", "status", "rounds", "validation Dice", "since")
+    table = Table(Column("run", no_wrap=True), "study", Column("status", overflow="fold"), "rounds", "Dice", "since")
     for row in rows:
         rounds = "" if row["rounds"] is None else f"{row['rounds_done']} of {row['rounds']}"
         dice = "" if row["val_dice"] is None else f"{row['val_dice']:.4f}"

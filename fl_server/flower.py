@@ -28,8 +28,8 @@ class Run:
         pending, starting, running, or finished:completed, finished:failed, finished:stopped.
     details
         Flower's reason where it failed.
-    bundle
-        SHA-256 of the app that the sites are asked to run.
+    fab_sha256
+        Of the app as Flower packed it.
     since
         When it was submitted, ISO 8601.
     """
@@ -37,7 +37,7 @@ class Run:
     run_id: str
     status: str
     details: str
-    bundle: str
+    fab_sha256: str
     since: str
 
     @property

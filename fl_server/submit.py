@@ -185,7 +185,7 @@ def summary(home: Home) -> list[dict[str, Any]]:
     rows = []
     for run in flower.runs(home):
         row: dict[str, Any] = {"run": run.run_id, "status": run.status, "details": run.details, "since": run.since}
-        row |= {"bundle": run.bundle, "study": None, "rounds_done": None, "rounds": None, "val_dice": None}
+        row |= {"fab_sha256": run.fab_sha256, "study": None, "rounds_done": None, "rounds": None, "val_dice": None}
         if (folder := by_run.get(run.run_id)) is not None:
             study, state = read_study(folder.study), folder.progress()
             row |= {"study": study.name, "rounds": study.rounds, "rounds_done": state.round if state else 0}
