@@ -13,9 +13,11 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
@@ -24,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fl_server.home import Home, read_home
-from fl_server.superlink import program
+from fl_server.superlink import nginx_configuration, program
 from icmoe.study import Study, canonical
 
 ROOT = Path(__file__).parents[1]
@@ -165,6 +167,7 @@ def listens(port: int) -> bool:
 
 
 NOBODY = 65534
+NO_NGINX = "nginx is not installed (apt-get install nginx)"
 NGINX = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"]))
 
 
@@ -210,3 +213,48 @@ def children_of(pid: int) -> dict[str, int]:
         words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
         found[next((Path(word.decode()).name for word in words if b"flower-" in word or b"flwr-" in word), "")] = int(child)
     return found
+
+
+@dataclass(frozen=True)
+class Coordinator:
+    """The running coordinator."""
+
+    home: Home
+    supervisor: subprocess.Popen[bytes]
+    wrong_ca: Path
+    expired_port: int
+
+    @property
+    def public(self) -> str:
+        return self.home.address
+
+    def site_file(self, name: str) -> Path:
+        return self.home.root / "sites" / name / "site.toml"
+
+    def node_key(self, name: str) -> Path:
+        return self.home.root / "sites" / name / "node"
+
+    def study(self, name: str) -> Path:
+        return self.home.root / f"{name}.toml"
+
+
+@contextmanager
+def coordinating() -> Iterator[Coordinator]:
+    """SuperLink, SuperExec and nginx on loopback, and a second nginx whose certificate has expired."""
+    root = Path(tempfile.mkdtemp(prefix="icmoe-federation-"))
+    root.chmod(0o755)  # nginx runs as nobody
+    home, ca, ca_key = make_home(root)
+    (root / "wrong-ca.crt").write_bytes(certificate("somebody else", None)[0].public_bytes(PEM))
+    write_server_certificate(root, ca, ca_key, days=-1, stem="expired")
+    command = [*FL_SERVER, "superlink", "--home", str(root), "--exec"]
+    with ExitStack() as stack:
+        supervisor = stack.enter_context(running(command, root / "superlink.log", environment()))
+        wait_until(lambda: listens(home.superlink_port), "SuperLink on its port")
+        expired = free_port()
+        text = nginx_configuration(home, listen=f"127.0.0.1:{expired}")
+        (home.proxy / "expired.conf").write_text(text.replace("/server.", "/expired.").replace("nginx.pid", "b.pid"))
+        for configuration in ("nginx.conf", "expired.conf"):
+            stack.enter_context(public_port(home, home.proxy / configuration))
+        wait_until(lambda: listens(home.public_port) and listens(expired), "nginx on its ports")
+        yield Coordinator(home, supervisor, root / "wrong-ca.crt", expired)
+    shutil.rmtree(root)
