@@ -97,7 +97,7 @@ def test_every_command_of_the_guide_and_the_units_exists() -> None:
         "fl_client": {"init", "check", "it-sheet", "approve", "audit"},
     }
     texts = [path.read_text() for path in (DEPLOY / "README.md", *UNITS)]
-    found = re.findall(r"(fl_server|fl_client)((?: --(?:site|config) \S+)*) ([a-z-]+)", "\n".join(texts))
+    found = re.findall(r"(fl_server|fl_client)((?: --(?:site|config) \S+)*) ([a-z][a-z-]+)", "\n".join(texts))
     assert found
     for program, _, command in found:
         assert command in known[program] | later[program], f"{program} {command}"

@@ -155,7 +155,7 @@ def test_sigterm_ends_everything_also_what_a_killed_child_left_behind(
     (tmp_path / "pid").unlink()
     os.kill(parent, signal.SIGKILL)
     wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "the next parent", 30)
-    assert alive(grandchild)  # a ServerApp would go on with its run
+    assert alive(grandchild)
     began = time.monotonic()
     supervised.send_signal(signal.SIGTERM)
     assert supervised.wait(timeout=15) == 0
