@@ -167,7 +167,7 @@ def run_rounds(
         moved, _ = strategy.aggregate_train(number, replies)
         strategy.report.faults += silences(sites, reached, replies)
         if not strategy.report.updates:
-            raise IcmoeError(*(strategy.report.faults or [Fault(number=501, where=f"round {number}")]))
+            raise IcmoeError(Fault(number=501, where=f"round {number}"), *strategy.report.faults)
         if moved is not None:
             state.arrays = {name: array.numpy() for name, array in moved.items()}
         state.extra = strategy.state()
