@@ -107,6 +107,67 @@ def expiry(
             raise typer.Exit(1)
 
 
+Home = Annotated[Path, typer.Option("--home", help="Folder that fl_server provision made.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def superlink(
+    home: Home,
+    execute: Annotated[bool, typer.Option("--exec", help="Run and supervise the commands instead of printing them.")] = False,
+    listen: Annotated[
+        str | None, typer.Option(help="ADDRESS:PORT of nginx where it is not every address and the public port.")
+    ] = None,
+) -> None:
+    """Write nginx.conf and print the exact Flower commands of this consortium, or run them."""
+    from fl_server.superlink import serve
+
+    with exit_on_fault():
+        require_supported_platform()
+        serve(home, execute=execute, listen=listen)
+
+
+@app.command()
+def run(study: Annotated[Path, typer.Argument(help="Study file, TOML.")], home: Home, as_json: AsJson = False) -> None:
+    """Submit a study and follow its rounds; exits with 0 only when the study completed."""
+    from fl_server.commands import run_study
+
+    with exit_on_fault():
+        require_supported_platform()
+        run_study(home, study, as_json=as_json)
+
+
+@app.command()
+def status(
+    home: Home,
+    run_id: Annotated[str | None, typer.Argument(help="Run; the newest where absent.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how far a run came."""
+    from fl_server.commands import show_runs
+
+    with exit_on_fault():
+        show_runs(home, run_id=run_id, newest=True, as_json=as_json)
+
+
+@app.command(name="list")
+def list_runs(home: Home, as_json: AsJson = False) -> None:
+    """List all runs."""
+    from fl_server.commands import show_runs
+
+    with exit_on_fault():
+        show_runs(home, run_id=None, newest=False, as_json=as_json)
+
+
+@app.command()
+def stop(run_id: Annotated[str, typer.Argument(help="Run.")], home: Home) -> None:
+    """Stop a run; its finished rounds are kept, and the study can go on later."""
+    from fl_server.commands import stop_run
+
+    with exit_on_fault():
+        stop_run(home, run_id)
+
+
 def main() -> None:
     """Run the command."""
     app()

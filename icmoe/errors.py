@@ -125,12 +125,23 @@ CATALOGUE: dict[int, Entry] = {
         "Nothing at first: it is tried again. If it lasts, ask the coordinator.",
     ),
     325: Entry("site cannot be started", "Correct what is named; another fl_client of the site may be running."),
+    326: Entry("coordinator's folder is incomplete", "Run fl_server provision, or name its output folder with --home."),
+    328: Entry("supervised process ended", "Nothing, it is started again; if it recurs, read its log above."),
+    329: Entry("port is in use", "Stop the other process, or change superlink_port in consortium.toml."),
+    330: Entry("SuperLink does not answer", "Start it: fl_server superlink --home DIR --exec."),
+    331: Entry("site is not the one registered with its key", "Name the site in its site file as it was admitted."),
+    332: Entry("site is not connected", "Ask the hospital to look at fl_client --site NAME."),
     401: Entry("frozen backbone changed during training", "Do not use the result; report the case with the two digests."),
     501: Entry("no site delivered a usable update", "Look at the sites' errors; the global model was kept."),
     502: Entry("run folder is in use or holds another run", "Choose another --out, or continue the same run with --resume."),
     503: Entry("simulation stopped before its end", "Continue with --resume after removing the cause."),
     504: Entry("update was refused", "Look at the named tensor at the site; the round went on without it."),
     505: Entry("Ray cluster cannot be reached", "Check --address, or leave it out to start a cluster on this machine."),
+    506: Entry("study is running already", "Wait for it, or stop it: fl_server stop RUN."),
+    507: Entry("run failed", "Remove the cause and run the study again: it goes on after its last round."),
+    508: Entry("run is not known", "List the runs: fl_server list."),
+    509: Entry("run was stopped", "Run the study again: it goes on after its last round."),
+    510: Entry("run did not end in time", "Look at fl_server status; the run was not stopped."),
 }
 
 
