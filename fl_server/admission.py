@@ -11,9 +11,8 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
-from fl_server.consortium import Consortium, read_consortium
 from fl_server.flower_private import Refused, Registry
-from fl_server.provisioning import Place
+from fl_server.home import Home, find_home
 from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError
 from icmoe.joining import (
@@ -66,17 +65,16 @@ def admit(path: Path, folder: Path, *, expected: str | None = None) -> Admission
         205 and 310 for an unreadable request, 307 for a key of the wrong kind, 314 where it may not be admitted, 311 where
         the SuperLink cannot be reached.
     """
-    place = Place(folder)
-    consortium = read_consortium(place.consortium)
+    home = find_home(folder)
     request = parse_request(read_small(path), where=str(path))
     key = proven_key(request, where=str(path))
-    _refuse_strangers(place, consortium, request, key, path, expected)
-    with _registry(place, consortium) as registry:
+    _refuse_strangers(home, request, key, path, expected)
+    with _registry(home) as registry:
         found = registry.find(key)
         node_id = found[0] if found is not None else _registered(registry, request, key, path)
     if found is not None and found[1] == "unregistered":
         raise _refusal(path, "key has been revoked", request.site, "a key that was never registered")
-    write_atomically(place.public_key(request.site), (public_text(key) + "\n").encode())
+    write_atomically(home.public_key(request.site), (public_text(key) + "\n").encode())
     return Admission(request.site, fingerprint(key), node_id)
 
 
@@ -88,41 +86,39 @@ def revoke(name: str, folder: Path) -> str:
     IcmoeError
         314 where the site has no admitted key, 311 where the SuperLink cannot be reached: then nothing changed.
     """
-    place = Place(folder)
-    consortium = read_consortium(place.consortium)
-    path = place.public_key(name)
+    home = find_home(folder)
+    path = home.public_key(name)
     if not path.exists():
-        admitted = sorted(found.parent.name for found in (folder / "sites").glob("*/node.pub"))
+        admitted = sorted(found.parent.name for found in (home.root / "sites").glob("*/node.pub"))
         raise _refusal(path, "site has no admitted key", name, ", ".join(admitted) or "none")
     key = _public_key(path)
-    with _registry(place, consortium) as registry:
+    with _registry(home) as registry:
         found = registry.find(key)
         if found is not None and found[1] != "unregistered":
             registry.unregister(found[0])
-    revoked = place.site(name) / "revoked" / f"{fingerprint(key).removeprefix('SHA256:').replace('/', '_')}.pub"
+    revoked = home.site(name) / "revoked" / f"{fingerprint(key).removeprefix('SHA256:').replace('/', '_')}.pub"
     revoked.parent.mkdir(exist_ok=True)
     path.replace(revoked)
     return fingerprint(key)
 
 
 def _refuse_strangers(
-    place: Place,
-    consortium: Consortium,
+    home: Home,
     request: JoinRequest,
     key: ec.EllipticCurvePublicKey,
     path: Path,
     expected: str | None,
 ) -> None:
-    ca = parse_certificate(read_small(place.ca), where=str(place.ca))
-    if request.site not in consortium.site_names:
-        raise _refusal(path, "site is not in the consortium", request.site, ", ".join(consortium.site_names))
+    ca = parse_certificate(read_small(home.ca), where=str(home.ca))
+    if request.site not in home.consortium.site_names:
+        raise _refusal(path, "site is not in the consortium", request.site, ", ".join(home.consortium.site_names))
     if request.ca != key_digest(ca):
         raise _refusal(path, "request was made for another consortium's CA", request.ca[:16], key_digest(ca)[:16])
     if expected is not None and expected != fingerprint(key):
         raise _refusal(path, "fingerprint differs from the one given", fingerprint(key), expected)
-    if any(_public_key(old) == key for old in (place.folder / "sites").glob("*/revoked/*.pub")):
+    if any(_public_key(old) == key for old in (home.root / "sites").glob("*/revoked/*.pub")):
         raise _refusal(path, "key has been revoked", fingerprint(key), "a key that was never registered")
-    for other in sorted((place.folder / "sites").glob("*/node.pub")):
+    for other in sorted((home.root / "sites").glob("*/node.pub")):
         same_site, same_key = other.parent.name == request.site, _public_key(other) == key
         if same_site != same_key:
             what = "another key is admitted for this site" if same_site else "key is admitted for another site"
@@ -147,9 +143,9 @@ def _registered(registry: Registry, request: JoinRequest, key: ec.EllipticCurveP
 
 
 @contextmanager
-def _registry(place: Place, consortium: Consortium) -> Iterator[Registry]:
-    port = consortium.coordinator.superlink_port
-    registry = Registry(port, read_small(place.ca))
+def _registry(home: Home) -> Iterator[Registry]:
+    port = home.superlink_port
+    registry = Registry(port, read_small(home.ca))
     try:
         yield registry
     except httpx.HTTPError as error:

@@ -51,13 +51,13 @@ def check(
         Console().print(table)
 
 
-OutOption = Annotated[Path, typer.Option("--out", help="Folder of the consortium, as fl_server provision made it.")]
+Home = Annotated[Path, typer.Option("--home", help="Folder that fl_server provision made.")]
 
 
 @app.command()
 def provision(
     consortium: Annotated[Path, typer.Argument(help="Consortium file, TOML.")],
-    out: OutOption,
+    out: Annotated[Path, typer.Option("--out", help="Folder to make, or to complete; the other commands call it --home.")],
     renew: Annotated[bool, typer.Option("--renew", help="Renew certificates that end within 60 days.")] = False,
 ) -> None:
     """Make CA, server certificate and start kits; what is there is kept, what is missing is added."""
@@ -71,31 +71,31 @@ def provision(
 @app.command()
 def admit(
     request: Annotated[Path, typer.Argument(help="request.json as the site sent it.")],
-    out: OutOption,
+    home: Home,
     fingerprint: Annotated[str | None, typer.Option(help="The key's fingerprint as the hospital read it out; compared.")] = None,
 ) -> None:
     """Register a site's key with the running SuperLink under the site's name."""
     with exit_on_fault(), file_errors():
         from fl_server.admission import admit as run
 
-        found = run(request, out, expected=fingerprint)
+        found = run(request, home, expected=fingerprint)
         sys.stdout.write(f"{found.site} is admitted as node {found.node_id}\nkey fingerprint  {found.fingerprint}\n")
         if fingerprint is None:
             sys.stdout.write("Compare the fingerprint with the hospital by telephone; if it differs: fl_server revoke.\n")
 
 
 @app.command()
-def revoke(site: Annotated[str, typer.Argument(help="Name of the site.")], out: OutOption) -> None:
+def revoke(site: Annotated[str, typer.Argument(help="Name of the site.")], home: Home) -> None:
     """Take a site's key out of the federation for good; its SuperNode stops within half a minute."""
     with exit_on_fault(), file_errors():
         from fl_server.admission import revoke as run
 
-        sys.stdout.write(f"{site} is revoked\nkey fingerprint  {run(site, out)}\n")
+        sys.stdout.write(f"{site} is revoked\nkey fingerprint  {run(site, home)}\n")
 
 
 @app.command()
 def expiry(
-    out: OutOption,
+    home: Home,
     days: Annotated[int, typer.Option(help="Report certificates that end within this many days.", min=0)] = 60,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -103,11 +103,10 @@ def expiry(
     from fl_server.provisioning import print_expiry
 
     with exit_on_fault(), file_errors():
-        if not print_expiry(out, dt.datetime.now(tz=dt.UTC), warn_days=days, as_json=as_json):
+        if not print_expiry(home, dt.datetime.now(tz=dt.UTC), warn_days=days, as_json=as_json):
             raise typer.Exit(1)
 
 
-Home = Annotated[Path, typer.Option("--home", help="Folder that fl_server provision made.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -6,25 +6,15 @@ import os
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field
-
+from fl_server.consortium import Consortium, read_consortium
 from icmoe.atomic import write_atomically
-from icmoe.config import Section, parse, read_toml
 from icmoe.errors import Fault, IcmoeError
+from icmoe.joining import split_address
 from icmoe.private import read_private
 
 CONNECTION = "coordinator"
-
-
-class Coordinator(Section):
-    """What is needed of the consortium file's section of the same name."""
-
-    address: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+:[0-9]{1,5}$")]
-    """Public host:port, the one that hospitals connect to."""
-    superlink_port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    """Port of the SuperLink on loopback."""
+FILE = "consortium.toml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +25,39 @@ class Home:
     ----------
     root
         Output folder of `fl_server provision`.
-    address
-        Public host:port.
-    superlink_port
-        Port of the SuperLink on loopback.
+    consortium
+        What its consortium.toml says.
     """
 
     root: Path
-    address: str
-    superlink_port: int
+    consortium: Consortium
+
+    @property
+    def file(self) -> Path:
+        """The consortium file as it was provisioned."""
+        return self.root / FILE
+
+    @property
+    def signing_ca(self) -> Path:
+        """Certificate of the consortium's CA, beside its key."""
+        return self.root / "ca" / "ca.crt"
+
+    @property
+    def signing_key(self) -> Path:
+        """Key of the CA; between renewals it may lie on another medium."""
+        return self.root / "ca" / "ca.key"
+
+    def site(self, name: str) -> Path:
+        """Folder of a site: its kit and its public key."""
+        return self.root / "sites" / name
+
+    def public_key(self, name: str) -> Path:
+        """Public key of an admitted site."""
+        return self.site(name) / "node.pub"
 
     @property
     def folder(self) -> Path:
-        """The coordinator's own part."""
+        """What the coordinator's services read and write."""
         return self.root / "coordinator"
 
     @property
@@ -86,9 +96,19 @@ class Home:
         return self.folder / "runs"
 
     @property
+    def address(self) -> str:
+        """Public host:port."""
+        return self.consortium.coordinator.address
+
+    @property
     def public_port(self) -> int:
         """Port that hospitals connect to."""
-        return int(self.address.rpartition(":")[2])
+        return split_address(self.address)[1]
+
+    @property
+    def superlink_port(self) -> int:
+        """Port of the SuperLink on loopback."""
+        return self.consortium.coordinator.superlink_port
 
     @property
     def superlink(self) -> str:
@@ -117,6 +137,17 @@ class Home:
         write_atomically(self.folder / "flwr" / "config.toml", text.encode(), private=True)
 
 
+def find_home(root: Path) -> Home:
+    """Return the coordinator's folder as its consortium.toml describes it, whatever else is there.
+
+    Raises
+    ------
+    IcmoeError
+        201-205 for its consortium.toml.
+    """
+    return Home(root.resolve(), read_consortium(root / FILE))
+
+
 def read_home(root: Path) -> Home:
     """Return the coordinator's folder, complete and private.
 
@@ -125,11 +156,7 @@ def read_home(root: Path) -> Home:
     IcmoeError
         201-205 for its consortium.toml, 326 per missing file, 306 for a private file that others may read.
     """
-    path = root / "consortium.toml"
-    section = read_toml(path).get("coordinator", {})
-    values = {key: section[key] for key in Coordinator.model_fields if isinstance(section, dict) and key in section}
-    settings = parse(Coordinator, values, where=f"{path} [coordinator]")
-    home = Home(root.resolve(), settings.address, settings.superlink_port)
+    home = find_home(root)
     needed = [home.ca, home.certificate, home.key, home.secret]
     faults = [Fault(number=326, where=str(path), did="Nothing was started.") for path in needed if not path.is_file()]
     if faults:

@@ -29,54 +29,14 @@ from fl_server.certificates import (
     server_certificate,
     signed_by,
 )
-from fl_server.consortium import Consortium, read_consortium
+from fl_server.consortium import read_consortium
+from fl_server.home import Home, find_home
 from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError, print_faults
 from icmoe.joining import CHECKSUMS, Kit, checksum_text, kit_digest, parse_certificate, validity_fault
 from icmoe.private import read_private, read_small
 
 RENEW_DAYS = 60
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where things are below the folder of a consortium.
-
-    Parameters
-    ----------
-    folder
-        What --out names.
-    """
-
-    folder: Path
-
-    @property
-    def consortium(self) -> Path:
-        """The consortium file as it was provisioned."""
-        return self.folder / "consortium.toml"
-
-    @property
-    def ca(self) -> Path:
-        """Certificate of the CA."""
-        return self.folder / "ca" / "ca.crt"
-
-    @property
-    def ca_key(self) -> Path:
-        """Key of the CA."""
-        return self.folder / "ca" / "ca.key"
-
-    @property
-    def coordinator(self) -> Path:
-        """What the coordinator's services read."""
-        return self.folder / "coordinator"
-
-    def site(self, name: str) -> Path:
-        """Folder of a site: its kit and its public key."""
-        return self.folder / "sites" / name
-
-    def public_key(self, name: str) -> Path:
-        """Public key of an admitted site."""
-        return self.site(name) / "node.pub"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,18 +79,18 @@ def provision(source: Path, folder: Path, *, renew: bool, now: dt.datetime) -> P
     OSError
         Where the folder cannot be written to.
     """
-    consortium, place = read_consortium(source), Place(folder)
+    consortium = read_consortium(source)
+    home = Home(folder, consortium)
     _make_folder(folder)
     changes: list[str] = []
-    old = parse_certificate(read_small(place.ca), where=str(place.ca)) if place.ca.exists() else None
-    ca = _provide_ca(place, consortium, now, changes, renew=renew)
-    _provide_server(place, consortium, ca, now, changes, renew=renew)
-    secret = place.coordinator / "superexec.secret"
-    if not secret.exists():
-        _write(secret, secrets.token_hex(32).encode(), changes, private=True)
-    read_private(secret)
-    kits = {site.name: _provide_kit(place, consortium, site.name, changes) for site in consortium.sites}
-    _write(place.consortium, source.read_bytes(), changes)
+    old = _certificate(home.signing_ca) if home.signing_ca.exists() else None
+    ca = _provide_ca(home, now, changes, renew=renew)
+    _provide_server(home, ca, now, changes, renew=renew)
+    if not home.secret.exists():
+        _write(home.secret, secrets.token_hex(32).encode(), changes, private=True)
+    read_private(home.secret)
+    kits = {name: _provide_kit(home, name, changes) for name in consortium.site_names}
+    _write(home.file, source.read_bytes(), changes)
     gone = sorted({path.parent.name for path in (folder / "sites").glob("*/kit")} - set(consortium.site_names))
     notes = [f"{name} is not in {source.name} any more; its key works until: fl_server revoke {name}" for name in gone]
     if old is not None and old != ca:
@@ -144,11 +104,10 @@ def expiry(folder: Path) -> dict[str, x509.Certificate]:
     Raises
     ------
     IcmoeError
-        205 where one is not there, 308 where it is damaged.
+        201-205 for the consortium's file, 205 where a certificate is not there, 308 where it is damaged.
     """
-    place = Place(folder)
-    paths = {"CA": place.ca, "server": place.coordinator / "server.crt"}
-    return {name: parse_certificate(read_small(path), where=str(path)) for name, path in paths.items()}
+    home = find_home(folder)
+    return {name: _certificate(path) for name, path in {"CA": home.ca, "server": home.certificate}.items()}
 
 
 def expiry_faults(folder: Path, now: dt.datetime, *, warn_days: int = RENEW_DAYS) -> list[Fault]:
@@ -191,6 +150,10 @@ def print_expiry(folder: Path, now: dt.datetime, *, warn_days: int, as_json: boo
     return not faults
 
 
+def _certificate(path: Path) -> x509.Certificate:
+    return parse_certificate(read_small(path), where=str(path))
+
+
 def _make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for name in ("ca", "coordinator", "sites"):
@@ -203,64 +166,64 @@ def _write(path: Path, data: bytes, changes: list[str], *, private: bool = False
         changes.append(str(path))
 
 
-def _provide_ca(place: Place, consortium: Consortium, now: dt.datetime, changes: list[str], *, renew: bool) -> x509.Certificate:
-    if place.ca.exists():
-        ca = parse_certificate(read_small(place.ca), where=str(place.ca))
+def _provide_ca(home: Home, now: dt.datetime, changes: list[str], *, renew: bool) -> x509.Certificate:
+    if home.signing_ca.exists():
+        ca = _certificate(home.signing_ca)
         if not (renew and _ends_soon(ca, now)):
             return ca
-        key = _signing_key(place, ca)
+        key = _signing_key(home, ca)
     else:
-        if not place.ca_key.exists():  # it is, after a run that was stopped between key and certificate
-            _write(place.ca_key, key_pem(make_key()), changes, private=True)
-        key = _ca_key(place)
-    ca = ca_certificate(consortium.name, key, consortium.ca_valid_days, now)
-    _write(place.ca, ca.public_bytes(Encoding.PEM), changes)
+        if not home.signing_key.exists():  # it is, after a run that was stopped between key and certificate
+            _write(home.signing_key, key_pem(make_key()), changes, private=True)
+        key = _ca_key(home)
+    ca = ca_certificate(home.consortium.name, key, home.consortium.ca_valid_days, now)
+    _write(home.signing_ca, ca.public_bytes(Encoding.PEM), changes)
     return ca
 
 
-def _provide_server(
-    place: Place, consortium: Consortium, ca: x509.Certificate, now: dt.datetime, changes: list[str], *, renew: bool
-) -> None:
-    path, key_path = place.coordinator / "server.crt", place.coordinator / "server.key"
+def _provide_server(home: Home, ca: x509.Certificate, now: dt.datetime, changes: list[str], *, renew: bool) -> None:
+    path, key_path = home.certificate, home.key
     if not key_path.exists():
         _write(key_path, key_pem(make_key()), changes, private=True)
     key = parse_key(read_private(key_path), where=str(key_path))
-    names = consortium.coordinator.certificate_names
-    leaf = parse_certificate(read_small(path), where=str(path)) if path.exists() else None
+    names = home.consortium.coordinator.certificate_names
+    leaf = _certificate(path) if path.exists() else None
     fits = leaf is not None and belongs_to(leaf, key) and signed_by(leaf, ca) and not missing_names(leaf, names)
     if leaf is None or not fits or (renew and _ends_soon(leaf, now)):
         if ca.not_valid_after_utc - now < dt.timedelta(days=1):
-            raise _ended(place.ca, ca)
-        leaf = server_certificate(names, key.public_key(), ca, _signing_key(place, ca), consortium.valid_days, now)
+            raise _ended(home.signing_ca, ca)
+        leaf = server_certificate(names, key.public_key(), ca, _signing_key(home, ca), home.consortium.valid_days, now)
     _write(path, leaf.public_bytes(Encoding.PEM) + ca.public_bytes(Encoding.PEM), changes)
-    _write(place.coordinator / "ca.crt", ca.public_bytes(Encoding.PEM), changes)
+    _write(home.ca, ca.public_bytes(Encoding.PEM), changes)
 
 
-def _provide_kit(place: Place, consortium: Consortium, site: str, changes: list[str]) -> str:
+def _provide_kit(home: Home, site: str, changes: list[str]) -> str:
     """Write a site's kit and return its digest."""
-    kit = Kit(consortium=consortium.name, site=site, address=consortium.coordinator.address)
+    kit = Kit(consortium=home.consortium.name, site=site, address=home.address)
     lines = [f"{key} = {json.dumps(value)}\n" for key, value in kit.model_dump().items()]
-    files = {"kit.toml": "".join(lines).encode(), "ca.crt": place.ca.read_bytes()}
-    folder = place.site(site) / "kit"
+    files = {"kit.toml": "".join(lines).encode(), "ca.crt": home.signing_ca.read_bytes()}
+    folder = home.site(site) / "kit"
     for name, data in {**files, CHECKSUMS: checksum_text(files)}.items():
         _write(folder / name, data, changes)
     return kit_digest(files)
 
 
-def _signing_key(place: Place, ca: x509.Certificate) -> ec.EllipticCurvePrivateKey:
-    key = _ca_key(place)
+def _signing_key(home: Home, ca: x509.Certificate) -> ec.EllipticCurvePrivateKey:
+    key = _ca_key(home)
     if not belongs_to(ca, key):
-        raise _mismatch(place.ca)
+        raise _mismatch(home.signing_ca)
     return key
 
 
-def _ca_key(place: Place) -> ec.EllipticCurvePrivateKey:
-    if not place.ca_key.exists():
+def _ca_key(home: Home) -> ec.EllipticCurvePrivateKey:
+    if not home.signing_key.exists():
         todo = "Put it back from where it is kept, for this command only."
         raise IcmoeError(
-            Fault(number=205, where=str(place.ca_key), what="key of the CA is not there", did="Nothing was signed.", todo=todo)
+            Fault(
+                number=205, where=str(home.signing_key), what="key of the CA is not there", did="Nothing was signed.", todo=todo
+            )
         )
-    return parse_key(read_private(place.ca_key), where=str(place.ca_key))
+    return parse_key(read_private(home.signing_key), where=str(home.signing_key))
 
 
 def _mismatch(path: Path) -> IcmoeError:

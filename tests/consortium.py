@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
-import ipaddress
 import json
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -20,20 +18,23 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from cryptography.hazmat.primitives.serialization import Encoding
+from typer.testing import CliRunner
 
+from fl_client import cli
+from fl_client.credentials import make_node_key
+from fl_server import cli as server
+from fl_server.certificates import ca_certificate, key_pem, make_key, parse_key, server_certificate
 from fl_server.home import Home, read_home
 from fl_server.superlink import nginx_configuration, program
+from icmoe.atomic import write_atomically
+from icmoe.joining import parse_certificate, public_text
 from icmoe.study import Study, canonical
 
 ROOT = Path(__file__).parents[1]
-Key = ec.EllipticCurvePrivateKey
-PEM, OPENSSH = serialization.Encoding.PEM, serialization.Encoding.OpenSSH
+PEM = Encoding.PEM
 FL_SERVER = [sys.executable, "-c", "from fl_server.cli import main; main()"]
-NOT_ENCRYPTED = serialization.NoEncryption()
+FL_CLIENT = [sys.executable, "-c", "from fl_client.cli import main; main()"]
 
 
 def free_port() -> int:
@@ -42,54 +43,36 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def write_private(path: Path, data: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    path.chmod(0o600)
+def make_home(root: Path, *sites: str) -> Home:
+    """The coordinator's folder as `fl_server provision` leaves it, on free loopback ports."""
+    root.mkdir(parents=True, exist_ok=True)
+    source = root / "source.toml"
+    text = f'name = "loopback"\n[coordinator]\naddress = "127.0.0.1:{free_port()}"\nsuperlink_port = {free_port()}\n'
+    source.write_text(text + "".join(f'[[sites]]\nname = "{name}"\n' for name in sites or ("hospitalA",)))
+    done = CliRunner().invoke(server.app, ["provision", str(source), "--out", str(root)])
+    assert done.exit_code == 0, done.output
+    return read_home(root)
+
+
+def write_expired_certificate(home: Home) -> None:
+    """A certificate of the consortium's own CA, as the coordinator's except that it has ended."""
+    key, ca = make_key(), parse_certificate(home.ca.read_bytes(), where="")
+    start = dt.datetime.now(dt.UTC) - dt.timedelta(days=3)
+    leaf = server_certificate(("127.0.0.1",), key.public_key(), ca, parse_key(home.signing_key.read_bytes(), where=""), 1, start)
+    write_atomically(home.folder / "expired.crt", leaf.public_bytes(PEM) + ca.public_bytes(PEM))
+    write_atomically(home.folder / "expired.key", key_pem(key), private=True)
+
+
+def write_wrong_ca(path: Path) -> Path:
+    ca = ca_certificate("somebody else", make_key(), 2, dt.datetime.now(dt.UTC))
+    path.write_bytes(ca.public_bytes(PEM))
     return path
 
 
-def certificate(name: str, issuer: tuple[x509.Name, Key] | None, *, days: int = 2) -> tuple[x509.Certificate, Key]:
-    """A CA without an issuer, a server certificate for loopback with one; with negative days one that has expired."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    issuer_name, issuer_key = issuer or (subject, key)
-    start = dt.datetime.now(dt.UTC) - dt.timedelta(days=3)
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer_name).public_key(key.public_key())
-    builder = builder.serial_number(x509.random_serial_number()).not_valid_before(start)
-    builder = builder.not_valid_after(start + dt.timedelta(days=3 + days))
-    builder = builder.add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
-    if issuer is not None:
-        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-    return builder.sign(issuer_key, hashes.SHA256()), key
-
-
-def write_server_certificate(home: Path, ca: x509.Certificate, ca_key: Key, *, days: int = 2, stem: str = "server") -> None:
-    leaf, key = certificate("coordinator", (ca.subject, ca_key), days=days)
-    (home / "coordinator").mkdir(parents=True, exist_ok=True)
-    (home / "coordinator" / f"{stem}.crt").write_bytes(leaf.public_bytes(PEM) + ca.public_bytes(PEM))
-    data = key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, NOT_ENCRYPTED)
-    write_private(home / "coordinator" / f"{stem}.key", data)
-
-
-def make_home(root: Path) -> tuple[Home, x509.Certificate, Key]:
-    """The coordinator's folder as `fl_server provision` leaves it, on free loopback ports."""
-    root.mkdir(parents=True, exist_ok=True)
-    ca, ca_key = certificate("consortium", None)
-    write_server_certificate(root, ca, ca_key)
-    (root / "coordinator" / "ca.crt").write_bytes(ca.public_bytes(PEM))
-    write_private(root / "coordinator" / "superexec.secret", secrets.token_hex(32).encode())
-    text = f'name = "loopback"\n[coordinator]\naddress = "127.0.0.1:{free_port()}"\nsuperlink_port = {free_port()}\n'
-    (root / "consortium.toml").write_text(text)
-    return read_home(root), ca, ca_key
-
-
-def make_node_key(path: Path) -> Path:
-    """A site's key pair: `path` and `path`.pub."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    write_private(path, key.private_bytes(PEM, serialization.PrivateFormat.OpenSSH, NOT_ENCRYPTED))
-    path.with_suffix(".pub").write_bytes(key.public_key().public_bytes(OPENSSH, serialization.PublicFormat.OpenSSH))
+def write_key_pair(path: Path) -> Path:
+    """A key that nobody admitted: `path` and `path`.pub."""
+    key = make_node_key(path)
+    path.with_suffix(".pub").write_text(public_text(key.public_key()))
     return path
 
 
@@ -229,26 +212,44 @@ class Coordinator:
         return self.home.address
 
     def site_file(self, name: str) -> Path:
-        return self.home.root / "sites" / name / "site.toml"
+        return self.home.root / "hospitals" / f"{name}.toml"
 
     def node_key(self, name: str) -> Path:
-        return self.home.root / "sites" / name / "node"
+        return self.home.root / "hospitals" / name / "node.key"
 
     def study(self, name: str) -> Path:
         return self.home.root / f"{name}.toml"
 
 
+def client(site_file: Path, *words: str) -> str:
+    """What the hospital's command prints; it must succeed."""
+    done = CliRunner().invoke(cli.app, ["--site", site_file.stem, "--config", str(site_file), *words])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def serving(home: Home, log: Path):
+    """`fl_server superlink --exec`."""
+    return running([*FL_SERVER, "superlink", "--home", str(home.root), "--exec"], log, environment())
+
+
+def participating(site_file: Path, log: Path):
+    """`fl_client --site NAME`: preflight, supervisor, pinned SuperNode."""
+    command = [*FL_CLIENT, "--site", site_file.stem, "--config", str(site_file)]
+    return running(command, log, environment(COLUMNS="500"))
+
+
 @contextmanager
-def coordinating() -> Iterator[Coordinator]:
+def coordinating(*sites: str) -> Iterator[Coordinator]:
     """SuperLink, SuperExec and nginx on loopback, and a second nginx whose certificate has expired."""
     root = Path(tempfile.mkdtemp(prefix="icmoe-federation-"))
-    root.chmod(0o755)  # nginx runs as nobody
-    home, ca, ca_key = make_home(root)
-    (root / "wrong-ca.crt").write_bytes(certificate("somebody else", None)[0].public_bytes(PEM))
-    write_server_certificate(root, ca, ca_key, days=-1, stem="expired")
-    command = [*FL_SERVER, "superlink", "--home", str(root), "--exec"]
+    home = make_home(root, *sites)
+    for folder in (root, home.folder):
+        folder.chmod(0o711)  # nginx runs as nobody
+    wrong_ca = write_wrong_ca(root / "wrong-ca.crt")
+    write_expired_certificate(home)
     with ExitStack() as stack:
-        supervisor = stack.enter_context(running(command, root / "superlink.log", environment()))
+        supervisor = stack.enter_context(serving(home, root / "superlink.log"))
         wait_until(lambda: listens(home.superlink_port), "SuperLink on its port")
         expired = free_port()
         text = nginx_configuration(home, listen=f"127.0.0.1:{expired}")
@@ -256,5 +257,5 @@ def coordinating() -> Iterator[Coordinator]:
         for configuration in ("nginx.conf", "expired.conf"):
             stack.enter_context(public_port(home, home.proxy / configuration))
         wait_until(lambda: listens(home.public_port) and listens(expired), "nginx on its ports")
-        yield Coordinator(home, supervisor, root / "wrong-ca.crt", expired)
+        yield Coordinator(home, supervisor, wrong_ca, expired)
     shutil.rmtree(root)

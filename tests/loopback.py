@@ -111,6 +111,41 @@ def raw_server(talk: Callable[[socket.socket], None], *, tls: ssl.SSLContext | N
         listener.close()
 
 
+@contextmanager
+def recorded(port: int, server: ssl.SSLContext, target: int, upstream: ssl.SSLContext) -> Iterator[list[bytes]]:
+    """Pass everything that comes to `port` on to `target`, by TLS on both sides, and keep a copy in clear of both directions."""
+    record: list[bytes] = []
+    listener = socket.create_server(("127.0.0.1", port))
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while part := source.recv(65536):
+                record.append(part)
+                sink.sendall(part)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def join(plain: socket.socket) -> None:
+        with suppress(OSError):
+            near = server.wrap_socket(plain, server_side=True)
+            far = upstream.wrap_socket(socket.create_connection(("127.0.0.1", target)), server_hostname="localhost")
+            threading.Thread(target=pump, args=(far, near), daemon=True).start()
+            pump(near, far)
+
+    def accept() -> None:
+        while True:
+            try:
+                near, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=join, args=(near,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    with listener:
+        yield record
+
+
 def closed_port() -> int:
     """Return a port on which nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -106,29 +106,29 @@ def test_requests_that_do_not_belong_are_refused_before_flower_is_asked(tmp_path
     ]
     for text, number in cases:
         path.write_text(str(text))
-        code, output = serve("admit", path, "--out", out)
+        code, output = serve("admit", path, "--home", out)
         assert (code, output[:7]) == (1, f"ICM{number} ")
-    code, output = serve("admit", good, "--out", out, "--fingerprint", "SHA256:other")
+    code, output = serve("admit", good, "--home", out, "--fingerprint", "SHA256:other")
     assert (code, output[:7]) == (1, "ICM314 ")
     foreign = request_of(tmp_path, "Birch", ca=Authority(tmp_path / "foreign").path)
-    assert "another consortium" in serve("admit", foreign, "--out", out)[1]
+    assert "another consortium" in serve("admit", foreign, "--home", out)[1]
     write_consortium(tmp_path, "Birch")
     (out / "consortium.toml").write_bytes((tmp_path / "consortium.toml").read_bytes())
-    assert "site is not in the consortium" in serve("admit", good, "--out", out)[1]
-    assert "ICM205" in serve("admit", tmp_path / "none.json", "--out", out)[1]
-    assert "ICM205" in serve("admit", good, "--out", tmp_path / "nowhere")[1]
+    assert "site is not in the consortium" in serve("admit", good, "--home", out)[1]
+    assert "ICM205" in serve("admit", tmp_path / "none.json", "--home", out)[1]
+    assert "ICM205" in serve("admit", good, "--home", tmp_path / "nowhere")[1]
 
 
 def test_without_a_superlink_nothing_is_admitted_or_revoked(tmp_path: Path) -> None:
     make(tmp_path, port=closed_port())
     out, request = tmp_path / "out", request_of(tmp_path, "Alder")
-    code, output = serve("admit", request, "--out", out)
+    code, output = serve("admit", request, "--home", out)
     assert (code, output[:7]) == (1, "ICM311 ")
     assert not (out / "sites" / "Alder" / "node.pub").exists()
-    code, output = serve("revoke", "Alder", "--out", out)
+    code, output = serve("revoke", "Alder", "--home", out)
     assert (code, output[:7]) == (1, "ICM314 ")
     (out / "sites" / "Alder" / "node.pub").write_text(json.loads(request.read_text())["public_key"])
-    assert serve("revoke", "Alder", "--out", out)[1].startswith("ICM311 ")
+    assert serve("revoke", "Alder", "--home", out)[1].startswith("ICM311 ")
     assert (out / "sites" / "Alder" / "node.pub").exists()
 
 
@@ -147,22 +147,22 @@ def test_sites_are_admitted_replaced_and_revoked_one_by_one_at_a_real_superlink(
     with superlink(out, port):
         assert not admission(tmp_path, "Alder")[0]
         for site, request in requests.items():
-            assert serve("admit", request, "--out", out)[0] == 0
+            assert serve("admit", request, "--home", out)[0] == 0
             assert admission(tmp_path, site) == (True, "")
         before = (out / "sites" / "Birch" / "node.pub").read_bytes()
-        assert serve("admit", requests["Alder"], "--out", out) == serve("admit", requests["Alder"], "--out", out)
+        assert serve("admit", requests["Alder"], "--home", out) == serve("admit", requests["Alder"], "--home", out)
         old = requests["Alder"].read_bytes()
         init(out / "sites" / "Alder" / "kit", tmp_path, "--new-key")
-        assert "another key is admitted" in serve("admit", requests["Alder"], "--out", out)[1]
-        assert serve("revoke", "Alder", "--out", out)[0] == 0
-        assert serve("admit", requests["Alder"], "--out", out)[0] == 0
+        assert "another key is admitted" in serve("admit", requests["Alder"], "--home", out)[1]
+        assert serve("revoke", "Alder", "--home", out)[0] == 0
+        assert serve("admit", requests["Alder"], "--home", out)[0] == 0
         assert admission(tmp_path, "Alder") == (True, "")
         requests["Alder"].write_bytes(old)
-        serve("revoke", "Alder", "--out", out)
+        serve("revoke", "Alder", "--home", out)
         ok, sentence = admission(tmp_path, "Alder")
         assert not ok
         assert sentence.startswith("ICM314")
-        assert "key has been revoked" in serve("admit", requests["Alder"], "--out", out)[1]
+        assert "key has been revoked" in serve("admit", requests["Alder"], "--home", out)[1]
         assert admission(tmp_path, "Birch") == (True, "")
         assert (out / "sites" / "Birch" / "node.pub").read_bytes() == before
     with pytest.raises(OSError, match="refused"):

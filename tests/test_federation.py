@@ -18,22 +18,22 @@ from consortium import (
     NO_NGINX,
     Coordinator,
     children_of,
+    client,
     coordinating,
     environment,
     fl_server,
-    flwr,
     listens,
-    make_node_key,
+    participating,
     running,
     study_text,
     supernode_command,
     wait_until,
+    write_key_pair,
 )
 from safetensors.numpy import load_file
-from typer.testing import CliRunner
 
-from fl_client import cli
-from fl_client.site import read_site
+from fl_client.participant import read_site
+from fl_server.home import Home
 from icmoe.study import Study
 from simulations.phantoms import PhantomSite, write_phantoms
 
@@ -54,25 +54,26 @@ def studies(make_study) -> dict[str, Study]:
 
 @pytest.fixture(scope="module")
 def coordinator(studies: dict[str, Study]) -> Iterator[Coordinator]:
-    with coordinating() as found:
+    with coordinating(*NAMES) as found:
         for name, study in studies.items():
-            (found.home.root / f"{name}.toml").write_text(study_text(study))
-        _make_sites(found.home.root, list(studies))
+            found.study(name).write_text(study_text(study))
+        _make_hospitals(found.home, ["first", "second"])
         yield found
 
 
-def _make_sites(root: Path, approved: list[str]) -> None:
+def _make_hospitals(home: Home, approved: list[str]) -> None:
+    """From kit to features, by the hospital's own commands; the site file is filled in by hand in between."""
     people = {"train_patients": 2, "val_patients": 1, "test_patients": 1}
-    write_phantoms(root / "data", seed=1, size_px=32, sites=[PhantomSite(name=name, **people) for name in NAMES])
-    names = ", ".join(f'"../../{name}.toml"' for name in approved if name != "unknown")
+    write_phantoms(home.root / "data", seed=1, size_px=32, sites=[PhantomSite(name=name, **people) for name in NAMES])
     for name in NAMES:
-        folder = root / "sites" / name
-        folder.mkdir(parents=True)
-        text = f'name = "{name}"\ndata = "../../data"\nstudies = [{names}]\ncache = "cache"\nallow_test_only = true\n'
-        (folder / "site.toml").write_text(text)
-        done = CliRunner().invoke(cli.app, ["--site", name, "--config", str(folder / "site.toml"), "prepare"])
-        assert done.exit_code == 0, done.output
-        make_node_key(folder / "node")
+        path = home.root / "hospitals" / f"{name}.toml"
+        assert "request.json to the coordinator" in client(path, "init", "--kit", str(home.site(name) / "kit"))
+        own = f'data = "../data"\ncache = "{name}/cache"\nstate = "{name}/state"\nallow_test_only = true\n'
+        made = path.read_text()
+        path.write_text(made[: made.index("[ingest]")] + own + made[made.index("[coordinator]") :])
+        for study in approved:
+            assert study in client(path, "approve", str(home.root / f"{study}.toml"), "--yes")
+        client(path, "prepare")
 
 
 def test_a_run_that_is_stopped_ends_as_stopped(coordinator: Coordinator) -> None:
@@ -90,21 +91,21 @@ def test_a_run_that_is_stopped_ends_as_stopped(coordinator: Coordinator) -> None
 
 @pytest.fixture(scope="module")
 def sites(coordinator: Coordinator) -> Iterator[None]:
-    """Three admitted hospitals, connected through the public port."""
-    flower_home = coordinator.home.folder / "flwr"
+    """Three admitted hospitals, connected through the public port by `fl_client --site NAME`."""
+    home = coordinator.home
     with ExitStack() as stack:
         for name in NAMES:
-            key = coordinator.node_key(name)
-            done = flwr(flower_home, "supernode", "register", f"{key}.pub", "coordinator", "--name", name)
-            assert "registered successfully" in done.stdout, done.stderr
-            stack.enter_context(_supernode(coordinator, name))
+            path = coordinator.site_file(name)
+            done = fl_server("admit", str(path.with_suffix("") / "request.json"), "--home", str(home.root))
+            assert f"{name} is admitted as node " in done.stdout, done.stderr
+            stack.enter_context(participating(path, home.root / f"{name}.log"))
+        for name in NAMES:
+            wait_until(lambda name=name: "connected; waiting" in said_by(coordinator, name), f"{name} to be connected", 120)
         yield
 
 
-def _supernode(coordinator: Coordinator, name: str):
-    command = supernode_command(coordinator.public, coordinator.home.ca, coordinator.node_key(name))
-    settings = environment(FL_CLIENT_SITE_FILE=str(coordinator.site_file(name)))
-    return running(command, coordinator.home.root / f"{name}.log", settings)
+def said_by(coordinator: Coordinator, name: str) -> str:
+    return (coordinator.home.root / f"{name}.log").read_text()
 
 
 INTRUDERS = {
@@ -121,8 +122,7 @@ INTRUDERS = {
 def intruders(coordinator: Coordinator, sites: None) -> dict[str, str]:
     """What each SuperNode that must not get in says; all at once, each for half a minute at most."""
     home = coordinator.home
-    stranger, known = make_node_key(home.root / "stranger"), coordinator.node_key("hospitalA")
-    wait_until(lambda: b"SuperNode ID" in (home.root / "hospitalA.log").read_bytes(), "hospitalA to be connected")
+    stranger, known = write_key_pair(home.root / "stranger"), coordinator.node_key("hospitalA")
     commands = {
         "no TLS": supernode_command(coordinator.public, None, None),
         "a wrong CA": supernode_command(coordinator.public, coordinator.wrong_ca, known),
@@ -177,7 +177,7 @@ def _simulated(coordinator: Coordinator, study: Study, folder: Path) -> dict[str
     """The final tensors of the same study and sites on Flower's simulation engine."""
     from simulations.federation import Engine, Job, run_jobs, write_sites
 
-    sites = [replace(read_site(coordinator.site_file(name)), state_folder=folder) for name in NAMES]
+    sites = [replace(read_site(coordinator.site_file(name), study.digest), state_folder=folder, audited=False) for name in NAMES]
     write_sites(folder / "sites.json", sites)
     job = Job(method="router-aware", study=study, names=NAMES, state_path=folder / "state.safetensors")
     done = run_jobs([job], folder / "sites.json", Engine(cpus=2), lambda *_: None)

@@ -204,12 +204,12 @@ def test_expiry_is_watched_by_exit_code_and_json(tmp_path: Path) -> None:
     code, output = serve("provision", write_consortium(tmp_path), "--out", tmp_path / "out")
     assert code == 0
     assert "kit of Alder: digest" in output
-    assert serve("expiry", "--out", tmp_path / "out")[0] == 0
-    code, output = serve("expiry", "--out", tmp_path / "out", "--days", 400, "--json")
+    assert serve("expiry", "--home", tmp_path / "out")[0] == 0
+    code, output = serve("expiry", "--home", tmp_path / "out", "--days", 400, "--json")
     record = json.loads(output)
     assert (code, record["ok"], [fault["number"] for fault in record["faults"]]) == (1, False, [309])
     assert record["certificates"]["server"]["days"] == 364
-    assert serve("expiry", "--out", tmp_path / "nowhere")[0] == 1
+    assert serve("expiry", "--home", tmp_path / "nowhere")[0] == 1
 
 
 def test_a_run_that_was_stopped_at_any_file_is_completed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,8 +236,14 @@ def test_a_run_that_was_stopped_at_any_file_is_completed_by_the_next(tmp_path: P
 def test_a_folder_that_cannot_be_written_to_is_one_numbered_sentence(tmp_path: Path) -> None:
     source = write_consortium(tmp_path)
     (tmp_path / "file").write_text("x")
-    for command in (["provision", source], ["expiry"], ["admit", source], ["revoke", "Alder"]):
-        code, output = serve(*command, "--out", tmp_path / "file" / "x")
+    nowhere = tmp_path / "file" / "x"
+    for command in (
+        ["provision", source, "--out"],
+        ["expiry", "--home"],
+        ["admit", source, "--home"],
+        ["revoke", "Alder", "--home"],
+    ):
+        code, output = serve(*command, nowhere)
         assert (code, output[:7]) == (1, "ICM205 ")
     make(tmp_path)
     (tmp_path / "out" / "sites" / "Cedar").write_text("in the way")

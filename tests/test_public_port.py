@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
-from consortium import NGINX, NO_NGINX, Coordinator, coordinating, flwr, make_node_key, post, raw
+from consortium import NGINX, NO_NGINX, Coordinator, coordinating, flwr, post, raw, write_key_pair
 
 from fl_server.submit import write_app
 
@@ -125,7 +125,7 @@ def test_flowers_command_line_is_refused_from_a_hospital(coordinator: Coordinato
     folder.mkdir()
     text = f'[superlink.public]\naddress = "{coordinator.public}"\nroot-certificates = "{coordinator.home.ca}"\n'
     (folder / "config.toml").write_text(text)
-    make_node_key(folder / "intruder")
+    write_key_pair(folder / "intruder")
     app = folder / "app"
     write_app(app)
     for attempt in (

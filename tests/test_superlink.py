@@ -22,7 +22,7 @@ from icmoe.bundle import bundle_files
 
 
 def test_the_printed_commands_are_stock_flower_on_loopback_with_every_lock_on(tmp_path: Path) -> None:
-    home, _, _ = make_home(tmp_path)
+    home = make_home(tmp_path)
     done = fl_server("superlink", "--home", str(tmp_path))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -46,7 +46,7 @@ def test_the_proxy_forwards_the_calls_of_a_registered_node_and_no_other(tmp_path
     forwarded = {f"/v1/fleet/{call}" for call in FLEET_CALLS}
     assert offered - forwarded == {"/v1/fleet/register-node", "/v1/fleet/unregister-node"}
     assert forwarded < offered
-    text = nginx_configuration(make_home(tmp_path)[0])
+    text = nginx_configuration(make_home(tmp_path))
     assert text.count("proxy_pass") == 1
     assert "deny" not in text  # it would answer 403, which Flower takes for its own
 
@@ -85,7 +85,7 @@ def test_without_a_superlink_each_command_says_so(tmp_path: Path) -> None:
 
 
 def test_a_taken_port_is_named(tmp_path: Path) -> None:
-    home, _, _ = make_home(tmp_path)
+    home = make_home(tmp_path)
     listener = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(home.superlink_port)]
     with running(listener, tmp_path / "log", environment()) as process:
         wait_until(lambda: "Serving" in (tmp_path / "log").read_text() or process.poll(), "a listener", 20)
