@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import os
+import select
 import socket
 import ssl
 import subprocess
@@ -111,27 +112,40 @@ def raw_server(talk: Callable[[socket.socket], None], *, tls: ssl.SSLContext | N
         listener.close()
 
 
+def read_now(source: ssl.SSLSocket) -> bytes | None:
+    """What can be read without waiting, None where it was no data (a session ticket), nothing at the end."""
+    source.settimeout(0.0)
+    try:
+        part = source.recv(65536)
+        while source.pending():
+            part += source.recv(source.pending())
+        return part
+    except ssl.SSLWantReadError:
+        return None
+    finally:
+        source.settimeout(20.0)
+
+
 @contextmanager
 def recorded(port: int, server: ssl.SSLContext, target: int, upstream: ssl.SSLContext) -> Iterator[list[bytes]]:
     """Pass everything that comes to `port` on to `target`, by TLS on both sides, and keep a copy in clear of both directions."""
     record: list[bytes] = []
     listener = socket.create_server(("127.0.0.1", port))
 
-    def pump(source: socket.socket, sink: socket.socket) -> None:
-        with suppress(OSError):
-            while part := source.recv(65536):
-                record.append(part)
-                sink.sendall(part)
-        for end in (source, sink):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
     def join(plain: socket.socket) -> None:
-        with suppress(OSError):
-            near = server.wrap_socket(plain, server_side=True)
-            far = upstream.wrap_socket(socket.create_connection(("127.0.0.1", target)), server_hostname="localhost")
-            threading.Thread(target=pump, args=(far, near), daemon=True).start()
-            pump(near, far)
+        """One thread for both directions: OpenSSL does not let two use one connection at a time."""
+        with suppress(OSError), server.wrap_socket(plain, server_side=True) as near, closing(reach()) as far:
+            other = {near: far, far: near}
+            while True:
+                for source in select.select([near, far], [], [])[0]:
+                    if (part := read_now(source)) == b"":
+                        return
+                    if part:
+                        record.append(part)
+                        other[source].sendall(part)
+
+    def reach() -> ssl.SSLSocket:
+        return upstream.wrap_socket(socket.create_connection(("127.0.0.1", target)), server_hostname="localhost")
 
     def accept() -> None:
         while True:
