@@ -7,7 +7,6 @@ bootstrap interval, and milliseconds per phase. Needs nginx.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -196,17 +195,18 @@ def bare_block(bench: Bench, study: Path) -> list[Timing]:
     settings = " ".join(f"{key}={json.dumps(str(value))}" for key, value in {**paths, "site": SITE}.items())
     told = bench.command("flwr", "run", bench.folder / "bare", "bare", "--run-config", settings, "--format", "json")
     run_id = json.loads(told[told.index("{") :])["run-id"]
-    ends = time.monotonic() + DEADLINE_S
-    while "finished:completed" not in (listed := bench.command("flwr", "list", "bare", "--run-id", run_id, "--format", "json")):
-        if time.monotonic() > ends or "finished" in listed:
-            raise RuntimeError(listed)
+    ends, status = time.monotonic() + DEADLINE_S, ""
+    while status != "finished:completed":
+        if time.monotonic() > ends or status.startswith("finished"):
+            raise RuntimeError(status)
         time.sleep(2.0)
+        listed = bench.command("flwr", "list", "bare", "--run-id", run_id, "--format", "json")
+        status = json.loads(listed[listed.index("{") :])["runs"][0]["status"]
     return timings([json.loads(text) for text in log.read_text().splitlines()])
 
 
 def timings(rows: Sequence[dict[str, Any]]) -> list[Timing]:
     """Return the rounds after the first of rows with `ended`, `train` and `aggregate`."""
-    pairs = itertools.pairwise(rows)
     return [Timing(now["ended"] - before["ended"], now["train"], now["aggregate"]) for before, now in pairwise(rows)]
 
 
