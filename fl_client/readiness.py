@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
 from icmoe.errors import Fault, IcmoeError
+from icmoe.processes import program
 
 DEADLINE_S = 300.0
 WAITED_FOR = frozenset({311, 312, 313, 314})
@@ -32,7 +32,7 @@ def require_ready(path: Path, name: str, say: Callable[[str], None]) -> None:
     IcmoeError
         Every fault that stops the start; 325 where the preflight does not end or says nothing.
     """
-    command = [str(Path(sysconfig.get_path("scripts")) / "fl_client"), "--site", name, "--config", str(path), "check", "--json"]
+    command = [program("fl_client"), "--site", name, "--config", str(path), "check", "--json"]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=DEADLINE_S, check=False)
         checks = json.loads(done.stdout)["checks"]

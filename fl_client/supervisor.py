@@ -8,10 +8,8 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
-import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,8 +27,8 @@ from fl_client.approval import approved_studies
 from fl_client.readiness import require_ready
 from fl_client.site import ENVIRONMENT, SiteFile, read_named
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
+from icmoe.processes import flower_environment, free_port, next_delay
 
-FIRST_DELAY_S, LONGEST_DELAY_S, LONG_LIFE_S = 1.0, 15.0, 120.0
 GRACE_S = 5.0
 LOG = "supernode.log"
 
@@ -105,23 +103,8 @@ def connection_flags(path: Path, settings: SiteFile) -> list[str]:
 
 
 def child_environment(path: Path, state: Path, base: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of the SuperNode and of what it starts.
-
-    No telemetry, no look for updates, nothing installed at run time; the programs of this installation are found first,
-    and a proxy does not get the talk between the site's own processes.
-    """
-    local = ",".join(filter(None, (base.get("NO_PROXY") or base.get("no_proxy"), "127.0.0.1,localhost")))
-    return {
-        **base,
-        "PATH": os.pathsep.join(filter(None, (sysconfig.get_path("scripts"), base.get("PATH")))),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_HOME": str((state / "flower").resolve()),
-        "NO_PROXY": local,
-        "no_proxy": local,
-        ENVIRONMENT: str(path.resolve()),
-    }
+    """Return the environment of the SuperNode and of what it starts: Flower's, and where the site file is."""
+    return {**flower_environment(state / "flower", base), ENVIRONMENT: str(path.resolve())}
 
 
 def start_supernode(path: Path, state: Path, flags: list[str]) -> subprocess.Popen[str]:
@@ -137,18 +120,6 @@ def start_supernode(path: Path, state: Path, flags: list[str]) -> subprocess.Pop
         errors="replace",
         start_new_session=True,
     )
-
-
-def free_port() -> int:
-    """Return a port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def next_delay(last_s: float, life_s: float) -> float:
-    """Return the seconds before the next start: twice the last, up to 15; 1 after a life of two minutes."""
-    return FIRST_DELAY_S if life_s >= LONG_LIFE_S else min(max(2 * last_s, FIRST_DELAY_S), LONGEST_DELAY_S)
 
 
 def supervise(start: Callable[[], subprocess.Popen[str]], hear: Say, say: Say) -> None:

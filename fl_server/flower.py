@@ -1,8 +1,9 @@
-"""Flower's own command line, asked for JSON."""
+"""Runs, asked of Flower's own command line, whose JSON is public; what it cannot say is in `flower_private`."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fl_server.home import CONNECTION, Home
-from fl_server.superlink import program
 from icmoe.errors import Fault, IcmoeError
+from icmoe.processes import flower_environment, program
 
 ANSWER_S = 60.0
 
@@ -55,9 +56,9 @@ def flwr(home: Home, arguments: Sequence[str]) -> dict[str, Any]:
         330 where the SuperLink cannot be reached or refuses.
     """
     home.write_flower_configuration()
-    command = [program("flwr"), *arguments, "--format", "json"]
+    command, environment = [program("flwr"), *arguments, "--format", "json"], flower_environment(home.flower, os.environ)
     try:
-        done = subprocess.run(command, env=home.environment(), capture_output=True, text=True, timeout=ANSWER_S, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=ANSWER_S, check=False)
     except subprocess.TimeoutExpired:
         raise IcmoeError(Fault(number=330, where=home.superlink, value=f"no answer in {ANSWER_S:.0f} s")) from None
     answer = _last_object(done.stdout)

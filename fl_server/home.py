@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,26 +113,16 @@ class Home:
         """Loopback address of the SuperLink."""
         return f"127.0.0.1:{self.superlink_port}"
 
-    def settings(self) -> dict[str, str]:
-        """Return the environment variables that every Flower process of the coordinator gets."""
-        return {
-            "FLWR_HOME": str(self.folder / "flwr"),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "NO_PROXY": "127.0.0.1,localhost",
-        }
-
-    def environment(self) -> dict[str, str]:
-        """Return the whole environment; Flower starts its own programs by bare name, hence the path."""
-        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-        return {**os.environ, **self.settings(), "PATH": path}
+    @property
+    def flower(self) -> Path:
+        """Folder of Flower's own files."""
+        return self.folder / "flwr"
 
     def write_flower_configuration(self) -> None:
         """Write the connection of Flower's command line: loopback, by TLS."""
         text = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
         text += f'address = "{self.superlink}"\nroot-certificates = "{self.ca}"\n'
-        write_atomically(self.folder / "flwr" / "config.toml", text.encode(), private=True)
+        write_atomically(self.flower / "config.toml", text.encode(), private=True)
 
 
 def find_home(root: Path) -> Home:

@@ -16,6 +16,7 @@ from fl_server.home import Home, read_home
 from fl_server.supervise import Child, supervise
 from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError
+from icmoe.processes import flower_environment, flower_settings, program
 
 # What a SuperNode with a registered key asks for; register-node and unregister-node are for nodes without one.
 FLEET_CALLS = (
@@ -58,14 +59,9 @@ def superexec_command(home: Home) -> list[str]:
     return [program("flower-superexec"), *(word for option in options.items() for word in option)]
 
 
-def program(name: str) -> str:
-    """Return the absolute path of one of Flower's programs, from the same environment as this one."""
-    return str(Path(sysconfig.get_path("scripts")) / name)
-
-
 def printed(home: Home) -> str:
     """Return the commands as a shell would take them."""
-    settings = [f"export {name}={shlex.quote(value)}" for name, value in home.settings().items()]
+    settings = [f"export {name}={shlex.quote(value)}" for name, value in flower_settings(home.flower, os.environ).items()]
     path = f'export PATH={shlex.quote(sysconfig.get_path("scripts"))}:"$PATH"'
     commands = [shlex.join(superlink_command(home)) + " &", shlex.join(superexec_command(home)) + " &"]
     proxy = shlex.join(["nginx", "-e", "stderr", "-c", str(home.proxy / "nginx.conf")])
@@ -74,7 +70,7 @@ def printed(home: Home) -> str:
 
 def children(home: Home) -> list[Child]:
     """Return both programs, to be supervised."""
-    environment = home.environment()
+    environment = flower_environment(home.flower, os.environ)
     commands = {"flower-superlink": superlink_command(home), "flower-superexec": superexec_command(home)}
     return [Child(name, command, environment) for name, command in commands.items()]
 

@@ -13,9 +13,8 @@ from pathlib import Path
 from threading import Event
 
 from icmoe.errors import Fault, print_faults
+from icmoe.processes import next_delay
 
-LONGEST_DELAY_S = 15.0
-SETTLED_S = 60.0
 POLL_S = 0.2
 GRACE_S = 10.0
 
@@ -36,7 +35,7 @@ class Child:
     environment
         Whole environment.
     delay_s
-        Wait before the next start: 1 s after a long life, doubled up to 15 s after short ones.
+        Wait before the next start.
     """
 
     name: str
@@ -55,8 +54,7 @@ class Child:
                 self.process = _start(self.command, self.environment)
                 self.started_s = now
         elif (code := self.process.poll()) is not None:
-            settled = now - self.started_s > SETTLED_S
-            self.delay_s = 1.0 if settled or not self.delay_s else min(2 * self.delay_s, LONGEST_DELAY_S)
+            self.delay_s = next_delay(self.delay_s, now - self.started_s)
             self.process, self.due_s = None, now + self.delay_s
             did = f"It is started again in {self.delay_s:.0f} s."
             print_faults([Fault(number=328, where=self.name, value=f"exit code {code}", did=did)])

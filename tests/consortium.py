@@ -26,21 +26,16 @@ from fl_client.credentials import make_node_key
 from fl_server import cli as server
 from fl_server.certificates import ca_certificate, key_pem, make_key, parse_key, server_certificate
 from fl_server.home import Home, read_home
-from fl_server.superlink import nginx_configuration, program
+from fl_server.superlink import nginx_configuration
 from icmoe.atomic import write_atomically
 from icmoe.joining import parse_certificate, public_text
+from icmoe.processes import free_port, program
 from icmoe.study import Study, canonical
 
 ROOT = Path(__file__).parents[1]
 PEM = Encoding.PEM
 FL_SERVER = [sys.executable, "-c", "from fl_server.cli import main; main()"]
 FL_CLIENT = [sys.executable, "-c", "from fl_client.cli import main; main()"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def make_home(root: Path, *sites: str) -> Home:

@@ -16,8 +16,9 @@ import pytest
 from test_client import command, write_site_file, write_study_file
 
 from fl_client.audit import read_log
-from fl_client.supervisor import Hearing, end_group, free_port, start_supernode
+from fl_client.supervisor import Hearing, end_group, start_supernode
 from icmoe.bundle import bundle_files
+from icmoe.processes import free_port
 from icmoe.study import Study
 from simulations.phantoms import PhantomSite, write_phantoms
 

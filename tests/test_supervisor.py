@@ -23,13 +23,12 @@ from fl_client.supervisor import (
     child_environment,
     connection_flags,
     end_group,
-    free_port,
-    next_delay,
     only_one,
     sentence_of,
 )
 from icmoe.config import parse
 from icmoe.errors import CATALOGUE, IcmoeError
+from icmoe.processes import free_port, next_delay
 
 pytest_plugins = ["hospitals"]
 

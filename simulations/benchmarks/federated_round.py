@@ -26,10 +26,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fl_client.supervisor import free_port
-from fl_server.superlink import program
 from icmoe.backbone import backbone_digest
 from icmoe.errors import exit_on_fault
+from icmoe.processes import free_port, program
 from simulations.phantoms import PhantomSite, write_phantoms
 
 SITE = "Alder"
