@@ -18,17 +18,23 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
+from loopback import NOW
 from typer.testing import CliRunner
 
 from fl_client import cli
 from fl_client.credentials import make_node_key
+from fl_client.kit import join
 from fl_server import cli as server
 from fl_server.certificates import ca_certificate, key_pem, make_key, parse_key, server_certificate
 from fl_server.home import Home, read_home
+from fl_server.provisioning import Provisioned, provision
 from fl_server.superlink import nginx_configuration
 from icmoe.atomic import write_atomically
-from icmoe.joining import parse_certificate, public_text
+from icmoe.errors import IcmoeError
+from icmoe.joining import make_request, parse_certificate, public_text
 from icmoe.processes import free_port, program
 from icmoe.study import Study, canonical
 
@@ -38,14 +44,65 @@ FL_SERVER = [sys.executable, "-c", "from fl_server.cli import main; main()"]
 FL_CLIENT = [sys.executable, "-c", "from fl_client.cli import main; main()"]
 
 
+TEXT = """\
+name = "Lesion group"
+[coordinator]
+address = "coordinator.example:443"
+names = ["10.1.2.3"]
+superlink_port = {port}
+"""
+
+
+def write_consortium(folder: Path, *sites: str, port: int = 8000, text: str = TEXT) -> Path:
+    path = folder / "consortium.toml"
+    entries = "".join(f'[[sites]]\nname = "{site}"\n' for site in sites or ("Alder", "Birch"))
+    path.write_text(text.format(port=port) + entries)
+    return path
+
+
+def make(folder: Path, *sites: str, renew: bool = False, now: dt.datetime = NOW, **settings: object) -> Provisioned:
+    return provision(write_consortium(folder, *sites, **settings), folder / "out", renew=renew, now=now)
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def numbers(error: pytest.ExceptionInfo[IcmoeError]) -> list[int]:
+    return [fault.number for fault in error.value.faults]
+
+
+def serve(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(server.app, [str(argument) for argument in arguments])
+    assert "Traceback" not in done.output
+    return done.exit_code, done.output
+
+
+def init(kit: Path, folder: Path, *extra: object, site: str = "Alder") -> tuple[int, str]:
+    arguments = ["--site", site, "--config", folder / "site" / f"{site}.toml", "init", "--kit", kit, *extra]
+    done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert "Traceback" not in done.output
+    return done.exit_code, done.output
+
+
+def request_of(folder: Path, site: str, *, ca: Path | None = None) -> Path:
+    kit = folder / "out" / "sites" / site / "kit"
+    join(kit, site, folder / "site" / f"{site}.toml", digest=None, new_key=False, now=NOW)
+    path = folder / "site" / site / "request.json"
+    if ca is not None:
+        foreign = make_request(site, ec.generate_private_key(ec.SECP384R1()), parse_certificate(ca.read_bytes(), where=""))
+        path.write_text(foreign.model_dump_json())
+    return path
+
+
 def make_home(root: Path, *sites: str) -> Home:
     """The coordinator's folder as `fl_server provision` leaves it, on free loopback ports."""
     root.mkdir(parents=True, exist_ok=True)
-    source = root / "source.toml"
-    text = f'name = "loopback"\n[coordinator]\naddress = "127.0.0.1:{free_port()}"\nsuperlink_port = {free_port()}\n'
-    source.write_text(text + "".join(f'[[sites]]\nname = "{name}"\n' for name in sites or ("hospitalA",)))
-    done = CliRunner().invoke(server.app, ["provision", str(source), "--out", str(root)])
-    assert done.exit_code == 0, done.output
+    text = TEXT.replace("coordinator.example:443", f"127.0.0.1:{free_port()}")
+    source = write_consortium(root, *sites, port=free_port(), text=text).rename(root / "source.toml")
+    code, output = serve("provision", source, "--out", root)
+    assert code == 0, output
     return read_home(root)
 
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import os
 import select
 import socket
 import ssl
-import subprocess
-import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -164,37 +161,3 @@ def closed_port() -> int:
     """Return a port on which nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
-
-
-@contextmanager
-def superlink(folder: Path, port: int) -> Iterator[None]:
-    """Run Flower's SuperLink with the certificates of a provisioned folder until the test ends, at most two minutes."""
-    scripts = Path(sysconfig.get_path("scripts"))
-    chosen = folder / "coordinator"
-    command = [
-        *("timeout", "120", str(scripts / "flower-superlink"), "--host", "127.0.0.1", "--port", str(port)),
-        *("--ssl-ca-certfile", str(chosen / "ca.crt"), "--ssl-certfile", str(chosen / "server.crt")),
-        *("--ssl-keyfile", str(chosen / "server.key"), "--enable-supernode-auth", "--database", str(folder / "state.db")),
-        *("--isolation", "process", "--superexec-auth-secret-file", str(chosen / "superexec.secret")),
-        "--disable-runtime-dependency-installation",
-    ]
-    settings = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_HOME": str(folder / "flwr")}
-    environment = {**os.environ, **settings, "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"}
-    with (folder / "superlink.log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        _wait_for(port, folder / "superlink.log")
-        yield
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def _wait_for(port: int, log: Path) -> None:
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        with suppress(OSError):
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        time.sleep(0.2)
-    raise AssertionError(log.read_text())

@@ -9,15 +9,16 @@ import socket
 from pathlib import Path
 
 import pytest
-from consortia import TEXT, init, make, numbers, request_of, serve, write_consortium
+from consortium import TEXT, init, listens, make, numbers, request_of, serve, serving, wait_until, write_consortium
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
-from loopback import Authority, closed_port, superlink
+from loopback import Authority, closed_port
 
 from fl_client.preflight import run_preflight
+from fl_server.home import find_home
 from icmoe.errors import IcmoeError
 from icmoe.joining import (
     JoinRequest,
@@ -144,7 +145,8 @@ def test_sites_are_admitted_replaced_and_revoked_one_by_one_at_a_real_superlink(
     text = TEXT.replace("coordinator.example:443", f"localhost:{port}")
     make(tmp_path, port=port, text=text)
     out, requests = tmp_path / "out", {site: request_of(tmp_path, site) for site in ("Alder", "Birch")}
-    with superlink(out, port):
+    with serving(find_home(out), tmp_path / "superlink.log"):
+        wait_until(lambda: listens(port), "SuperLink on its port")
         assert not admission(tmp_path, "Alder")[0]
         for site, request in requests.items():
             assert serve("admit", request, "--home", out)[0] == 0

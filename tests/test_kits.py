@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from consortia import init, make, numbers
+from consortium import init, make, numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopback import NOW, Authority

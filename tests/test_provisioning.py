@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from consortia import TEXT, make, numbers, serve, snapshot, write_consortium
+from consortium import TEXT, make, numbers, serve, snapshot, write_consortium
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from loopback import NOW, Authority
