@@ -96,10 +96,10 @@ def request_of(folder: Path, site: str, *, ca: Path | None = None) -> Path:
     return path
 
 
-def make_home(root: Path, *sites: str) -> Home:
+def make_home(root: Path, *sites: str, address: str | None = None) -> Home:
     """The coordinator's folder as `fl_server provision` leaves it, on free loopback ports."""
     root.mkdir(parents=True, exist_ok=True)
-    text = TEXT.replace("coordinator.example:443", f"127.0.0.1:{free_port()}")
+    text = TEXT.replace("coordinator.example:443", address or f"127.0.0.1:{free_port()}")
     source = write_consortium(root, *sites, port=free_port(), text=text).rename(root / "source.toml")
     code, output = serve("provision", source, "--out", root)
     assert code == 0, output
@@ -292,10 +292,10 @@ def participating(site_file: Path, log: Path):
 
 
 @contextmanager
-def coordinating(*sites: str) -> Iterator[Coordinator]:
+def coordinating(*sites: str, address: str | None = None) -> Iterator[Coordinator]:
     """SuperLink, SuperExec and nginx on loopback, and a second nginx whose certificate has expired."""
     root = Path(tempfile.mkdtemp(prefix="icmoe-federation-"))
-    home = make_home(root, *sites)
+    home = make_home(root, *sites, address=address)
     for folder in (root, home.folder):
         folder.chmod(0o711)  # nginx runs as nobody
     wrong_ca = write_wrong_ca(root / "wrong-ca.crt")
