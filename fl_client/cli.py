@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import sys
@@ -53,7 +54,7 @@ def fl_client(
     ] = None,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
-    """Speak for one hospital: read its export, prepare its features, show what it offers. --site stands before the command."""
+    """Speak for one hospital; --site stands before the command. Without a command: take part in the approved studies."""
     if version:
         sys.stdout.write(f"icmoe-federated {__version__}\n")
         raise typer.Exit
@@ -61,19 +62,60 @@ def fl_client(
         require_supported_platform()
         context.obj = Options(site, config)
         if context.invoked_subcommand is None:
-            show(context)
+            from fl_client.supervisor import run_site
+
+            chosen = _chosen(context)
+            raise typer.Exit(run_site(chosen.path, chosen.site))
+
+
+@app.command()
+def init(
+    context: typer.Context,
+    kit: Annotated[Path, typer.Option(help="Folder of the start kit that the coordinator handed over.")],
+    digest: Annotated[str | None, typer.Option(help="The kit's digest as the coordinator read it out; compared.")] = None,
+    new_key: Annotated[bool, typer.Option("--new-key", help="Replace this site's key, after it was revoked.")] = False,
+) -> None:
+    """Take a start kit: make this site's key, which never leaves, and the request to send to the coordinator."""
+    from fl_client.kit import join, print_joined
+
+    with exit_on_fault():
+        chosen = _chosen(context)
+        now = dt.datetime.now(tz=dt.UTC)
+        print_joined(chosen.site, join(kit, chosen.site, chosen.path, digest=digest, new_key=new_key, now=now))
+
+
+@app.command()
+def check(context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Look at everything that could stop this site: connection, certificates, clock, data, room; every fault at once."""
+    with exit_on_fault():
+        chosen = _chosen(context)
+        from fl_client.preflight import print_checks, run_preflight
+
+        if not print_checks(chosen.site, run_preflight(chosen.path, site=chosen.site), as_json=as_json):
+            raise typer.Exit(1)
+
+
+@app.command("it-sheet")
+def it_sheet(context: typer.Context) -> None:
+    """Print one sheet for the hospital's IT: what goes where, over which port, what never leaves."""
+    with exit_on_fault():
+        chosen = _chosen(context)
+        from fl_client.it_sheet import sheet
+
+        sys.stdout.write(sheet(chosen.path, chosen.site))
 
 
 @app.command()
 def show(context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show the site: approved studies, images found and used."""
-    from fl_client.site import read_site_file, site_data
+    from fl_client.approval import approved_studies
+    from fl_client.site import read_named, site_data
     from icmoe.summary import summarise
 
     with exit_on_fault():
         chosen = _chosen(context)
-        settings, studies = read_site_file(chosen.path)
-        _same_name(chosen, settings.name)
+        settings = read_named(chosen.path, chosen.site)
+        studies = approved_studies(chosen.path.parent / settings.state)
         site = site_data(chosen.path, settings, studies[0])
         found, used = (site.images_found, site.images_used) if site is not None else (0, 0)
         exclusions = [str(fault) for fault in site.exclusions] if site is not None else []
@@ -101,17 +143,70 @@ def show(context: typer.Context, as_json: Annotated[bool, typer.Option("--json",
 
 
 @app.command()
-def prepare(context: typer.Context) -> None:
-    """Run the frozen backbone over the site's images once and keep the features at the site."""
-    from fl_client.preparing import prepare_study
-    from fl_client.progress import bars
-    from fl_client.site import read_site_file
+def approve(
+    context: typer.Context,
+    study: Annotated[Path, typer.Argument(help="Study file, received by another way than the federation.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Show what a study asks this site to run, with which data, and what leaves; keep a copy of it once you agree."""
+    from fl_client.approving import approve_study
 
     with exit_on_fault():
         chosen = _chosen(context)
-        settings, studies = read_site_file(chosen.path)
-        _same_name(chosen, settings.name)
-        for study in studies:
+        approve_study(chosen.path, chosen.site, study, agreed=yes)
+
+
+@app.command()
+def approvals(context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the studies that this site approved."""
+    from fl_client.approving import list_approvals
+
+    with exit_on_fault():
+        chosen = _chosen(context)
+        list_approvals(chosen.path, chosen.site, as_json=as_json)
+
+
+@app.command()
+def withdraw(context: typer.Context, study: Annotated[str, typer.Argument(help="Name of the study, or its digest.")]) -> None:
+    """Withdraw an approval: from the next message on the site refuses the study."""
+    from fl_client.approving import withdraw_study
+
+    with exit_on_fault():
+        chosen = _chosen(context)
+        withdraw_study(chosen.path, chosen.site, study)
+
+
+@app.command()
+def audit(
+    context: typer.Context,
+    what: Annotated[str | None, typer.Argument(help="digest, or nothing for the whole log.")] = None,
+    round_number: Annotated[int | None, typer.Argument(metavar="ROUND", help="Round whose digests are printed.")] = None,
+    study: Annotated[str | None, typer.Option(help="Name or digest of the study; the last one where absent.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check and print the audit log; `audit digest ROUND` prints what hospitals compare by telephone."""
+    from fl_client.approving import print_audit
+
+    with exit_on_fault():
+        chosen = _chosen(context)
+        if (what is None) != (round_number is None) or what not in {None, "digest"}:
+            value = " ".join(str(word) for word in (what, round_number) if word is not None)
+            raise IcmoeError(Fault(number=210, where="audit", value=value, limit="audit, or audit digest ROUND"))
+        print_audit(chosen.path, chosen.site, round_number, study, as_json=as_json)
+
+
+@app.command()
+def prepare(context: typer.Context) -> None:
+    """Run the frozen backbone over the site's images once and keep the features at the site."""
+    from fl_client.approval import approved_studies
+    from fl_client.preparing import prepare_study
+    from fl_client.progress import bars
+    from fl_client.site import read_named
+
+    with exit_on_fault():
+        chosen = _chosen(context)
+        settings = read_named(chosen.path, chosen.site)
+        for study in approved_studies(chosen.path.parent / settings.state):
             with bars() as on_progress:
                 encoded, images = prepare_study(chosen.path, settings, study, on_progress=on_progress)
             Console().print(f"{study.name}: {encoded} views encoded, {images} images ready", highlight=False)
@@ -136,7 +231,7 @@ def ingest(
             print_report(reports)
         try:
             if encode and not dry_run:
-                encode_site(chosen.path, reports)
+                encode_site(chosen.path, chosen.site, reports)
                 if not as_json:
                     print_encoded(reports)
         finally:  # what was ingested stays and is told, whatever keeps the backbone from running
@@ -190,12 +285,6 @@ def _shortened(sentences: list[str]) -> list[str]:
         rest = len(alike) - LINES_PER_NUMBER
         lines += alike[:LINES_PER_NUMBER] + ([f"{number} holds for {rest} more; show --json lists all."] if rest > 0 else [])
     return lines
-
-
-def _same_name(chosen: Chosen, name: str) -> None:
-    if chosen.site != name:
-        fault = Fault(number=210, where=str(chosen.path), what="--site and the site file differ", value=chosen.site, limit=name)
-        raise IcmoeError(fault)
 
 
 def main() -> None:

@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fl_client.approval import approved_studies, read_approvals
 from fl_client.preparing import encode_ingested
 from fl_client.progress import bars
-from fl_client.site import SiteFile, cache_folder_of, read_site_file, site_export
+from fl_client.site import SiteFile, cache_folder_of, read_named, site_export
 from icmoe.cache_entries import forget_images
 from icmoe.data.ingest.finding import files_of
 from icmoe.data.ingest.index import INDEX, published
@@ -45,10 +46,9 @@ def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]
     Raises
     ------
     IcmoeError
-        2xx for the site file, 109, 110, 129, 130 for the ingest.
+        2xx for the site file, 316 where no study is approved, 109, 110, 129, 130 for the ingest.
     """
-    settings, studies = read_site_file(path)
-    _same(path, settings, name)
+    settings, studies = _approved(path, name)
     _require_apart(path, settings)
     with _numbered_os_errors():
         return [_ingest_study(path, settings, study, dry_run=dry_run) for study in studies]
@@ -100,7 +100,7 @@ def _numbered_os_errors() -> Iterator[None]:
         raise IcmoeError(fault) from None
 
 
-def encode_site(path: Path, reports: list[dict[str, Any]]) -> None:
+def encode_site(path: Path, name: str, reports: list[dict[str, Any]]) -> None:
     """Fill the feature cache of every approved study and note in its report how many views were new.
 
     Raises
@@ -108,16 +108,16 @@ def encode_site(path: Path, reports: list[dict[str, Any]]) -> None:
     IcmoeError
         206, 207 for the backbone's weights, 211 for the device; the index is complete all the same.
     """
-    settings, studies = read_site_file(path)
+    settings, studies = _approved(path, name)
     for study, report in zip(studies, reports, strict=True):
         with bars() as on_progress:
             report["encoded"] = encode_ingested(path, settings, study, on_progress=on_progress)
 
 
 def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int]:
-    """Take a patient out of every index and return how many images and cached views went."""
-    settings, studies = read_site_file(path)
-    _same(path, settings, name)
+    """Take a patient out of every index, those of withdrawn studies too; return how many images and cached views went."""
+    settings = read_named(path, name)
+    studies = tuple(approval.study for approval in read_approvals(path.parent / settings.state))
     frames = features = 0
     exports = [site_export(path, settings, study) for study in studies]
     former = (place.parent for place in exports[0].secret_folder.glob(f"*/{INDEX}"))  # of studies that are no longer approved
@@ -137,8 +137,7 @@ def files_named(path: Path, name: str, wanted: str) -> list[str]:
     IcmoeError
         As `files_of`.
     """
-    settings, studies = read_site_file(path)
-    _same(path, settings, name)
+    settings, studies = _approved(path, name)
     faults: list[Fault] = []
     for study in studies:
         try:
@@ -217,10 +216,9 @@ def _volumes(row: dict[str, Any], labels: list[str]) -> str:
     return ", ".join(f"{name} {value:,.{1 if unit == 'ml' else 0}f} {unit}" for name, value in pairs)
 
 
-def _same(path: Path, settings: SiteFile, name: str) -> None:
-    if settings.name != name:
-        what = "--site and the site file differ"
-        raise IcmoeError(Fault(number=210, where=str(path), what=what, value=name, limit=settings.name))
+def _approved(path: Path, name: str) -> tuple[SiteFile, tuple[Study, ...]]:
+    settings = read_named(path, name)
+    return settings, approved_studies(path.parent / settings.state)
 
 
 @contextmanager

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from flwr.app import Context
 
-from fl_client.site import cache_folder_of, read_site_file, site_slices
+from fl_client.approval import approved_study
+from fl_client.policy import limit_gpu, require_hour
+from fl_client.site import cache_folder_of, read_site_file, site_file_of_environment, site_slices, study_faults
+from icmoe.bundle import bundle_digest, bundle_files
 from icmoe.data.slices import Slice
 from icmoe.device import available_device
 from icmoe.errors import Fault, IcmoeError
 from icmoe.features import FeatureCache
 from icmoe.study import Study
-
-ENVIRONMENT = "FL_CLIENT_SITE_FILE"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,8 @@ class Participant:
         Whether the coordinator may have the summary of the training images.
     steps_per_round
         Steps of a round where they are not `local_epochs` passes.
+    audited
+        Whether what comes in is bounded and, like what leaves, written to the audit log (a hospital; not a simulation).
     """
 
     name: str
@@ -58,6 +62,7 @@ class Participant:
     exact_counts: bool = False
     share_summary: bool = False
     steps_per_round: int | None = None
+    audited: bool = False
 
     def approved(self, digest: object) -> Study:
         """Return the approved study with this digest.
@@ -91,47 +96,60 @@ class Participant:
         return available_device(self.device)
 
 
-def read_site(path: Path) -> Participant:
-    """Return the site of a site file, ready to train; its features must be in the cache.
+def read_site(path: Path, digest: str) -> Participant:
+    """Return the site of a site file, ready to train one approved study; its features must be in the cache.
+
+    Parameters
+    ----------
+    path
+        The site file.
+    digest
+        Digest of the study as the message says it; everything else is the site's own.
 
     Raises
     ------
     IcmoeError
-        As `read_site_file` and `site_slices`; 207 where features are not there yet.
+        As `read_site_file`, `approved_study`, `study_faults` and `site_slices`; 320 outside the site's hours, 207 where
+        features are not there yet.
     """
-    settings, studies = read_site_file(path)
-    slices = site_slices(path, settings, studies[0])
-    cache = FeatureCache.of(cache_folder_of(path, settings), studies[0])
-    keys = [cache.key(item.image_digest, "identity") for item in slices]
-    if missing := sum(not cache.contains(key) for key in keys):
-        todo = f"Run fl_client --site {settings.name} prepare."
-        fault = Fault(
-            number=207, where=settings.name, what="features are not in the cache", value=f"{missing} of {len(keys)}", todo=todo
-        )
-        raise IcmoeError(fault)
+    settings = read_site_file(path)
+    state_folder = path.parent / settings.state
+    study = approved_study(state_folder, settings.name, digest, bundle_digest(bundle_files()))
+    if faults := study_faults(path, settings, study):
+        raise IcmoeError(*faults)
+    require_hour(settings.policy, datetime.now(UTC).astimezone())
+    slices = site_slices(path, settings, study)
+    cache_folder = cache_folder_of(path, settings)
+    _require_features(settings.name, FeatureCache.of(cache_folder, study), slices)
+    limit_gpu(settings.policy, available_device(settings.device))
     return Participant(
         name=settings.name,
-        studies=studies,
+        studies=(study,),
         train=tuple(item for item in slices if item.split == "train"),
         val=tuple(item for item in slices if item.split == "val"),
-        cache_folder=cache.folder,
-        state_folder=path.parent / settings.state,
+        cache_folder=cache_folder,
+        state_folder=state_folder,
         device=settings.device,
         threads=settings.threads,
         share_summary=settings.share_summary,
+        audited=True,
     )
 
 
-def site_from_environment(context: Context) -> Participant:
+def site_from_environment(context: Context, digest: str) -> Participant:
     """Return the site whose file the environment names; what the coordinator sends has no say in it.
 
     Raises
     ------
     IcmoeError
-        205 where the environment names no file.
+        205 where the environment names no file, else as `read_site`.
     """
-    del context
-    name = os.environ.get(ENVIRONMENT, "")
-    if not name:
-        raise IcmoeError(Fault(number=205, where=ENVIRONMENT, what="the environment names no site file"))
-    return read_site(Path(name))
+    del context  # holds the run's configuration, which the coordinator writes
+    return read_site(site_file_of_environment(), digest)
+
+
+def _require_features(name: str, cache: FeatureCache, slices: Sequence[Slice]) -> None:
+    keys = [cache.key(item.image_digest, "identity") for item in slices]
+    if missing := sum(not cache.contains(key) for key in keys):
+        value, todo = f"{missing} of {len(keys)}", f"Run fl_client --site {name} prepare."
+        raise IcmoeError(Fault(number=207, where=name, what="features are not in the cache", value=value, todo=todo))

@@ -1,12 +1,15 @@
-"""The site file: what one hospital writes about itself, in TOML."""
+"""The site file: what one hospital writes about itself, in TOML. Nothing here needs PyTorch: the supervisor stays small."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from fl_client.credentials import Coordinator
+from fl_client.policy import Policy, policy_faults
 from icmoe.cache_entries import default_cache_folder
 from icmoe.config import Section, parse, read_toml
 from icmoe.data.folder import read_folder
@@ -15,7 +18,9 @@ from icmoe.data.ingest.run import Export, store_of
 from icmoe.data.ingest.settings import IngestSettings
 from icmoe.data.slices import SiteData, Slice
 from icmoe.errors import Fault, IcmoeError
-from icmoe.study import Study, read_study
+from icmoe.study import Study
+
+ENVIRONMENT = "FL_CLIENT_SITE_FILE"
 
 
 class SiteFile(Section):
@@ -27,8 +32,6 @@ class SiteFile(Section):
     """Folder with <name>/{images,masks} and splits/{train,val,test}.csv; or [ingest]."""
     ingest: IngestSettings | None = None
     """An export of DICOM, NIfTI and PNG files."""
-    studies: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Study files that this site approves."""
     cache: str | None = None
     """Feature cache; the user's cache folder where absent."""
     state: str = "state"
@@ -45,6 +48,10 @@ class SiteFile(Section):
     that declines takes part all the same; `fl_client show --json` shows what would be sent."""
     allow_test_only: bool = False
     """Whether studies over the untrained test backbone may run here."""
+    coordinator: Coordinator | None = None
+    """How the coordinator is reached; without it the file serves for the data only."""
+    policy: Policy = Policy()
+    """What the site allows, whatever a study says."""
 
     @model_validator(mode="after")
     def _one_source(self) -> SiteFile:
@@ -53,20 +60,50 @@ class SiteFile(Section):
         return self
 
 
-def read_site_file(path: Path) -> tuple[SiteFile, tuple[Study, ...]]:
-    """Return the settings and the approved studies.
+def read_site_file(path: Path) -> SiteFile:
+    """Return the settings.
 
     Raises
     ------
     IcmoeError
-        201-205, every fault of the site file at once; 212 per study for tests where the site does not allow them.
+        201-205, every fault of the site file at once.
     """
-    settings = parse(SiteFile, read_toml(path), where=str(path))
-    studies = tuple(read_study(path.parent / name) for name in settings.studies)
-    tests = [] if settings.allow_test_only else [study for study in studies if study.test_only]
-    if tests:
-        raise IcmoeError(*(Fault(number=212, where=str(path), value=study.name, did="Nothing was started.") for study in tests))
-    return settings, studies
+    return parse(SiteFile, read_toml(path), where=str(path))
+
+
+def read_named(path: Path, name: str) -> SiteFile:
+    """Return the settings of a site file that must be of site `name`.
+
+    Raises
+    ------
+    IcmoeError
+        As `read_site_file`; 210 where the file is of another site.
+    """
+    settings = read_site_file(path)
+    if settings.name != name:
+        what = "--site and the site file differ"
+        raise IcmoeError(Fault(number=210, where=str(path), what=what, value=name, limit=settings.name))
+    return settings
+
+
+def study_faults(path: Path, settings: SiteFile, study: Study) -> list[Fault]:
+    """Return why the site would not take part in a study: 212 for a test where tests are not allowed, 319 for the policy."""
+    tests = [Fault(number=212, where=str(path), value=study.name, did="Nothing was started.")]
+    return (tests if study.test_only and not settings.allow_test_only else []) + policy_faults(settings.policy, study)
+
+
+def site_file_of_environment() -> Path:
+    """Return the site file that the environment names.
+
+    Raises
+    ------
+    IcmoeError
+        205 where it names none.
+    """
+    name = os.environ.get(ENVIRONMENT, "")
+    if not name:
+        raise IcmoeError(Fault(number=205, where=ENVIRONMENT, what="the environment names no site file"))
+    return Path(name)
 
 
 def site_data(path: Path, settings: SiteFile, study: Study) -> SiteData | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.table import Table
 from icmoe import __version__
 from icmoe.errors import exit_on_fault
 from icmoe.platform import require_supported_platform
+from icmoe.private import file_errors
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -47,6 +49,122 @@ def check(
         table.add_row("experts", f"{proposal.model.experts}, {min(proposal.model.top_k, proposal.model.experts)} fused per pixel")
         table.add_row("rounds", f"{proposal.rounds}, quorum {proposal.quorum}, deadline {proposal.deadline_s:.0f} s")
         Console().print(table)
+
+
+Home = Annotated[Path, typer.Option("--home", help="Folder that fl_server provision made.")]
+
+
+@app.command()
+def provision(
+    consortium: Annotated[Path, typer.Argument(help="Consortium file, TOML.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to make, or to complete; the other commands call it --home.")],
+    renew: Annotated[bool, typer.Option("--renew", help="Renew certificates that end within 60 days.")] = False,
+) -> None:
+    """Make CA, server certificate and start kits; what is there is kept, what is missing is added."""
+    from fl_server.provisioning import print_provisioned
+    from fl_server.provisioning import provision as run
+
+    with exit_on_fault(), file_errors():
+        print_provisioned(run(consortium, out, renew=renew, now=dt.datetime.now(tz=dt.UTC)))
+
+
+@app.command()
+def admit(
+    request: Annotated[Path, typer.Argument(help="request.json as the site sent it.")],
+    home: Home,
+    fingerprint: Annotated[str | None, typer.Option(help="The key's fingerprint as the hospital read it out; compared.")] = None,
+) -> None:
+    """Register a site's key with the running SuperLink under the site's name."""
+    with exit_on_fault(), file_errors():
+        from fl_server.admission import admit as run
+
+        found = run(request, home, expected=fingerprint)
+        sys.stdout.write(f"{found.site} is admitted as node {found.node_id}\nkey fingerprint  {found.fingerprint}\n")
+        if fingerprint is None:
+            sys.stdout.write("Compare the fingerprint with the hospital by telephone; if it differs: fl_server revoke.\n")
+
+
+@app.command()
+def revoke(site: Annotated[str, typer.Argument(help="Name of the site.")], home: Home) -> None:
+    """Take a site's key out of the federation for good; its SuperNode stops within half a minute."""
+    with exit_on_fault(), file_errors():
+        from fl_server.admission import revoke as run
+
+        sys.stdout.write(f"{site} is revoked\nkey fingerprint  {run(site, home)}\n")
+
+
+@app.command()
+def expiry(
+    home: Home,
+    days: Annotated[int, typer.Option(help="Report certificates that end within this many days.", min=0)] = 60,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show when certificates end; exit code 1 where one ends soon, for a timer to watch."""
+    from fl_server.provisioning import print_expiry
+
+    with exit_on_fault(), file_errors():
+        if not print_expiry(home, dt.datetime.now(tz=dt.UTC), warn_days=days, as_json=as_json):
+            raise typer.Exit(1)
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def superlink(
+    home: Home,
+    execute: Annotated[bool, typer.Option("--exec", help="Run and supervise the commands instead of printing them.")] = False,
+    listen: Annotated[
+        str | None, typer.Option(help="ADDRESS:PORT of nginx where it is not every address and the public port.")
+    ] = None,
+) -> None:
+    """Write nginx.conf and print the exact Flower commands of this consortium, or run them."""
+    from fl_server.superlink import serve
+
+    with exit_on_fault():
+        require_supported_platform()
+        serve(home, execute=execute, listen=listen)
+
+
+@app.command()
+def run(study: Annotated[Path, typer.Argument(help="Study file, TOML.")], home: Home, as_json: AsJson = False) -> None:
+    """Submit a study and follow its rounds; exits with 0 only when the study completed."""
+    from fl_server.commands import run_study
+
+    with exit_on_fault():
+        require_supported_platform()
+        run_study(home, study, as_json=as_json)
+
+
+@app.command()
+def status(
+    home: Home,
+    run_id: Annotated[str | None, typer.Argument(help="Run; the newest where absent.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how far a run came."""
+    from fl_server.commands import show_runs
+
+    with exit_on_fault():
+        show_runs(home, run_id=run_id, newest=True, as_json=as_json)
+
+
+@app.command(name="list")
+def list_runs(home: Home, as_json: AsJson = False) -> None:
+    """List all runs."""
+    from fl_server.commands import show_runs
+
+    with exit_on_fault():
+        show_runs(home, run_id=None, newest=False, as_json=as_json)
+
+
+@app.command()
+def stop(run_id: Annotated[str, typer.Argument(help="Run.")], home: Home) -> None:
+    """Stop a run; its finished rounds are kept, and the study can go on later."""
+    from fl_server.commands import stop_run
+
+    with exit_on_fault():
+        stop_run(home, run_id)
 
 
 def main() -> None:

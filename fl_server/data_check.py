@@ -14,9 +14,9 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from fl_server.exchanging import ask
 from fl_server.outliers import Finding, outliers
 from fl_server.replies import reported_number
-from fl_server.rounds import ask
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import CONFIG, STUDY_KEY, SUMMARY_KEY
 from icmoe.study import Study

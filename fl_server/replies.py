@@ -84,8 +84,7 @@ def parse_replies(
     for reply in replies:
         site = sites.get(reply.metadata.src_node_id, "")
         if reply.has_error():
-            number = reported_number(reply.error.reason)
-            faults.append(Fault(number=number, where=site, did="The round went on without the site."))
+            faults.append(site_fault(site, reply.error.reason))
             continue
         try:
             if not site or site in updates:
@@ -94,6 +93,11 @@ def parse_replies(
         except Refusal as refusal:
             faults.append(Fault(number=504, where=site, what="update was refused", value=str(refusal)))
     return [updates[site] for site in sorted(updates)], faults
+
+
+def site_fault(site: str, reason: str | None) -> Fault:
+    """Return the fault that a site reported; the round went on without it."""
+    return Fault(number=reported_number(reason), where=site, did="The round went on without the site.")
 
 
 def reported_number(reason: str | None) -> int:

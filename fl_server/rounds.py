@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from fl_server.exchanging import ask
+from fl_server.roster import await_online, online
 from fl_server.router_aware import RoundReport, Tensors
 from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError
-from icmoe.exchange import CONFIG, DICE_KEY, LOSS_KEY, NUMBERS, PATIENTS_KEY, STUDY_KEY
+from icmoe.exchange import DICE_KEY, LOSS_KEY, NUMBERS, PATIENTS_KEY
 from icmoe.model import names_of
 from icmoe.study import Study
 
@@ -111,66 +113,6 @@ class RunState:
         return RunState(header["study"], arrays, header["round"], header["history"], extra, header["closed"])
 
 
-def ask(
-    grid: Grid,
-    messages: Iterable[Message],
-    *,
-    deadline_s: float,
-    poll_s: float = 1.0,
-    on_reply: Callable[[Message], None] | None = None,
-) -> list[Message]:
-    """Return the replies that arrive before the deadline.
-
-    Parameters
-    ----------
-    grid
-        Flower's Grid.
-    messages
-        One per node.
-    deadline_s
-        Seconds after which the wait ends, whoever is missing.
-    poll_s
-        Seconds between looks.
-    on_reply
-        Called with each reply as it arrives.
-    """
-    ends = time.monotonic() + deadline_s
-    waiting = set(grid.push_messages(messages))
-    replies: list[Message] = []
-    while waiting and time.monotonic() < ends:
-        for reply in grid.pull_messages(waiting):
-            waiting.discard(reply.metadata.reply_to_message_id)
-            replies.append(reply)
-            if on_reply is not None:
-                on_reply(reply)
-        if waiting:
-            time.sleep(poll_s)
-    return replies
-
-
-def introduce(grid: Grid, nodes: int, study: Study, *, deadline_s: float, poll_s: float = 1.0) -> dict[int, RecordDict]:
-    """Return the sites' answers to "who are you" by node, as soon as `nodes` of them are there.
-
-    Raises
-    ------
-    IcmoeError
-        501 where fewer than `nodes` are there at the deadline.
-    """
-    ends = time.monotonic() + deadline_s
-    while len(ids := list(grid.get_node_ids())) < nodes:
-        if time.monotonic() > ends:
-            raise IcmoeError(Fault(number=501, what="too few sites connected", value=str(len(ids)), limit=f"at least {nodes}"))
-        time.sleep(poll_s)
-    content = RecordDict({CONFIG: ConfigRecord({STUDY_KEY: study.digest})})
-    questions = [Message(content, dst_node_id=node, message_type="query.site") for node in ids]
-    replies = ask(grid, questions, deadline_s=deadline_s, poll_s=poll_s)
-    failed = [reply.error.reason for reply in replies if reply.has_error()]
-    if failed or len(replies) < nodes:
-        value = f"{len(replies) - len(failed)} of {nodes} sites answered" + (f"; {failed[0]}" if failed else "")
-        raise IcmoeError(Fault(number=501, what="sites did not introduce themselves", value=value))
-    return {reply.metadata.src_node_id: reply.content for reply in replies}
-
-
 def run_rounds(
     grid: Grid,
     strategy: RoundStrategy,
@@ -205,7 +147,8 @@ def run_rounds(
     Raises
     ------
     IcmoeError
-        501 where a round brings no usable update at all; what was committed stays.
+        501 where a round brings no usable update at all or fewer sites than the quorum are connected until the deadline;
+        what was committed stays.
     """
 
     def heard(number: int) -> Callable[[Message], None]:
@@ -216,12 +159,15 @@ def run_rounds(
         number = state.round + 1
         began = time.perf_counter()
         arrays = ArrayRecord({name: Array(tensor) for name, tensor in state.arrays.items()})
-        messages = strategy.configure_train(number, arrays, ConfigRecord(), grid)
+        reached = await_online(grid, min(study.quorum, len(sites)), deadline_s=study.deadline_s, poll_s=poll_s, among=sites)
+        messages = reachable(strategy.configure_train(number, arrays, ConfigRecord(), grid), reached)
         replies = ask(grid, messages, deadline_s=study.deadline_s, poll_s=poll_s, on_reply=heard(number))
         trained_s = time.perf_counter() - began
+        replies = [reply for reply in replies if reply.metadata.src_node_id in sites]
         moved, _ = strategy.aggregate_train(number, replies)
+        strategy.report.faults += silences(sites, reached, replies)
         if not strategy.report.updates:
-            raise IcmoeError(*(strategy.report.faults or [Fault(number=501, where=f"round {number}")]))
+            raise IcmoeError(Fault(number=501, where=f"round {number}"), *strategy.report.faults)
         if moved is not None:
             state.arrays = {name: array.numpy() for name, array in moved.items()}
         state.extra = strategy.state()
@@ -235,12 +181,30 @@ def run_rounds(
             on_round(state.history[-1])
     if not state.closed:
         arrays = ArrayRecord({name: Array(tensor) for name, tensor in state.arrays.items()})
-        messages = strategy.configure_evaluate(study.rounds, arrays, ConfigRecord(), grid)
+        messages = reachable(strategy.configure_evaluate(study.rounds, arrays, ConfigRecord(), grid), online(grid))
         replies = ask(grid, messages, deadline_s=study.deadline_s, poll_s=poll_s, on_reply=heard(study.rounds))
         note_validation(state, _validation(replies, sites))
         state.closed = True
         commit(state)
     return state
+
+
+def reachable(messages: Iterable[Message], nodes: Container[int]) -> list[Message]:
+    """Return the messages to connected nodes: Flower answers one to another node only after its own deadline."""
+    return [message for message in messages if message.metadata.dst_node_id in nodes]
+
+
+def silences(sites: Mapping[int, str], reached: Container[int], replies: Iterable[Message]) -> list[Fault]:
+    """Return a fault per site that is not connected or did not answer; what Flower answers in its stead does not count."""
+    answered = {reply.metadata.src_node_id for reply in replies}
+    faults = []
+    for node, name in sorted(sites.items(), key=lambda item: item[1]):
+        if node not in reached:
+            faults.append(Fault(number=332, where=name, did="The round went on without the site."))
+        elif node not in answered:
+            what = "site did not answer before the deadline"
+            faults.append(Fault(number=304, where=name, what=what, did="The round went on without the site."))
+    return faults
 
 
 def _validation(replies: Iterable[Message], sites: Mapping[int, str]) -> dict[str, tuple[float, int]]:

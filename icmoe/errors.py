@@ -92,12 +92,59 @@ CATALOGUE: dict[int, Entry] = {
     ),
     303: Entry("this platform is not supported", "Use Linux on x86-64 (Windows through WSL2) with Python 3.11 or newer."),
     304: Entry("site did not finish its part of a round", "Read the site's own log; the coordinator only sees this number."),
+    306: Entry("private file can be read by others", "Make it readable by its owner only, or make it anew."),
+    307: Entry(
+        "key is of the wrong kind", "Make one with fl_client --site NAME init: NIST curve, OpenSSH format, no passphrase."
+    ),
+    308: Entry("certificate is not trusted", "Compare the kit's digest with the coordinator; ask for a new kit if it differs."),
+    309: Entry("certificate has expired or expires soon", "The coordinator renews it with fl_server provision --renew."),
+    310: Entry("start kit or request cannot be used", "Ask for it again and compare its digest or fingerprint by telephone."),
+    311: Entry("coordinator cannot be reached", "Check the address, the firewall and the outbound proxy with the hospital's IT."),
+    312: Entry("port does not answer as the coordinator's should", "Check the port; the coordinator checks its reverse proxy."),
+    313: Entry("clock differs from the coordinator's", "Synchronise this machine's clock by NTP."),
+    314: Entry("site is not admitted", "Send request.json to the coordinator, who runs fl_server admit."),
+    315: Entry("machine has too little room", "Free some, or move cache and state to another disk."),
+    316: Entry("no study is approved at this site", "Approve one: fl_client --site NAME approve STUDY.toml."),
+    317: Entry(
+        "app bundle differs from the site's installed package",
+        "Install the same version of icmoe-federated at coordinator and site; the site runs nothing else.",
+    ),
+    318: Entry(
+        "installed package changed since the study was approved", "Look at the new version, then approve the study again."
+    ),
+    319: Entry("study breaks the site's policy", "Agree on another study, or change [policy] in the site file."),
+    320: Entry(
+        "site does not take part at this hour", "Nothing: the round goes on without it. The hours stand in the site file."
+    ),
+    321: Entry("site's records are damaged or were changed", "Restore the file from a backup, and find out who changed it."),
+    322: Entry(
+        "global model is outside its bounds", "Compare its digest with the other hospitals; do not go on before it is explained."
+    ),
+    323: Entry(
+        "site's process ended before it answered", "Read the site's own log: the time was over, the memory was, or it was killed."
+    ),
+    324: Entry(
+        "connection to the coordinator was refused or lost",
+        "Nothing at first: it is tried again. If it lasts, ask the coordinator.",
+    ),
+    325: Entry("site cannot be started", "Correct what is named; another fl_client of the site may be running."),
+    326: Entry("coordinator's folder is incomplete", "Run fl_server provision, or name its output folder with --home."),
+    328: Entry("supervised process ended", "Nothing, it is started again; if it recurs, read its log above."),
+    329: Entry("port is in use", "Stop the other process, or change superlink_port in consortium.toml."),
+    330: Entry("SuperLink does not answer", "Start it: fl_server superlink --home DIR --exec."),
+    331: Entry("site is not the one registered with its key", "Name the site in its site file as it was admitted."),
+    332: Entry("site is not connected", "Ask the hospital to look at fl_client --site NAME."),
     401: Entry("frozen backbone changed during training", "Do not use the result; report the case with the two digests."),
     501: Entry("no site delivered a usable update", "Look at the sites' errors; the global model was kept."),
     502: Entry("run folder is in use or holds another run", "Choose another --out, or continue the same run with --resume."),
     503: Entry("simulation stopped before its end", "Continue with --resume after removing the cause."),
     504: Entry("update was refused", "Look at the named tensor at the site; the round went on without it."),
     505: Entry("Ray cluster cannot be reached", "Check --address, or leave it out to start a cluster on this machine."),
+    506: Entry("study is running already", "Wait for it, or stop it: fl_server stop RUN."),
+    507: Entry("run failed", "Remove the cause and run the study again: it goes on after its last round."),
+    508: Entry("run is not known", "List the runs: fl_server list."),
+    509: Entry("run was stopped", "Run the study again: it goes on after its last round."),
+    510: Entry("run did not end in time", "Look at fl_server status; the run was not stopped."),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from importlib.metadata import version
 
 from icmoe.errors import Fault, IcmoeError
 
@@ -19,3 +20,20 @@ def require_supported_platform() -> None:
     found = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64") or sys.version_info < (3, 11):
         raise IcmoeError(Fault(number=303, value=found, limit="Linux x86_64, Python 3.11 or newer", did="Nothing was started."))
+
+
+def require_version(package: str, prefix: str) -> None:
+    """Stop where another version of a package is installed than the one whose private names are known.
+
+    Raises
+    ------
+    IcmoeError
+        303 with both versions.
+    """
+    found = version(package)
+    if not found.startswith(prefix):
+        todo = "Install icmoe-federated again; it names the versions that fit."
+        what, limit = "this version is not supported", f"{prefix}x"
+        raise IcmoeError(
+            Fault(number=303, where=package, what=what, value=found, limit=limit, did="Nothing was started.", todo=todo)
+        )

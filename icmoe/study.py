@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -199,7 +199,12 @@ class Study(Section):
 
 def canonical(study: Study) -> str:
     """Return the study as JSON with sorted keys, no white space and every default spelled out."""
-    return json.dumps(study.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return canonical_json(study.model_dump(mode="json"))
+
+
+def canonical_json(values: dict[str, Any]) -> str:
+    """Return plain values as JSON with sorted keys and no white space."""
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
 def read_study(path: Path) -> Study:

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fl_server.app import Roster
+from fl_server.roster import Roster
 from fl_server.router_aware import RoundReport, RouterAware, Tensors
 from icmoe.study import Study
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import Result
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from typer.testing import CliRunner
 
 from fl_client import cli
 from fl_client.app import make_client_app
-from fl_client.participant import ENVIRONMENT, Participant, read_site, site_from_environment
+from fl_client.participant import Participant, read_site, site_from_environment
 from fl_client.personal import personal_path
+from fl_client.site import ENVIRONMENT
 from icmoe.data.folder import read_folder
 from icmoe.errors import CATALOGUE, IcmoeError
 from icmoe.exchange import ARRAYS, CONFIG, NUMBERS, ROUND_KEY, STUDY_KEY, UPDATE, global_state, is_personal, update_of
@@ -57,7 +58,7 @@ def site(hospital: Path, make_study, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def ask(site: Participant, content: RecordDict, kind: str = "train") -> Message:
-    return make_client_app(lambda _: site)(Message(content, dst_node_id=5, message_type=kind), CONTEXT)
+    return make_client_app(lambda *_: site)(Message(content, dst_node_id=5, message_type=kind), CONTEXT)
 
 
 def request(study: Study, round_number: int = 1, **extra: object) -> RecordDict:
@@ -168,7 +169,7 @@ def test_a_doctored_global_model_is_refused(harm: str, site: Participant) -> Non
 
 def test_the_text_of_an_exception_never_leaves(site: Participant) -> None:
     marker = "Mustermann-1970"
-    reply = make_client_app(lambda _: (_ for _ in ()).throw(RuntimeError(marker)))(
+    reply = make_client_app(lambda *_: (_ for _ in ()).throw(RuntimeError(marker)))(
         Message(request(site.studies[0]), dst_node_id=5, message_type="train"), CONTEXT
     )
     assert reply.error.reason == f"ICM304 {CATALOGUE[304].title}"
@@ -178,67 +179,76 @@ def test_the_text_of_an_exception_never_leaves(site: Participant) -> None:
     assert marker not in reply.error.reason
 
 
-def write_site_file(folder: Path, hospital: Path, study: Study, **changes: str) -> Path:
-    text = {
-        "name": '"Alder"',
-        "data": f'"{hospital}"',
-        "studies": '["study.toml"]',
-        "cache": '"cache"',
-        "allow_test_only": "true",
-    } | changes
-    path = folder / "site.toml"
-    path.write_text("\n".join(f"{key} = {value}" for key, value in text.items()))
+def write_study_file(path: Path, study: Study) -> Path:
     values = json.loads(canonical(study))
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if not isinstance(value, dict | list)]
     lines += [f"[[labels]]\nname = {json.dumps(label['name'])}\nvalues = {label['values']}" for label in values["labels"]]
     for section, keys in values.items():
         if isinstance(keys, dict):
             lines.append(f"[{section}]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in keys.items()))
-    (folder / "study.toml").write_text("\n".join(lines))
-    assert tomllib.loads((folder / "study.toml").read_text())
+    path.write_text("\n".join(lines))
     return path
+
+
+def write_site_file(folder: Path, hospital: Path, **changes: str) -> Path:
+    text = {
+        "name": '"Alder"',
+        "data": f'"{hospital}"',
+        "cache": '"cache"',
+        "allow_test_only": "true",
+    } | changes
+    path = folder / "site.toml"
+    path.write_text("\n".join(f"{key} = {value}" for key, value in text.items()))
+    return path
+
+
+def command(path: Path, *words: str) -> Result:
+    return CliRunner().invoke(cli.app, ["--site", "Alder", "--config", str(path), *words])
 
 
 def test_a_site_file_leads_to_a_site_that_trains(
     hospital: Path, make_study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = make_study()
-    path = write_site_file(tmp_path, hospital, study)
+    path = write_site_file(tmp_path, hospital)
+    assert "ICM316" in command(path, "prepare").stderr  # approval first
+    assert command(path, "approve", str(write_study_file(tmp_path / "study.toml", study)), "--yes").exit_code == 0
     with pytest.raises(IcmoeError) as caught:
-        read_site(path)
-    assert caught.value.faults[0].number == 207  # features first
-    runner = CliRunner()
-    prepared = runner.invoke(cli.app, ["--site", "Alder", "--config", str(path), "prepare"])
+        read_site(path, study.digest)
+    assert caught.value.faults[0].number == 207  # then features
+    prepared = command(path, "prepare")
     assert prepared.exit_code == 0, prepared.output
     monkeypatch.setenv(ENVIRONMENT, str(path))
-    found = site_from_environment(CONTEXT)
+    found = site_from_environment(CONTEXT, study.digest)
     assert found.studies[0].digest == study.digest
     assert not found.exact_counts
     assert not found.share_summary
     path.write_text("share_summary = true\n" + path.read_text())
-    assert site_from_environment(CONTEXT).share_summary
+    assert site_from_environment(CONTEXT, study.digest).share_summary
     reply = make_client_app(site_from_environment)(Message(request(study), dst_node_id=5, message_type="train"), CONTEXT)
     assert reply.content[NUMBERS]["slices"] == 10
 
 
 def test_the_command_line_shows_the_site(hospital: Path, make_study, tmp_path: Path) -> None:
-    path = write_site_file(tmp_path, hospital, make_study())
-    shown = CliRunner().invoke(cli.app, ["--site", "Alder", "--config", str(path), "show", "--json"])
+    path = write_site_file(tmp_path, hospital)
+    command(path, "approve", str(write_study_file(tmp_path / "study.toml", make_study())), "--yes")
+    shown = command(path, "show", "--json")
     assert shown.exit_code == 0
     record = json.loads(shown.output)
     assert record["images_found"] == 12
+    assert "tiny" in record["studies"]
     assert record["share_summary"] is False  # nothing leaves that the site file does not allow
     assert record["summary"] | {"images": 10, "patients": 10} == record["summary"]
-    assert CliRunner().invoke(cli.app, ["--site", "Alder", "--config", str(path)]).exit_code == 0
 
 
 BAD_SITES = {
-    "a study for tests only": ({"allow_test_only": "false"}, 212),
     "an unknown key": ({"nmae": '"x"'}, 201),
     "a wrong type": ({"threads": '"two"'}, 202),
     "a name with a path": ({"name": '"../x"'}, 202),
     "a folder that is not there": ({"data": '"nowhere"'}, 109),
-    "a study that is not there": ({"studies": '["other.toml"]'}, 205),
+    "approval by the site file": ({"studies": '["study.toml"]'}, 201),
+    "hours that are none": ({"policy": '{hours = "9-17"}'}, 202),
+    "a coordinator without a port": ({"coordinator": '{address = "x", ca = "a", key = "b"}'}, 202),
     "another site": ({"name": '"Birch"'}, 210),
 }
 
@@ -246,8 +256,10 @@ BAD_SITES = {
 @pytest.mark.parametrize("name", BAD_SITES)
 def test_a_bad_site_file_is_one_numbered_sentence(name: str, hospital: Path, make_study, tmp_path: Path) -> None:
     changes, number = BAD_SITES[name]
-    path = write_site_file(tmp_path, hospital, make_study(), **changes)
-    done = CliRunner().invoke(cli.app, ["--site", "Alder", "--config", str(path), "show"])
+    path = write_site_file(tmp_path, hospital)
+    command(path, "approve", str(write_study_file(tmp_path / "study.toml", make_study())), "--yes")
+    write_site_file(tmp_path, hospital, **changes)
+    done = command(path, "show")
     assert done.exit_code == 1
     assert f"ICM{number}" in done.output + done.stderr
     assert "Traceback" not in done.output
@@ -265,7 +277,7 @@ def test_without_a_site_or_its_file_the_command_says_so(tmp_path: Path) -> None:
 def test_the_environment_must_name_the_site_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     with pytest.raises(IcmoeError, match="ICM205"):
-        site_from_environment(CONTEXT)
+        site_from_environment(CONTEXT, "0" * 64)
 
 
 @pytest.mark.parametrize("command", ["show", "prepare", "ingest", "forget"])

@@ -128,7 +128,7 @@ def participant(study: Study, tmp_path: Path, name: str = "Alder", **about: Any)
 
 
 def answer(site: Participant, message: Message) -> Message:
-    return make_client_app(lambda _: site)(message, CONTEXT)
+    return make_client_app(lambda *_: site)(message, CONTEXT)
 
 
 def question(study: Study, **extra: Any) -> Message:

@@ -205,14 +205,13 @@ def test_the_command_ingests_forgets_and_refuses_by_number(tmp_path: Path):
         'name = "tiny"\nseed = 1\n[[labels]]\nname = "background"\nvalues = [0]\n[[labels]]\nname = "lesion"\nvalues = [255]\n'
     )
     (tmp_path / "study.toml").write_text(f'{study}[backbone]\ndigest = "{"0" * 64}"\n')
-    (tmp_path / "site.toml").write_text(
-        'name = "Elm"\nstudies = ["study.toml"]\n[ingest]\nfolder = "export"\nshares = [1.0, 0.0, 0.0]\n'
-    )
+    (tmp_path / "site.toml").write_text('name = "Elm"\n[ingest]\nfolder = "export"\nshares = [1.0, 0.0, 0.0]\n')
 
     def command(*words: str) -> subprocess.CompletedProcess[str]:
         line = [str(Path(sys.executable).parent / "fl_client"), "--site", "Elm", "--config", str(tmp_path / "site.toml"), *words]
         return subprocess.run(line, capture_output=True, text=True, timeout=120)
 
+    assert "not read yet" in command("approve", str(tmp_path / "study.toml"), "--yes").stdout
     dry = command("ingest", "--dry-run", "--json")
     assert json.loads(dry.stdout)[0]["used"] == 4
     assert not (tmp_path / "ingest").exists(), "a dry run keeps nothing"

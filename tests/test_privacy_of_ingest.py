@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
+import ssl
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from flower_processes import ROOT, SCRIPTS, child, environment, free_port, listens, recorded, wait_for
+from consortium import client, fl_server, listens, make_home, participating, serving, wait_until
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from loopback import recorded
 from planting import marked, planted_series, search
 from pydicom import dcmread
 
+from fl_server.home import Home
 from icmoe.backbone import backbone_digest
 from icmoe.data.ingest import index
 from icmoe.data.ingest.run import Export, ingest
@@ -43,13 +46,8 @@ adaptive_experts = 1
 bottleneck = 8
 """
 SITE = """
-name = "Elm"
-studies = ["study.toml"]
 allow_test_only = true
 cache = "cache"
-[ingest]
-folder = "export"
-shares = [1.0, 0.0, 0.0]
 """
 
 
@@ -79,54 +77,44 @@ def test_no_marker_of_any_header_is_in_index_or_frames(token: str, seed: int):
 
 
 def test_no_marker_is_in_logs_report_cache_update_or_on_the_wire(tmp_path: Path):
-    """A hospital's whole path with real processes: ingest, encode, one federated round over a recorded connection."""
+    """A hospital's whole path with the product's own commands: kit, approval, ingest, one round over a recorded connection."""
     tokens = [f"C0FFEE1234{patient}" for patient in range(3)]
     for patient, token in enumerate(tokens):
         planted_series(tmp_path / f"export/{patient}", token, 2, patient)
     (tmp_path / "study.toml").write_text(STUDY)
-    site = tmp_path / "site.toml"
-    site.write_text(SITE)
-    lines = ("ingest --dry-run", "ingest", "ingest --json", "show", "prepare")
-    said = b"".join(command(tmp_path, site, *line.split()) for line in lines)
-    assert b"6 of 6 images used" in said
-    wire = federated_round(tmp_path, site)
+    home = make_home(tmp_path / "home", "Elm")
+    site = tmp_path / "hospital/Elm.toml"
+    said = client(site, "init", "--kit", str(home.site("Elm") / "kit"))
+    text = site.read_text().replace("/pacs/export", str(tmp_path / "export"))
+    site.write_text(SITE + text.replace("[coordinator]", "shares = [1.0, 0.0, 0.0]\n[coordinator]"))
+    approve = f"approve {tmp_path / 'study.toml'} --yes"
+    said += "".join(client(site, *line.split()) for line in (approve, "ingest --dry-run", "ingest", "ingest --json", "show"))
+    assert "6 of 6 images used" in said
+    wire, model = federated_round(home, site, tmp_path / "study.toml")
     assert b"val-dice" in wire, "what is said on the wire is recorded in clear"
     assert len(wire) > 100_000, "the update itself is in the record"
-    kept = [path for name in ("ingest", "cache", "flower") for path in (tmp_path / name).rglob("*") if path.is_file()]
+    kept = [path for name in ("hospital", "home") for path in (tmp_path / name).rglob("*") if path.is_file()]
     names = {path.name for path in kept}
-    assert {"index.sqlite", "quality.json", "link.log", "node.log"} <= names
-    assert any(path.parts[-3] == "cache" for path in kept)
+    assert {"index.sqlite", "quality.json", "superlink.log", "supernode.log", "audit.jsonl", "state.db", model.name} <= names
+    assert any("cache" in path.parts for path in kept)
     for token in tokens:
-        search(token, "what the commands print", said)
+        search(token, "what the commands print", said.encode())
         search(token, "the bytes on the wire", wire)
-        search(token, "the model", (tmp_path / "study.model.safetensors").read_bytes())
         for path in kept:
             search(token, path.name, path.name.encode() + path.read_bytes())
 
 
-def command(place: Path, site: Path, *words: str) -> bytes:
-    line = [str(SCRIPTS / "fl_client"), "--site", "Elm", "--config", str(site), *words]
-    ran = subprocess.run(line, capture_output=True, timeout=120, env=environment(place), cwd=place)
-    assert ran.returncode == 0, ran.stderr.decode()
-    return ran.stdout + ran.stderr
-
-
-def federated_round(place: Path, site: Path) -> bytes:
-    """Run the study with a real SuperLink and SuperNode and return every byte between them; logs go to flower/*.log."""
-    (place / "flower").mkdir()
-    api, local = free_port(), free_port()
-    superlink = f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{api}"\ninsecure = true\n'
-    (place / "flower/config.toml").write_text(superlink)
-    with recorded(api) as (port, record):
-        link = ["flower-superlink", "--insecure", "--port", str(api)]
-        node = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}", "--port", str(local)]
-        with child(place, link, "link"), child(place, node, "node", FL_CLIENT_SITE_FILE=str(site)):
-            wait_for(lambda: listens(api), 60)
-            run = [SCRIPTS / "flwr", "run", str(ROOT), "here", "-c", f'study="{place / "study.toml"}"']
-            started = subprocess.run(run, env=environment(place), capture_output=True, timeout=60)
-            assert started.returncode == 0, started.stdout + started.stderr
-            wait_for((place / "study.model.safetensors").exists, 200)
-        return b"".join(record)
+def federated_round(home: Home, site: Path, study: Path) -> tuple[bytes, Path]:
+    """Run the study and return every byte between hospital and coordinator, and the model; a recorder stands in nginx's place."""
+    server, upstream = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context(cafile=str(home.ca))
+    server.load_cert_chain(home.certificate, home.key)
+    with serving(home, home.root / "superlink.log"), recorded(home.public_port, server, home.superlink_port, upstream) as record:
+        wait_until(lambda: listens(home.superlink_port), "SuperLink on its port")
+        for command in (["admit", str(site.with_suffix("") / "request.json")], ["run", str(study)]):
+            with participating(site, home.root / "Elm.log") if command[0] == "run" else nullcontext():
+                done = fl_server(*command, "--home", str(home.root), timeout_s=240)
+            assert done.returncode == 0, done.stderr
+    return b"".join(record), next(home.runs.rglob("study.model.safetensors"))
 
 
 def test_the_search_finds_a_marker_that_is_there(tmp_path: Path):

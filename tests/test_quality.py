@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import time
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from rich.progress import Progress
 
+from fl_client.approval import approve
 from fl_client.ingesting import forget_patient, ingest_site, print_report
 from fl_client.progress import RateColumn
 from icmoe.data.ingest import index, page
@@ -29,7 +31,7 @@ from icmoe.data.ingest.records import FrameResult
 from icmoe.data.ingest.run import Export, ingest, write_frames
 from icmoe.data.ingest.settings import IngestSettings
 from icmoe.errors import CATALOGUE
-from icmoe.study import Label
+from icmoe.study import Label, read_study
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LABELS = (Label(name="background", values=(0,)), Label(name="lesion", values=(128,)), Label(name="core", values=(255,)))
@@ -273,9 +275,8 @@ def site_file(place: Path, export: Path, labels: str = "[1, 255]") -> Path:
         f'[[labels]]\nname = "{name}"\nvalues = {values}\n' for name, values in (("air", "[0]"), ("lesion", labels))
     )
     (place / "study.toml").write_text(f'name = "tiny"\nseed = 1\n{classes}[backbone]\ndigest = "{"0" * 64}"\n')
-    (place / "site.toml").write_text(
-        f'name = "Elm"\nstudies = ["study.toml"]\n[ingest]\nfolder = "{export}"\nprocesses = 2\nshares = [1.0, 0.0, 0.0]\n'
-    )
+    approve(place / "state", read_study(place / "study.toml"), "0" * 64, datetime.now(UTC))
+    (place / "site.toml").write_text(f'name = "Elm"\n[ingest]\nfolder = "{export}"\nprocesses = 2\nshares = [1.0, 0.0, 0.0]\n')
     return place / "site.toml"
 
 

@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 
-from fl_server.app import Roster, make_strategy, meet, start_state
-from fl_server.rounds import RunState, ask, run_rounds
+from fl_server.app import make_strategy, start_state
+from fl_server.exchanging import ask
+from fl_server.roster import Roster, meet
+from fl_server.rounds import RunState, run_rounds
 from fl_server.server_optimizer import ServerOptimized
 from icmoe.errors import IcmoeError
 from icmoe.exchange import ARRAYS, BALANCE_BIAS, CONFIG, NUMBERS, ROUND_KEY, UPDATE
@@ -24,16 +27,21 @@ ROSTER = Roster(SITES, {"Alder": 30, "Birch": 20, "Cedar": 10})
 Answer = Callable[[Message, str], Message | None]
 
 
+def registered(node: int, name: str, status: str = "online") -> NodeInfo:
+    return NodeInfo(node_id=node, name=name, status=status)
+
+
 class Wire:
     """Flower's Grid with sites that answer at once; an answer of None is a site that is silent."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, nodes: Iterable[NodeInfo] | None = None) -> None:
         self.answer = answer
+        self.nodes = [registered(node, name) for node, name in SITES.items()] if nodes is None else list(nodes)
         self.asked: list[Message] = []
         self._replies: dict[str, Message] = {}
 
-    def get_node_ids(self) -> Iterable[int]:
-        return list(SITES)
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return self.nodes
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
@@ -127,7 +135,8 @@ def test_the_round_goes_on_without_a_site_that_fails_or_is_silent(make_study, tm
     assert time.monotonic() - began < 5
     record = state.history[0]
     assert set(record["sites"]) == {"Alder"}
-    assert [(fault["where"], fault["number"]) for fault in record["faults"]] == [("Birch", 304)]
+    assert [(fault["where"], fault["number"]) for fault in record["faults"]] == [("Birch", 304), ("Cedar", 304)]
+    assert "before the deadline" in record["faults"][1]["sentence"]
 
 
 def test_without_any_update_the_study_stops_and_what_was_committed_stays(make_study, tmp_path: Path) -> None:
@@ -180,19 +189,61 @@ def test_a_state_round_trips_with_the_optimisers_moments(make_study, tmp_path: P
     assert isinstance(make_strategy(study, ROSTER), ServerOptimized)
 
 
-def test_sites_that_introduce_themselves_badly_are_refused(make_study) -> None:
+def test_a_site_is_the_name_registered_with_its_key(make_study, capsys: pytest.CaptureFixture[str]) -> None:
     study = make_study(deadline_s=0.5)
     assert meet(Wire(honest), 3, study, poll_s=0.01) == ROSTER
 
     def impostor(message: Message, site: str) -> Message:
         return honest(message, "Alder")
 
+    found = meet(Wire(impostor), 1, study, poll_s=0.01)
+    assert found == Roster({11: "Alder"}, {"Alder": 30})
+    said = capsys.readouterr().err
+    assert "ICM331 Birch" in said
+    assert "ICM331 Cedar" in said
     with pytest.raises(IcmoeError) as caught:
-        meet(Wire(impostor), 3, study, poll_s=0.01)
-    assert caught.value.faults[0].number == 301
+        meet(Wire(impostor), 2, study, poll_s=0.01)
+    assert [(fault.number, fault.where) for fault in caught.value.faults] == [(331, "Birch"), (331, "Cedar"), (501, "")]
+
+
+def test_only_a_simulation_believes_what_a_node_says_of_itself(make_study) -> None:
+    study = make_study(deadline_s=0.5)
+    nameless = [registered(node, "") for node in SITES]
+    assert meet(Wire(honest, nameless), 3, study, trust_answers=True, poll_s=0.01) == ROSTER
     with pytest.raises(IcmoeError) as caught:
-        meet(Wire(honest), 4, study, poll_s=0.01)
-    assert caught.value.faults[0].number == 501
+        meet(Wire(honest, nameless), 1, study, poll_s=0.01)
+    assert [fault.number for fault in caught.value.faults] == [331, 331, 331, 501]
+    with pytest.raises(IcmoeError) as caught:
+        meet(Wire(lambda message, site: honest(message, "Alder"), nameless), 3, study, trust_answers=True, poll_s=0.01)
+    assert [fault.number for fault in caught.value.faults] == [301, 301, 501]
+
+
+def test_a_site_that_fails_or_is_silent_does_not_keep_the_others_waiting(make_study, capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(message: Message, site: str) -> Message | None:
+        if site == "Birch":
+            return Message(Error(1302, "ICM302 study is not approved at this site"), reply_to=message)
+        return None if site == "Cedar" else honest(message, site)
+
+    assert set(meet(Wire(answer), 1, make_study(deadline_s=0.3), poll_s=0.01).sizes) == {"Alder"}
+    said = capsys.readouterr().err
+    assert "ICM302 Birch" in said
+    assert "ICM332 Cedar" in said
+
+
+def test_only_nodes_that_are_online_are_asked(make_study, tmp_path: Path) -> None:
+    study = make_study(rounds=1, deadline_s=0.3)
+    nodes = [registered(11, "Alder"), registered(12, "Birch", "offline"), registered(13, "Cedar")]
+    wire = Wire(honest, nodes)
+    assert set(meet(wire, 2, study, poll_s=0.01).sizes) == {"Alder", "Cedar"}
+    with pytest.raises(IcmoeError, match="ICM501"):
+        meet(wire, 3, study, poll_s=0.01)
+    wire.asked.clear()
+    state = run_rounds(
+        wire, make_strategy(study, ROSTER), study, start_state(study), sites=SITES, commit=lambda now: None, poll_s=0.01
+    )
+    assert {message.metadata.dst_node_id for message in wire.asked} == {11, 13}
+    assert [(fault["number"], fault["where"]) for fault in state.history[0]["faults"]] == [(332, "Birch")]
+    assert set(state.history[0]["sites"]) == {"Alder", "Cedar"}
 
 
 def test_the_wait_ends_at_the_deadline(make_study) -> None:

@@ -11,8 +11,9 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedYogi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_server.app import Roster, make_strategy, start_state
+from fl_server.app import make_strategy, start_state
 from fl_server.replies import parse_replies
+from fl_server.roster import Roster
 from fl_server.router_aware import RouterAware, combine
 from fl_server.weights import expert_weights
 from icmoe.exchange import ARRAYS, BALANCE_BIAS, CONFIG, NUMBERS, UPDATE, expert_of, is_usage_weighted

@@ -1,0 +1,165 @@
+"""The studies that a hospital approved: whole copies, so that changing a study's file later changes nothing.
+
+One JSON file per study in the folder `approvals` of the site's state folder, readable by its owner alone, named by the
+study's digest. A withdrawn approval stays as a record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from icmoe.atomic import write_atomically
+from icmoe.config import Section
+from icmoe.errors import Fault, IcmoeError
+from icmoe.study import Study, canonical_json
+
+FOLDER = "approvals"
+
+
+class Approval(Section):
+    """One approval."""
+
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Digest of the study when it was approved. A later version of the study's schema may give it another one."""
+    study: Study
+    """The approved study, whole."""
+    bundle: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Digest of the installed package's app bundle when the study was approved."""
+    approved_at: str
+    """Time, ISO 8601 with offset."""
+    withdrawn_at: str | None = None
+    """When the approval was withdrawn; it stands where absent."""
+
+
+def read_approvals(state: Path) -> tuple[Approval, ...]:
+    """Return all approvals of a state folder, withdrawn ones too, the oldest first.
+
+    Raises
+    ------
+    IcmoeError
+        321 for every file that is damaged, was changed, or was written by a version whose studies cannot be read any more.
+    """
+    faults: list[Fault] = []
+    found: list[Approval] = []
+    for path in sorted((state / FOLDER).glob("*.json")):
+        try:
+            content = path.read_bytes()
+            found.append(Approval.model_validate_json(content))
+            digest = _digest(json.loads(content)["study"])
+        except (OSError, ValidationError) as error:
+            faults.append(Fault(number=321, where=str(path), value=type(error).__name__, did="Nothing was started."))
+            continue
+        if not digest == path.stem == found[-1].digest:
+            faults.append(Fault(number=321, where=str(path), value=digest[:12], limit=path.stem[:12], did="Nothing was started."))
+    if faults:
+        raise IcmoeError(*faults)
+    return tuple(sorted(found, key=lambda approval: (datetime.fromisoformat(approval.approved_at), approval.digest)))
+
+
+def approve(state: Path, study: Study, bundle: str, now: datetime) -> Approval:
+    """Keep the study as approved, together with the digest of the bundle that may run it."""
+    when = now.isoformat(timespec="microseconds")
+    approval = Approval(digest=study.digest, study=study, bundle=bundle, approved_at=when)
+    _keep(state, approval)
+    return approval
+
+
+def withdraw(state: Path, which: str, now: datetime) -> tuple[Approval, ...]:
+    """Withdraw the standing approvals of a study's name, or of a digest or its beginning, and return them.
+
+    Raises
+    ------
+    IcmoeError
+        316 where none stands.
+    """
+    chosen = [one for one in standing(read_approvals(state)) if one.study.name == which or _begins(one, which)]
+    if not chosen:
+        raise IcmoeError(
+            Fault(number=316, what="no such study is approved", value=which, todo="fl_client --site NAME approvals lists them.")
+        )
+    gone = tuple(one.model_copy(update={"withdrawn_at": now.isoformat(timespec="microseconds")}) for one in chosen)
+    for approval in gone:
+        _keep(state, approval)
+    return gone
+
+
+def standing(approvals: Sequence[Approval]) -> tuple[Approval, ...]:
+    """Return the approvals that were not withdrawn."""
+    return tuple(approval for approval in approvals if approval.withdrawn_at is None)
+
+
+def approved_studies(state: Path) -> tuple[Study, ...]:
+    """Return the studies whose approval stands, the latest first.
+
+    Raises
+    ------
+    IcmoeError
+        316 where there is none, 321 where the store is damaged.
+    """
+    studies = tuple(approval.study for approval in reversed(standing(read_approvals(state))))
+    if not studies:
+        raise IcmoeError(Fault(number=316, did="Nothing was started."))
+    return studies
+
+
+def approved_study(state: Path, site: str, digest: str, bundle: str) -> Study:
+    """Return the study that a message names, from the site's own copy.
+
+    Parameters
+    ----------
+    state
+        The site's state folder.
+    site
+        Its name.
+    digest
+        Digest of the study as the message says it.
+    bundle
+        Digest of the bundle of the package that is installed now.
+
+    Raises
+    ------
+    IcmoeError
+        302 where no approval of it stands, 318 where the package changed since, 321 where the store is damaged.
+    """
+    did = "Nothing was trained, nothing was sent."
+    approval = next((one for one in standing(read_approvals(state)) if one.digest == digest), None)
+    if approval is None:
+        raise IcmoeError(Fault(number=302, where=site, value=digest[:16], did=did))
+    if approval.bundle != bundle:
+        raise IcmoeError(Fault(number=318, where=site, value=bundle[:16], limit=approval.bundle[:16], did=did))
+    return approval.study
+
+
+def changes(old: Study, new: Study) -> list[tuple[str, str, str]]:
+    """Return (setting, old value, new value) for every setting that differs, sorted by setting."""
+    before, after = (dict(_flat(study.model_dump(mode="json"))) for study in (old, new))
+    differing = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
+    return [(key, before.get(key, "-"), after.get(key, "-")) for key in differing]
+
+
+def _digest(values: dict[str, Any]) -> str:
+    """Return the digest of a study as it was written, by whatever version."""
+    return hashlib.sha256(canonical_json(values).encode()).hexdigest()
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, json.dumps(value))]
+    return rows
+
+
+def _begins(approval: Approval, which: str) -> bool:
+    return len(which) >= 8 and approval.digest.startswith(which)
+
+
+def _keep(state: Path, approval: Approval) -> None:
+    path = state / FOLDER / f"{approval.digest}.json"
+    write_atomically(path, approval.model_dump_json(indent=1).encode(), private=True)

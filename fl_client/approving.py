@@ -1,0 +1,179 @@
+"""What `fl_client approve`, `approvals`, `withdraw` and `audit` do and print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fl_client.approval import approve, changes, read_approvals, withdraw
+from fl_client.audit import START, digests_of_round, read_log, record
+from fl_client.policy import epsilon_of
+from fl_client.site import SiteFile, read_named, site_data, study_faults
+from icmoe.bundle import bundle_digest, bundle_files
+from icmoe.errors import Fault, IcmoeError
+from icmoe.exchange import global_state, update_of
+from icmoe.model import build_model
+from icmoe.study import Study, read_study
+
+LEAVES = (
+    "trained tensors minus the round's global ones; number of slices rounded up to ten; share of pixels per expert; "
+    "mean loss; validation Dice and its number of patients; steps and seconds of training; the site's name"
+)
+
+
+def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> None:
+    """Show a study, ask, and keep a copy of it as approved together with the digest of the installed package's bundle.
+
+    Parameters
+    ----------
+    path
+        The site file.
+    name
+        The site.
+    study_file
+        The study as the hospital received it.
+    agreed
+        Whether not to ask.
+
+    Raises
+    ------
+    IcmoeError
+        2xx for the files, 212 and 319 where site file or policy exclude the study, 321 where the records are damaged.
+    """
+    settings = read_named(path, name)
+    study = read_study(study_file)
+    if faults := study_faults(path, settings, study):
+        raise IcmoeError(*faults)
+    state = path.parent / settings.state
+    bundle = bundle_digest(bundle_files())
+    known = [approval.study for approval in read_approvals(state) if approval.study.name == study.name]
+    console = Console()
+    console.print(_table({**_terms(study), **_site_terms(path, settings, study)}, study.name))
+    for what, digest in (("study", study.digest), ("app bundle", bundle)):
+        console.print(f"{what:10} {digest}", highlight=False, soft_wrap=True)  # whole lines: they are read out and compared
+    console.print(_difference(known[-1], study) if known else "No study of this name was approved before.", soft_wrap=True)
+    if not agreed and not _asks(console):
+        console.print("Nothing was approved.")
+        sys.exit(1)
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    approve(state, study, bundle, datetime.now(UTC))
+    record(state, "approved", {"study": study.digest, "name": study.name, "bundle": bundle})
+    console.print(f"{study.name} {study.digest[:12]} is approved at {name}.", highlight=False)
+
+
+def withdraw_study(path: Path, name: str, which: str) -> None:
+    """Withdraw the approval of a study by name or digest and say which went."""
+    state = path.parent / read_named(path, name).state
+    for approval in withdraw(state, which, datetime.now(UTC)):
+        record(state, "withdrawn", {"study": approval.digest, "name": approval.study.name})
+        Console().print(f"{approval.study.name} {approval.digest[:12]} is withdrawn at {name}.", highlight=False)
+
+
+def list_approvals(path: Path, name: str, *, as_json: bool) -> None:
+    """Print every approval, the oldest first, and whether it stands with the package that is installed now."""
+    settings = read_named(path, name)
+    bundle = bundle_digest(bundle_files())
+    rows = [
+        {
+            "study": approval.study.name,
+            "digest": approval.digest,
+            "approved": approval.approved_at,
+            "withdrawn": approval.withdrawn_at,
+            "package": "as approved" if approval.bundle == bundle else "changed since: approve again",
+        }
+        for approval in read_approvals(path.parent / settings.state)
+    ]
+    if as_json:
+        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+        return
+    table = Table("study", "digest", "approved", "withdrawn", "package")
+    for row in rows:
+        texts = (str(row[key] or "-") for key in ("approved", "withdrawn", "package"))
+        table.add_row(row["study"], str(row["digest"])[:12], *texts)
+    Console().print(table)
+
+
+def print_audit(path: Path, name: str, round_number: int | None, study: str | None, *, as_json: bool) -> None:
+    """Check the audit log and print it, or of one round the digests of the model received and of the update sent.
+
+    Raises
+    ------
+    IcmoeError
+        321 where the log was changed, 210 where it holds no such round.
+    """
+    entries = read_log(path.parent / read_named(path, name).state)
+    rows = entries if round_number is None else digests_of_round(entries, round_number, study)
+    if as_json:
+        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for row in rows:
+        about = " ".join(f"{key}={row[key]}" for key in ("name", "kind", "round", "within_bounds") if key in row)
+        console.print(f"{row['time'][:19]} {row['event']:9} {row.get('digest') or row.get('study', '')} {about}")
+    if round_number is None:
+        console.print(f"{len(entries)} lines, unbroken; hash of the last: {entries[-1]['hash'] if entries else START}")
+
+
+def _terms(study: Study) -> dict[str, str]:
+    model = build_model(study, seed=0)
+    start = global_state(model)
+    update = update_of(model, start, personal=study.aggregation.personal, shape=study.model)
+    down, up = (4 * sum(tensor.numel() for tensor in state.values()) for state in (start, update))
+    labels = ", ".join(f"{label.name} {list(label.values)}" for label in study.labels)
+    backbone = study.backbone
+    return {
+        "labels": labels,
+        "backbone": f"{backbone.name} {backbone.digest[:12]}, {backbone.image_size} px",
+        "privacy": "no differential privacy: updates can leak about training data" if epsilon_of(study) == float("inf") else "",
+        "rounds": f"{study.rounds} of {study.training.local_epochs} passes over the training slices",
+        "quorum": f"{study.quorum} (the coordinator's word)",
+        "deadline": f"{study.deadline_s:g} s per round; training that takes longer is ended",
+        "bytes": f"{down:,} in and {up:,} out per round",
+        "what leaves": LEAVES,
+        "test": "yes: the backbone may be untrained, results say nothing" if study.test_only else "no",
+    }
+
+
+def _site_terms(path: Path, settings: SiteFile, study: Study) -> dict[str, str]:
+    """Return with which data; where they have not been read yet, why."""
+    try:
+        data = site_data(path, settings, study)
+        used = f"{data.images_used} of {data.images_found} images used, {len(data.of('train'))} for training" if data else "none"
+    except IcmoeError as error:
+        used = f"not read yet ({error.faults[0]})"
+    limits = {key: value for key, value in settings.policy.model_dump().items() if value}
+    policy = ", ".join(f"{key} = {value}" for key, value in limits.items())
+    return {"data": used, "site's policy": policy}
+
+
+def _difference(old: Study, new: Study) -> Text | Table:
+    rows = changes(old, new)
+    if not rows:
+        return Text("Equal to the study of this name that was approved last.")
+    table = Table("setting", "approved last", "now", title=f"Changed since {old.name} {old.digest[:12]}", title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _table(rows: dict[str, Any], title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for key, value in rows.items():
+        table.add_row(key, value)
+    return table
+
+
+def _asks(console: Console) -> bool:
+    if not sys.stdin.isatty():
+        todo = "Add --yes where nobody can be asked."
+        raise IcmoeError(
+            Fault(number=210, where="approve", what="nobody can be asked here", did="Nothing was approved.", todo=todo)
+        )
+    return console.input("Approve? Type yes: ").strip().lower() == "yes"

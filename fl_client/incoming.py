@@ -1,0 +1,90 @@
+"""The global model as it arrives at a hospital: bounded in size and in change, its digest written down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fl_client.audit import record
+from icmoe.atomic import write_atomically
+from icmoe.errors import Fault, IcmoeError
+from icmoe.exchange import State, state_digest
+from icmoe.study import Study
+
+LARGEST_RMS = 10.0
+"""Largest root mean square of one tensor; the initial tensors have at most 1."""
+
+STEPS = 1000
+"""Steps of AdamW, each about one learning rate long, by whose length a tensor may change from round to round."""
+
+
+def accept(state_folder: Path, study: Study, kind: str, round_number: int, tensors: State) -> None:
+    """Check the size of a global model and its change since the last one, write its digest down, keep it for the next.
+
+    Names, shapes, types and finiteness were checked before.
+
+    Parameters
+    ----------
+    state_folder
+        The site's state folder.
+    study
+        The approved study.
+    kind
+        "train" or "evaluate".
+    round_number
+        The message's round.
+    tensors
+        The global tensors.
+
+    Raises
+    ------
+    IcmoeError
+        322, one fault per tensor outside its bounds; the model's digest is in the audit log even then.
+    """
+    age = round_number if kind == "evaluate" else round_number - 1
+    path = state_folder / study.digest[:16] / "last-global.safetensors"
+    last_age, last = _last(path)
+    faults = bound_faults(study, tensors, last, rounds=max(1, age - last_age))
+    about = {"study": study.digest, "name": study.name, "kind": kind, "round": round_number}
+    record(state_folder, "received", {**about, "digest": state_digest(tensors), "within_bounds": not faults})
+    if faults:
+        raise IcmoeError(*faults)
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(whole, metadata={"age": str(age)}), private=True)
+
+
+def bound_faults(study: Study, tensors: State, last: State | None, *, rounds: int) -> list[Fault]:
+    """Return the tensors that are too large, or too far from those of `rounds` rounds ago, where those are known."""
+    server = study.aggregation.server_learning_rate if study.aggregation.optimizer != "none" else 0.0
+    farthest = rounds * STEPS * max(study.training.learning_rate, server)
+    faults = []
+    for name, tensor in sorted(tensors.items()):
+        size = _rms(tensor)
+        if size > LARGEST_RMS:
+            faults.append(_fault(name, "tensor is too large", size, LARGEST_RMS))
+        elif last is not None and (moved := _rms(tensor - last[name])) > farthest:
+            faults.append(_fault(name, "tensor changed too much since the last global model", moved, farthest))
+    return faults
+
+
+def _last(path: Path) -> tuple[int, State | None]:
+    if not path.exists():
+        return 0, None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return int((file.metadata() or {})["age"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        todo = "Remove the file; the next global model is then only checked for its size."
+        raise IcmoeError(Fault(number=321, where=str(path), value=type(error).__name__, todo=todo)) from None
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.double().square().mean().sqrt()) if tensor.numel() else 0.0
+
+
+def _fault(name: str, what: str, value: float, limit: float) -> Fault:
+    did = "Nothing was trained, nothing was sent."
+    return Fault(number=322, where=name, what=what, value=f"root mean square {value:.4g}", limit=f"at most {limit:.4g}", did=did)

@@ -1,0 +1,223 @@
+"""`fl_client check`: everything that would stop a site later, looked at now, every fault at once."""
+
+from __future__ import annotations
+
+import datetime as dt
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from fl_client.approval import approved_studies
+from fl_client.check import Check, attempt
+from fl_client.connection import check_connection, check_health
+from fl_client.credentials import Coordinator, parse_ca, read_node_key
+from fl_client.site import SiteFile, cache_folder_of, site_slices, study_faults
+from icmoe.backbone import backbone_digest, grid_of, weights_path, widths
+from icmoe.config import parse, read_toml
+from icmoe.data.slices import Slice
+from icmoe.device import available_device
+from icmoe.errors import Fault, IcmoeError, print_faults
+from icmoe.features import FeatureCache
+from icmoe.joining import fingerprint, validity_fault
+from icmoe.prepare import wanted_views
+from icmoe.private import read_small
+from icmoe.study import Study
+
+GB = 1e9
+CA_WARN_DAYS = 90  # a new CA certificate has to reach every hospital
+EXPIRED = 309  # such a CA is still good enough to see who answers
+RESERVE_BYTES = 500_000_000  # state, logs, Flower's unpacked bundles
+MEMORY_BYTES = 1_500_000_000  # Flower's processes 0.4 GB, PyTorch 0.5 GB, the rest for training
+
+
+def run_preflight(path: Path, *, site: str | None = None) -> list[Check]:
+    """Look at everything that the site file names.
+
+    Parameters
+    ----------
+    path
+        The site file.
+    site
+        Name that the command gives; must be the file's.
+    """
+    try:
+        settings = parse(SiteFile, read_toml(path), where=str(path))
+    except IcmoeError as error:
+        return [Check("site file", ok=False, fault=_with_known_sites(fault, path)) for fault in error.faults]
+    checks = [_site_file(path, settings, site or settings.name)]
+    if settings.coordinator is not None:
+        checks += check_coordinator(settings.coordinator, path.parent)
+    checks += check_studies(path, settings)
+    return [*checks, *attempt("device", lambda: str(available_device(settings.device))), check_memory()]
+
+
+def check_coordinator(chosen: Coordinator, folder: Path) -> list[Check]:
+    """Look at key, CA and the way to the coordinator."""
+    ca_path, keys = folder / chosen.ca, []
+
+    def look() -> str:
+        keys.append(read_node_key(folder / chosen.key))
+        return fingerprint(keys[0].public_key())
+
+    checks = [*attempt("key", look), *attempt("CA", lambda: _ca(ca_path))]
+    usable = checks[-1].ok or (checks[-1].fault is not None and checks[-1].fault.number == EXPIRED)
+    not_asked = [Check("coordinator", ok=False, note="not asked")]
+    checks += check_connection(chosen.address, ca_path, keys[0] if keys else None) if usable else not_asked
+    return checks + (check_health(chosen.health) if chosen.health else [])
+
+
+def check_studies(path: Path, settings: SiteFile) -> list[Check]:
+    """Look at the approved studies and at what the site has for each: backbone, images, features, room for more features."""
+    try:
+        studies = approved_studies(path.parent / settings.state)
+    except IcmoeError as error:
+        return [Check("study", ok=False, fault=fault) for fault in error.faults]
+    checks = []
+    for study in studies:
+        faults = study_faults(path, settings, study)
+        checks += [Check("study", ok=False, fault=fault) for fault in faults]
+        if not faults:
+            found = Check("study", ok=True, note=f"{study.name} {study.digest[:12]}")
+            checks += [found, *_backbone(path, settings, study), *_data(path, settings, study)]
+    return checks
+
+
+def check_memory() -> Check:
+    """Look at the memory that is free now; a warning only, since it may be free again in a minute."""
+    free = min(filter(None, (_available_bytes(), _group_bytes())), default=None)
+    if free is None:
+        return Check("memory", ok=True, note="not known")
+    note = f"{free / GB:.1f} GB free"
+    short = Fault(number=315, where="memory", value=note, limit=f"{MEMORY_BYTES / GB:.1f} GB", todo="Close other programs.")
+    return Check("memory", ok=True, fault=short if free < MEMORY_BYTES else None, note=note)
+
+
+def print_checks(site: str, checks: Sequence[Check], *, as_json: bool) -> bool:
+    """Print the checks as a table with one sentence per fault, or as JSON, and return whether the site may start."""
+    ok = all(check.ok for check in checks)
+    if as_json:
+        record = {"site": site, "ok": ok, "checks": [check.record() for check in checks]}
+        sys.stdout.write(json.dumps(record, indent=1) + "\n")
+        return ok
+    table = Table("", "checked", Column("found", overflow="fold"), title=site, title_justify="left")
+    for check in checks:
+        number = f"ICM{check.fault.number} " if check.fault else ""
+        table.add_row(Text(*_state(check)), Text(check.name), Text(number + check.note))
+    Console().print(table)
+    print_faults([check.fault for check in checks if check.fault is not None], stderr=False)
+    return ok
+
+
+def _state(check: Check) -> tuple[str, str]:
+    if check.fault is None:
+        return ("ok", "green") if check.ok else ("-", "dim")
+    return ("warning", "yellow") if check.ok else ("FAULT", "bold red")
+
+
+def _site_file(path: Path, settings: SiteFile, site: str) -> Check:
+    if settings.name != site:
+        what = "--site and the site file differ"
+        return Check("site file", ok=False, fault=Fault(number=210, where=str(path), what=what, value=site, limit=settings.name))
+    return Check("site file", ok=True, note=str(path) if settings.coordinator else f"{path}, without [coordinator]")
+
+
+def _with_known_sites(fault: Fault, path: Path) -> Fault:
+    """Return the fault of a site file that is not there with the names of those that are."""
+    if fault.value != os.strerror(errno.ENOENT):
+        return fault
+    known = ", ".join(sorted(item.stem for item in path.parent.glob("*.toml"))) or "none"
+    todo = "Run fl_client --site NAME init --kit DIR, or name the file with --config."
+    return Fault(number=205, where=str(path), what="site file is not there", limit=f"sites known here: {known}", todo=todo)
+
+
+def _ca(path: Path) -> Check:
+    ca = parse_ca(read_small(path), where=str(path))
+    start, end, now = ca.not_valid_before_utc, ca.not_valid_after_utc, dt.datetime.now(tz=dt.UTC)
+    ok, fault = validity_fault(start, end, now, where=str(path), warn_days=CA_WARN_DAYS)
+    todo = "Ask the coordinator for a new start kit and run init again; the key stays."
+    fault = replace(fault, todo=todo) if fault is not None and now >= start else fault
+    return Check("CA", ok=ok, fault=fault, note=f"valid until {end:%Y-%m-%d}")
+
+
+def _backbone(path: Path, settings: SiteFile, study: Study) -> list[Check]:
+    def look() -> str:
+        chosen = study.backbone
+        checkpoint = path.parent / settings.checkpoint if settings.checkpoint and chosen.name != "lite-medsam" else None
+        found = backbone_digest(chosen.name, checkpoint)
+        if found != chosen.digest:
+            where = chosen.name if chosen.name == "sam-vit-test" else str(weights_path(chosen.name, checkpoint))
+            raise IcmoeError(Fault(number=206, where=where, value=found, limit=chosen.digest))
+        return f"{chosen.name} {found[:12]}"
+
+    return attempt("backbone", look)
+
+
+def _data(path: Path, settings: SiteFile, study: Study) -> list[Check]:
+    slices: list[Slice] = []
+
+    def look() -> str:
+        slices.extend(site_slices(path, settings, study))
+        return f"{len(slices)} images, {sum(item.split == 'train' for item in slices)} of them for training"
+
+    found = attempt("data", look)
+    if not found[0].ok:
+        return found
+    cache = FeatureCache.of(cache_folder_of(path, settings), study)
+    keys = {view.key for view in wanted_views(slices, study.training.views, cache, study.backbone.image_size)}
+    missing: list[str] = []
+
+    def count() -> Check:
+        missing.extend(key for key in keys if not cache.path(key).is_file())
+        note = f"{len(keys) - len(missing)} of {len(keys)} views"
+        todo = f"Run fl_client --site {settings.name} prepare."
+        fault = Fault(number=207, where=str(cache.folder), what="features are not in the cache", value=note, todo=todo)
+        return Check("features", ok=not missing, fault=fault if missing else None, note=note)
+
+    found += attempt("features", count)
+    room = {cache.folder: len(missing) * _view_bytes(study), path.parent / settings.state: 0}
+    for folder, needed_bytes in room.items():
+        found += attempt("disk", lambda folder=folder, needed=needed_bytes: _disk(folder, needed))  # type: ignore[misc]
+    return found
+
+
+def _disk(folder: Path, needed_bytes: int) -> Check:
+    there = next(above for above in (folder.absolute(), *folder.absolute().parents) if above.is_dir())
+    free, needed = shutil.disk_usage(there).free, needed_bytes + RESERVE_BYTES
+    note = f"{folder}: {free / GB:.1f} GB free, {needed / GB:.1f} GB needed"
+    short = Fault(number=315, where=str(folder), value=f"{free / GB:.1f} GB free", limit=f"{needed / GB:.1f} GB")
+    return Check("disk", ok=free >= needed, fault=short if free < needed else None, note=note)
+
+
+def _view_bytes(study: Study) -> int:
+    channels, blocks = widths(study.backbone.name, block_features=True)
+    return 2 * (channels + sum(blocks)) * grid_of(study.backbone) ** 2
+
+
+def _available_bytes() -> int | None:
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _group_bytes() -> int | None:
+    """Return what a container's limit leaves, None without one."""
+    group = Path("/sys/fs/cgroup")
+    limit, used = _lines(group / "memory.max"), _lines(group / "memory.current")
+    return int(limit[0]) - int(used[0]) if limit and used and limit[0].isdigit() else None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []

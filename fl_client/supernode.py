@@ -1,0 +1,41 @@
+"""Flower's SuperNode as a child of `fl_client`: held to the installed package, gone when its parent is.
+
+`python -m fl_client.supernode PARENT FLAGS...`, with the process number of the parent and the flags of
+`flower-supernode`; the environment names the site file.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fl_client.flower_private import run_supernode
+from fl_client.site import read_site_file, site_file_of_environment
+from fl_client.watchdog import end_with_parent
+from icmoe.bundle import NAME, PUBLISHER, VERSION, bundle_files
+from icmoe.errors import exit_on_fault
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the SuperNode until it ends.
+
+    Parameters
+    ----------
+    arguments
+        Process number of the parent, then flags of `flower-supernode`.
+    """
+    parent, *flags = arguments
+    end_with_parent(int(parent))
+    with exit_on_fault():
+        path = site_file_of_environment()
+        read_site_file(path)
+        home = Path(os.environ["FLWR_HOME"])
+        shutil.rmtree(home / "apps", ignore_errors=True)  # Flower would run what lies there without another look
+        run_supernode(bundle_files(), f"{PUBLISHER}/{NAME}", VERSION, home, flags)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

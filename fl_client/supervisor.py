@@ -1,0 +1,277 @@
+"""`fl_client --site NAME`: the hospital's SuperNode, started again whenever it ends, its lines in plain sentences."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.text import Text
+
+from fl_client.approval import approved_studies
+from fl_client.readiness import require_ready
+from fl_client.site import ENVIRONMENT, SiteFile, read_named
+from icmoe.errors import Fault, IcmoeError, exit_on_fault
+from icmoe.processes import flower_environment, free_port, next_delay
+
+GRACE_S = 5.0
+LOG = "supernode.log"
+
+# Flower ends without a word when the coordinator answers 401.
+_TURNED_AWAY = "the coordinator turned the site away: its clock differs by more than 5 s, or its key was revoked"
+_NOT_LET_IN = "the coordinator does not let the site in: its key is not admitted, or its last connection runs out first (60 s)"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_LEVEL = re.compile(r"^[A-Z]+\s*:\s+")
+_SENTENCES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), sentence)
+    for pattern, sentence in (
+        (r"^(ICM\d{3} .+)", r"\1"),
+        (r"^SuperNode ID:", "connected; waiting for the coordinator to ask"),
+        (r"^Receiving: query", "asked who is here"),
+        (r"^Receiving: train", "asked to train a round"),
+        (r"^Receiving: evaluate", "asked to score the model"),
+        (r"^Sent successfully", "answer sent; waiting for the coordinator to ask"),
+        (r"^Connection attempt failed", "the coordinator does not answer; trying again"),
+        (r"^Connection successful", "the coordinator answers again"),
+        (r"^\[code: 2004\]", str(Fault(number=324, what=_NOT_LET_IN))),
+        (r"^\[code: \d+\] (.+?)\.?$", str(Fault(number=324, what="the coordinator refused the connection", value=r"\1"))),
+        (r"^SSL/TLS handshake error", str(Fault(number=324, what="the coordinator's certificate is not the consortium's"))),
+        (r"^Timeout \(", str(Fault(number=323, what="training was ended at the study's deadline"))),
+        (r"is not in `RUNNING` status", "the coordinator ended the run before the answer was sent"),
+    )
+)
+
+Say = Callable[[str], None]
+
+
+def run_site(path: Path, name: str) -> int:
+    """Keep the site connected until SIGTERM, SIGINT or SIGHUP and return the exit code.
+
+    Parameters
+    ----------
+    path
+        The site file.
+    name
+        The site.
+    """
+    with exit_on_fault():
+        settings = read_named(path, name)
+        state = path.parent / settings.state
+        names = ", ".join(f"{study.name} {study.digest[:12]}" for study in approved_studies(state))
+        os.umask(0o077)  # what this process and its children write is the site's alone
+        flags = connection_flags(path, settings)
+        with only_one(state):
+            say = _screen(name)
+            say(f"approved: {names}")
+            require_ready(path, name, say)
+            say(f"connecting to {flags[1]}; Flower's own lines go to {state / LOG}")
+            with _log_file(state / LOG) as log:
+                supervise(lambda: start_supernode(path, state, flags), Hearing(say, log), say)
+            say("left the federation")
+    return 0
+
+
+def connection_flags(path: Path, settings: SiteFile) -> list[str]:
+    """Return the flags of `flower-supernode` that say where the coordinator is and who the site is.
+
+    Raises
+    ------
+    IcmoeError
+        203 where the site file has no section [coordinator].
+    """
+    chosen = settings.coordinator
+    if chosen is None:
+        raise IcmoeError(Fault(number=203, where=str(path), value="[coordinator]", did="Nothing was started."))
+    folder = path.resolve().parent
+    ca, key = str(folder / chosen.ca), str(folder / chosen.key)
+    return ["--superlink", chosen.address, "--root-certificates", ca, "--auth-supernode-private-key", key]
+
+
+def child_environment(path: Path, state: Path, base: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of the SuperNode and of what it starts: Flower's, and where the site file is."""
+    return {**flower_environment(state / "flower", base), ENVIRONMENT: str(path.resolve())}
+
+
+def start_supernode(path: Path, state: Path, flags: list[str]) -> subprocess.Popen[str]:
+    """Start the pinned SuperNode in a process group of its own, its local port free and its own."""
+    command = [sys.executable, "-P", "-m", "fl_client.supernode", str(os.getpid()), *flags, "--port", str(free_port())]
+    return subprocess.Popen(
+        command,
+        env=child_environment(path, state, os.environ),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+
+
+def supervise(start: Callable[[], subprocess.Popen[str]], hear: Say, say: Say) -> None:
+    """Start the child, start it again after any exit, until this process is asked to stop.
+
+    Parameters
+    ----------
+    start
+        Starts the child as leader of its own process group, its output on a pipe.
+    hear
+        Takes each line of the child.
+    say
+        Takes what the supervisor itself says.
+    """
+    delay_s = 0.0
+    with _asked_to_stop() as stop:
+        while not stop.is_set():
+            born = time.monotonic()
+            child = start()
+            ears = threading.Thread(target=_listen, args=(child, hear), daemon=True)
+            ears.start()
+            while child.poll() is None and not stop.wait(0.1):
+                pass
+            end_group(child)
+            ears.join(timeout=1.0)
+            if stop.is_set():
+                return
+            delay_s = next_delay(delay_s, time.monotonic() - born)
+            wait_s = delay_s * random.uniform(0.7, 1.3)  # noqa: S311  (spreads the hospitals, hides nothing)
+            what = _TURNED_AWAY if child.returncode == 0 else f"the connection ended with exit code {child.returncode}"
+            say(str(Fault(number=324, what=what, did=f"Starting again in {wait_s:.0f} s.")))
+            stop.wait(wait_s)
+
+
+def end_group(child: subprocess.Popen[str]) -> None:
+    """End the child and everything it started: asked first, killed after five seconds; at once where the child is gone."""
+    deadline = time.monotonic() + (GRACE_S if child.poll() is None else 0.0)
+    if child.poll() is None:
+        _signal_group(child, signal.SIGTERM)
+    while _group_lives(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    _signal_group(child, signal.SIGKILL)
+    child.wait(timeout=GRACE_S)
+
+
+@contextmanager
+def only_one(state: Path) -> Iterator[None]:
+    """Hold the site's lock: two SuperNodes with one key would push each other out.
+
+    Raises
+    ------
+    IcmoeError
+        325 where another process holds it.
+    """
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (state / "supervisor.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what, todo = "the site is running already", "Stop the other process first."
+            raise IcmoeError(Fault(number=325, where=str(state), what=what, did="Nothing was started.", todo=todo)) from None
+        yield
+
+
+@dataclass(slots=True)
+class Hearing:
+    """Turns the SuperNode's lines into sentences; all lines go to the log file.
+
+    Parameters
+    ----------
+    say
+        Takes the sentences; one that repeats itself is said once.
+    log
+        Takes the lines.
+    """
+
+    say: Say
+    log: Say
+    last: str = field(default="", init=False)
+
+    def __call__(self, line: str) -> None:
+        """Take one line."""
+        plain = _LEVEL.sub("", _COLOUR.sub("", line)).strip()
+        self.log(plain)
+        sentence = sentence_of(plain)
+        if sentence and sentence != self.last:
+            self.say(sentence)
+            self.last = sentence
+
+
+def sentence_of(line: str) -> str | None:
+    """Return what a line of Flower's means to the hospital, None where it means nothing."""
+    for pattern, sentence in _SENTENCES:
+        if match := pattern.search(line):
+            return match.expand(sentence)
+    return None
+
+
+def _listen(child: subprocess.Popen[str], hear: Say) -> None:
+    for line in child.stdout or ():
+        hear(line)
+
+
+def _signal_group(child: subprocess.Popen[str], number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, number)
+
+
+def _group_lives(child: subprocess.Popen[str]) -> bool:
+    child.poll()
+    try:
+        os.killpg(child.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[threading.Event]:
+    stop = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        yield stop
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+
+
+def _screen(name: str) -> Say:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def say(sentence: str) -> None:
+        style = "bold red" if sentence.startswith("ICM") else ""
+        console.print(
+            Text.assemble((f"{datetime.now().astimezone():%H:%M:%S} ", "dim"), (f"{name}: ", "bold"), (sentence, style))
+        )
+
+    return say
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[Say]:
+    handler = RotatingFileHandler(path, maxBytes=5_000_000, backupCount=3)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log = logging.Logger("supernode")  # of its own: nothing else reaches the file, nothing of it the screen
+    log.addHandler(handler)
+    try:
+        yield log.info
+    finally:
+        handler.close()

@@ -1,0 +1,82 @@
+"""What the coordinator's commands do and print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from fl_server import flower, submit
+from fl_server.home import read_home
+from fl_server.rounds import RoundRecord
+from icmoe.bundle import bundle_digest, bundle_files
+from icmoe.errors import Fault, IcmoeError
+
+
+def run_study(root: Path, path: Path, *, as_json: bool) -> None:
+    """Submit a study and follow it; the exit code is 0 only where it completed."""
+    home = read_home(root)
+    study, folder = submit.start(home, path)
+    say = Console(stderr=as_json, highlight=False, soft_wrap=True).print
+    if folder.model.exists():
+        say(f"{study.name} is complete: {folder.model}")
+        return
+    say(f"study      {study.name} {study.digest}\napp bundle {bundle_digest(bundle_files())}")
+    say(f"run        {folder.run_id}, deadline of each wait {study.deadline_s:.0f} s")
+
+    def tell(record: RoundRecord) -> None:
+        say(submit.sentence(record, study))
+        if as_json:
+            sys.stdout.write(json.dumps(record) + "\n")
+            sys.stdout.flush()
+
+    try:
+        submit.follow(home, study, folder, tell)
+    except KeyboardInterrupt:
+        say(f"The run goes on. See fl_server status {folder.run_id}, or fl_server stop {folder.run_id}.")
+        sys.exit(130)
+    state = folder.progress()
+    scored = [record for record in state.history if record["val_dice"] is not None] if state is not None else []
+    for record in scored:
+        say(submit.dice_sentence(record))
+    say(f"model {folder.model}")
+
+
+def show_runs(root: Path, *, run_id: str | None, newest: bool, as_json: bool) -> None:
+    """Print all runs, one run, or the newest."""
+    rows = submit.summary(read_home(root))
+    if run_id is not None:
+        rows = [row for row in rows if row["run"] == run_id]
+        if not rows:
+            raise IcmoeError(Fault(number=508, value=run_id))
+    elif newest:
+        rows = rows[:1]
+    if as_json:
+        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+        return
+    Console().print(_table(rows))
+
+
+def stop_run(root: Path, run_id: str) -> None:
+    """Stop a run; what its rounds committed stays."""
+    home = read_home(root)
+    run = flower.run_of(home, run_id)
+    if run.finished:
+        raise IcmoeError(Fault(number=508, what="run has ended already", value=f"{run_id}, {run.status}"))
+    flower.stop(home, run_id)
+    Console().print(f"run {run_id} was stopped; its finished rounds are kept.", highlight=False)
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(Column("run", no_wrap=True), "study", Column("status", overflow="fold"), "rounds", "Dice", "since")
+    for row in rows:
+        rounds = "" if row["rounds"] is None else f"{row['rounds_done']} of {row['rounds']}"
+        dice = "" if row["val_dice"] is None else f"{row['val_dice']:.4f}"
+        status = row["status"] + (f" ({row['details']})" if row["details"] else "")
+        table.add_row(row["run"], row["study"] or "", status, rounds, dice, row["since"])
+    return table

@@ -1,0 +1,196 @@
+"""A study as a run: laid out on the coordinator, submitted by Flower's own command, followed to its real end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fl_server import flower
+from fl_server.home import Home
+from fl_server.rounds import RoundRecord, RunState
+from icmoe.atomic import write_atomically
+from icmoe.bundle import PACKAGES, bundle_files
+from icmoe.errors import Fault, IcmoeError
+from icmoe.study import Study, read_study
+
+LOOK_S = 1.0
+STATUS_S = 10.0
+# Beside its rounds a run meets its sites once and evaluates once; a restarted SuperLink may take some minutes more.
+SPARE_ROUNDS = 3
+RESTART_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class StudyFolder:
+    """Where a study's runs keep what they write; the same study goes on where it stopped.
+
+    Parameters
+    ----------
+    path
+        Folder below the coordinator's runs.
+    """
+
+    path: Path
+
+    @property
+    def study(self) -> Path:
+        """The coordinator's copy of the study file."""
+        return self.path / "study.toml"
+
+    @property
+    def state(self) -> Path:
+        """State after the last round."""
+        return self.path / "study.state.safetensors"
+
+    @property
+    def model(self) -> Path:
+        """The final model."""
+        return self.path / "study.model.safetensors"
+
+    @property
+    def run_id(self) -> str:
+        """Number of the last run; empty before the first."""
+        try:
+            return str(json.loads((self.path / "run.json").read_text())["run"])
+        except (OSError, ValueError, KeyError):
+            return ""
+
+    def note_run(self, run_id: str) -> None:
+        """Remember the number of the last run."""
+        write_atomically(self.path / "run.json", json.dumps({"run": run_id}).encode())
+
+    def progress(self) -> RunState | None:
+        """Return the committed state, None before the first round."""
+        return RunState.load(self.state, read_study(self.study)) if self.state.exists() else None
+
+    def faults(self) -> list[Fault]:
+        """Return what stopped the last run, where it could say."""
+        try:
+            rows = json.loads((self.path / "study.faults.json").read_text())
+        except (OSError, ValueError):
+            return []
+        return [Fault(**{key: value for key, value in row.items() if key != "sentence"}) for row in rows]
+
+
+def folder_of(home: Home, study: Study) -> StudyFolder:
+    """Return the study's folder: its name and the start of its digest."""
+    return StudyFolder(home.runs / f"{study.name}-{study.digest[:12]}")
+
+
+def folders(home: Home) -> dict[str, StudyFolder]:
+    """Return the folder of each study by the number of its last run."""
+    found = [StudyFolder(path) for path in sorted(home.runs.glob("*")) if (path / "study.toml").is_file()]
+    return {folder.run_id: folder for folder in found if folder.run_id}
+
+
+def start(home: Home, path: Path) -> tuple[Study, StudyFolder]:
+    """Check the study, lay out the app and submit it; a finished study is not submitted again.
+
+    Raises
+    ------
+    IcmoeError
+        201-205 for the study, 330 where the SuperLink does not answer, 506 where the study is running.
+    """
+    study = read_study(path)
+    folder = folder_of(home, study)
+    if folder.model.exists():
+        return study, folder
+    known = {run.run_id: run for run in flower.runs(home)}
+    last = known.get(folder.run_id)
+    if last is not None and not last.finished:
+        value = f"run {last.run_id}, {last.status}"
+        raise IcmoeError(Fault(number=506, where=study.name, value=value, did="Nothing was submitted."))
+    write_atomically(folder.study, path.read_bytes())
+    (folder.path / "study.faults.json").unlink(missing_ok=True)
+    app = home.folder / "app"
+    write_app(app)
+    folder.note_run(flower.submit(home, app, folder.study))
+    return study, folder
+
+
+def write_app(folder: Path) -> None:
+    """Lay out the app from this installation, as the sites build it from theirs, and remove what is not part of it."""
+    files = bundle_files()
+    for package in PACKAGES:
+        for path in (folder / package).rglob("*.py"):
+            if path.relative_to(folder).as_posix() not in files:
+                path.unlink()
+    for name, data in files.items():
+        write_atomically(folder / name, data, durable=False)
+
+
+def follow(home: Home, study: Study, folder: StudyFolder, tell: Callable[[RoundRecord], None]) -> None:
+    """Tell of each round once it is committed and return when the run has completed.
+
+    Flower's own stream ends without an error when a run fails or the SuperLink restarts; here the SuperLink is asked.
+
+    Raises
+    ------
+    IcmoeError
+        What stopped the study, with 507 where the run failed, 509 where it was stopped, 510 where it did not end in time.
+    """
+    ends = time.monotonic() + (study.rounds + SPARE_ROUNDS) * study.deadline_s + RESTART_S
+    told, next_status, closed = 0, 0.0, False
+    while time.monotonic() < ends:
+        state = folder.progress()
+        for record in state.history[told:] if state is not None else []:
+            tell(record)
+            told += 1
+        just_closed = state is not None and state.closed and not closed
+        closed = closed or just_closed
+        if just_closed or time.monotonic() >= next_status:
+            if _completed(home, folder):
+                return
+            next_status = time.monotonic() + (LOOK_S if closed else STATUS_S)
+        time.sleep(LOOK_S)
+    raise IcmoeError(Fault(number=510, where=study.name, value=f"run {folder.run_id}"))
+
+
+def _completed(home: Home, folder: StudyFolder) -> bool:
+    try:
+        run = flower.run_of(home, folder.run_id)
+    except IcmoeError as error:
+        if error.faults[0].number == 330:
+            return False  # it may be restarting; the deadline of `follow` still holds
+        raise
+    if run.status == "finished:completed":
+        return True
+    if run.finished:
+        value = f"run {run.run_id}, {run.details or run.status}"
+        raise IcmoeError(*folder.faults(), Fault(number=509 if run.status == "finished:stopped" else 507, value=value))
+    return False
+
+
+def sentence(record: RoundRecord, study: Study) -> str:
+    """Return a round in one line: sites used of those found, loss, who was missing."""
+    used, missing = sorted(record["sites"]), sorted({fault["where"] for fault in record["faults"]} - set(record["sites"]))
+    line = (
+        f"round {record['round']} of {study.rounds}: {len(used)} of {len(used) + len(missing)} sites, loss {record['loss']:.4f}"
+    )
+    return line + (f"; without {', '.join(missing)}" if missing else "")
+
+
+def dice_sentence(record: RoundRecord) -> str:
+    """Return the validation score of the model that a round left."""
+    return f"validation Dice after round {record['round']}: {record['val_dice']:.4f}"
+
+
+def summary(home: Home) -> list[dict[str, Any]]:
+    """Return every run with its study and how far it came, the newest first."""
+    by_run = folders(home)
+    rows = []
+    for run in flower.runs(home):
+        row: dict[str, Any] = {"run": run.run_id, "status": run.status, "details": run.details, "since": run.since}
+        row |= {"fab_sha256": run.fab_sha256, "study": None, "rounds_done": None, "rounds": None, "val_dice": None}
+        if (folder := by_run.get(run.run_id)) is not None:
+            study, state = read_study(folder.study), folder.progress()
+            row |= {"study": study.name, "rounds": study.rounds, "rounds_done": state.round if state else 0}
+            row["val_dice"] = (
+                next((r["val_dice"] for r in reversed(state.history) if r["val_dice"] is not None), None) if state else None
+            )
+        rows.append(row)
+    return rows

@@ -1,0 +1,58 @@
+"""Programs that either side keeps running: where they are, what they see of the environment, when they start again."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+
+FIRST_DELAY_S, LONGEST_DELAY_S, LONG_LIFE_S = 1.0, 15.0, 120.0
+
+
+def program(name: str) -> str:
+    """Return the absolute path of a program of the environment that this one runs in."""
+    return str(Path(sysconfig.get_path("scripts")) / name)
+
+
+def flower_settings(home: Path, base: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment variables that every Flower process gets.
+
+    No telemetry, no look for updates, nothing installed at run time, and no proxy in the talk between processes of one
+    machine.
+
+    Parameters
+    ----------
+    home
+        Folder of Flower's own files.
+    base
+        The environment so far; its exceptions from the proxy stay.
+    """
+    local = ",".join(filter(None, (base.get("NO_PROXY") or base.get("no_proxy"), "127.0.0.1,localhost")))
+    return {
+        "FLWR_HOME": str(home.resolve()),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "NO_PROXY": local,
+        "no_proxy": local,
+    }
+
+
+def flower_environment(home: Path, base: Mapping[str, str]) -> dict[str, str]:
+    """Return the whole environment of a Flower process; Flower starts its own programs by bare name, hence the path."""
+    path = os.pathsep.join(filter(None, (sysconfig.get_path("scripts"), base.get("PATH"))))
+    return {**base, **flower_settings(home, base), "PATH": path}
+
+
+def next_delay(last_s: float, life_s: float) -> float:
+    """Return the seconds before the next start: twice the last, up to 15; 1 after a life of two minutes."""
+    return FIRST_DELAY_S if life_s >= LONG_LIFE_S else min(max(2 * last_s, FIRST_DELAY_S), LONGEST_DELAY_S)
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
