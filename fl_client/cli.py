@@ -107,38 +107,24 @@ def it_sheet(context: typer.Context) -> None:
 
 @app.command()
 def show(context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show the site: approved studies, images found and used."""
+    """Show, for each approved study, the images found and used, and the summary that the coordinator may have."""
     from fl_client.approval import approved_studies
-    from fl_client.site import read_named, site_data
-    from icmoe.summary import summarise
+    from fl_client.site import read_named
+    from fl_client.standing import study_record
 
     with exit_on_fault():
         chosen = _chosen(context)
         settings = read_named(chosen.path, chosen.site)
-        studies = approved_studies(chosen.path.parent / settings.state)
-        site = site_data(chosen.path, settings, studies[0])
-        found, used = (site.images_found, site.images_used) if site is not None else (0, 0)
-        exclusions = [str(fault) for fault in site.exclusions] if site is not None else []
-        train = site.of("train") if site is not None else ()
-        approved = {study.name: study.digest for study in studies}
-        record = {
-            "site": settings.name,
-            "studies": approved,
-            "images_found": found,
-            "images_used": used,
-            "exclusions": exclusions,
-            "share_summary": settings.share_summary,
-            "summary": summarise(train, studies[0].classes).model_dump(mode="json") if train else None,
-        }
+        studies = [study_record(chosen.path, settings, s) for s in approved_studies(chosen.path.parent / settings.state)]
+        record = {"site": settings.name, "share_summary": settings.share_summary, "studies": studies}
         if as_json:
             sys.stdout.write(json.dumps(record, indent=1) + "\n")
             return
-        table = Table("site", "studies", "found", "used")
-        table.add_row(
-            settings.name, ", ".join(f"{name} {digest[:12]}" for name, digest in approved.items()), str(found), str(used)
-        )
+        table = Table("study", "digest", "found", "used", title=settings.name, title_justify="left")
+        for row in studies:
+            table.add_row(row["study"], row["digest"][:12], str(row["images_found"]), str(row["images_used"]))
         Console().print(table)
-        for line in _shortened(exclusions):
+        for line in _shortened([line for row in studies for line in row["exclusions"]]):
             Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -235,10 +235,10 @@ def test_the_command_line_shows_the_site(hospital: Path, make_study, tmp_path: P
     shown = command(path, "show", "--json")
     assert shown.exit_code == 0
     record = json.loads(shown.output)
-    assert record["images_found"] == 12
-    assert "tiny" in record["studies"]
+    (study,) = record["studies"]
+    assert (study["study"], study["images_found"]) == ("tiny", 12)
     assert record["share_summary"] is False  # nothing leaves that the site file does not allow
-    assert record["summary"] | {"images": 10, "patients": 10} == record["summary"]
+    assert study["summary"] | {"images": 10, "patients": 10} == study["summary"]
 
 
 BAD_SITES = {
