@@ -144,8 +144,8 @@ def test_a_study_between_namespaces_is_one_outbound_port_without_plaintext_and_o
     reported_up = sum(record["bytes_up"] for record in history)
     reported_down = sum(record["bytes_down"] for record in history) + history[-1]["bytes_down"]  # the closing evaluation
     print(f"up {up:,} bytes, reported {reported_up:,}; down {down:,}, reported {reported_down:,}")
-    assert reported_up < up < 1.05 * reported_up
-    assert reported_down < down < 1.05 * reported_down
+    assert abs(up - reported_up) < 0.05 * reported_up
+    assert abs(down - reported_down) < 0.05 * reported_down  # less is possible: of equal tensors Flower sends one
     seen = capture.read_bytes()
     for clear in (b"/v1/fleet/", b"HTTP/1.1", b"val-dice", b"head.classify", b"experts.0", SITE.encode() + b"\x00"):
         assert clear not in seen
