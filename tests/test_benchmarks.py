@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from simulations.benchmarks.federated_round import figures, ratio_interval, timings
+
 SCRIPT = Path(__file__).parents[1] / "simulations" / "benchmarks" / "training_step.py"
 
 
@@ -23,3 +25,13 @@ def test_the_benchmark_prints_both_figures_of_each_ratio() -> None:
     for row in rows:
         assert row["ratio"] == pytest.approx(row["other"] / row["ours"])
     assert rows[1]["ours"] < rows[2]["ours"] + 1  # the balance bias travels down only
+
+
+def test_rounds_are_timed_from_end_to_end_and_compared_by_their_medians() -> None:
+    rows = [{"ended": ended, "train": 0.5, "aggregate": 0.1} for ended in (10.0, 12.0, 15.0)]
+    assert [timing.whole_s for timing in timings(rows)] == [2.0, 3.0]
+    ratio, low, high = ratio_interval([2.0, 2.2, 2.4], [1.0, 1.1, 1.2])
+    assert ratio == pytest.approx(2.0)
+    assert low <= ratio <= high
+    found = figures(timings(rows), timings(rows))
+    assert found["product"] == {"whole": 2500.0, "training": 500.0, "aggregation": 100.0, "rest": 1900.0} == found["bare"]
