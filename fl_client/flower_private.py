@@ -88,6 +88,7 @@ def guarded(connect: Connect, mine: Fab, fab_id: str, fab_version: str) -> Conne
     fab_id, fab_version
         Names of the bundle, which the coordinator cannot choose.
     """
+    verdicts: dict[tuple[int, str], str] = {}  # Flower asks before each message; a run's bundle is fetched and compared once
 
     @contextmanager
     def connection(*arguments: Any, **settings: Any) -> Iterator[Connection]:  # noqa: ANN401  (Flower's own signature)
@@ -102,9 +103,11 @@ def guarded(connect: Connect, mine: Fab, fab_id: str, fab_version: str) -> Conne
                 return run
 
             def get_own_fab(_: str, run_id: int) -> Fab:
-                offered = get_fab(shipped[run_id], run_id)
-                verdict = _EQUAL if _is_mine(offered.content, mine.content) else "different"
-                return Fab(mine.hash_str, mine.content, {"valid_license": verdict})
+                asked = run_id, shipped[run_id]
+                if asked not in verdicts:
+                    offered = get_fab(shipped[run_id], run_id)
+                    verdicts[asked] = _EQUAL if _is_mine(offered.content, mine.content) else "different"
+                return Fab(mine.hash_str, mine.content, {"valid_license": verdicts[asked]})
 
             def send_numbers(message: Message, tree: object, runtime_s: float) -> tuple[set[str], str]:
                 return _send_error(message, runtime_s, send, push) if message.has_error() else send(message, tree, runtime_s)

@@ -49,6 +49,21 @@ def ask(content: RecordDict, context: Context = CONTEXT) -> Message:
     return make_client_app(site_from_environment)(Message(content, dst_node_id=5, message_type="train"), context)
 
 
+@pytest.mark.parametrize("section", ["", "[model]", "[aggregation]", "[training]"])
+def test_a_study_that_asks_for_tensors_outside_the_manifest_cannot_be_approved(
+    section: str, hospital: Path, make_study, tmp_path: Path
+) -> None:
+    path, file = write_site_file(tmp_path, hospital), write_study_file(tmp_path / "study.toml", make_study())
+    text, asked = file.read_text(), 'tensors = ["backbone.*"]\n'
+    assert section in text
+    file.write_text(text.replace(f"{section}\n", f"{section}\n{asked}") if section else asked + text)
+    done = command(path, "approve", str(file), "--yes")
+    assert done.exit_code == 1
+    assert "ICM201" in done.stderr
+    assert "tensors" in done.stderr
+    assert not read_approvals(tmp_path / "state")
+
+
 def test_the_command_shows_what_is_asked_and_what_leaves(hospital: Path, make_study, tmp_path: Path) -> None:
     path = write_site_file(tmp_path, hospital)
     study = make_study(rounds=7, quorum=3, deadline_s=90.0)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from simulations.benchmarks.federated_round import figures, ratio_interval, timings
+
 SCRIPT = Path(__file__).parents[1] / "simulations" / "benchmarks" / "training_step.py"
 
 
@@ -35,3 +37,13 @@ def test_ingest_is_measured_beside_plain_pydicom_on_the_same_images() -> None:
     assert found["speed_of_plain"]["achieved"]["median"] == pytest.approx(clock["plain"] / clock["first"], abs=0.01)
     assert found["restart_gain"]["achieved"]["median"] == pytest.approx(clock["first"] / clock["again"], rel=0.05)
     assert all(found[step]["cpu_s"]["median"] > 0.0 for step in clock)
+
+
+def test_rounds_are_timed_from_end_to_end_and_compared_by_their_medians() -> None:
+    rows = [{"ended": ended, "train": 0.5, "aggregate": 0.1} for ended in (10.0, 12.0, 15.0)]
+    assert [timing.whole_s for timing in timings(rows)] == [2.0, 3.0]
+    ratio, low, high = ratio_interval([2.0, 2.2, 2.4], [1.0, 1.1, 1.2])
+    assert ratio == pytest.approx(2.0)
+    assert low <= ratio <= high
+    found = figures(timings(rows), timings(rows))
+    assert found["product"] == {"whole": 2500.0, "training": 500.0, "aggregation": 100.0, "rest": 1900.0} == found["bare"]

@@ -138,7 +138,8 @@ def intruders(coordinator: Coordinator, sites: None) -> dict[str, str]:
             stack.enter_context(running([*command, "--max-retries", "2", "--max-wait-time", "8"], logs[name], settings))
         with suppress(AssertionError):
             wait_until(lambda: all(INTRUDERS[name] in log.read_text() for name, log in logs.items()), "all refused", 40)
-    return {name: log.read_text() for name, log in logs.items()}
+    seen = [path.read_text() for path in (home.root / "nginx.log", home.root / "expired.log", home.proxy / "run" / "refused.log")]
+    return {name: log.read_text() for name, log in logs.items()} | {"the coordinator": "\n".join(seen)}
 
 
 @pytest.mark.parametrize("name", INTRUDERS)
@@ -146,6 +147,12 @@ def test_who_does_not_belong_is_refused_and_told_why(name: str, intruders: dict[
     said = intruders[name]
     assert INTRUDERS[name] in said, said[-1500:]
     assert "SuperNode ID" not in said
+
+
+def test_the_coordinator_sees_who_was_refused(intruders: dict[str, str]) -> None:
+    said = intruders["the coordinator"]
+    for what in ("alert unknown ca", "alert certificate expired", '"POST /v1/fleet/register-node HTTP/1.1" 404', " 400"):
+        assert what in said, said[-3000:]
 
 
 def test_a_study_survives_the_kill_of_its_superlink_and_equals_the_simulation(
@@ -204,6 +211,7 @@ def test_a_run_that_fails_says_why_and_exits_with_one(coordinator: Coordinator, 
     assert done.returncode == 1
     for name in NAMES:
         assert f"ICM302 {name}: " in done.stderr
+        assert f"ICM302 {name}: study is not approved at this site" in said_by(coordinator, name)
     assert "ICM507" in done.stderr
     assert "Traceback" not in done.stderr
     shown = json.loads(fl_server("status", "--home", home, "--json").stdout)

@@ -125,6 +125,20 @@ def test_equal_files_run_as_the_sites_own_bytes_under_the_sites_own_names() -> N
     assert run.primary_task_type == TaskType.SERVER_APP
 
 
+def test_a_runs_bundle_is_fetched_once_and_each_run_is_judged_for_itself() -> None:
+    wire = Wire(MINE.content)
+    connect = guarded(wire.connect, MINE, "icmoe/icmoe-federated", "0.1.0")
+    verdicts = []
+    for run_id, shipped in ((7, MINE.content), (7, b"changed since"), (8, b"another run")):
+        wire.shipped = shipped
+        with connect("coordinator:443") as (_, _, _, get_run, get_fab, *_):
+            fab = get_fab(get_run(run_id).fab_hash, run_id)
+        assert fab.content == MINE.content  # whatever was shipped
+        verdicts.append(flower_private._verdict(fab, {}))
+    assert verdicts == [True, True, False]
+    assert len(wire.asked) == 2
+
+
 HARMS = {
     "a changed file": {**FILES, "fl_client/app.py": b"app = 2\n"},
     "one more file": {**FILES, "torch.py": b""},
