@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,17 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from consortium import flwr, listens, make_home, serving, write_key_pair
 from test_client import command, write_site_file, write_study_file
 
 from fl_client.audit import read_log
 from fl_client.supervisor import Hearing, end_group, start_supernode
+from fl_server.home import CONNECTION, Home
 from icmoe.bundle import bundle_files
-from icmoe.processes import free_port
 from icmoe.study import Study
 from simulations.phantoms import PhantomSite, write_phantoms
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 
 def wait_for(what: Callable[[], object], seconds: float, why: str, every_s: float = 0.2) -> None:
@@ -35,53 +34,32 @@ def wait_for(what: Callable[[], object], seconds: float, why: str, every_s: floa
 
 @dataclass
 class Coordinator:
-    """A stock SuperLink on loopback, without TLS, and the flwr command beside it."""
+    """The coordinator's own SuperLink on loopback, and the flwr command beside it."""
 
-    folder: Path
-    port: int = field(default_factory=free_port)
-
-    def __post_init__(self) -> None:
-        self.env = {
-            **os.environ,
-            "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
-            "FLWR_HOME": str(self.folder / "flower"),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        }
-        (self.folder / "flower").mkdir(parents=True)
-        connection = f'[superlink]\ndefault = "test"\n[superlink.test]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
-        (self.folder / "flower/config.toml").write_text(connection)
-
-    def start(self) -> subprocess.Popen[str]:
-        flags = ["--insecure", "--port", str(self.port)]
-        log = (self.folder / "link.log").open("wb")
-        return subprocess.Popen(
-            [str(SCRIPTS / "flower-superlink"), *flags],
-            env=self.env,
-            stdout=log,
-            stderr=log,
-            text=True,
-            start_new_session=True,
-        )
+    home: Home
 
     def flwr(self, *words: str) -> str:
-        done = subprocess.run([SCRIPTS / "flwr", *words], env=self.env, capture_output=True, text=True, timeout=60)
+        done = flwr(self.home.flower, *words)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
+    def flags(self, site: str, key: Path) -> list[str]:
+        """Register a site's key and return how its SuperNode gets in."""
+        self.flwr("supernode", "register", f"{write_key_pair(key).with_suffix('.pub')}", CONNECTION, "--name", site)
+        trust = ["--root-certificates", str(self.home.ca), "--auth-supernode-private-key", str(key)]
+        return ["--superlink", self.home.superlink, *trust]
+
     def run(self, name: str, study: Path, **changes: bytes) -> int:
         """Submit the installed package's bundle, some files changed, as a hostile or careless coordinator might."""
-        app = self.folder / name
+        app = self.home.root / name
         for file, content in {**bundle_files(), **changes}.items():
             (app / file).parent.mkdir(parents=True, exist_ok=True)
             (app / file).write_bytes(content)
-        done = json.loads(self.flwr("run", str(app), "test", "--run-config", f'study="{study}"', "--format", "json"))
+        done = json.loads(self.flwr("run", str(app), CONNECTION, "--run-config", f'study="{study}"', "--format", "json"))
         return int(done["run-id"])
 
     def ended(self, run: int) -> str:
-        rows = json.loads(self.flwr("list", "test", "--run-id", str(run), "--format", "json"))["runs"]
+        rows = json.loads(self.flwr("list", CONNECTION, "--run-id", str(run), "--format", "json"))["runs"]
         return str(rows[0]["status"]) if str(rows[0]["status"]).startswith("finished") else ""
 
     def outcome(self, run: int, seconds: float) -> str:
@@ -89,7 +67,7 @@ class Coordinator:
         return self.ended(run)
 
     def log(self) -> str:
-        return (self.folder / "link.log").read_text(errors="replace")
+        return (self.home.root / "link.log").read_text(errors="replace")
 
 
 @dataclass
@@ -110,8 +88,9 @@ class Hospital:
             done = command(self.path, *words)
             assert done.exit_code == 0, done.output
 
-    def start(self, port: int) -> subprocess.Popen[str]:
-        child = start_supernode(self.path, self.folder / "state", ["--superlink", f"127.0.0.1:{port}", "--insecure"])
+    def start(self, coordinator: Coordinator) -> subprocess.Popen[str]:
+        flags = coordinator.flags("Alder", self.folder / "node.key")
+        child = start_supernode(self.path, self.folder / "state", flags)
         hear = Hearing(self.said.append, self.lines.append)
         threading.Thread(target=lambda: [hear(line) for line in child.stdout or ()], daemon=True).start()
         return child
@@ -119,13 +98,10 @@ class Hospital:
 
 @pytest.fixture
 def coordinator(tmp_path: Path) -> Iterator[Coordinator]:
-    link = Coordinator(tmp_path / "coordinator")
-    process = link.start()
-    try:
-        wait_for(lambda: "Uvicorn running" in link.log(), 60, link.log())
-        yield link
-    finally:
-        end_group(process)
+    home = make_home(tmp_path / "coordinator", "Alder")
+    with serving(home, home.root / "link.log"):
+        wait_for(lambda: listens(home.superlink_port), 60, "SuperLink on its port")
+        yield Coordinator(home)
 
 
 @pytest.fixture
@@ -170,15 +146,15 @@ def test_after_a_mishap_outside_our_code_the_next_run_is_served_and_no_text_has_
     mark.write_text(mishap)
     (code / "sitecustomize.py").write_text(MISHAPS.format(mark=str(mark)))
     monkeypatch.setenv("PYTHONPATH", f"{code}{os.pathsep}{ROOT}")
-    child = hospital.start(coordinator.port)
+    child = hospital.start(coordinator)
     try:
         wait_for(lambda: hospital.said, 60, "connection")
         first = coordinator.run("first", hospital.study_file)
         assert coordinator.outcome(first, 240) == "finished:failed"
         assert not mark.exists()
-        told = " ".join(coordinator.flwr("log", str(first), "test", "--show").split())
+        told = " ".join(coordinator.flwr("log", str(first), CONNECTION, "--show").split())
         if mishap == "import":
-            assert "ICM304 site did not finish its part of a round" in told
+            assert "ICM304 Alder: site did not finish its part of a round" in told
             assert "icmoe.training" in " ".join(hospital.lines)
             assert "halted" not in told + coordinator.log()
         second = coordinator.run("second", hospital.study_file)
@@ -189,14 +165,14 @@ def test_after_a_mishap_outside_our_code_the_next_run_is_served_and_no_text_has_
 
 
 def test_the_approved_bundle_runs_and_another_is_refused_at_both_ends(coordinator: Coordinator, hospital: Hospital) -> None:
-    child = hospital.start(coordinator.port)
+    child = hospital.start(coordinator)
     try:
         wait_for(lambda: hospital.said, 60, "connection")
         doctored = bundle_files()["fl_client/app.py"] + b"\n# one more line\n"
         refused = coordinator.run("doctored", hospital.study_file, **{"fl_client/app.py": doctored})
         assert coordinator.outcome(refused, 120) == "finished:failed"
-        told = coordinator.flwr("log", str(refused), "test", "--show")
-        assert "ICM317 app bundle differs from the site's installed package" in " ".join(told.split())
+        told = coordinator.flwr("log", str(refused), CONNECTION, "--show")
+        assert "ICM317 Alder: app bundle differs from the site's installed package" in " ".join(told.split())
         assert any("ICM317" in line and "fl_client/app.py" in line for line in hospital.said)
 
         before = len(read_log(hospital.folder / "state"))
