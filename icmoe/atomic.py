@@ -22,9 +22,12 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True, private: 
         Whether only the owner may read the file, and list its folder where it is made: patient data and what was trained
         on it alone.
     """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
     name = path.parent / f".{path.name[:32]}.{secrets.token_hex(8)}"
-    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+    try:
+        descriptor = _new(name, private=private)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
+        descriptor = _new(name, private=private)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -35,3 +38,7 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True, private: 
     except BaseException:
         name.unlink(missing_ok=True)
         raise
+
+
+def _new(path: Path, *, private: bool) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)

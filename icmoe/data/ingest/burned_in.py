@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
 from icmoe.data.picture import Picture
 
@@ -39,8 +38,8 @@ ABOVE, BELOW = 0.1, 0.2
 """Share of a line's columns that may be drawn upon just above and just below it: commas, and letters that hang down."""
 
 Levels = npt.NDArray[np.uint8]
-DRAWN: Levels = np.asarray([(3 * 255 + 2 * level - 1) // 5 if level <= 255 - CONTRAST else 255 for level in range(256)], np.uint8)
-"""By the level of the surroundings, the highest level that is not drawn: a stroke is more than half-way to the extreme."""
+LIGHT = 3 * 255 // 5
+"""Least level of what is drawn: a stroke is more than half-way, three fifths of it, from its surroundings to the extreme."""
 Numbers = npt.NDArray[np.int64]
 
 
@@ -104,16 +103,19 @@ def _holds_light_text(levels_HW: Levels) -> bool:
 
 def _strokes(levels_HW: Levels) -> _Strokes | None:
     """Return what is drawn in the lightest value, as light strokes more than half-way from their surroundings to it."""
-    if np.count_nonzero(levels_HW > DRAWN[0]) < LETTERS:
+    levels_HW = _around_light(levels_HW)
+    if levels_HW.size == 0:
         return None
     around_HW = _opened(levels_HW, STROKE_PX + 1)
-    drawn_HW = levels_HW > DRAWN.take(around_HW)
+    drawn_HW = _drawn(levels_HW, around_HW)
     # Letters of a line are at least as high as its lowest rows differ, so that one row crosses all of them.
     begins_HW = drawn_HW.copy()
-    begins_HW[:, 1:] &= ~drawn_HW[:, :-1]
+    np.greater(drawn_HW[:, 1:], drawn_HW[:, :-1], out=begins_HW[:, 1:])
     begins = np.flatnonzero(begins_HW)
-    if len(begins) < LETTERS or int(np.bincount(begins // levels_HW.shape[1]).max()) < LETTERS:
+    if len(begins) < LETTERS or int(np.bincount(begins // drawn_HW.shape[1]).max()) < LETTERS:
         return None
+    from scipy import ndimage  # an eighth of a second, spent where something may be drawn
+
     marks_HW, count = ndimage.label(drawn_HW, np.ones((3, 3)))
     if count < LETTERS:
         return None
@@ -124,6 +126,22 @@ def _strokes(levels_HW: Levels) -> _Strokes | None:
     height_N, width_N = boxes_N4[:, 1] - boxes_N4[:, 0], boxes_N4[:, 3] - boxes_N4[:, 2]
     fits = (height_N >= HEIGHT_PX[0]) & (height_N <= HEIGHT_PX[1]) & (width_N <= 4 * height_N) & (5 * area_N >= 4 * height_N)
     return _Strokes(boxes_N4, full_N > 0, drawn_HW).of(fits)
+
+
+def _around_light(levels_HW: Levels) -> Levels:
+    """Return the part of a picture that decides what is drawn: the light pixels and all squares of surroundings about them."""
+    ends = []
+    for axis in (1, 0):
+        found = np.flatnonzero(levels_HW.max(axis=axis) >= LIGHT)
+        ends.append(slice(max(int(found[0]) - STROKE_PX, 0), int(found[-1]) + STROKE_PX + 1) if len(found) else slice(0))
+    return levels_HW[ends[0], ends[1]]
+
+
+def _drawn(levels_HW: Levels, around_HW: Levels) -> npt.NDArray[np.bool_]:
+    """Return which pixels are more than half-way from their surroundings to the extreme, where these leave room for contrast."""
+    above_HW = np.multiply(levels_HW, 5, dtype=np.int16)
+    above_HW -= np.multiply(around_HW, 2, dtype=np.int16)
+    return np.asarray((above_HW >= 3 * 255) & (around_HW <= 255 - CONTRAST))
 
 
 def _boxes(marks: npt.NDArray[np.int32], drawn_HW: npt.NDArray[np.bool_], count: int) -> Numbers:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.path import Path as Outline
 from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 
@@ -88,6 +87,8 @@ def fill(points_N3: npt.NDArray[np.float64], plane: Plane, shape: tuple[int, int
     Refusal
         121 where the contour does not lie in the image's plane or mostly outside the image.
     """
+    from matplotlib.path import Path as Outline  # slow to import, and most exports have no contours
+
     homogeneous = np.column_stack([points_N3, np.ones(len(points_N3))])
     where = np.linalg.inv(plane_matrix(plane)) @ homogeneous.T
     if np.abs(where[2]).max() > OFF_PLANE_MM:

@@ -88,7 +88,7 @@ def image_record(data: Dataset, hashes: Pseudonyms) -> FileRecord:
     Refusal
         119 where the object has no picture, 117 where its size is out of range.
     """
-    kind = str(data.SOPClassUID)
+    kind = text(data, "SOPClassUID")
     for prefix, why in NO_PICTURE.items():
         if kind == prefix or kind.startswith(prefix + "."):
             raise Refusal(119, why)
@@ -117,14 +117,15 @@ def identity(data: Dataset, hashes: Pseudonyms) -> dict[str, str]:
     A patient without number is known by name and birth date, without these by the study.
     """
     number, study = text(data, "PatientID"), text(data, "StudyInstanceUID")
-    name = text(data, "PatientName")
+    name = "" if number else text(data, "PatientName")
     person = number or (f"{name}\0{text(data, 'PatientBirthDate')}" if name else study)
+    image, space = text(data, "SOPInstanceUID"), text(data, "FrameOfReferenceUID")
     return {
         "patient": hashes.patient(person) if person else "",
         "study": hashes.of("uid", study) if study else "",
-        "series": hashes.of("uid", text(data, "SeriesInstanceUID") or text(data, "SOPInstanceUID")),
-        "image": hashes.of("uid", text(data, "SOPInstanceUID")),
-        "space": hashes.of("uid", text(data, "FrameOfReferenceUID")) if text(data, "FrameOfReferenceUID") else "",
+        "series": hashes.of("uid", text(data, "SeriesInstanceUID") or image),
+        "image": hashes.of("uid", image),
+        "space": hashes.of("uid", space) if space else "",
     }
 
 
@@ -225,7 +226,9 @@ def numbers(data: Header, name: str, count: int) -> tuple[float, ...] | None:
 def all_numbers(data: Header, name: str) -> tuple[float, ...]:
     """Return the finite numbers of an element, none where one of them is anything else."""
     value = _value(data, name)
-    parts: Sequence[Any] = [value] if isinstance(value, str) or not isinstance(value, Sequence) else value
+    if value is None:
+        return ()
+    parts: Sequence[Any] = [value] if isinstance(value, (float, int, str)) or not isinstance(value, Sequence) else value
     try:
         found = tuple(float(part) for part in parts)
     except (TypeError, ValueError):
@@ -241,28 +244,36 @@ def referenced_frames(source: Dataset) -> Sequence[int]:
 
 
 def _value(data: Header, name: str) -> Any:  # noqa: ANN401  # elements hold anything
-    if isinstance(data, Mapping):
+    if not isinstance(data, Dataset):
         return data.get(name)
     tag, kind = _tag(name)
     try:
-        raw = data.get_item(tag)
-        plain = _plain(raw, kind) if isinstance(raw, RawDataElement) else None
-        return plain if plain is not None or raw is None else data[tag].value
+        found = data.get_item(tag)
+        if not isinstance(found, RawDataElement):
+            return None if found is None else found.value
+        plain = _plain(found, kind)
+        return data[tag].value if plain is None else plain
     except Exception:  # noqa: BLE001  # pydicom converts on access; what it cannot convert counts as absent
         return None
 
 
 def _plain(raw: RawDataElement, kind: str) -> Any:  # noqa: ANN401  # as `_value`
-    """Return what pydicom would make of a short number, a code or a UID, in a tenth of its time; None for anything else."""
+    """Return what pydicom would make of a number, a code, a UID or a short text, in a tenth of its time; None for all else."""
     kind, value = raw.VR or kind, raw.value or b""
     if kind == "US" and len(value) == 2:
         return int.from_bytes(value, "little" if raw.is_little_endian else "big")
     if kind in PLAIN_NUMBERS and PLAIN_NUMBERS[kind].fullmatch(value):
         found = [float(part) for part in value.split(b"\\")]
         return found if len(found) > 1 else found[0]
-    if kind in {"UI", "CS"} and value.isascii() and b"\\" not in value:
-        return value.decode("ascii").rstrip(" \0") or None
+    if kind in {"UI", "CS", "LO"} and value.isascii() and b"\x1b" not in value and (kind == "CS" or b"\\" not in value):
+        parts = value.decode("ascii").rstrip(" \0").split("\\")
+        return parts if len(parts) > 1 else parts[0] or None
     return None
+
+
+def named(data: Dataset, names: Iterable[str]) -> list[str]:
+    """Return those of the keywords whose element is there."""
+    return [name for name in names if _tag(name)[0] in data]
 
 
 @cache
@@ -274,13 +285,15 @@ def _tag(name: str) -> tuple[BaseTag, str]:
 def terms(data: Dataset, name: str) -> frozenset[str]:
     """Return the values of an element in capitals, whether it has one or, against the standard, several."""
     value = _value(data, name)
+    if value is None:
+        return frozenset()
     parts: Sequence[Any] = [value] if isinstance(value, str) or not isinstance(value, Sequence) else value
     return frozenset(str(part).strip().strip("\0").upper() for part in parts if part is not None) - {""}
 
 
 def _held(data: Dataset) -> str:
     """Return why a look at the pictures is needed, in fixed words; what is said in other than the standard's words counts."""
-    kind = str(data.SOPClassUID)
+    kind = text(data, "SOPClassUID")
     if terms(data, "BurnedInAnnotation") - {"NO"}:
         return "the header says that text is burned in"
     if terms(data, "RecognizableVisualFeatures") - {"NO"}:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import pydicom
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import (
@@ -95,7 +96,7 @@ def open_dicom(path: Path, *, pixels: bool, tags: Sequence[BaseTag] | None = Non
                 data.read_to_byte = file.tell()
         except (EOFError, MemoryError, RecursionError):
             raise Refusal(117, "DICOM header ends too early or is nested too deeply") from None
-        if not (str(data.get("SOPClassUID") or "") and str(data.get("SOPInstanceUID") or "")):
+        if not all(_names_uid(data, tag) for tag in IDENTITY):
             meta = str(data.file_meta.get("MediaStorageSOPClassUID") or "")
             if meta == "1.2.840.10008.1.3.10":
                 raise Refusal(119, "an index of a medium (DICOMDIR), not an image")
@@ -104,6 +105,14 @@ def open_dicom(path: Path, *, pixels: bool, tags: Sequence[BaseTag] | None = Non
             raise Refusal(116, "no DICOM object: it names neither class nor instance")
         _complete_syntax(data)
         return data
+
+
+def _names_uid(data: Dataset, tag: BaseTag) -> bool:
+    """Return whether an element has a value; one that is plainly a UID is not converted for that."""
+    found = data.get_item(tag)
+    if isinstance(found, RawDataElement) and found.VR in {"UI", None} and (found.value or b"")[:1].isdigit():
+        return True
+    return found is not None and bool(str(data[tag].value or ""))
 
 
 def _bounded(path: Path) -> Path:

@@ -28,7 +28,7 @@ from pydicom.uid import (
 )
 
 from icmoe.data.images import LUMINANCE
-from icmoe.data.ingest.headers import GREY, SHOWN, Header, all_numbers, integer, numbers, numeric, sequence, text
+from icmoe.data.ingest.headers import GREY, SHOWN, Header, all_numbers, integer, named, numbers, numeric, sequence, text
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.picture import Picture, picture_of
 from icmoe.data.store import smallest
@@ -45,6 +45,7 @@ MAX_DAMAGED = 16
 """Damaged frames of one compressed object after which the rest is not tried."""
 PIXEL_DATA = b"\xe0\x7f\x10\x00"
 TABLES = ("ModalityLUTSequence", "VOILUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+NUMBERS = (*GREY, *SHOWN, "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames")
 TERMS = {
     "PhotometricInterpretation": ("MONOCHROME1", "MONOCHROME2"),
     "VOILUTFunction": ("LINEAR", "LINEAR_EXACT", "SIGMOID"),
@@ -139,14 +140,13 @@ def plain_pixels_of(path: Path, header: Dataset) -> dict[str, Any]:
     header
         Its whitelisted part.
     """
-    named = [name for name in (*GREY, *SHOWN, "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames") if name in header]
-    values: dict[str, Any] = {name: all_numbers(header, name) for name in named}
-    values |= {name: text(header, name) for name in TERMS if name in header}
+    values: dict[str, Any] = {name: all_numbers(header, name) for name in named(header, NUMBERS)}
+    values |= {name: text(header, name) for name in named(header, TERMS)}
     depth, bits, signed = (integer(values, name) for name in ("BitsAllocated", "BitsStored", "PixelRepresentation"))
     syntax, at = header.file_meta.TransferSyntaxUID, int(header.read_to_byte)
     if (
         syntax not in {ImplicitVRLittleEndian, ExplicitVRLittleEndian}
-        or any(name in header for name in TABLES)
+        or named(header, TABLES)
         or not all(values.values())
         or any(values[name] not in terms for name, terms in TERMS.items() if name in values)
         or not {"PixelRepresentation", "PhotometricInterpretation"} <= values.keys()

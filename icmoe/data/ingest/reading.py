@@ -11,7 +11,7 @@ from PIL import Image
 
 from icmoe.data.images import read_grey
 from icmoe.data.ingest.contours import contours_record
-from icmoe.data.ingest.headers import SEGMENTATIONS, STRUCTURE_SET, image_record, read_header
+from icmoe.data.ingest.headers import SEGMENTATIONS, STRUCTURE_SET, image_record, read_header, text
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.opening import Refusal, content_of, refusing
 from icmoe.data.ingest.pixels import plain_pixels_of
@@ -77,9 +77,10 @@ class Reader:
 
     def _dicom(self, path: Path) -> FileRecord:
         header = read_header(path)
-        if header.SOPClassUID in SEGMENTATIONS:
+        kind = text(header, "SOPClassUID")
+        if kind in SEGMENTATIONS:
             return segmentation_record(path, self.names, self.hashes)
-        if header.SOPClassUID == STRUCTURE_SET:
+        if kind == STRUCTURE_SET:
             return contours_record(header, self.names, self.hashes)
         record = image_record(header, self.hashes)
         return record.model_copy(update=plain_pixels_of(path, header))
