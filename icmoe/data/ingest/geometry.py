@@ -29,7 +29,7 @@ def plane_matrix(plane: Plane) -> Array:
     matrix = np.eye(4)
     matrix[:3, 0] = along_column * (values[9] or 1.0)
     matrix[:3, 1] = along_row * (values[10] or 1.0)
-    matrix[:3, 2] = np.cross(along_row, along_column)
+    matrix[:3, 2] = normal(plane)
     matrix[:3, 3] = values[:3]
     return matrix
 

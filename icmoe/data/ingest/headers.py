@@ -248,7 +248,7 @@ def _value(data: Header, name: str) -> Any:  # noqa: ANN401  # elements hold any
         return data.get(name)
     tag, kind = _tag(name)
     try:
-        found = data.get_item(tag)
+        found: Any = data.get_item(tag)
         if not isinstance(found, RawDataElement):
             return None if found is None else found.value
         plain = _plain(found, kind)

@@ -9,7 +9,7 @@ import logging
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pydicom
 from pydicom.dataelem import RawDataElement
@@ -109,7 +109,7 @@ def open_dicom(path: Path, *, pixels: bool, tags: Sequence[BaseTag] | None = Non
 
 def _names_uid(data: Dataset, tag: BaseTag) -> bool:
     """Return whether an element has a value; one that is plainly a UID is not converted for that."""
-    found = data.get_item(tag)
+    found: Any = data.get_item(tag)
     if isinstance(found, RawDataElement) and found.VR in {"UI", None} and (found.value or b"")[:1].isdigit():
         return True
     return found is not None and bool(str(data[tag].value or ""))

@@ -7,9 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from icmoe.data.ingest.geometry import height_mm, parallel, slice_distance_mm, upright
+from icmoe.data.ingest.geometry import height_mm, normal, parallel, slice_distance_mm, upright
 from icmoe.data.ingest.index import LeftOut
 from icmoe.data.ingest.jobs import SeriesJob, Wanted
 from icmoe.data.ingest.pairing import Key, Use, is_image, pair
@@ -188,8 +186,7 @@ def _ordered(frames: list[tuple[str, int, FramePlace]]) -> list[tuple[str, int, 
 
 def _points_up(plane: Plane) -> bool:
     """Return whether the normal points along its main body axis, so that the order does not hang on how rows run."""
-    normal = np.cross(plane[3:6], plane[6:9])
-    return bool(normal[np.abs(normal).argmax()] > 0.0)
+    return max(normal(plane), key=abs) > 0.0
 
 
 def spacing_of(planes: list[Plane | None]) -> tuple[float, float, float] | None:

@@ -87,6 +87,8 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
     if not export.root.is_dir():
         what = "export is not a folder" if export.root.exists() else "export is not there"
         raise IcmoeError(_no_export(export, what, "Correct folder under [ingest]."))
+    if not index.is_index(export.store):
+        preload()  # all files are new: workers get ready while these are listed
     hashes = site_pseudonyms(export.secret_folder)
     splits = _splits(export.split_file)
     with index.claimed(export.store) as connection:
