@@ -27,7 +27,7 @@ from fl_client.approval import approved_studies
 from fl_client.readiness import require_ready
 from fl_client.site import ENVIRONMENT, SiteFile, read_named
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
-from icmoe.processes import flower_environment, free_port, next_delay
+from icmoe.processes import flower_environment, free_port, next_delay, private_files
 
 GRACE_S = 5.0
 LOG = "supernode.log"
@@ -73,9 +73,8 @@ def run_site(path: Path, name: str) -> int:
         settings = read_named(path, name)
         state = path.parent / settings.state
         names = ", ".join(f"{study.name} {study.digest[:12]}" for study in approved_studies(state))
-        os.umask(0o077)  # what this process and its children write is the site's alone
         flags = connection_flags(path, settings)
-        with only_one(state):
+        with private_files(), only_one(state):
             say = _screen(name)
             say(f"approved: {names}")
             require_ready(path, name, say)

@@ -16,7 +16,7 @@ from fl_server.home import Home, read_home
 from fl_server.supervise import Child, supervise
 from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError
-from icmoe.processes import flower_environment, flower_settings, program
+from icmoe.processes import flower_environment, flower_settings, private_files, program
 
 # What a SuperNode with a registered key asks for; register-node and unregister-node are for nodes without one.
 FLEET_CALLS = (
@@ -129,6 +129,6 @@ def serve(root: Path, *, execute: bool, listen: str | None) -> None:
         sys.stdout.write(printed(home))
         return
     require_free_port(home.superlink_port)
-    os.umask(0o077)
-    sys.stderr.write(printed(home))
-    supervise(children(home))
+    with private_files():
+        sys.stderr.write(printed(home))
+        supervise(children(home))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 FIRST_DELAY_S, LONGEST_DELAY_S, LONG_LIFE_S = 1.0, 15.0, 120.0
@@ -56,3 +57,18 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Make what this process and the children that it starts write meanwhile their owner's alone.
+
+    Yields
+    ------
+    None
+    """
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)

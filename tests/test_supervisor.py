@@ -282,6 +282,9 @@ def test_the_command_does_not_start_what_somebody_at_the_site_must_put_right(hos
     assert done.exit_code == 1
     assert {line[:6] for line in done.stderr.splitlines() if line.startswith("ICM")} == {"ICM109", "ICM306"}
     assert "connecting" not in done.stderr
+    before = os.umask(0o022)
+    os.umask(before)
+    assert before != 0o077, "what else this process writes is as it was"
 
 
 def test_the_command_says_what_it_waits_for_and_leaves_when_asked(hospital: Hospital) -> None:
