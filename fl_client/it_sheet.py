@@ -7,8 +7,7 @@ from pathlib import Path
 from fl_client.connection import proxy_of
 from fl_client.credentials import Coordinator
 from fl_client.flower_private import AHEAD_S, BEHIND_S
-from fl_client.site import SiteFile
-from icmoe.cache_entries import default_cache_folder
+from fl_client.site import SiteFile, cache_folder_of
 from icmoe.config import parse, read_toml
 from icmoe.errors import Fault, IcmoeError
 from icmoe.joining import split_address
@@ -96,5 +95,5 @@ def _network(path: Path, chosen: Coordinator) -> dict[str, str]:
 
 def _folders(path: Path, settings: SiteFile) -> dict[str, str]:
     folder = settings.ingest.folder if settings.ingest is not None else str(settings.data)
-    cache = path.parent / settings.cache if settings.cache else default_cache_folder()
+    cache = cache_folder_of(path, settings)
     return {"data": str(path.parent / folder), "cache": str(cache), "state": str(path.parent / settings.state)}
