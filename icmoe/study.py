@@ -11,9 +11,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from icmoe.config import Section, parse, read_toml
+from icmoe.profiles import spelled_out
+from icmoe.study_privacy import Privacy
 
 Count = Annotated[int, Field(ge=0, le=64)]
 Weight = Annotated[float, Field(ge=0.0, le=100.0)]
@@ -170,6 +172,8 @@ class Study(Section):
     """Local training."""
     aggregation: Aggregation = Aggregation()
     """What the server does with the updates."""
+    privacy: Privacy = Privacy()
+    """Differential privacy; none by default."""
 
     @field_validator("labels")
     @classmethod
@@ -186,6 +190,14 @@ class Study(Section):
             raise ValueError("sam-vit-test only with test_only = true")
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_empty_privacy(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave an empty [privacy] out: such a study keeps the digest under which sites approved it before there was one."""
+        values: dict[str, Any] = write(self)
+        if self.privacy == Privacy():
+            values.pop("privacy", None)
+        return values
+
     @property
     def classes(self) -> int:
         """Number of classes K, the background counted."""
@@ -198,7 +210,7 @@ class Study(Section):
 
 
 def canonical(study: Study) -> str:
-    """Return the study as JSON with sorted keys, no white space and every default spelled out."""
+    """Return the study as JSON with sorted keys, no white space and every default but an empty [privacy] spelled out."""
     return canonical_json(study.model_dump(mode="json"))
 
 
@@ -208,14 +220,14 @@ def canonical_json(values: dict[str, Any]) -> str:
 
 
 def read_study(path: Path) -> Study:
-    """Return the study of a TOML file.
+    """Return the study of a TOML file; `profile = "lite"` in it stands for the values of `icmoe/profiles.py`.
 
     Raises
     ------
     IcmoeError
         201-205, every fault of the file at once.
     """
-    return parse(Study, read_toml(path), where=str(path))
+    return parse(Study, spelled_out(read_toml(path), where=str(path)), where=str(path))
 
 
 def derived_seed(study: Study, *parts: str | int) -> int:
