@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fl_client.approval import approve, changes, read_approvals, withdraw
-from fl_client.audit import START, digests_of_round, read_log, record
+from fl_client.audit import START, digests_of_round, read_log
 from fl_client.policy import epsilon_of
-from fl_client.site import SiteFile, read_named, site_data, study_faults
+from fl_client.site import SiteFile, read_named, records_of, site_data, study_faults
 from icmoe.bundle import bundle_digest, bundle_files
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import global_state, update_of
@@ -64,15 +64,15 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
         sys.exit(1)
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     approve(state, study, bundle, datetime.now(UTC))
-    record(state, "approved", {"study": study.digest, "name": study.name, "bundle": bundle})
+    records_of(path, settings).write("approved", {"study": study.digest, "name": study.name, "bundle": bundle})
     console.print(f"{study.name} {study.digest[:12]} is approved at {name}.", highlight=False)
 
 
 def withdraw_study(path: Path, name: str, which: str) -> None:
     """Withdraw the approval of a study by name or digest and say which went."""
-    state = path.parent / read_named(path, name).state
-    for approval in withdraw(state, which, datetime.now(UTC)):
-        record(state, "withdrawn", {"study": approval.digest, "name": approval.study.name})
+    settings = read_named(path, name)
+    for approval in withdraw(path.parent / settings.state, which, datetime.now(UTC)):
+        records_of(path, settings).write("withdrawn", {"study": approval.digest, "name": approval.study.name})
         Console().print(f"{approval.study.name} {approval.digest[:12]} is withdrawn at {name}.", highlight=False)
 
 

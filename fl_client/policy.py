@@ -36,6 +36,11 @@ class Policy(Section):
     gpu_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Largest share of the GPU's memory that training may take."""
 
+    largest_update_norm: Annotated[float, Field(gt=0.0, le=1e9)] | None = None
+    """Largest norm of an update; the study's bound, 1000 steps of its learning rate, holds where absent or smaller."""
+    mantissa_bits: Annotated[int, Field(ge=4, le=23)] = 23
+    """Bits of mantissa that leave of each number of an update; 23 is float32 as it is."""
+
     @field_validator("hours")
     @classmethod
     def _hours_can_be_read(cls, hours: str | None) -> str | None:
