@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from icmoe.config import Section, parse, read_toml
+from icmoe.study_privacy import Privacy
 
 Count = Annotated[int, Field(ge=0, le=64)]
 Weight = Annotated[float, Field(ge=0.0, le=100.0)]
@@ -170,6 +171,8 @@ class Study(Section):
     """Local training."""
     aggregation: Aggregation = Aggregation()
     """What the server does with the updates."""
+    privacy: Privacy = Privacy()
+    """Differential privacy; none by default."""
 
     @field_validator("labels")
     @classmethod
@@ -198,8 +201,12 @@ class Study(Section):
 
 
 def canonical(study: Study) -> str:
-    """Return the study as JSON with sorted keys, no white space and every default spelled out."""
-    return canonical_json(study.model_dump(mode="json"))
+    """Return the study as JSON with sorted keys, no white space and every default spelled out.
+
+    A study without privacy has no such section: it keeps the digest under which sites approved it before there was one.
+    """
+    without = {"privacy"} if study.privacy == Privacy() else None
+    return canonical_json(study.model_dump(mode="json", exclude=without))
 
 
 def canonical_json(values: dict[str, Any]) -> str:
