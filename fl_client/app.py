@@ -9,7 +9,6 @@ its catalogue title, never the text of an exception, which Flower would send to 
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping
 
@@ -17,34 +16,26 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fl_client.budget import releases_of, require_room
+from fl_client.budget import releases_of, require_room, round_spending
 from fl_client.egress import Request, decline, release
 from fl_client.finished import finished_or
 from fl_client.incoming import accept
 from fl_client.ledger import Book, Entry, new_entry
-from fl_client.manifest import Numbers, Outgoing
+from fl_client.local_round import size_of, train_here, validation_numbers
+from fl_client.manifest import Outgoing
 from fl_client.participant import Participant, site_from_environment
 from fl_client.personal import keep_personal, with_personal
 from fl_client.watchdog import START_S, end_after, end_with_parent
-from icmoe.dataset import TrainingSet
 from icmoe.errors import Fault, IcmoeError
-from icmoe.evaluation import score_slices
 from icmoe.exchange import (
     ARRAYS,
     CONFIG,
-    DICE_KEY,
-    LOSS_KEY,
-    PATIENTS_KEY,
     ROUND_KEY,
-    SECONDS_KEY,
     SITE_KEY,
     SLICES_KEY,
-    STEPS_KEY,
     STUDY_KEY,
     SUMMARY_KEY,
-    USAGE_KEY,
     State,
-    announced_size,
     global_state,
     load_state,
     state_digest,
@@ -52,9 +43,7 @@ from icmoe.exchange import (
 )
 from icmoe.model import ICMoE, build_model
 from icmoe.receipts import RECEIPT_KEY, receipt_of
-from icmoe.study import derived_seed
 from icmoe.summary import summarise
-from icmoe.training import train_round
 
 log = logging.getLogger("fl_client")
 
@@ -84,7 +73,7 @@ def make_client_app(site_of: SiteOf) -> ClientApp:
 def introduce(request: Request) -> Outgoing:
     """Answer with the site's name and announced size. The name is for people: the server knows it by the node's key."""
     site = request.site
-    return Outgoing(texts={SITE_KEY: site.name, SLICES_KEY: announced_size(len(site.train), exact=site.exact_counts)})
+    return Outgoing(texts={SITE_KEY: site.name, SLICES_KEY: size_of(site, request.study)})
 
 
 def describe(request: Request) -> Outgoing:
@@ -113,43 +102,30 @@ def train(request: Request) -> Outgoing:
 
 
 def evaluate(request: Request) -> Outgoing:
-    """Score the incoming model on the site's validation patients."""
-    return Outgoing(numbers=_validation(request, _model(request, _incoming(request))))
+    """Score the incoming model on the site's validation patients; noised scores are paid for like training."""
+    start = _incoming(request)
+    model = _model(request, start)
+    if round_spending(request.study, request.kind):
+        _spend(request, state_digest(start))
+    return Outgoing(numbers=validation_numbers(request.site, request.study, model))
 
 
 def _trained(request: Request, start: State, model: ICMoE) -> Outgoing:
     site, study, round_number = request.site, request.study, request.round_number
-    numbers = _validation(request, model)
-    result = train_round(
-        model,
-        TrainingSet(site.train, study, site.cache(study)),
-        study,
-        round_number=round_number,
-        seed=derived_seed(study, "train", site.name, round_number),
-        device=site.torch_device(),
-        steps=site.steps_per_round,
-    )
+    numbers = validation_numbers(site, study, model)
+    numbers |= train_here(site, study, model, round_number)
     keep_personal(global_state(model), site.state_folder, study, site.name, round_number)
-    numbers |= {
-        SLICES_KEY: announced_size(len(site.train), exact=site.exact_counts),
-        USAGE_KEY: list(result.usage_M),
-        LOSS_KEY: result.loss,
-        STEPS_KEY: result.steps,
-        SECONDS_KEY: result.train_s,
-    }
     return Outgoing(tensors=update_of(model, start, personal=study.aggregation.personal, shape=study.model), numbers=numbers)
 
 
 def _spend(request: Request, incoming: str) -> None:
-    """Write down what the round may tell about a patient, or refuse it, before anything is drawn."""
-    site, study = request.site, request.study
-    per_round = None
+    """Write down what the answer may tell about a patient, or refuse it, before anything is drawn."""
+    site, study, kind, round_number = request.site, request.study, request.kind, request.round_number
 
     def make(book: Book) -> Entry:
-        remaining = study.rounds - request.round_number + 1
         patients = len({(item.site, item.patient) for item in site.train})
-        require_room(site.budget, book, study, per_round, remaining=remaining, patients=patients)
-        return new_entry(study, request.kind, request.round_number, incoming, releases_of(per_round))
+        require_room(site.budget, book, study, kind, round_number, patients=patients)
+        return new_entry(study, kind, round_number, incoming, releases_of(round_spending(study, kind)))
 
     if site.records is not None:
         site.records.spend(make, request.receipt)
@@ -193,13 +169,6 @@ def _model(request: Request, start: State) -> ICMoE:
     after_round = round_number if kind == "evaluate" else round_number - 1
     load_state(model, with_personal(start, site.state_folder, study, site.name, after_round))
     return model.to(site.torch_device()).eval()
-
-
-def _validation(request: Request, model: ICMoE) -> Numbers:
-    site, study = request.site, request.study
-    scores = score_slices(model, site.val, study.labels, site.cache(study), site.torch_device(), surfaces=False)
-    dice = math.fsum(score.dice for score in scores) / len(scores) if scores else 0.0
-    return {DICE_KEY: dice, PATIENTS_KEY: len(scores)}
 
 
 def _answering(site_of: SiteOf, kind: str, handle: Handler) -> Callable[[Message, Context], Message]:

@@ -51,9 +51,7 @@ class Signatures:
         return "signed " + ", ".join(f"from line {first} on by {fingerprint_of(key)}" for first, key in self.keys)
 
 
-def record(
-    state: Path, event: str, values: Mapping[str, Any], *, signer: Signer | None = None, known: Head = EMPTY
-) -> Entry:
+def record(state: Path, event: str, values: Mapping[str, Any], *, signer: Signer | None = None, known: Head = EMPTY) -> Entry:
     """Add one line to the audit log of a state folder and wait until it is on the disk.
 
     A line that a crash left unfinished at the end is cut off first: what it spoke of had not happened yet.

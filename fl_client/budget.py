@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from fl_client.ledger import Book, Entry, Releases
-from icmoe.accounting import Spending, epsilon
+from icmoe.accounting import Spending, epsilon, score_spending, training_spending
 from icmoe.config import Section
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Study
@@ -42,25 +42,29 @@ def epsilon_of_history(budget: Budget, history: Sequence[Spending]) -> float:
 
 
 def history_of(entries: Sequence[Entry]) -> list[Spending]:
-    """Return what the entries with differential privacy spent, equal releases together: few terms compose fast."""
-    return merged([Spending(*release) for entry in entries for release in entry.releases or ()])
+    """Return what the entries with differential privacy spent."""
+    return [Spending(*release) for entry in entries for release in entry.releases or ()]
 
 
-def merged(history: Sequence[Spending]) -> list[Spending]:
-    """Return the history with equal mechanisms in one term, in order of noise and rate."""
-    steps: dict[tuple[float, float], int] = {}
-    for part in history:
-        key = part.noise_multiplier, part.sample_rate
-        steps[key] = steps.get(key, 0) + part.steps
-    return [Spending(sigma, rate, count) for (sigma, rate), count in sorted(steps.items())]
+def round_spending(study: Study, kind: str) -> tuple[Spending, ...] | None:
+    """Return what the answer to one message may tell about a patient; None without differential privacy at the site."""
+    privacy = study.privacy.site
+    if privacy is None:
+        return None
+    training = (training_spending(privacy, rounds=study.rounds),) if kind == "train" else ()
+    return (*training, *score_spending(privacy))
 
 
-def rounds_that_fit(budget: Budget, history: Sequence[Spending], per_round: Sequence[Spending], most: int) -> int:
-    """Return how many rounds more stay within the budget, at most `most`; more rounds never cost less."""
+def rounds_left_spending(study: Study, rounds: int) -> tuple[Spending, ...]:
+    """Return what `rounds` more rounds of a private study and its closing evaluation spend."""
+    return (*(round_spending(study, "train") or ()) * rounds, *(round_spending(study, "evaluate") or ()))
+
+
+def rounds_that_fit(budget: Budget, history: Sequence[Spending], study: Study, most: int) -> int:
+    """Return how many rounds more of a private study stay within the budget, at most `most`; more never cost less."""
 
     def fits(rounds: int) -> bool:
-        more = [Spending(part.noise_multiplier, part.sample_rate, part.steps * rounds) for part in per_round]
-        return epsilon_of_history(budget, merged([*history, *more])) <= budget.epsilon
+        return epsilon_of_history(budget, [*history, *rounds_left_spending(study, rounds)]) <= budget.epsilon
 
     if fits(most):
         return most
@@ -71,13 +75,11 @@ def rounds_that_fit(budget: Budget, history: Sequence[Spending], per_round: Sequ
     return low
 
 
-def require_room(
-    budget: Budget | None, book: Book, study: Study, per_round: Sequence[Spending] | None, *, remaining: int, patients: int
-) -> None:
+def require_room(budget: Budget | None, book: Book, study: Study, kind: str, round_number: int, *, patients: int) -> None:
     """Refuse what the budget does not allow.
 
     Before its first round here a study must fit whole, with all rounds that are left of it: half a study costs patients
-    and brings little. Once begun, each round must fit.
+    and brings little. Once begun, each round must fit by itself.
 
     Parameters
     ----------
@@ -87,12 +89,10 @@ def require_room(
         Its ledger.
     study
         The study.
-    per_round
-        What a round may tell; None without differential privacy at the site.
-    remaining
-        Rounds of the study that are left, this one included.
+    kind, round_number
+        "train" or "evaluate", and its round.
     patients
-        Training patients of the site.
+        Training patients of the site, at least 1.
 
     Raises
     ------
@@ -100,30 +100,52 @@ def require_room(
         410 where the site has no budget, 202 where its delta is too large, 411 where the study would cross it, 417 where
         the study has no differential privacy and the site has a budget.
     """
-    if per_round is None:
-        if budget is not None:
-            limit = f"epsilon {budget.epsilon:g}"
-            raise IcmoeError(Fault(number=417, where=study.name, value="epsilon infinite", limit=limit, did=_NOTHING))
+    spending = round_spending(study, kind)
+    if fault := _mismatch(budget, study, patients):
+        raise IcmoeError(fault)
+    if spending is None or budget is None:
         return
+    history = history_of(book.entries)
+    begun = any(entry.study == study.digest for entry in book.entries)
+    if begun or kind == "evaluate":
+        if epsilon_of_history(budget, [*history, *spending]) > budget.epsilon:
+            raise IcmoeError(_crossing(budget, study, history, 0, 1))
+        return
+    needed = study.rounds - round_number + 1
+    if (fitting := rounds_that_fit(budget, history, study, needed)) < needed:
+        raise IcmoeError(_crossing(budget, study, history, fitting, needed))
+
+
+def budget_faults(budget: Budget | None, book: Book, study: Study, *, patients: int) -> list[Fault]:
+    """Return why the budget does not allow the next round of a study, nothing where it does."""
+    trained = {entry.round for entry in book.entries if entry.study == study.digest}
+    try:
+        require_room(budget, book, study, "train", min(max(trained, default=0) + 1, study.rounds), patients=patients)
+    except IcmoeError as error:
+        return list(error.faults)
+    return []
+
+
+def releases_of(spending: Sequence[Spending] | None) -> Releases:
+    """Return what the ledger writes down."""
+    return None if spending is None else tuple((part.noise_multiplier, part.sample_rate, part.steps) for part in spending)
+
+
+def _mismatch(budget: Budget | None, study: Study, patients: int) -> Fault | None:
+    """Return why study and budget do not go together, whatever is spent already."""
+    if study.privacy.site is None:
+        limit = f"epsilon {budget.epsilon:g}" if budget is not None else ""
+        return Fault(number=417, where=study.name, value="epsilon infinite", limit=limit, did=_NOTHING) if budget else None
     if budget is None:
-        raise IcmoeError(Fault(number=410, where=study.name, did=_NOTHING))
+        return Fault(number=410, where=study.name, did=_NOTHING)
     if budget.delta > 1.0 / patients:
         limit = f"at most 1 / {patients} training patients"
-        raise IcmoeError(Fault(number=202, where="[budget]", value=f"delta = {budget.delta:g}", limit=limit, did=_NOTHING))
-    needed = 1 if any(entry.study == study.digest for entry in book.entries) else remaining
-    history = history_of(book.entries)
-    fitting = rounds_that_fit(budget, history, per_round, needed)
-    if fitting < needed:
-        raise IcmoeError(_crossing(budget, study, history, fitting, needed))
+        return Fault(number=202, where="[budget]", value=f"delta = {budget.delta:g}", limit=limit, did=_NOTHING)
+    return None
 
 
 def _crossing(budget: Budget, study: Study, history: Sequence[Spending], fitting: int, needed: int) -> Fault:
     spent = epsilon_of_history(budget, history)
-    value = f"epsilon {spent:.3g} is spent, {fitting} of the {needed} rounds still fit"
-    limit = f"epsilon {budget.epsilon:g} at delta {budget.delta:g}, {budget.accountant}"
+    value = f"epsilon {spent:.3g} is spent, {fitting} of {needed} rounds still fit"
+    limit = f"epsilon {budget.epsilon:g} at delta {budget.delta:g}, {budget.accountant}, per patient"
     return Fault(number=411, where=study.name, value=value, limit=limit, did=_NOTHING)
-
-
-def releases_of(per_round: Sequence[Spending] | None) -> Releases:
-    """Return what the ledger writes down for a round."""
-    return None if per_round is None else tuple((part.noise_multiplier, part.sample_rate, part.steps) for part in per_round)

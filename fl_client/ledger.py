@@ -32,11 +32,13 @@ LOCK_S = 60.0
 
 _VERSION = "1"
 _NOTHING = "Nothing was trained, nothing was sent."
+_ENTRIES = (
+    "count INTEGER PRIMARY KEY, time TEXT NOT NULL, study TEXT NOT NULL, name TEXT NOT NULL, kind TEXT NOT NULL,"
+    " round INTEGER NOT NULL, incoming TEXT NOT NULL, releases TEXT NOT NULL, previous TEXT NOT NULL, hash TEXT NOT NULL"
+)
 _SCHEMA = (
     "CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
-    "CREATE TABLE entries (count INTEGER PRIMARY KEY, time TEXT NOT NULL, study TEXT NOT NULL, name TEXT NOT NULL,"
-    " kind TEXT NOT NULL, round INTEGER NOT NULL, incoming TEXT NOT NULL, releases TEXT NOT NULL,"
-    " previous TEXT NOT NULL, hash TEXT NOT NULL) STRICT",
+    f"CREATE TABLE entries ({_ENTRIES}) STRICT",
     "CREATE TABLE audit (count INTEGER NOT NULL, digest TEXT NOT NULL) STRICT",
 )
 
@@ -220,7 +222,7 @@ def _require_own(connection: sqlite3.Connection, path: Path, site: str) -> None:
         for line in _SCHEMA:
             connection.execute(line)
         connection.executemany("INSERT INTO about VALUES (?, ?)", [("version", _VERSION), ("site", site)])
-        connection.execute("INSERT INTO audit VALUES (?, ?)", EMPTY)
+        connection.execute("INSERT INTO audit VALUES (?, ?)", (EMPTY.count, EMPTY.digest))
     about = dict(connection.execute("SELECT key, value FROM about"))
     if about.get("version") != _VERSION:
         raise _damaged(path, f"version {about.get('version')}")

@@ -112,9 +112,7 @@ class Manifest:
             yield f"norm of the update is above {self.largest_norm:.4g}"
 
 
-def manifest_of(
-    study: Study, site: str, kind: str, *, exact: bool = False, largest_norm: float | None = None
-) -> Manifest:
+def manifest_of(study: Study, site: str, kind: str, *, exact: bool = False, largest_norm: float | None = None) -> Manifest:
     """Return what an answer may hold, besides how far the site's records have come, which `release` adds itself.
 
     Parameters
@@ -131,16 +129,17 @@ def manifest_of(
         The site's bound on the norm of an update, where it has one; it can only lower the study's.
     """
     if kind == "site":
-        return Manifest(texts={SITE_KEY: Rule("the site's own name", lambda value: value == site), SLICES_KEY: _size(exact=exact)})
+        own = Rule("the site's own name", lambda value: value == site)
+        return Manifest(texts={SITE_KEY: own, SLICES_KEY: _size(study, exact=exact)})
     if kind == "summary":
         return Manifest(texts={SUMMARY_KEY: _summary(study)})
     if kind == "evaluate":
-        return Manifest(numbers=_SCORES)
+        return Manifest(numbers=_scores(study))
     shapes = update_shapes(study)
     farthest = STEPS * study.training.learning_rate * math.sqrt(sum(map(math.prod, shapes.values())))
     return Manifest(
         shapes=shapes,
-        numbers={**_SCORES, **_training(study, exact=exact)},
+        numbers={**_scores(study), **_training(study, exact=exact)},
         largest_norm=min(farthest, largest_norm or math.inf),
     )
 
@@ -152,15 +151,23 @@ def update_shapes(study: Study) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in update.items()}
 
 
+def _scores(study: Study) -> dict[str, Rule]:
+    """Return the rules of validation scores; under privacy they may be withheld."""
+    privacy = study.privacy.site
+    if privacy is not None and privacy.scores == "withheld":
+        return {}
+    return {DICE_KEY: _between(0.0, 1.0), PATIENTS_KEY: _whole(0, MOST_IMAGES)}
+
+
 def _training(study: Study, *, exact: bool) -> dict[str, Rule]:
-    experts = study.model.experts
-    return {
-        SLICES_KEY: _size(exact=exact),
-        USAGE_KEY: Rule(f"{experts} shares that add up to 1", lambda value: _on_simplex(value, experts)),
-        LOSS_KEY: _between(-LARGEST_LOSS, LARGEST_LOSS),
-        STEPS_KEY: _whole(1, MOST_STEPS),
-        SECONDS_KEY: _between(0.0, LONGEST_S),
-    }
+    """Return the rules of a round's numbers; under privacy loss and seconds stay at the site, the rest are constants."""
+    experts, privacy = study.model.experts, study.privacy.site
+    usage = Rule(f"{experts} shares that add up to 1", lambda value: _on_simplex(value, experts))
+    rules = {SLICES_KEY: _size(study, exact=exact), USAGE_KEY: usage}
+    if privacy is not None:
+        return {**rules, STEPS_KEY: _whole(privacy.steps, privacy.steps)}
+    loss, seconds = _between(-LARGEST_LOSS, LARGEST_LOSS), _between(0.0, LONGEST_S)
+    return {**rules, STEPS_KEY: _whole(1, MOST_STEPS), LOSS_KEY: loss, SECONDS_KEY: seconds}
 
 
 def _between(low: float, high: float) -> Rule:
@@ -172,7 +179,9 @@ def _whole(low: int, high: int, step: int = 1) -> Rule:
     return Rule(words, lambda value: type(value) is int and low <= value <= high and value % step == 0)
 
 
-def _size(*, exact: bool) -> Rule:
+def _size(study: Study, *, exact: bool) -> Rule:
+    if study.privacy.site is not None:
+        return _whole(study.privacy.site.patients, study.privacy.site.patients)
     return _whole(1, MOST_IMAGES) if exact else _whole(10, MOST_IMAGES, 10)
 
 
@@ -207,6 +216,3 @@ def _of_values(rules: Mapping[str, Rule] | None, values: Mapping[str, object] | 
     for name, rule in sorted((rules or {}).items()):
         if name in (values or {}) and not rule.holds((values or {})[name]):
             yield f"{name} is not {rule.allowed}"
-
-
-_SCORES = {DICE_KEY: _between(0.0, 1.0), PATIENTS_KEY: _whole(0, MOST_IMAGES)}

@@ -137,13 +137,16 @@ CATALOGUE: dict[int, Entry] = {
     401: Entry("frozen backbone changed during training", "Do not use the result; report the case with the two digests."),
     403: Entry("no noise keeps the study's epsilon", "Allow more epsilon, or fewer steps and rounds."),
     410: Entry(
-        "site has no privacy budget", "Write [budget] with epsilon and delta into the site file, as the data protection officer says."
+        "site has no privacy budget",
+        "Write [budget] with epsilon and delta into the site file, as the data protection officer says.",
     ),
     411: Entry(
         "study would cross the site's privacy budget",
         "Agree on fewer rounds or more noise, or let the data protection officer raise [budget].",
     ),
-    412: Entry("ledger is damaged or was changed", "Restore the newest backup; do not delete it: spent epsilon cannot be undone."),
+    412: Entry(
+        "ledger is damaged or was changed", "Restore the newest backup; do not delete it: spent epsilon cannot be undone."
+    ),
     413: Entry(
         "ledger is older than what the site has sent",
         "Restore the newest backup of the site's state folder; nothing is trained with an older one.",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 LEDGER_KEY, AUDIT_KEY, RECEIPT_KEY = "ledger", "audit", "receipt"
 WORDS, WORD_BITS = 8, 32
@@ -17,13 +17,20 @@ MOST = 2**53
 _RECEIPT = re.compile(r"(0|[1-9][0-9]{0,14}):([0-9a-f]{64})")
 
 
-class Head(NamedTuple):
-    """The last entry of a chain."""
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The last entry of a chain.
+
+    Parameters
+    ----------
+    count
+        Entries, 0 for an empty chain.
+    digest
+        SHA-256 of the last entry, 64 hexadecimal digits; zeros for an empty chain.
+    """
 
     count: int
-    """Entries, 0 for an empty chain."""
     digest: str
-    """SHA-256 of the last entry, 64 hexadecimal digits; zeros for an empty chain."""
 
 
 EMPTY = Head(0, "0" * 64)
