@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from rich.table import Table
 
 from fl_client.budget import Budget, epsilon_of_history, history_of
 from fl_client.ledger import Book, Entry
-from fl_client.records import Records
 from fl_client.site import SiteFile, read_named, records_of
 from icmoe.atomic import write_atomically
 from icmoe.errors import print_faults
@@ -96,18 +96,6 @@ def verify_records(path: Path, name: str, *, as_json: bool) -> None:
         sys.exit(1)
 
 
-def checked(records: Records) -> tuple[str, str]:
-    """Return in a few words what ledger and audit log hold, after checking everything but who signed last.
-
-    Raises
-    ------
-    IcmoeError
-        As `Records.verify`.
-    """
-    book, lines, signatures = records.verify()
-    return f"{book.head.count} entries", f"{len(lines)} lines, {signatures.sentence()}" if lines else "no line yet"
-
-
 def sentences_of(account: Account) -> list[str]:
     """Return what the account says in all, in sentences."""
     budget, sentences = account["budget"], []
@@ -115,9 +103,8 @@ def sentences_of(account: Account) -> list[str]:
         sentences.append("No [budget] in the site file: no study with differential privacy is trained here.")
     else:
         by = f"delta {budget['delta']:g}, unit: patient, add or remove one, accountant {budget['accountant']}"
-        sentences.append(
-            f"epsilon {account['epsilon_spent']:.3f} of {budget['epsilon']:g} is spent, {account['epsilon_left']:.3f} is left ({by})."
-        )
+        spent, left = account["epsilon_spent"], account["epsilon_left"]
+        sentences.append(f"epsilon {spent:.3f} of {budget['epsilon']:g} is spent, {left:.3f} is left ({by}).")
     if account["rounds_without_privacy"]:
         count = account["rounds_without_privacy"]
         sentences.append(f"{count} rounds were trained without differential privacy: no epsilon covers them.")
@@ -156,19 +143,11 @@ def _studies(budget: Budget | None, entries: Sequence[Entry]) -> list[Account]:
                 "private": len(private) == len(own),
                 "first": own[0].time,
                 "last": own[-1].time,
-                "releases": [
-                    {"noise_multiplier": sigma, "sample_rate": rate, "steps": sum(one.steps for one in releases if _of(one) == key)}
-                    for key in dict.fromkeys(_of(one) for one in releases)
-                    for sigma, rate in (key,)
-                ],
+                "releases": [asdict(one) for one in releases],
                 "epsilon": epsilon_of_history(budget, releases) if budget and private else None,
             }
         )
     return rows
-
-
-def _of(one: Any) -> tuple[float, float]:  # noqa: ANN401
-    return one.noise_multiplier, one.sample_rate
 
 
 def _table(account: Account) -> Table:

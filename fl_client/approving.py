@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fl_client.approval import approve, changes, read_approvals, withdraw
 from fl_client.audit import START, digests_of_round, read_log
-from fl_client.policy import epsilon_of
+from fl_client.budget import budget_faults, prospect
 from fl_client.site import SiteFile, read_named, records_of, site_data, study_faults
 from icmoe.bundle import bundle_digest, bundle_files
 from icmoe.errors import Fault, IcmoeError
@@ -45,17 +45,21 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
     Raises
     ------
     IcmoeError
-        2xx for the files, 212 and 319 where site file or policy exclude the study, 321 where the records are damaged.
+        2xx for the files, 212 and 319 where site file or policy exclude the study, 410, 411 and 417 where the budget does,
+        321 and 412 to 415 where the records are damaged.
     """
     settings = read_named(path, name)
     study = read_study(study_file)
-    if faults := study_faults(path, settings, study):
+    records = records_of(path, settings)
+    book = records.agreement()[0]
+    if faults := [*study_faults(path, settings, study), *budget_faults(settings.budget, book, study, patients=1)]:
         raise IcmoeError(*faults)
     state = path.parent / settings.state
     bundle = bundle_digest(bundle_files())
     known = [approval.study for approval in read_approvals(state) if approval.study.name == study.name]
     console = Console()
-    console.print(_table({**_terms(study), **_site_terms(path, settings, study)}, study.name))
+    budget = {"budget": prospect(settings.budget, book, study)}
+    console.print(_table({**_terms(study), **budget, **_site_terms(path, settings, study)}, study.name))
     for what, digest in (("study", study.digest), ("app bundle", bundle)):
         console.print(f"{what:10} {digest}", highlight=False, soft_wrap=True)  # whole lines: they are read out and compared
     console.print(_difference(known[-1], study) if known else "No study of this name was approved before.", soft_wrap=True)
@@ -64,7 +68,7 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
         sys.exit(1)
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     approve(state, study, bundle, datetime.now(UTC))
-    records_of(path, settings).write("approved", {"study": study.digest, "name": study.name, "bundle": bundle})
+    records.write("approved", {"study": study.digest, "name": study.name, "bundle": bundle})
     console.print(f"{study.name} {study.digest[:12]} is approved at {name}.", highlight=False)
 
 
@@ -131,7 +135,7 @@ def _terms(study: Study) -> dict[str, str]:
     return {
         "labels": labels,
         "backbone": f"{backbone.name} {backbone.digest[:12]}, {backbone.image_size} px",
-        "privacy": "no differential privacy: updates can leak about training data" if epsilon_of(study) == float("inf") else "",
+        "privacy": _privacy(study),
         "rounds": f"{study.rounds} of {study.training.local_epochs} passes over the training slices",
         "quorum": f"{study.quorum} (the coordinator's word)",
         "deadline": f"{study.deadline_s:g} s per round; training that takes longer is ended",
@@ -139,6 +143,14 @@ def _terms(study: Study) -> dict[str, str]:
         "what leaves": LEAVES,
         "test": "yes: the backbone may be untrained, results say nothing" if study.test_only else "no",
     }
+
+
+def _privacy(study: Study) -> str:
+    privacy = study.privacy.site
+    if privacy is None:
+        return "no differential privacy: updates can leak about training data"
+    noise = f"epsilon {privacy.epsilon:g}" if privacy.epsilon is not None else f"noise {privacy.noise_multiplier:g}"
+    return f"{noise}, delta {privacy.delta:g}, per patient; scores {privacy.scores}; accountant {privacy.accountant}"
 
 
 def _site_terms(path: Path, settings: SiteFile, study: Study) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from fl_client.ledger import Book, Entry, Releases
-from icmoe.accounting import Spending, epsilon, score_spending, training_spending
+from icmoe.accounting import Spending, epsilon, score_spending, study_epsilon, study_spending, training_spending
 from icmoe.config import Section
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Study
@@ -42,8 +42,12 @@ def epsilon_of_history(budget: Budget, history: Sequence[Spending]) -> float:
 
 
 def history_of(entries: Sequence[Entry]) -> list[Spending]:
-    """Return what the entries with differential privacy spent."""
-    return [Spending(*release) for entry in entries for release in entry.releases or ()]
+    """Return what the entries with differential privacy spent, equal releases added up."""
+    steps: dict[tuple[float, float], int] = {}
+    for entry in entries:
+        for sigma, rate, count in entry.releases or ():
+            steps[sigma, rate] = steps.get((sigma, rate), 0) + count
+    return [Spending(sigma, rate, count) for (sigma, rate), count in sorted(steps.items())]
 
 
 def round_spending(study: Study, kind: str) -> tuple[Spending, ...] | None:
@@ -124,6 +128,20 @@ def budget_faults(budget: Budget | None, book: Book, study: Study, *, patients: 
     except IcmoeError as error:
         return list(error.faults)
     return []
+
+
+def prospect(budget: Budget | None, book: Book, study: Study) -> str:
+    """Return in words what a study would spend of the budget, for whoever approves it."""
+    if study.privacy.site is None:
+        return "none: nothing is promised to patients"
+    by_itself = f"epsilon {study_epsilon(study):.3g} at delta {study.privacy.site.delta:g} for the study by itself"
+    if budget is None:
+        return by_itself
+    history = history_of(book.entries)
+    before = epsilon_of_history(budget, history)
+    after = epsilon_of_history(budget, [*history, *study_spending(study)])
+    limit = f"epsilon {budget.epsilon:g} at delta {budget.delta:g}"
+    return f"{by_itself}; of the budget, {limit}, {before:.3g} is spent, {after:.3g} after the study"
 
 
 def releases_of(spending: Sequence[Spending] | None) -> Releases:
