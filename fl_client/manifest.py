@@ -99,9 +99,9 @@ class Manifest:
         yield from _other_names(self.shapes, tensors)
         square = 0.0
         for name, shape in sorted((self.shapes or {}).items()):
-            tensor = (tensors or {}).get(name)
-            if tensor is None:
+            if name not in (tensors or {}):
                 continue
+            tensor = (tensors or {})[name]
             if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
                 yield f"{name} is not float32 of shape {shape}"
             elif not bool(torch.isfinite(tensor).all()):
