@@ -26,6 +26,7 @@ from fl_client.manifest import Outgoing
 from fl_client.participant import Participant, site_from_environment
 from fl_client.personal import keep_personal, with_personal
 from fl_client.watchdog import START_S, end_after, end_with_parent
+from icmoe.batch_independence import mixing_faults
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import (
     ARRAYS,
@@ -42,6 +43,7 @@ from icmoe.exchange import (
     update_of,
 )
 from icmoe.model import ICMoE, build_model
+from icmoe.privacy import patient_faults
 from icmoe.receipts import RECEIPT_KEY, receipt_of
 from icmoe.summary import summarise
 
@@ -77,8 +79,11 @@ def introduce(request: Request) -> Outgoing:
 
 
 def describe(request: Request) -> Outgoing:
-    """Answer with the summary of the site's training images, or decline by number 214 where the site file does not allow it."""
-    if not request.site.share_summary:
+    """Answer with the summary of the site's training images, or decline by number 214.
+
+    It is declined where the site file does not allow it, and under privacy at the site, whose budget does not know it.
+    """
+    if not request.site.share_summary or request.study.privacy.site is not None:
         raise IcmoeError(Fault(number=214, where=request.site.name, did="Nothing was sent."))
     return Outgoing(texts={SUMMARY_KEY: summarise(request.site.train, request.study.classes).text()})
 
@@ -95,6 +100,8 @@ def train(request: Request) -> Outgoing:
     incoming = state_digest(start)
 
     def spend_and_train() -> Outgoing:
+        if request.study.privacy.site is not None and (faults := mixing_faults(model, request.study)):
+            raise IcmoeError(*faults)  # before anything is spent
         _spend(request, incoming)
         return _trained(request, start, model)
 
@@ -124,6 +131,8 @@ def _spend(request: Request, incoming: str) -> None:
 
     def make(book: Book) -> Entry:
         patients = len({(item.site, item.patient) for item in site.train})
+        if study.privacy.site is not None and (faults := patient_faults(study.privacy.site, patients)):
+            raise IcmoeError(*faults)
         require_room(site.budget, book, study, kind, round_number, patients=patients)
         return new_entry(study, kind, round_number, incoming, releases_of(round_spending(study, kind)))
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fl_server.exchanging import ask
+from fl_server.replies import mean_loss
 from fl_server.roster import await_online, online
 from fl_server.router_aware import RoundReport, Tensors
 from icmoe.atomic import write_atomically
@@ -255,12 +255,10 @@ def round_record(
             expert: dict(zip(names, report.weights.share_SM[:, index].tolist(), strict=True))
             for index, expert in enumerate(experts)
         }
-    sizes = np.array([update.size for update in report.updates], dtype=np.float64)
-    losses = np.array([update.loss for update in report.updates])
     return {
         "round": number,
         "sites": sites,
-        LOSS_KEY: float(sizes @ losses / sizes.sum()),
+        LOSS_KEY: mean_loss(report.updates),
         "val_dice": None,
         "usage_spread": report.spread,
         "expert_weights": shares,

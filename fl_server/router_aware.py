@@ -19,7 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fl_server.replies import Update, parse_replies
+from fl_server.replies import Update, mean_loss, parse_replies
 from fl_server.weights import ExpertWeights, balance_step, expert_weights, plain_share, usage_spread
 from icmoe.errors import Fault
 from icmoe.exchange import (
@@ -122,8 +122,8 @@ class RouterAware(Strategy):
         if BALANCE_BIAS in moved and self.study.aggregation.balance_step > 0.0:
             bias_M = moved[BALANCE_BIAS].astype(np.float64)
             moved[BALANCE_BIAS] = balance_step(bias_M, size_S, usage_SM, self.study.aggregation.balance_step).astype(np.float32)
-        loss = float(plain_share(size_S) @ np.array([update.loss for update in updates]))
-        return ArrayRecord({name: Array(tensor) for name, tensor in moved.items()}), MetricRecord({LOSS_KEY: loss})
+        metrics = MetricRecord() if (loss := mean_loss(updates)) is None else MetricRecord({LOSS_KEY: loss})
+        return ArrayRecord({name: Array(tensor) for name, tensor in moved.items()}), metrics
 
     def state(self) -> Tensors:
         """Return nothing: each round stands for itself."""

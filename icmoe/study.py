@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from icmoe.config import Section, parse, read_toml
+from icmoe.profiles import spelled_out
 from icmoe.study_privacy import Privacy
 
 Count = Annotated[int, Field(ge=0, le=64)]
@@ -215,14 +216,14 @@ def canonical_json(values: dict[str, Any]) -> str:
 
 
 def read_study(path: Path) -> Study:
-    """Return the study of a TOML file.
+    """Return the study of a TOML file; `profile = "lite"` in it stands for the values of `icmoe/profiles.py`.
 
     Raises
     ------
     IcmoeError
         201-205, every fault of the file at once.
     """
-    return parse(Study, read_toml(path), where=str(path))
+    return parse(Study, spelled_out(read_toml(path), where=str(path)), where=str(path))
 
 
 def derived_seed(study: Study, *parts: str | int) -> int:

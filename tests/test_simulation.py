@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from icmoe.errors import IcmoeError
+from icmoe.profiles import merged
 from icmoe.study import derived_seed
 from simulations.folder import RunFolder
 from simulations.methods import METHODS, study_for
 from simulations.results import comparisons, summary_of
 from simulations.run_sim import _given, _seeds
-from simulations.scenario import merged, read_scenario
+from simulations.scenario import read_scenario
 from simulations.scoring import best_median_worst, mean_record, require_unchanged
 
 TEST_BACKBONE = {"test_only": True, "backbone": {"name": "sam-vit-test", "image_size": 64}}
