@@ -97,6 +97,7 @@ def train(request: Request) -> Outgoing:
     model = _model(request, start)
     if request.site.records is None:
         return _trained(request, start, model)
+    request.site.records.require(request.receipt)
     incoming = state_digest(start)
 
     def spend_and_train() -> Outgoing:

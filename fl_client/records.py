@@ -82,11 +82,21 @@ class Records:
         IcmoeError
             As `agreement` and `write`; 413 where the receipt is for entries that the ledger lacks; what `make` raises.
         """
-        require_receipt(self.agreement()[0], receipt, self.state / ledger.FILE)
+        self.require(receipt)
         entry = ledger.spend(self.state, self.site, make, deadline_s=self.deadline_s)
         about = {"study": entry.study, "name": entry.name, "kind": entry.kind, "round": entry.round}
         self.write("spent", {**about, "entry": entry.count, "entry_hash": entry.hash, "releases": entry.releases})
         return entry
+
+    def require(self, receipt: Head | None) -> None:
+        """Refuse records that do not agree with each other or fall behind the coordinator's receipt.
+
+        Raises
+        ------
+        IcmoeError
+            As `agreement`; 413 where the receipt is for entries that the ledger lacks.
+        """
+        require_receipt(self.agreement()[0], receipt, self.state / ledger.FILE)
 
     def agreement(self) -> tuple[Book, list[audit.Entry]]:
         """Return ledger and audit log after checking both chains and comparing them.
