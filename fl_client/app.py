@@ -1,38 +1,41 @@
 """A hospital's Flower ClientApp: it introduces and, if allowed, summarises itself, trains, evaluates; nothing else can be asked.
 
-Every setting comes from the site's own approved copy of the study. A message carries study digest, round and tensors;
-any other record or key is refused by number, and the run's configuration is not looked at. What leaves on an error is a
-number and its catalogue title, never the text of an exception, which Flower would send to the coordinator.
+Every setting comes from the site's own approved copy of the study. A message carries study digest, round and tensors, and
+may carry the coordinator's receipt for the site's ledger; any other record or key is refused by number, and the run's
+configuration is not looked at. Every answer leaves through `fl_client/egress.py`. What leaves on an error is a number and
+its catalogue title, never the text of an exception, which Flower would send to the coordinator.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fl_client.audit import record
+from fl_client.budget import releases_of, require_room, round_spending
+from fl_client.egress import Request, decline, release
+from fl_client.finished import finished_or
 from fl_client.incoming import accept
+from fl_client.ledger import Book, Entry, new_entry
 from fl_client.local_round import size_of, train_here, validation_numbers
+from fl_client.manifest import Outgoing
 from fl_client.participant import Participant, site_from_environment
 from fl_client.personal import keep_personal, with_personal
 from fl_client.watchdog import START_S, end_after, end_with_parent
-from icmoe.errors import CATALOGUE, Fault, IcmoeError
+from icmoe.batch_independence import mixing_faults
+from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import (
     ARRAYS,
     CONFIG,
-    NUMBERS,
     ROUND_KEY,
     SITE_KEY,
     SLICES_KEY,
     STUDY_KEY,
     SUMMARY_KEY,
-    UPDATE,
     State,
     global_state,
     load_state,
@@ -40,15 +43,16 @@ from icmoe.exchange import (
     update_of,
 )
 from icmoe.model import ICMoE, build_model
-from icmoe.study import Study
+from icmoe.privacy import patient_faults
+from icmoe.receipts import RECEIPT_KEY, receipt_of
 from icmoe.summary import summarise
 
 log = logging.getLogger("fl_client")
 
-Answer = Callable[[Message, Context], Message]
+Handler = Callable[[Request], Outgoing]
 SiteOf = Callable[[Context, str], Participant]
 
-ERROR_CODE = 1000
+NOTHING = "Nothing was trained, nothing was sent."
 
 
 def make_client_app(site_of: SiteOf) -> ClientApp:
@@ -61,120 +65,138 @@ def make_client_app(site_of: SiteOf) -> ClientApp:
         hospital from its site file.
     """
     client_app = ClientApp()
-    client_app.query("site")(_numbers_only(functools.partial(introduce, site_of)))
-    client_app.query("summary")(_numbers_only(functools.partial(describe, site_of)))
-    client_app.train()(_numbers_only(functools.partial(train, site_of)))
-    client_app.evaluate()(_numbers_only(functools.partial(evaluate, site_of)))
+    client_app.query("site")(_answering(site_of, "site", introduce))
+    client_app.query("summary")(_answering(site_of, "summary", describe))
+    client_app.train()(_answering(site_of, "train", train))
+    client_app.evaluate()(_answering(site_of, "evaluate", evaluate))
     return client_app
 
 
-def introduce(site_of: SiteOf, message: Message, context: Context) -> Message:
+def introduce(request: Request) -> Outgoing:
     """Answer with the site's name and announced size. The name is for people: the server knows it by the node's key."""
-    site, study, _ = _request(site_of, message, context, records={CONFIG}, keys={STUDY_KEY})
-    answer: dict[str, str | int] = {SITE_KEY: site.name, SLICES_KEY: size_of(site, study)}
-    _note_sent(site, study, "query", 0, answer)
-    return Message(RecordDict({CONFIG: ConfigRecord({**answer})}), reply_to=message)
+    site = request.site
+    return Outgoing(texts={SITE_KEY: site.name, SLICES_KEY: size_of(site, request.study)})
 
 
-def describe(site_of: SiteOf, message: Message, context: Context) -> Message:
+def describe(request: Request) -> Outgoing:
     """Answer with the summary of the site's training images, or decline by number 214.
 
     It is declined where the site file does not allow it, and under privacy at the site, whose budget does not know it.
     """
-    site, study, _ = _request(site_of, message, context, records={CONFIG}, keys={STUDY_KEY})
-    if not site.share_summary or study.privacy.site is not None:
-        raise IcmoeError(Fault(number=214, where=site.name, did="Nothing was sent."))
-    answer: dict[str, str | int] = {SUMMARY_KEY: summarise(site.train, study.classes).text()}
-    _note_sent(site, study, "query", 0, answer)
-    return Message(RecordDict({CONFIG: ConfigRecord({**answer})}), reply_to=message)
+    if not request.site.share_summary or request.study.privacy.site is not None:
+        raise IcmoeError(Fault(number=214, where=request.site.name, did="Nothing was sent."))
+    return Outgoing(texts={SUMMARY_KEY: summarise(request.site.train, request.study.classes).text()})
 
 
-def train(site_of: SiteOf, message: Message, context: Context) -> Message:
-    """Score the incoming model on the site's validation patients, train it for one round, answer with the update."""
-    site, study, round_number = _request(site_of, message, context, records={ARRAYS, CONFIG}, keys={STUDY_KEY, ROUND_KEY})
-    start = _incoming(message)
-    model = _model(site, study, start, "train", round_number)
+def train(request: Request) -> Outgoing:
+    """Score the incoming model on the site's validation patients, train it for one round, answer with the update.
+
+    At a hospital the round is paid for before it starts, and one that was finished before is sent again as it was.
+    """
+    start = _incoming(request)
+    model = _model(request, start)
+    if request.site.records is None:
+        return _trained(request, start, model)
+    request.site.records.require(request.receipt)
+    incoming = state_digest(start)
+
+    def spend_and_train() -> Outgoing:
+        if request.study.privacy.site is not None and (faults := mixing_faults(model, request.study)):
+            raise IcmoeError(*faults)  # before anything is spent
+        _spend(request, incoming)
+        return _trained(request, start, model)
+
+    return finished_or(request.site.state_folder, request.study, request.round_number, incoming, spend_and_train)
+
+
+def evaluate(request: Request) -> Outgoing:
+    """Score the incoming model on the site's validation patients; noised scores are paid for like training."""
+    start = _incoming(request)
+    model = _model(request, start)
+    if round_spending(request.study, request.kind):
+        _spend(request, state_digest(start))
+    return Outgoing(numbers=validation_numbers(request.site, request.study, model))
+
+
+def _trained(request: Request, start: State, model: ICMoE) -> Outgoing:
+    site, study, round_number = request.site, request.study, request.round_number
     numbers = validation_numbers(site, study, model)
     numbers |= train_here(site, study, model, round_number)
-    trained = global_state(model)
-    keep_personal(trained, site.state_folder, study, site.name, round_number)
-    update = update_of(model, start, personal=study.aggregation.personal, shape=study.model)
-    arrays = ArrayRecord({name: Array(tensor.numpy()) for name, tensor in update.items()})
-    _note_sent(site, study, "train", round_number, numbers, digest=state_digest(update))
-    return Message(RecordDict({UPDATE: arrays, NUMBERS: MetricRecord(numbers)}), reply_to=message)
+    keep_personal(global_state(model), site.state_folder, study, site.name, round_number)
+    return Outgoing(tensors=update_of(model, start, personal=study.aggregation.personal, shape=study.model), numbers=numbers)
 
 
-def evaluate(site_of: SiteOf, message: Message, context: Context) -> Message:
-    """Score the incoming model on the site's validation patients."""
-    site, study, round_number = _request(site_of, message, context, records={ARRAYS, CONFIG}, keys={STUDY_KEY, ROUND_KEY})
-    numbers = validation_numbers(site, study, _model(site, study, _incoming(message), "evaluate", round_number))
-    _note_sent(site, study, "evaluate", round_number, numbers)
-    return Message(RecordDict({NUMBERS: MetricRecord(numbers)}), reply_to=message)
+def _spend(request: Request, incoming: str) -> None:
+    """Write down what the answer may tell about a patient, or refuse it, before anything is drawn."""
+    site, study, kind, round_number = request.site, request.study, request.kind, request.round_number
+
+    def make(book: Book) -> Entry:
+        patients = len({(item.site, item.patient) for item in site.train})
+        if study.privacy.site is not None and (faults := patient_faults(study.privacy.site, patients)):
+            raise IcmoeError(*faults)
+        require_room(site.budget, book, study, kind, round_number, patients=patients)
+        return new_entry(study, kind, round_number, incoming, releases_of(round_spending(study, kind)))
+
+    if site.records is not None:
+        site.records.spend(make, request.receipt)
 
 
-def _request(
-    site_of: SiteOf, message: Message, context: Context, *, records: set[str], keys: set[str]
-) -> tuple[Participant, Study, int]:
-    """Return the site, the approved study and the round of a message, or refuse what does not belong in it."""
-    did = "Nothing was trained, nothing was sent."
-    found = set(message.content)
-    config = message.content.config_records.get(CONFIG, ConfigRecord())
-    extra = sorted((found ^ records) | (set(config) ^ keys))
-    if extra:
-        raise IcmoeError(Fault(number=301, value=", ".join(extra), did=did))
+def _request(site_of: SiteOf, kind: str, message: Message, context: Context) -> Request:
+    """Return what a message asks, or refuse what does not belong in it."""
+    rounds = kind in {"train", "evaluate"}
+    records, keys = ({ARRAYS, CONFIG}, {STUDY_KEY, ROUND_KEY}) if rounds else ({CONFIG}, {STUDY_KEY})
+    config: Mapping[str, object] = message.content.config_records.get(CONFIG, {})
+    asked = set(config) - ({RECEIPT_KEY} if kind == "train" else set())
+    if extra := sorted((set(message.content) ^ records) | (asked ^ keys)):
+        raise IcmoeError(Fault(number=301, value=", ".join(extra), did=NOTHING))
     site = site_of(context, str(config[STUDY_KEY]))
     study = site.approved(config[STUDY_KEY])
-    round_number = config.get(ROUND_KEY, 1)
+    round_number, receipt = config.get(ROUND_KEY, 1), receipt_of(config.get(RECEIPT_KEY))
     if not isinstance(round_number, int) or not 1 <= round_number <= study.rounds:
         limit = f"1 to {study.rounds}"
         raise IcmoeError(
             Fault(number=301, where=site.name, what="round is outside the study", value=str(round_number), limit=limit)
         )
+    if RECEIPT_KEY in config and receipt is None:
+        raise IcmoeError(Fault(number=301, where=site.name, what="receipt cannot be read", did=NOTHING))
     torch.set_num_threads(site.threads)
-    return site, study, round_number
+    return Request(
+        site=site, study=study, kind=kind, round_number=round_number if rounds else 0, message=message, receipt=receipt
+    )
 
 
-def _incoming(message: Message) -> State:
-    return {name: torch.from_numpy(array.numpy().copy()) for name, array in sorted(message.content.array_records[ARRAYS].items())}
+def _incoming(request: Request) -> State:
+    arrays = request.message.content.array_records[ARRAYS]
+    return {name: torch.from_numpy(array.numpy().copy()) for name, array in sorted(arrays.items())}
 
 
-def _model(site: Participant, study: Study, start: State, kind: str, round_number: int) -> ICMoE:
+def _model(request: Request, start: State) -> ICMoE:
+    site, study, kind, round_number = request.site, request.study, request.kind, request.round_number
     model = build_model(study, seed=0)
     load_state(model, start)
-    if site.audited:
-        accept(site.state_folder, study, kind, round_number, start)
+    if site.records is not None:
+        accept(site.records, study, kind, round_number, start)
     after_round = round_number if kind == "evaluate" else round_number - 1
     load_state(model, with_personal(start, site.state_folder, study, site.name, after_round))
     return model.to(site.torch_device()).eval()
 
 
-def _note_sent(
-    site: Participant, study: Study, kind: str, round_number: int, numbers: Mapping[str, object], digest: str | None = None
-) -> None:
-    """Write down what leaves, before it does."""
-    if site.audited:
-        about = {"study": study.digest, "name": study.name, "kind": kind, "round": round_number}
-        record(site.state_folder, "sent", {**about, "digest": digest, "numbers": dict(numbers)})
+def _answering(site_of: SiteOf, kind: str, handle: Handler) -> Callable[[Message, Context], Message]:
+    """Return what answers one kind of message; every exception is replaced by a number and its title before it leaves."""
 
-
-def _numbers_only(answer: Answer) -> Answer:
-    """Return the answer with every exception replaced by a number and its title before it leaves."""
-
-    def guarded(message: Message, context: Context) -> Message:
+    def answer(message: Message, context: Context) -> Message:
+        request = None
         try:
-            return answer(message, context)
+            request = _request(site_of, kind, message, context)
+            return release(request, handle(request))
         except IcmoeError as error:
             log.error("%s", error)
-            return _refusal(error.faults[0].number, message)
+            return decline(error.faults[0].number, message, request)
         except Exception:
             log.exception("the site did not finish its part of the round")
-            return _refusal(304, message)
+            return decline(304, message, request)
 
-    return guarded
-
-
-def _refusal(number: int, message: Message) -> Message:
-    return Message(Error(ERROR_CODE + number, f"ICM{number} {CATALOGUE[number].title}"), reply_to=message)
+    return answer
 
 
 def at_hospital(context: Context, digest: str) -> Participant:

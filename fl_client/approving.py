@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fl_client.approval import approve, changes, read_approvals, withdraw
-from fl_client.audit import START, digests_of_round, read_log, record
-from fl_client.policy import epsilon_of
-from fl_client.site import SiteFile, read_named, site_data, study_faults
+from fl_client.audit import START, digests_of_round, read_log
+from fl_client.budget import budget_faults, prospect
+from fl_client.site import SiteFile, read_named, records_of, site_data, study_faults
 from icmoe.bundle import bundle_digest, bundle_files
 from icmoe.data.slices import SiteData
 from icmoe.errors import Fault, IcmoeError
@@ -49,17 +49,20 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
     ------
     IcmoeError
         2xx for the files, 212 and 319 where site file or policy exclude the study, 402 where the site's patients do not
-        fit its privacy, 321 where the records are damaged.
+        fit its privacy, 410, 411 and 417 where the budget does not, 321 and 412 to 415 where the records are damaged.
     """
     settings = read_named(path, name)
     study = read_study(study_file)
-    if faults := study_faults(path, settings, study):
+    records = records_of(path, settings)
+    book = records.agreement()[0]
+    if faults := [*study_faults(path, settings, study), *budget_faults(settings.budget, book, study, patients=1)]:
         raise IcmoeError(*faults)
     state = path.parent / settings.state
     bundle = bundle_digest(bundle_files())
     known = [approval.study for approval in read_approvals(state) if approval.study.name == study.name]
     console = Console()
-    console.print(_table({**_terms(study), **_site_terms(path, settings, study)}, study.name))
+    budget = {"budget": prospect(settings.budget, book, study)}
+    console.print(_table({**_terms(study), **budget, **_site_terms(path, settings, study)}, study.name))
     for what, digest in (("study", study.digest), ("app bundle", bundle)):
         console.print(f"{what:10} {digest}", highlight=False, soft_wrap=True)  # whole lines: they are read out and compared
     console.print(_difference(known[-1], study) if known else "No study of this name was approved before.", soft_wrap=True)
@@ -68,15 +71,15 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
         sys.exit(1)
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     approve(state, study, bundle, datetime.now(UTC))
-    record(state, "approved", {"study": study.digest, "name": study.name, "bundle": bundle})
+    records.write("approved", {"study": study.digest, "name": study.name, "bundle": bundle})
     console.print(f"{study.name} {study.digest[:12]} is approved at {name}.", highlight=False)
 
 
 def withdraw_study(path: Path, name: str, which: str) -> None:
     """Withdraw the approval of a study by name or digest and say which went."""
-    state = path.parent / read_named(path, name).state
-    for approval in withdraw(state, which, datetime.now(UTC)):
-        record(state, "withdrawn", {"study": approval.digest, "name": approval.study.name})
+    settings = read_named(path, name)
+    for approval in withdraw(path.parent / settings.state, which, datetime.now(UTC)):
+        records_of(path, settings).write("withdrawn", {"study": approval.digest, "name": approval.study.name})
         Console().print(f"{approval.study.name} {approval.digest[:12]} is withdrawn at {name}.", highlight=False)
 
 

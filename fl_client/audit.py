@@ -1,7 +1,8 @@
-"""The site's audit log: what was approved, what came in, what left. Lines are only ever added, each holds the last one's hash.
+"""The site's audit log: what was approved, what came in, what was spent, what left. Lines are only ever added.
 
-A line changed, moved or taken out later shows. Taking lines off the end does not: compare the last line's hash, which
-`fl_client audit` prints, with one noted elsewhere.
+Each line holds the last one's hash and is signed by the site's key, where the site has one; lines of version 1 were not.
+A line changed, moved or taken out later shows in the chain. Lines taken off the end show against the ledger, which keeps
+count and hash of the last line, and against what the coordinator was sent (`fl_client/records.py`).
 """
 
 from __future__ import annotations
@@ -11,19 +12,46 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fl_client.signing import Signer, fingerprint_of, signature_holds
 from icmoe.errors import Fault, IcmoeError
+from icmoe.receipts import EMPTY, Head
 
 LOG = "audit.jsonl"
-START = "0" * 64
+START = EMPTY.digest
+VERSION = 2
 
 Entry = dict[str, Any]
+_NOTHING = "Nothing was trained, nothing was sent."
 
 
-def record(state: Path, event: str, values: Mapping[str, Any]) -> Entry:
+@dataclass(frozen=True, slots=True)
+class Signatures:
+    """What the signatures of an audit log say.
+
+    Parameters
+    ----------
+    unsigned
+        Lines before the first signed one.
+    keys
+        (first line, public key in OpenSSH format) of each key in turn.
+    """
+
+    unsigned: int
+    keys: tuple[tuple[int, str], ...]
+
+    def sentence(self) -> str:
+        """Return from which line on which key signed."""
+        if not self.keys:
+            return f"none of {self.unsigned} lines is signed"
+        return "signed " + ", ".join(f"from line {first} on by {fingerprint_of(key)}" for first, key in self.keys)
+
+
+def record(state: Path, event: str, values: Mapping[str, Any], *, signer: Signer | None = None, known: Head = EMPTY) -> Entry:
     """Add one line to the audit log of a state folder and wait until it is on the disk.
 
     A line that a crash left unfinished at the end is cut off first: what it spoke of had not happened yet.
@@ -33,14 +61,18 @@ def record(state: Path, event: str, values: Mapping[str, Any]) -> Entry:
     state
         Folder; made where absent.
     event
-        What happened: approved, withdrawn, received or sent.
+        What happened: approved, withdrawn, received, spent, sent or declined.
     values
         Plain values; never a patient's.
+    signer
+        The site's key; the line is not signed where absent.
+    known
+        A line that the log must hold: the last one that the ledger knows.
 
     Raises
     ------
     IcmoeError
-        321 where the last line cannot be read.
+        321 where the last line cannot be read or the known one is not there; 205, 306 or 307 where the key cannot be used.
     """
     state.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(state / LOG, os.O_RDWR | os.O_CREAT, 0o600)
@@ -49,16 +81,42 @@ def record(state: Path, event: str, values: Mapping[str, Any]) -> Entry:
         content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
         lines = whole.splitlines()
-        last: Entry = _parsed(lines[-1], state, len(lines)) if lines else {"line": 0, "hash": START}
-        now = datetime.now(UTC).isoformat()
-        entry = {"line": last["line"] + 1, "time": now, "event": event, **values, "previous": last["hash"]}
-        entry["hash"] = _hash(entry)
+        there = 0 < known.count <= len(lines)
+        require_line(state, known, len(lines), _parsed(lines[known.count - 1], state, known.count) if there else None)
+        entry = _next_line(_parsed(lines[-1], state, len(lines)) if lines else None, event, values, signer)
         file.truncate(len(whole))
         file.seek(len(whole))
         file.write(json.dumps(entry).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
     return entry
+
+
+def require_line(state: Path, known: Head, count: int, found: Entry | None) -> None:
+    """Refuse a log that lacks a line that is known to have been in it.
+
+    Parameters
+    ----------
+    state
+        The site's state folder.
+    known
+        Number and hash of the line.
+    count
+        Lines in the log.
+    found
+        The line of that number, None where the log is shorter.
+
+    Raises
+    ------
+    IcmoeError
+        321 where the line is not there, or is another.
+    """
+    if count < known.count:
+        what = "lines are missing at the end of the audit log"
+        value, limit = f"{count} lines", f"at least {known.count}, as the ledger says"
+        raise IcmoeError(Fault(number=321, where=str(state / LOG), what=what, value=value, limit=limit, did=_NOTHING))
+    if found is not None and found["hash"] != known.digest:
+        raise IcmoeError(_broken(state, known.count))
 
 
 def read_log(state: Path) -> list[Entry]:
@@ -108,6 +166,46 @@ def digests_of_round(entries: list[Entry], round_number: int, study: str | None 
     return found
 
 
+def check_signatures(state: Path, entries: list[Entry]) -> Signatures:
+    """Check every signature of a log whose chain was checked, and return from which line on which key signed.
+
+    Raises
+    ------
+    IcmoeError
+        321 with the first line whose signature does not hold or is missing.
+    """
+    keys: list[tuple[int, str]] = []
+    for entry in entries:
+        if "key" in entry:
+            keys.append((entry["line"], str(entry["key"])))
+        if keys and not signature_holds(keys[-1][1], entry["hash"], entry.get("signature")):
+            raise IcmoeError(_broken(state, entry["line"], "signature in the audit log does not hold"))
+    return Signatures(keys[0][0] - 1 if keys else len(entries), tuple(keys))
+
+
+def head_of_log(entries: list[Entry]) -> Head:
+    """Return number and hash of the last line."""
+    return Head(entries[-1]["line"], entries[-1]["hash"]) if entries else EMPTY
+
+
+def _next_line(last: Entry | None, event: str, values: Mapping[str, Any], signer: Signer | None) -> Entry:
+    """Return the line after `last`; a line names the key that signs it where the line before was signed by another."""
+    before: Entry = last or {"line": 0, "hash": START}
+    head = {"line": before["line"] + 1, "version": VERSION, "time": datetime.now(UTC).isoformat(), "event": event}
+    entry = {**head, **values, "previous": before["hash"]}
+    if signer is None:
+        if "by" in before:
+            todo = "Name the key in the site file again, under [coordinator]."
+            raise IcmoeError(Fault(number=321, where="audit", what="the audit log is signed, this line would not be", todo=todo))
+        return {**entry, "hash": _hash(entry)}
+    public = signer.public()
+    entry |= {"by": fingerprint_of(public)}
+    if before.get("by") != entry["by"]:
+        entry |= {"key": public}
+    entry["hash"] = _hash(entry)
+    return {**entry, "signature": signer.sign(entry["hash"])}
+
+
 def _parsed(line: bytes, state: Path, number: int) -> Entry:
     try:
         entry = json.loads(line)
@@ -115,13 +213,15 @@ def _parsed(line: bytes, state: Path, number: int) -> Entry:
         raise IcmoeError(_broken(state, number)) from None
     if not isinstance(entry, dict) or not {"line", "event", "previous", "hash"} <= set(entry):
         raise IcmoeError(_broken(state, number))
+    if json.dumps(entry).encode() != line:  # a space changed into a tab would mean the same, and still be a change
+        raise IcmoeError(_broken(state, number))
     return entry
 
 
-def _broken(state: Path, number: int) -> Fault:
-    return Fault(number=321, where=str(state / LOG), what="audit log was changed or is damaged", value=f"line {number}")
+def _broken(state: Path, number: int, what: str = "audit log was changed or is damaged") -> Fault:
+    return Fault(number=321, where=str(state / LOG), what=what, value=f"line {number}", did=_NOTHING)
 
 
 def _hash(entry: Entry) -> str:
-    values = {key: value for key, value in entry.items() if key != "hash"}
+    values = {key: value for key, value in entry.items() if key not in {"hash", "signature"}}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

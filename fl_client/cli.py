@@ -165,20 +165,41 @@ def withdraw(context: typer.Context, study: Annotated[str, typer.Argument(help="
 @app.command()
 def audit(
     context: typer.Context,
-    what: Annotated[str | None, typer.Argument(help="digest, or nothing for the whole log.")] = None,
+    what: Annotated[str | None, typer.Argument(help="digest or verify; nothing for the whole log.")] = None,
     round_number: Annotated[int | None, typer.Argument(metavar="ROUND", help="Round whose digests are printed.")] = None,
     study: Annotated[str | None, typer.Option(help="Name or digest of the study; the last one where absent.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check and print the audit log; `audit digest ROUND` prints what hospitals compare by telephone."""
+    """Check and print the audit log; `audit digest ROUND` prints what hospitals compare by telephone.
+
+    `audit verify` also checks the signatures and compares the log with the ledger: no line edited, removed, moved, cut off.
+    """
+    from fl_client.accounts import verify_records
     from fl_client.approving import print_audit
 
     with exit_on_fault():
         chosen = _chosen(context)
+        if (what, round_number, study) == ("verify", None, None):
+            verify_records(chosen.path, chosen.site, as_json=as_json)
+            return
         if (what is None) != (round_number is None) or what not in {None, "digest"}:
             value = " ".join(str(word) for word in (what, round_number) if word is not None)
-            raise IcmoeError(Fault(number=210, where="audit", value=value, limit="audit, or audit digest ROUND"))
+            raise IcmoeError(Fault(number=210, where="audit", value=value, limit="audit, audit verify, or audit digest ROUND"))
         print_audit(chosen.path, chosen.site, round_number, study, as_json=as_json)
+
+
+@app.command()
+def ledger(
+    context: typer.Context,
+    page: Annotated[Path | None, typer.Option(help="Also write a page for the data protection officer: FILE.html.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what this site's studies have spent of its privacy budget, and what is left."""
+    from fl_client.accounts import show_ledger
+
+    with exit_on_fault():
+        chosen = _chosen(context)
+        show_ledger(chosen.path, chosen.site, page=page, as_json=as_json)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fl_client.audit import record
+from fl_client.records import Records
 from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import State, state_digest
@@ -21,15 +21,15 @@ STEPS = 1000
 """Steps of AdamW, each about one learning rate long, by whose length a tensor may change from round to round."""
 
 
-def accept(state_folder: Path, study: Study, kind: str, round_number: int, tensors: State) -> None:
+def accept(records: Records, study: Study, kind: str, round_number: int, tensors: State) -> None:
     """Check the size of a global model and its change since the last one, write its digest down, keep it for the next.
 
     Names, shapes, types and finiteness were checked before.
 
     Parameters
     ----------
-    state_folder
-        The site's state folder.
+    records
+        The site's.
     study
         The approved study.
     kind
@@ -45,11 +45,11 @@ def accept(state_folder: Path, study: Study, kind: str, round_number: int, tenso
         322, one fault per tensor outside its bounds; the model's digest is in the audit log even then.
     """
     age = round_number if kind == "evaluate" else round_number - 1
-    path = state_folder / study.digest[:16] / "last-global.safetensors"
+    path = records.state / study.digest[:16] / "last-global.safetensors"
     last_age, last = _last(path)
     faults = bound_faults(study, tensors, last, rounds=max(1, age - last_age))
     about = {"study": study.digest, "name": study.name, "kind": kind, "round": round_number}
-    record(state_folder, "received", {**about, "digest": state_digest(tensors), "within_bounds": not faults})
+    records.write("received", {**about, "digest": state_digest(tensors), "within_bounds": not faults})
     if faults:
         raise IcmoeError(*faults)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}

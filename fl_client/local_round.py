@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from fl_client.manifest import Numbers
 from fl_client.participant import Participant
 from icmoe.dataset import TrainingSet
 from icmoe.evaluation import score_slices
@@ -25,8 +26,6 @@ from icmoe.model import ICMoE
 from icmoe.privacy import noised_score, private_round
 from icmoe.study import Study, derived_seed
 from icmoe.training import train_round
-
-Numbers = dict[str, int | float | list[int] | list[float]]
 
 
 def size_of(site: Participant, study: Study) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,8 +11,11 @@ import torch
 from flwr.app import Context
 
 from fl_client.approval import approved_study
-from fl_client.policy import limit_gpu, require_hour
-from fl_client.site import cache_folder_of, read_site_file, site_file_of_environment, site_slices, study_faults
+from fl_client.budget import Budget
+from fl_client.policy import Policy, limit_gpu, require_hour
+from fl_client.records import Records
+from fl_client.signing import Signer
+from fl_client.site import cache_folder_of, key_path, read_site_file, site_file_of_environment, site_slices, study_faults
 from icmoe.bundle import bundle_digest, bundle_files
 from icmoe.data.slices import Slice
 from icmoe.device import available_device
@@ -48,7 +51,14 @@ class Participant:
     steps_per_round
         Steps of a round where they are not `local_epochs` passes.
     audited
-        Whether what comes in is bounded and, like what leaves, written to the audit log (a hospital; not a simulation).
+        Whether what comes in is bounded and, like what leaves and what is spent, written down (a hospital). A simulation
+        keeps neither ledger nor audit log, with differential privacy either: nothing of it leaves, its report says epsilon.
+    key
+        Private key that signs the audit log; lines are not signed where absent.
+    budget
+        What the site may tell about one patient in all.
+    policy
+        What the site allows, whatever a study says.
     """
 
     name: str
@@ -63,6 +73,15 @@ class Participant:
     share_summary: bool = False
     steps_per_round: int | None = None
     audited: bool = False
+    key: Path | None = None
+    budget: Budget | None = None
+    policy: Policy = field(default_factory=Policy)
+
+    @property
+    def records(self) -> Records | None:
+        """The site's ledger and audit log; None in a simulation."""
+        signer = Signer(self.key) if self.key is not None else None
+        return Records(state=self.state_folder, site=self.name, signer=signer) if self.audited else None
 
     def approved(self, digest: object) -> Study:
         """Return the approved study with this digest.
@@ -133,6 +152,9 @@ def read_site(path: Path, digest: str) -> Participant:
         threads=settings.threads,
         share_summary=settings.share_summary,
         audited=True,
+        key=key_path(path, settings),
+        budget=settings.budget,
+        policy=settings.policy,
     )
 
 

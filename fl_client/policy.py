@@ -36,6 +36,11 @@ class Policy(Section):
     gpu_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Largest share of the GPU's memory that training may take."""
 
+    largest_update_norm: Annotated[float, Field(gt=0.0, le=1e9)] | None = None
+    """Largest norm of an update; the study's bound, 1000 steps of its learning rate, holds where absent or smaller."""
+    mantissa_bits: Annotated[int, Field(ge=4, le=23)] = 23
+    """Bits of mantissa that leave of each number of an update; 23 is float32 as it is."""
+
     @field_validator("hours")
     @classmethod
     def _hours_can_be_read(cls, hours: str | None) -> str | None:
@@ -47,13 +52,16 @@ class Policy(Section):
 
 
 def epsilon_of(study: Study) -> float:
-    """Return the epsilon of the whole study for each patient of the site; infinite without privacy at the site.
+    """Return the epsilon of the whole study for each patient, as declared or as its noise gives; infinite without privacy at the site.
 
     Raises
     ------
     IcmoeError
-        213 where Opacus is not installed, 403 where no noise keeps the study's target.
+        213 where Opacus is not installed, 403 where the noise cannot be accounted for.
     """
+    privacy = study.privacy.site
+    if privacy is not None and privacy.epsilon is not None:
+        return privacy.epsilon
     return study_epsilon(study)
 
 

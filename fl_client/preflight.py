@@ -17,10 +17,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fl_client.approval import approved_studies
+from fl_client.budget import budget_faults
 from fl_client.check import Check, attempt
 from fl_client.connection import check_connection, check_health
 from fl_client.credentials import Coordinator, parse_ca, read_node_key
-from fl_client.site import SiteFile, cache_folder_of, site_slices, study_faults
+from fl_client.site import SiteFile, cache_folder_of, records_of, site_slices, study_faults
 from icmoe.backbone import backbone_digest, grid_of, weights_path, widths
 from icmoe.config import parse, read_toml
 from icmoe.data.slices import Slice
@@ -57,6 +58,7 @@ def run_preflight(path: Path, *, site: str | None = None) -> list[Check]:
     if settings.coordinator is not None:
         checks += check_coordinator(settings.coordinator, path.parent)
     checks += check_studies(path, settings)
+    checks += check_records(path, settings)
     return [*checks, *attempt("device", lambda: str(available_device(settings.device))), check_memory()]
 
 
@@ -83,12 +85,29 @@ def check_studies(path: Path, settings: SiteFile) -> list[Check]:
         return [Check("study", ok=False, fault=fault) for fault in error.faults]
     checks = []
     for study in studies:
-        faults = study_faults(path, settings, study)
+        faults = study_faults(path, settings, study) + _budget_faults(path, settings, study)
         checks += [Check("study", ok=False, fault=fault) for fault in faults]
         if not faults:
             found = Check("study", ok=True, note=f"{study.name} {study.digest[:12]}")
             checks += [found, *_backbone(path, settings, study), *_data(path, settings, study)]
     return checks
+
+
+def check_records(path: Path, settings: SiteFile) -> list[Check]:
+    """Look at ledger and audit log: both whole, in agreement, signed. A key that was replaced since is only a warning."""
+    records, found = records_of(path, settings), []
+
+    def look() -> str:
+        book, lines, signatures = records.verify()
+        found.append(signatures)
+        return f"{book.head.count} entries, {len(lines)} lines" + (f", {signatures.sentence()}" if signatures.keys else "")
+
+    checks = attempt("records", look)
+    try:
+        fault = records.foreign_key(found[0]) if found else None
+    except IcmoeError:
+        fault = None  # the key itself cannot be used, which is said above
+    return [replace(checks[0], fault=fault)] if fault is not None else checks
 
 
 def check_memory() -> Check:
@@ -146,6 +165,14 @@ def _ca(path: Path) -> Check:
     todo = "Ask the coordinator for a new start kit and run init again; the key stays."
     fault = replace(fault, todo=todo) if fault is not None and now >= start else fault
     return Check("CA", ok=ok, fault=fault, note=f"valid until {end:%Y-%m-%d}")
+
+
+def _budget_faults(path: Path, settings: SiteFile, study: Study) -> list[Fault]:
+    try:
+        book = records_of(path, settings).book()
+    except IcmoeError:
+        return []  # said of the ledger itself
+    return budget_faults(settings.budget, book, study, patients=1)
 
 
 def _backbone(path: Path, settings: SiteFile, study: Study) -> list[Check]:

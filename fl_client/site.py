@@ -8,8 +8,11 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from fl_client.budget import Budget
 from fl_client.credentials import Coordinator
 from fl_client.policy import Policy, policy_faults
+from fl_client.records import Records
+from fl_client.signing import Signer
 from icmoe.cache_entries import default_cache_folder
 from icmoe.config import Section, parse, read_toml
 from icmoe.data.folder import read_folder
@@ -52,6 +55,9 @@ class SiteFile(Section):
     """How the coordinator is reached; without it the file serves for the data only."""
     policy: Policy = Policy()
     """What the site allows, whatever a study says."""
+    budget: Budget | None = None
+    """What all studies together may tell about one patient. Absent: no study with differential privacy, since nobody said
+    how much may be spent. Present: no study without it, since its epsilon is infinite."""
 
     @model_validator(mode="after")
     def _one_source(self) -> SiteFile:
@@ -155,6 +161,17 @@ def site_slices(path: Path, settings: SiteFile, study: Study) -> tuple[Slice, ..
         faults = site.exclusions[:20] if site is not None else ()
         raise IcmoeError(*faults, Fault(number=108, where=settings.name, did="The site cannot take part."))
     return site.slices
+
+
+def key_path(path: Path, settings: SiteFile) -> Path | None:
+    """Return the site's private key, None where the site file names no coordinator."""
+    return path.parent / settings.coordinator.key if settings.coordinator is not None else None
+
+
+def records_of(path: Path, settings: SiteFile) -> Records:
+    """Return the site's ledger and audit log."""
+    key = key_path(path, settings)
+    return Records(state=path.parent / settings.state, site=settings.name, signer=Signer(key) if key is not None else None)
 
 
 def cache_folder_of(path: Path, settings: SiteFile) -> Path:

@@ -14,6 +14,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fl_server.data_check import check_data
+from fl_server.receipts import Receipted
 from fl_server.roster import Roster, meet
 from fl_server.rounds import RoundStrategy, RunState, run_rounds
 from fl_server.router_aware import RouterAware
@@ -86,7 +87,8 @@ def run_study(grid: Grid, path: Path) -> None:
         if not committed.exists():
             compare_sites(grid, roster, study, path.with_suffix(".data_check.json"))
         strategy = make_strategy(study, roster)
-        run_rounds(grid, strategy, study, state, sites=roster.sites, commit=lambda now: now.commit(committed))
+        receipted = Receipted(grid, roster.sites, path.parent.parent / "receipts")
+        run_rounds(receipted, strategy, study, state, sites=roster.sites, commit=lambda now: now.commit(committed))
     header = ModelHeader(study=study, method="router-aware", round=state.round, phantoms=False)
     tensors = {name: torch.from_numpy(tensor) for name, tensor in state.arrays.items()}
     write_model(path.with_suffix(".model.safetensors"), tensors, header)

@@ -140,6 +140,29 @@ CATALOGUE: dict[int, Entry] = {
     ),
     403: Entry("no noise keeps the study's epsilon", "Allow more epsilon, or fewer steps and rounds."),
     404: Entry("part of the model or of the loss mixes samples", "Leave it out: clipping each patient would promise nothing."),
+    410: Entry(
+        "site has no privacy budget",
+        "Write [budget] with epsilon and delta into the site file, as the data protection officer says.",
+    ),
+    411: Entry(
+        "study would cross the site's privacy budget",
+        "Agree on fewer rounds or more noise, or let the data protection officer raise [budget].",
+    ),
+    412: Entry(
+        "ledger is damaged or was changed", "Restore the newest backup; do not delete it: spent epsilon cannot be undone."
+    ),
+    413: Entry(
+        "ledger is older than what the site has sent",
+        "Restore the newest backup of the site's state folder; nothing is trained with an older one.",
+    ),
+    414: Entry("ledger is of another site", "Give each site a state folder of its own."),
+    415: Entry("ledger is in use", "Wait for the other process of this site, or stop it."),
+    416: Entry("release is not what the study declares", "Read the site's log, which says what was held back; report it."),
+    417: Entry(
+        "study without differential privacy does not fit a privacy budget",
+        "Agree on a study with [privacy.site], or remove [budget]: then nothing is promised to patients.",
+    ),
+    418: Entry("site's ledger went back", "Ask the hospital to restore the newest backup of its state folder."),
     501: Entry("no site delivered a usable update", "Look at the sites' errors; the global model was kept."),
     502: Entry("run folder is in use or holds another run", "Choose another --out, or continue the same run with --resume."),
     503: Entry("simulation stopped before its end", "Continue with --resume after removing the cause."),

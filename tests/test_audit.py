@@ -46,10 +46,11 @@ def test_what_comes_in_and_what_leaves_is_written_down_with_its_digest(audited: 
     study = audited.studies[0]
     content = request(study)
     reply = ask(audited, content)
-    received, sent = read_log(audited.state_folder)
+    received, spent, sent = read_log(audited.state_folder)
     assert (received["event"], received["kind"], received["round"]) == ("received", "train", 1)
     assert received["digest"] == state_digest(tensors_of(content[ARRAYS]))
     assert received["within_bounds"] is True
+    assert (spent["event"], spent["entry"], spent["releases"]) == ("spent", 1, None)
     assert sent["digest"] == state_digest(tensors_of(reply.content[UPDATE]))
     assert sent["numbers"]["slices"] == 10
     ask(audited, request(study), "evaluate")
@@ -71,8 +72,9 @@ def test_a_global_model_that_jumps_is_refused_and_its_digest_kept(audited: Parti
     content = request(study, 2)
     content[ARRAYS] = moved(study, jump)
     assert number_of(ask(audited, content)) == 322
-    line = read_log(audited.state_folder)[-1]
+    line, declined = read_log(audited.state_folder)[-2:]
     assert (line["event"], line["within_bounds"], line["round"]) == ("received", False, 2)
+    assert (declined["event"], declined["number"]) == ("declined", 322)
     assert line["digest"] == state_digest(tensors_of(content[ARRAYS]))
     content[ARRAYS] = moved(study, 0.5 * jump / 1.5)
     assert not ask(audited, content).has_error()  # the refused model did not become the last one
@@ -121,7 +123,7 @@ def test_hospitals_compare_the_digests_of_a_round(audited: Participant, hospital
         assert not ask(audited, request(study, number)).has_error()
     whole = command(path, "audit")
     assert whole.exit_code == 0
-    assert "4 lines, unbroken; hash of the last: " + read_log(audited.state_folder)[-1]["hash"] in whole.output
+    assert "6 lines, unbroken; hash of the last: " + read_log(audited.state_folder)[-1]["hash"] in whole.output
     rows = json.loads(command(path, "audit", "digest", "2", "--json").output)
     assert [(row["event"], row["round"]) for row in rows] == [("received", 2), ("sent", 2)]
     assert rows[0]["digest"] == state_digest(global_state(build_model(study, seed=1)))

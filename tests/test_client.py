@@ -183,9 +183,11 @@ def write_study_file(path: Path, study: Study) -> Path:
     values = json.loads(canonical(study))
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if not isinstance(value, dict | list)]
     lines += [f"[[labels]]\nname = {json.dumps(label['name'])}\nvalues = {label['values']}" for label in values["labels"]]
-    for section, keys in values.items():
-        if isinstance(keys, dict):
-            lines.append(f"[{section}]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in keys.items()))
+    sections = {name: keys for name, keys in values.items() if isinstance(keys, dict)}
+    sections |= {f"privacy.{name}": keys for name, keys in sections.pop("privacy", {}).items() if keys}
+    for section, keys in sections.items():
+        rows = [f"{key} = {json.dumps(value)}" for key, value in keys.items() if value is not None]
+        lines.append(f"[{section}]\n" + "\n".join(rows))
     path.write_text("\n".join(lines))
     return path
 

@@ -179,8 +179,9 @@ def test_the_approved_bundle_runs_and_another_is_refused_at_both_ends(coordinato
         run = coordinator.run("honest", hospital.study_file)
         assert coordinator.outcome(run, 180) == "finished:completed", coordinator.log()[-3000:] + "\n".join(hospital.lines)
         events = [(entry["event"], entry["kind"]) for entry in read_log(hospital.folder / "state")[before:]]
-        assert events[:3] == [("sent", "query"), ("received", "train"), ("sent", "train")]
-        assert events[3:] == [("received", "evaluate"), ("sent", "evaluate")]
+        assert events[:2] == [("sent", "site"), ("declined", "summary")]
+        assert events[2:5] == [("received", "train"), ("spent", "train"), ("sent", "train")]
+        assert events[5:] == [("received", "evaluate"), ("sent", "evaluate")]
         assert hospital.study_file.with_suffix(".model.safetensors").exists()
     finally:
         end_group(child)

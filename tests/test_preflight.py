@@ -34,7 +34,7 @@ def test_a_site_without_faults_sees_every_check_passed(hospital: Hospital, autho
     assert names[:10] == [
         *("site file", "key", "CA", "name", "port", "coordinator", "server certificate", "clock", "admission", "other APIs"),
     ]
-    assert names[10:] == ["study", "backbone", "data", "features", "disk", "disk", "device", "memory"]
+    assert names[10:] == ["study", "backbone", "data", "features", "disk", "disk", "records", "device", "memory"]
     assert "POST /v1/fleet/pull-messages 0" in asked  # asked without any word of the site
 
 

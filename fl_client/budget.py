@@ -1,0 +1,169 @@
+"""What a site may tell about one patient in all, and whether a study fits into what is left of it.
+
+No files here. Everything that the site's ledger holds is composed, across rounds, runs and studies, because any two of them
+may have had the same patient. The unit is the patient, adjacency is add or remove one patient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+
+from fl_client.ledger import Book, Entry, Releases
+from icmoe.accounting import Spending, epsilon, score_spending, study_epsilon, study_spending, training_spending
+from icmoe.config import Section
+from icmoe.errors import Fault, IcmoeError
+from icmoe.study import Study
+from icmoe.study_privacy import Accountant
+
+_NOTHING = "Nothing was trained, nothing was sent."
+
+
+class Budget(Section):
+    """Section [budget] of the site file: the most that all studies together may tell about one patient.
+
+    Absent, the site takes part in no study with differential privacy: spending needs a limit that somebody wrote down.
+    Present, it takes part in no study without, whose epsilon is infinite.
+    """
+
+    epsilon: Annotated[float, Field(gt=0.0, le=1000.0)]
+    """Largest epsilon of everything that the ledger holds, composed."""
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """Probability with which epsilon may not hold; at most 1 / number of the site's training patients."""
+    accountant: Accountant = "prv"
+    """Opacus' accountant that composes the ledger; prv is tighter, rdp faster."""
+
+
+def epsilon_of_history(budget: Budget, history: Sequence[Spending]) -> float:
+    """Return the epsilon of a history at the budget's delta."""
+    return epsilon(history, delta=budget.delta, accountant=budget.accountant)
+
+
+def history_of(entries: Sequence[Entry]) -> list[Spending]:
+    """Return what the entries with differential privacy spent, equal releases added up."""
+    steps: dict[tuple[float, float], int] = {}
+    for entry in entries:
+        for sigma, rate, count in entry.releases or ():
+            steps[sigma, rate] = steps.get((sigma, rate), 0) + count
+    return [Spending(sigma, rate, count) for (sigma, rate), count in sorted(steps.items())]
+
+
+def round_spending(study: Study, kind: str) -> tuple[Spending, ...] | None:
+    """Return what the answer to one message may tell about a patient; None without differential privacy at the site."""
+    privacy = study.privacy.site
+    if privacy is None:
+        return None
+    training = (training_spending(privacy, rounds=study.rounds),) if kind == "train" else ()
+    return (*training, *score_spending(privacy))
+
+
+def rounds_left_spending(study: Study, rounds: int) -> tuple[Spending, ...]:
+    """Return what `rounds` more rounds of a private study and its closing evaluation spend."""
+    return (*(round_spending(study, "train") or ()) * rounds, *(round_spending(study, "evaluate") or ()))
+
+
+def rounds_that_fit(budget: Budget, history: Sequence[Spending], study: Study, most: int) -> int:
+    """Return how many rounds more of a private study stay within the budget, at most `most`; more never cost less."""
+
+    def fits(rounds: int) -> bool:
+        return epsilon_of_history(budget, [*history, *rounds_left_spending(study, rounds)]) <= budget.epsilon
+
+    if fits(most):
+        return most
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def require_room(budget: Budget | None, book: Book, study: Study, kind: str, round_number: int, *, patients: int) -> None:
+    """Refuse what the budget does not allow.
+
+    Before its first round here a study must fit whole, with all rounds that are left of it: half a study costs patients
+    and brings little. Once begun, each round must fit by itself.
+
+    Parameters
+    ----------
+    budget
+        The site's.
+    book
+        Its ledger.
+    study
+        The study.
+    kind, round_number
+        "train" or "evaluate", and its round.
+    patients
+        Training patients of the site, at least 1.
+
+    Raises
+    ------
+    IcmoeError
+        410 where the site has no budget, 202 where its delta is too large, 411 where the study would cross it, 417 where
+        the study has no differential privacy and the site has a budget.
+    """
+    spending = round_spending(study, kind)
+    if fault := _mismatch(budget, study, patients):
+        raise IcmoeError(fault)
+    if spending is None or budget is None:
+        return
+    history = history_of(book.entries)
+    begun = any(entry.study == study.digest for entry in book.entries)
+    if begun or kind == "evaluate":
+        if epsilon_of_history(budget, [*history, *spending]) > budget.epsilon:
+            raise IcmoeError(_crossing(budget, study, history, 0, 1))
+        return
+    needed = study.rounds - round_number + 1
+    if (fitting := rounds_that_fit(budget, history, study, needed)) < needed:
+        raise IcmoeError(_crossing(budget, study, history, fitting, needed))
+
+
+def budget_faults(budget: Budget | None, book: Book, study: Study, *, patients: int) -> list[Fault]:
+    """Return why the budget does not allow the next round of a study, nothing where it does."""
+    trained = {entry.round for entry in book.entries if entry.study == study.digest}
+    try:
+        require_room(budget, book, study, "train", min(max(trained, default=0) + 1, study.rounds), patients=patients)
+    except IcmoeError as error:
+        return list(error.faults)
+    return []
+
+
+def prospect(budget: Budget | None, book: Book, study: Study) -> str:
+    """Return in words what a study would spend of the budget, for whoever approves it."""
+    if study.privacy.site is None:
+        return "none: nothing is promised to patients"
+    by_itself = f"epsilon {study_epsilon(study):.3g} at delta {study.privacy.site.delta:g} for the study by itself"
+    if budget is None:
+        return by_itself
+    history = history_of(book.entries)
+    before = epsilon_of_history(budget, history)
+    after = epsilon_of_history(budget, [*history, *study_spending(study)])
+    limit = f"epsilon {budget.epsilon:g} at delta {budget.delta:g}"
+    return f"{by_itself}; of the budget, {limit}, {before:.3g} is spent, {after:.3g} after the study"
+
+
+def releases_of(spending: Sequence[Spending] | None) -> Releases:
+    """Return what the ledger writes down."""
+    return None if spending is None else tuple((part.noise_multiplier, part.sample_rate, part.steps) for part in spending)
+
+
+def _mismatch(budget: Budget | None, study: Study, patients: int) -> Fault | None:
+    """Return why study and budget do not go together, whatever is spent already."""
+    if study.privacy.site is None:
+        limit = f"epsilon {budget.epsilon:g}" if budget is not None else ""
+        return Fault(number=417, where=study.name, value="epsilon infinite", limit=limit, did=_NOTHING) if budget else None
+    if budget is None:
+        return Fault(number=410, where=study.name, did=_NOTHING)
+    if budget.delta > 1.0 / patients:
+        limit = f"at most 1 / {patients} training patients"
+        return Fault(number=202, where="[budget]", value=f"delta = {budget.delta:g}", limit=limit, did=_NOTHING)
+    return None
+
+
+def _crossing(budget: Budget, study: Study, history: Sequence[Spending], fitting: int, needed: int) -> Fault:
+    spent = epsilon_of_history(budget, history)
+    value = f"epsilon {spent:.3g} is spent, {fitting} of {needed} rounds still fit"
+    limit = f"epsilon {budget.epsilon:g} at delta {budget.delta:g}, {budget.accountant}, per patient"
+    return Fault(number=411, where=study.name, value=value, limit=limit, did=_NOTHING)

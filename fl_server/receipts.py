@@ -1,0 +1,131 @@
+"""Receipts for the sites' ledgers: how far each site's records had come when it last answered, handed back with each round.
+
+A hospital that restored an old backup of its records would spend its privacy budget twice. It notices when a receipt is for
+entries that its ledger does not have; an answer that falls behind the receipt it was given is refused here. Receipts are
+kept across rounds, runs and studies, in one small file per site.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from icmoe.atomic import write_atomically
+from icmoe.errors import CATALOGUE, Fault, print_faults
+from icmoe.exchange import CONFIG, NUMBERS
+from icmoe.receipts import EMPTY, LEDGER_KEY, RECEIPT_KEY, Head, head_of, receipt_of, receipt_text
+
+WENT_BACK = 418
+_ERROR_CODE = 1000
+
+
+class Receipted(Grid):
+    """Flower's Grid, with receipts in its training messages; a site without one yet gets none.
+
+    Parameters
+    ----------
+    grid
+        The Grid that sends and receives.
+    sites
+        Names by node.
+    folder
+        Where the receipts are kept; made where absent.
+    """
+
+    def __init__(self, grid: Grid, sites: Mapping[int, str], folder: Path) -> None:
+        self._grid, self._sites, self._folder = grid, sites, folder
+        self._sent: dict[str, tuple[Message, Head]] = {}
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send the messages, the training ones with the receipts of their sites."""
+        made = [self._with_receipt(message) for message in messages]
+        ids = list(self._grid.push_messages([message for message, _ in made]))
+        self._sent.update(zip(ids, made, strict=True))
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies; one that is behind its receipt comes as an error."""
+        return [self._taken(reply) for reply in self._grid.pull_messages(message_ids)]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Not in use: `fl_server/exchanging.py` sends and receives by itself."""
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Run:
+        """The Grid's run."""
+        return self._grid.run
+
+    def set_run(self, run: Run) -> None:
+        """Set the Grid's run."""
+        self._grid.set_run(run)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Return the Grid's message."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the Grid's nodes."""
+        return self._grid.get_node_ids()
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Return the Grid's nodes with their names."""
+        return self._grid.get_nodes()
+
+    def _with_receipt(self, message: Message) -> tuple[Message, Head]:
+        head = receipt(self._folder, self._sites.get(message.metadata.dst_node_id, ""))
+        if message.metadata.message_type != "train" or head == EMPTY:
+            return message, EMPTY
+        config = ConfigRecord({**message.content.config_records[CONFIG], RECEIPT_KEY: receipt_text(head)})
+        content = RecordDict({**message.content, CONFIG: config})
+        return Message(content, message.metadata.dst_node_id, "train", ttl=message.metadata.ttl), head
+
+    def _taken(self, reply: Message) -> Message:
+        site = self._sites.get(reply.metadata.src_node_id, "")
+        asked, given = self._sent.pop(reply.metadata.reply_to_message_id, (None, EMPTY))
+        head = _head_in(reply)
+        if not site or reply.has_error() or asked is None:
+            return reply
+        if behind(head, given):
+            value = f"{head.count} entries" if head is not None else "no ledger"
+            print_faults(
+                [Fault(number=WENT_BACK, where=site, value=value, limit=f"at least {given.count}", did="Its answer was refused.")]
+            )
+            return Message(Error(_ERROR_CODE + WENT_BACK, f"ICM{WENT_BACK} {CATALOGUE[WENT_BACK].title}"), reply_to=asked)
+        if head is not None:
+            keep_receipt(self._folder, site, head)
+        return reply
+
+
+def behind(head: Head | None, given: Head) -> bool:
+    """Return whether an answer's ledger cannot go on from the receipt that was given with the question."""
+    return given != EMPTY and (head is None or head.count < given.count or (head.count == given.count and head != given))
+
+
+def receipt(folder: Path, site: str) -> Head:
+    """Return how far the records of a site had come; the empty head where there is no receipt, or none that can be read."""
+    path = folder / f"{site}.receipt"
+    return (receipt_of(path.read_text(encoding="utf-8", errors="replace")) if site and path.is_file() else None) or EMPTY
+
+
+def keep_receipt(folder: Path, site: str, head: Head) -> None:
+    """Keep the further one of a site's receipt and this head; several studies may run at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if head.count > receipt(folder, site).count:
+            write_atomically(folder / f"{site}.receipt", receipt_text(head).encode())
+
+
+def _head_in(reply: Message) -> Head | None:
+    numbers = reply.content.metric_records.get(NUMBERS) if reply.has_content() else None
+    value = None if numbers is None else numbers.get(LEDGER_KEY)
+    return head_of(list(value)) if isinstance(value, list) else None

@@ -1,0 +1,140 @@
+"""A finished update is kept: asked for again, the same bytes leave, nothing is trained and nothing is spent."""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from flwr.app import Message
+from test_client import ask, hospital, request, site
+
+from fl_client import local_round
+from fl_client.audit import read_log
+from fl_client.finished import KEPT
+from fl_client.ledger import read_ledger
+from fl_client.participant import Participant
+from icmoe.exchange import ARRAYS, NUMBERS, UPDATE, global_state
+from icmoe.model import build_model
+
+__all__ = ["hospital", "site"]
+
+
+@pytest.fixture
+def audited(site: Participant, tmp_path: Path) -> Participant:
+    return replace(site, audited=True, state_folder=tmp_path / "state")
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rounds that were really trained."""
+    rounds: list[int] = []
+    train_round = local_round.train_round
+
+    def spy(*arguments, round_number: int, **settings):
+        rounds.append(round_number)
+        return train_round(*arguments, round_number=round_number, **settings)
+
+    monkeypatch.setattr("fl_client.local_round.train_round", spy)
+    return rounds
+
+
+def content(site: Participant, number: int = 1, seed: int = 1, study: int = 0):
+    chosen = site.studies[study]
+    asked = request(chosen, number)
+    for name, tensor in global_state(build_model(chosen, seed=seed)).items():
+        asked[ARRAYS][name] = type(asked[ARRAYS][name])(tensor.numpy())
+    return asked
+
+
+def sent(reply: Message) -> tuple[dict[str, bytes], dict[str, object]]:
+    assert not reply.has_error(), reply.error
+    numbers = {key: value for key, value in reply.content[NUMBERS].items() if key not in {"ledger", "audit"}}
+    return {name: array.data for name, array in reply.content[UPDATE].items()}, numbers
+
+
+def kept(site: Participant) -> list[Path]:
+    return sorted(site.state_folder.rglob("finished/*.safetensors"))
+
+
+def test_the_same_question_gets_the_same_bytes_for_nothing(audited: Participant, trained: list[int]) -> None:
+    first, again = (sent(ask(audited, content(audited))) for _ in range(2))
+    assert first == again  # seconds of training included: it is not a second training
+    assert trained == [1]
+    assert len(read_ledger(audited.state_folder, "Alder").entries) == 1
+    events = [line["event"] for line in read_log(audited.state_folder)]
+    assert events == ["received", "spent", "sent", "received", "sent"]  # that it left twice is written down
+    (path,) = kept(audited)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("other", [{"number": 2}, {"seed": 2}, {"study": 1}])
+def test_another_round_model_or_study_is_trained_anew(other: dict[str, int], audited: Participant, trained: list[int]) -> None:
+    first, second = (sent(ask(audited, content(audited, **asked))) for asked in ({}, other))
+    assert first[0] != second[0]
+    assert len(trained) == len(read_ledger(audited.state_folder, "Alder").entries) == len(kept(audited)) == 2
+
+
+def test_killed_between_keeping_and_sending_the_kept_one_leaves(audited: Participant, trained: list[int], monkeypatch) -> None:
+    def killed(*_: object) -> Message:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fl_client.app.release", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ask(audited, content(audited))
+    assert len(kept(audited)) == 1
+    sent(ask(audited, content(audited)))
+    assert trained == [1]
+    assert len(read_ledger(audited.state_folder, "Alder").entries) == 1
+
+
+def test_killed_before_it_is_kept_it_is_trained_and_paid_for_again(audited: Participant, trained: list[int], monkeypatch) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fl_client.finished.write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ask(audited, content(audited))
+    assert kept(audited) == []
+    sent(ask(audited, content(audited)))
+    assert trained == [1, 1]
+    assert len(read_ledger(audited.state_folder, "Alder").entries) == 2
+
+
+@pytest.mark.parametrize("harm", ["cut short", "a bit of a tensor", "gone", "another round's"])
+def test_a_damaged_one_is_trained_and_paid_for_again(harm: str, audited: Participant, trained: list[int]) -> None:
+    first = sent(ask(audited, content(audited)))
+    (path,) = kept(audited)
+    data = bytearray(path.read_bytes())
+    if harm == "cut short":
+        path.write_bytes(data[:200])
+    elif harm == "a bit of a tensor":
+        data[-1] ^= 1
+        path.write_bytes(data)
+    elif harm == "gone":
+        path.unlink()
+    else:
+        sent(ask(audited, content(audited, 2)))
+        path.write_bytes(next(one for one in kept(audited) if one != path).read_bytes())
+    paid = len(trained)
+    assert sent(ask(audited, content(audited)))[0] == first[0]  # without privacy the seed makes the same bytes
+    assert len(trained) == len(read_ledger(audited.state_folder, "Alder").entries) == paid + 1
+
+
+def test_only_the_newest_are_kept(audited: Participant, trained: list[int]) -> None:
+    for seed in range(KEPT + 2):
+        sent(ask(audited, content(audited, seed=seed)))
+    assert len(kept(audited)) == KEPT
+    sent(ask(audited, content(audited, seed=KEPT + 1)))
+    assert len(trained) == KEPT + 2
+
+
+def test_a_simulation_keeps_none(site: Participant, trained: list[int], tmp_path: Path) -> None:
+    quiet = replace(site, state_folder=tmp_path / "state")
+    for _ in range(2):
+        sent(ask(quiet, content(quiet)))
+    assert trained == [1, 1]
+    assert not quiet.state_folder.exists()

@@ -1,0 +1,107 @@
+"""Receipts: what a site's records had come to is handed back to it, and an answer that fell behind is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+from test_client import ask, hospital, number_of, request, site
+from test_rounds import SITES, Wire
+
+from fl_client.ledger import read_ledger
+from fl_client.participant import Participant
+from fl_server.receipts import Receipted, behind, keep_receipt, receipt
+from icmoe.exchange import ARRAYS, CONFIG, NUMBERS, ROUND_KEY, STUDY_KEY
+from icmoe.receipts import EMPTY, LEDGER_KEY, RECEIPT_KEY, Head, numbers_of, receipt_of, receipt_text
+
+__all__ = ["hospital", "site"]
+HEADS = st.builds(Head, st.integers(0, 5), st.sampled_from(["a" * 64, "b" * 64]))
+
+
+def wire(heads: dict[str, Head | None]) -> Wire:
+    """Return a wire whose sites answer with these heads."""
+
+    def answer(message: Message, name: str) -> Message:
+        numbers = MetricRecord({"loss": 1.0})
+        if heads.get(name) is not None:
+            numbers[LEDGER_KEY] = numbers_of(heads[name])
+        return Message(RecordDict({NUMBERS: numbers}), reply_to=message)
+
+    return Wire(answer)
+
+
+def rounds(grid: Receipted, kind: str = "train") -> dict[str, Message]:
+    """Ask every site with one shared content, as strategies do, and return the replies by site."""
+    content = RecordDict({CONFIG: ConfigRecord({STUDY_KEY: "0" * 64, ROUND_KEY: 1})})
+    ids = grid.push_messages([Message(content, dst_node_id=node, message_type=kind) for node in SITES])
+    assert RECEIPT_KEY not in content[CONFIG]
+    return {SITES[reply.metadata.src_node_id]: reply for reply in grid.pull_messages(ids)}
+
+
+def told(network: Wire) -> dict[str, Head | None]:
+    last = network.asked[-len(SITES) :]
+    return {SITES[one.metadata.dst_node_id]: receipt_of(one.content[CONFIG].get(RECEIPT_KEY)) for one in last}
+
+
+def test_each_site_gets_its_own_receipt_with_the_next_round_also_after_a_restart(tmp_path: Path) -> None:
+    heads = {"Alder": Head(3, "a" * 64), "Birch": Head(9, "b" * 64), "Cedar": None}
+    network = wire(heads)
+    grid = Receipted(network, SITES, tmp_path / "receipts")
+    rounds(grid)
+    assert set(told(network).values()) == {None}
+    rounds(Receipted(network, SITES, tmp_path / "receipts"))
+    assert told(network) == heads
+    rounds(Receipted(network, SITES, tmp_path / "receipts"), "evaluate")
+    assert set(told(network).values()) == {None}  # a question to score carries none
+
+
+@pytest.mark.parametrize("back", [Head(2, "a" * 64), Head(3, "c" * 64), None])
+def test_an_answer_that_fell_behind_its_receipt_is_refused_by_number(back: Head | None, tmp_path: Path, capsys) -> None:
+    keep_receipt(tmp_path, "Alder", Head(3, "a" * 64))
+    network = wire({"Alder": back, "Birch": Head(1, "b" * 64)})
+    replies = rounds(Receipted(network, SITES, tmp_path))
+    assert number_of(replies["Alder"]) == 418
+    assert replies["Alder"].metadata.src_node_id == 11
+    assert not replies["Birch"].has_error()
+    assert receipt(tmp_path, "Alder") == Head(3, "a" * 64)
+    assert "ICM418 Alder: site's ledger went back" in capsys.readouterr().err
+
+
+def test_answers_of_two_studies_may_arrive_out_of_order(tmp_path: Path) -> None:
+    first, second = (Receipted(wire({"Alder": Head(n, f"{n}" * 64)}), SITES, tmp_path) for n in (5, 6))
+    content = RecordDict({CONFIG: ConfigRecord({STUDY_KEY: "0" * 64, ROUND_KEY: 1})})
+    ids = [grid.push_messages([Message(content, dst_node_id=11, message_type="train")]) for grid in (first, second)]
+    assert not next(iter(second.pull_messages(ids[1]))).has_error()
+    assert not next(iter(first.pull_messages(ids[0]))).has_error()
+    assert receipt(tmp_path, "Alder").count == 6
+
+
+@given(head=HEADS, given_=HEADS)
+def test_only_a_longer_ledger_or_the_same_is_not_behind(head: Head, given_: Head) -> None:
+    assert behind(head, given_) == (head.count <= given_.count and head != given_ and given_ != EMPTY)
+
+
+def test_a_receipt_that_cannot_be_read_is_none(tmp_path: Path) -> None:
+    for text in ("", "3", "3:xyz", "-1:" + "0" * 64):
+        (tmp_path / "Alder.receipt").write_text(text)
+        assert receipt(tmp_path, "Alder") == EMPTY
+
+
+def test_a_site_refuses_a_receipt_for_what_its_ledger_lacks(site: Participant, tmp_path: Path) -> None:
+    audited = replace(site, audited=True, state_folder=tmp_path / "state")
+    study = audited.studies[0]
+    assert not ask(audited, request(study)).has_error()
+    head = read_ledger(audited.state_folder, "Alder").head
+    good = request(study, 2, **{RECEIPT_KEY: receipt_text(head)})
+    good[ARRAYS] = request(study, 2)[ARRAYS]
+    assert not ask(audited, good).has_error()
+    for bad in (Head(9, head.digest), Head(head.count, "f" * 64)):
+        assert number_of(ask(audited, request(study, 2, **{RECEIPT_KEY: receipt_text(bad)}))) == 413, (
+            "nothing stored is sent either"
+        )
+    assert number_of(ask(audited, request(study, 2, **{RECEIPT_KEY: "soon"}))) == 301
+    assert number_of(ask(audited, request(study, 2, **{RECEIPT_KEY: receipt_text(head)}), "evaluate")) == 301
