@@ -18,6 +18,7 @@ from fl_server.roster import Roster, meet
 from fl_server.rounds import RoundStrategy, RunState, run_rounds
 from fl_server.router_aware import RouterAware
 from fl_server.server_optimizer import ServerOptimized
+from fl_server.sums import FromSums
 from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError, print_faults
 from icmoe.exchange import global_state
@@ -30,7 +31,8 @@ log = logging.getLogger("fl_server")
 
 def make_strategy(study: Study, roster: Roster) -> RoundStrategy:
     """Return the study's strategy: router-aware FedAvg, wrapped by a server optimiser where the study names one."""
-    strategy = RouterAware(study, roster.sites, roster.sizes)
+    form = FromSums if study.aggregation.form == "sums" else RouterAware
+    strategy = form(study, roster.sites, roster.sizes)
     return strategy if study.aggregation.optimizer == "none" else ServerOptimized(strategy)
 
 

@@ -10,7 +10,7 @@ With ``usage_exponent = 0``, no floor, no cap, no gate and no shrinkage this is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -111,6 +111,13 @@ class RouterAware(Strategy):
         self.report = RoundReport([update.without_tensors() for update in updates], faults)
         if len(updates) < self.study.quorum or not updates:
             return None, None
+        moved = self._moved(updates)
+        size_S = np.array([update.size for update in updates], dtype=np.float64)
+        loss = float(plain_share(size_S) @ np.array([update.loss for update in updates]))
+        return ArrayRecord({name: Array(tensor) for name, tensor in moved.items()}), MetricRecord({LOSS_KEY: loss})
+
+    def _moved(self, updates: Sequence[Update]) -> Tensors:
+        """Return the global tensors after the round; at least one update."""
         size_S = np.array([update.size for update in updates], dtype=np.float64)
         usage_SM = np.array([update.usage_M for update in updates], dtype=np.float64)
         if self.study.model.experts:
@@ -122,8 +129,7 @@ class RouterAware(Strategy):
         if BALANCE_BIAS in moved and self.study.aggregation.balance_step > 0.0:
             bias_M = moved[BALANCE_BIAS].astype(np.float64)
             moved[BALANCE_BIAS] = balance_step(bias_M, size_S, usage_SM, self.study.aggregation.balance_step).astype(np.float32)
-        loss = float(plain_share(size_S) @ np.array([update.loss for update in updates]))
-        return ArrayRecord({name: Array(tensor) for name, tensor in moved.items()}), MetricRecord({LOSS_KEY: loss})
+        return moved
 
     def state(self) -> Tensors:
         """Return nothing: each round stands for itself."""

@@ -117,6 +117,10 @@ class Training(Section):
 class Aggregation(Section):
     """Router-aware FedAvg; `usage_exponent = 0` is FedAvg."""
 
+    form: Literal["plain", "sums"] = "plain"
+    """Whether the server looks at each update, or at weighted sums alone (no cap, a starved expert is kept)."""
+    largest_size: Annotated[int, Field(ge=1, le=10_000_000)] = 10_000
+    """n_max of the sums form: a site's weight is n_k / n_max, and a larger site counts as this."""
     usage_exponent: Annotated[float, Field(ge=0.0, le=4.0)] = 1.0
     """t in n_k u_ke^t."""
     floor: Share = 0.1
@@ -139,6 +143,17 @@ class Aggregation(Section):
     """Adaptive server optimiser (Reddi et al., arXiv 2003.00295)."""
     server_learning_rate: Annotated[float, Field(gt=0.0, le=10.0)] = 0.01
     """eta of the adaptive server optimiser; unused for "none"."""
+
+    @model_validator(mode="after")
+    def _sums_know_no_single_site(self) -> Aggregation:
+        if self.form == "sums":
+            if self.cap < 1.0 or (self.starved == "plain" and self.min_contributors > 1):
+                raise ValueError('form = "sums" needs cap = 1.0 and starved = "keep": nobody sees one site\'s share')
+            if self.usage_exponent != 1.0 and (self.shrinkage or self.balance_step > 0.0):
+                raise ValueError(
+                    'form = "sums" tells the mean usage for usage_exponent = 1 only: shrinkage = false, balance_step = 0'
+                )
+        return self
 
 
 class Study(Section):
