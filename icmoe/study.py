@@ -150,9 +150,8 @@ class Aggregation(Section):
             if self.cap < 1.0 or (self.starved == "plain" and self.min_contributors > 1):
                 raise ValueError('form = "sums" needs cap = 1.0 and starved = "keep": nobody sees one site\'s share')
             if self.usage_exponent != 1.0 and (self.shrinkage or self.balance_step > 0.0):
-                raise ValueError(
-                    'form = "sums" tells the mean usage for usage_exponent = 1 only: shrinkage = false, balance_step = 0'
-                )
+                what = "only usage_exponent = 1 lets sums tell the mean usage: shrinkage = false, balance_step = 0"
+                raise ValueError(what)
         return self
 
 
@@ -212,9 +211,22 @@ class Study(Section):
         return hashlib.sha256(canonical(self).encode()).hexdigest()
 
 
+# What came after the first studies were approved, by the section that holds it; "" is the study itself.
+_LATER = {"aggregation": ("form", "largest_size")}
+
+
 def canonical(study: Study) -> str:
-    """Return the study as JSON with sorted keys, no white space and every default spelled out."""
-    return canonical_json(study.model_dump(mode="json"))
+    """Return the study as JSON with sorted keys, no white space and every default spelled out.
+
+    A later addition is left out where it has its default: a study keeps the digest under which sites approved it before.
+    """
+    values = study.model_dump(mode="json")
+    for section, keys in _LATER.items():
+        part, about = (values[section], getattr(study, section)) if section else (values, study)
+        for key in keys:
+            if getattr(about, key) == type(about).model_fields[key].default:
+                del part[key]
+    return canonical_json(values)
 
 
 def canonical_json(values: dict[str, Any]) -> str:
