@@ -135,6 +135,7 @@ CATALOGUE: dict[int, Entry] = {
     331: Entry("site is not the one registered with its key", "Name the site in its site file as it was admitted."),
     332: Entry("site is not connected", "Ask the hospital to look at fl_client --site NAME."),
     401: Entry("frozen backbone changed during training", "Do not use the result; report the case with the two digests."),
+    403: Entry("no noise keeps the study's epsilon", "Allow more epsilon, or fewer steps and rounds."),
     501: Entry("no site delivered a usable update", "Look at the sites' errors; the global model was kept."),
     502: Entry("run folder is in use or holds another run", "Choose another --out, or continue the same run with --resume."),
     503: Entry("simulation stopped before its end", "Continue with --resume after removing the cause."),

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from icmoe.config import Section, parse, read_toml
+from icmoe.study_privacy import Privacy
 
 Count = Annotated[int, Field(ge=0, le=64)]
 Weight = Annotated[float, Field(ge=0.0, le=100.0)]
@@ -184,6 +185,8 @@ class Study(Section):
     """Local training."""
     aggregation: Aggregation = Aggregation()
     """What the server does with the updates."""
+    privacy: Privacy = Privacy()
+    """Differential privacy; none by default."""
 
     @field_validator("labels")
     @classmethod
@@ -212,7 +215,7 @@ class Study(Section):
 
 
 # What came after the first studies were approved, by the section that holds it; "" is the study itself.
-_LATER = {"aggregation": ("form", "largest_size")}
+_LATER = {"": ("privacy",), "aggregation": ("form", "largest_size")}
 
 
 def canonical(study: Study) -> str:
