@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fl_server import flower
 from fl_server.home import Home
-from fl_server.rounds import RoundRecord, RunState
+from fl_server.run_state import RoundRecord, RunState, latest_state
 from icmoe.atomic import write_atomically
 from icmoe.bundle import PACKAGES, bundle_files
 from icmoe.errors import Fault, IcmoeError
@@ -19,6 +19,7 @@ from icmoe.study import Study, read_study
 
 LOOK_S = 1.0
 STATUS_S = 10.0
+STOP_S = 60.0
 # Beside its rounds a run meets its sites once and evaluates once; a restarted SuperLink may take some minutes more.
 SPARE_ROUNDS = 3
 RESTART_S = 600.0
@@ -65,7 +66,7 @@ class StudyFolder:
 
     def progress(self) -> RunState | None:
         """Return the committed state, None before the first round."""
-        return RunState.load(self.state, read_study(self.study)) if self.state.exists() else None
+        return latest_state(self.state, read_study(self.study))
 
     def faults(self) -> list[Fault]:
         """Return what stopped the last run, where it could say."""
@@ -87,8 +88,17 @@ def folders(home: Home) -> dict[str, StudyFolder]:
     return {folder.run_id: folder for folder in found if folder.run_id}
 
 
-def start(home: Home, path: Path) -> tuple[Study, StudyFolder]:
+def start(home: Home, path: Path, *, resume: bool = False) -> tuple[Study, StudyFolder]:
     """Check the study, lay out the app and submit it; a finished study is not submitted again.
+
+    Parameters
+    ----------
+    home
+        The coordinator's folder.
+    path
+        Study file.
+    resume
+        Whether a run of the study that Flower still holds is stopped first and its rounds gone on with; else it is an error.
 
     Raises
     ------
@@ -101,7 +111,9 @@ def start(home: Home, path: Path) -> tuple[Study, StudyFolder]:
         return study, folder
     known = {run.run_id: run for run in flower.runs(home)}
     last = known.get(folder.run_id)
-    if last is not None and not last.finished:
+    if last is not None and not last.finished and resume:
+        stop_and_wait(home, last.run_id)
+    elif last is not None and not last.finished:
         value = f"run {last.run_id}, {last.status}"
         raise IcmoeError(Fault(number=506, where=study.name, value=value, did="Nothing was submitted."))
     write_atomically(folder.study, path.read_bytes())
@@ -110,6 +122,22 @@ def start(home: Home, path: Path) -> tuple[Study, StudyFolder]:
     write_app(app)
     folder.note_run(flower.submit(home, app, folder.study))
     return study, folder
+
+
+def stop_and_wait(home: Home, run_id: str) -> None:
+    """Stop a run and return once the SuperLink says that it has ended.
+
+    Raises
+    ------
+    IcmoeError
+        510 where it has not after a minute.
+    """
+    flower.stop(home, run_id)
+    ends = time.monotonic() + STOP_S
+    while not flower.run_of(home, run_id).finished:
+        if time.monotonic() > ends:
+            raise IcmoeError(Fault(number=510, value=f"run {run_id}", did="It was told to stop; nothing was submitted."))
+        time.sleep(LOOK_S)
 
 
 def write_app(folder: Path) -> None:
@@ -171,7 +199,16 @@ def sentence(record: RoundRecord, study: Study) -> str:
     line = (
         f"round {record['round']} of {study.rounds}: {len(used)} of {len(used) + len(missing)} sites, loss {record['loss']:.4f}"
     )
-    return line + (f"; without {', '.join(missing)}" if missing else "")
+    line += f"; without {', '.join(missing)}" if missing else ""
+    return line + (f"; {privacy_sentence(record['privacy'])}" if record.get("privacy") else "")
+
+
+def privacy_sentence(spent: Mapping[str, str | float]) -> str:
+    """Return what was spent in one line: an epsilon never stands without its delta, unit, adjacency and accountant."""
+    return (
+        f"epsilon {spent['epsilon']:.3f} at delta {spent['delta']:g} per {spent['unit']} ({spent['adjacency']}; "
+        f"{spent['accountant']}; noise {spent['noise_multiplier']:.3g}, clip {spent['clip_norm']:.3g})"
+    )
 
 
 def dice_sentence(record: RoundRecord) -> str:

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fl_server.replies import Update
-from fl_server.router_aware import RouterAware, Tensors
+from fl_server.round_strategy import Tensors
+from fl_server.router_aware import RouterAware
 from fl_server.weights import FULL_STEP_SHARE, move_bias
 from icmoe.exchange import BALANCE_BIAS
 from icmoe.study import Aggregation
@@ -26,8 +27,8 @@ class FromSums(RouterAware):
         total = np.zeros(layout.length, dtype=np.float32)
         for update in updates:
             usage_M = np.array(update.usage_M, dtype=np.float64)
-            total += own_vector(layout, update.tensors, update.size, usage_M, self.study.aggregation)
-        return moved_by_sums(self._current, unpacked(layout, total), self.study.aggregation)
+            total += own_vector(layout, update.tensors, update.size, usage_M, self.settings)
+        return moved_by_sums(self._current, unpacked(layout, total), self.settings)
 
 
 def moved_by_sums(current: Tensors, sums: Sums, settings: Aggregation) -> Tensors:

@@ -156,6 +156,15 @@ class Aggregation(Section):
         return self
 
 
+class UpdateBounds(Section):
+    """What the server refuses of an update by its norm, all tensors together."""
+
+    largest_norm: Annotated[float, Field(gt=0.0, le=1e9)] = 1000.0
+    """Largest norm of an update."""
+    median_factor: Annotated[float, Field(gt=1.0, le=1e6)] = 5.0
+    """Largest norm in units of the round's median, from three updates on; unused under [privacy.server]."""
+
+
 class Study(Section):
     """One federated study."""
 
@@ -171,6 +180,8 @@ class Study(Section):
     """Usable updates without which the global model does not move."""
     deadline_s: Annotated[float, Field(gt=0.0, le=7 * 86400.0)] = 3600.0
     """Seconds that a round waits for its sites."""
+    retries: Annotated[int, Field(ge=0, le=100)] = 2
+    """Times that a round below its quorum is asked again, each within the deadline, before the run stops."""
     test_only: bool = False
     """Stamped on every output; the only studies that may use `sam-vit-test`."""
     labels: Annotated[tuple[Label, ...], Field(min_length=2, max_length=32)]
@@ -185,6 +196,8 @@ class Study(Section):
     """Local training."""
     aggregation: Aggregation = Aggregation()
     """What the server does with the updates."""
+    guard: UpdateBounds = UpdateBounds()
+    """Bounds of an update."""
     privacy: Privacy = Privacy()
     """Differential privacy; none by default."""
 
@@ -203,6 +216,15 @@ class Study(Section):
             raise ValueError("sam-vit-test only with test_only = true")
         return self
 
+    @model_validator(mode="after")
+    def _private_sum_depends_on_no_two_sites(self) -> Study:
+        rule = self.aggregation
+        coupled = rule.cap < 1.0 or rule.min_contributors > 1 or rule.shrinkage or rule.balance_step > 0.0
+        if self.privacy.server is not None and coupled:
+            wanted = "cap = 1.0, min_contributors = 1, shrinkage = false, balance_step = 0.0"
+            raise ValueError(f"[privacy.server] needs {wanted}: nothing may depend on the sites together")
+        return self
+
     @property
     def classes(self) -> int:
         """Number of classes K, the background counted."""
@@ -215,7 +237,7 @@ class Study(Section):
 
 
 # What came after the first studies were approved, by the section that holds it; "" is the study itself.
-_LATER = {"": ("privacy",), "aggregation": ("form", "largest_size")}
+_LATER = {"": ("privacy", "guard", "retries"), "aggregation": ("form", "largest_size")}
 
 
 def canonical(study: Study) -> str:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fl_server.app import make_strategy, start_state
 from fl_server.replies import Update
 from fl_server.roster import Roster
-from fl_server.router_aware import RouterAware, Tensors
+from fl_server.round_strategy import Tensors
+from fl_server.router_aware import RouterAware
 from fl_server.sums import FromSums
 from icmoe.errors import IcmoeError
 from icmoe.exchange import BALANCE_BIAS, expert_of, is_personal, is_usage_weighted
@@ -122,5 +123,5 @@ def test_a_study_that_asks_of_sums_what_they_do_not_tell_is_refused(changes: dic
 def test_the_study_chooses_the_form(make_study) -> None:
     roster = Roster(SITES, dict.fromkeys(SITES.values(), 10))
     study = make_study(aggregation={"form": "sums", "cap": 1.0, "starved": "keep"})
-    assert isinstance(make_strategy(study, roster), FromSums)
-    assert not isinstance(make_strategy(make_study(), roster), FromSums)
+    assert isinstance(make_strategy(study, roster).inner, FromSums)
+    assert not isinstance(make_strategy(make_study(), roster).inner, FromSums)
