@@ -17,9 +17,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from fl_server import audit
 from fl_server.aggregate import IDENTITY
+from fl_server.beside import audit_path, read_lifted, waiting_path
 from fl_server.data_check import check_data
 from fl_server.guard import Guard, Note
-from fl_server.lifting import audit_path, read_lifted
 from fl_server.private import Private
 from fl_server.roster import Roster, meet
 from fl_server.round_strategy import RoundStrategy, unheard
@@ -114,21 +114,23 @@ def run_study(grid: Grid, path: Path) -> None:
     found = latest_state(committed, study)
     state = start_state(study) if found is None else found
     if not state.closed:
-        say(f"{study.name}: waiting for {study.quorum} sites until {clock(study.deadline_s)}")
+        tell = partial(say, path)
+        tell(f"{study.name}: waiting for {study.quorum} sites until {clock(study.deadline_s)}")
         roster = meet(grid, study.quorum, study)
         if found is None:
             compare_sites(grid, roster, study, path.with_suffix(".data_check.json"))
         strategy = make_strategy(study, roster, note=partial(audit.note, audit_path(path)), lifted=partial(read_lifted, path))
         commit = partial(RunState.commit, path=committed, keep=KEPT)
-        run_rounds(grid, strategy, study, state, sites=roster.sites, commit=commit, tell=say)
+        run_rounds(grid, strategy, study, state, sites=roster.sites, commit=commit, tell=tell)
     header = ModelHeader(study=study, method="router-aware", round=state.round, phantoms=False)
     tensors = {name: torch.from_numpy(tensor) for name, tensor in state.arrays.items()}
     write_model(path.with_suffix(".model.safetensors"), tensors, header)
 
 
-def say(line: str) -> None:
-    """Print a line to the run's log, which flwr log shows, at once."""
+def say(path: Path, line: str) -> None:
+    """Print a line to the run's log, which flwr log shows, and leave it beside the study for fl_server run."""
     print(line, file=sys.stderr, flush=True)
+    write_atomically(waiting_path(path), line.encode(), durable=False)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from icmoe.chain import Entry, first_broken, linked
+from icmoe.chain import START, Entry, first_broken, linked
 from icmoe.errors import Fault, IcmoeError
 
 
@@ -57,6 +57,12 @@ def read(path: Path) -> list[Entry]:
     if broken := first_broken(entries):
         raise IcmoeError(_broken(path, broken))
     return entries
+
+
+def head(path: Path) -> str:
+    """Return "count:digest" of the last line, to be noted elsewhere; "0:" and zeros for an empty log."""
+    entries = read(path)
+    return f"{len(entries)}:{entries[-1]['hash'] if entries else START}"
 
 
 def _parsed(line: bytes, path: Path, number: int) -> Entry:

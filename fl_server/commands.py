@@ -13,8 +13,8 @@ from rich.table import Column, Table
 
 from fl_server import flower, submit
 from fl_server.audit import note
+from fl_server.beside import audit_path, lift
 from fl_server.home import read_home
-from fl_server.lifting import audit_path, lift
 from fl_server.run_state import RoundRecord
 from icmoe.bundle import bundle_digest, bundle_files
 from icmoe.errors import Fault, IcmoeError
@@ -38,7 +38,7 @@ def run_study(root: Path, path: Path, *, resume: bool, as_json: bool) -> None:
             sys.stdout.flush()
 
     try:
-        submit.follow(home, study, folder, tell)
+        submit.follow(home, study, folder, tell, say)
     except KeyboardInterrupt:
         say(f"The run goes on. See fl_server status {folder.run_id}, or fl_server stop {folder.run_id}.")
         sys.exit(130)

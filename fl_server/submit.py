@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fl_server import flower
+from fl_server import audit, flower
+from fl_server.beside import audit_path, waiting_path
+from fl_server.guard import Memory
 from fl_server.home import Home
 from fl_server.run_state import RoundRecord, RunState, latest_state
 from icmoe.atomic import write_atomically
 from icmoe.bundle import PACKAGES, bundle_files
 from icmoe.errors import Fault, IcmoeError
+from icmoe.server_privacy import spending_sentence
 from icmoe.study import Study, read_study
 
 LOOK_S = 1.0
@@ -67,6 +70,13 @@ class StudyFolder:
     def progress(self) -> RunState | None:
         """Return the committed state, None before the first round."""
         return latest_state(self.state, read_study(self.study))
+
+    def waiting(self) -> str:
+        """Return whom the run waits for and until when, as it said last."""
+        try:
+            return waiting_path(self.study).read_text()
+        except OSError:
+            return ""
 
     def faults(self) -> list[Fault]:
         """Return what stopped the last run, where it could say."""
@@ -151,8 +161,10 @@ def write_app(folder: Path) -> None:
         write_atomically(folder / name, data, durable=False)
 
 
-def follow(home: Home, study: Study, folder: StudyFolder, tell: Callable[[RoundRecord], None]) -> None:
-    """Tell of each round once it is committed and return when the run has completed.
+def follow(
+    home: Home, study: Study, folder: StudyFolder, tell: Callable[[RoundRecord], None], say: Callable[[str], None]
+) -> None:
+    """Tell of each round once it is committed, say whom the run waits for, and return when it has completed.
 
     Flower's own stream ends without an error when a run fails or the SuperLink restarts; here the SuperLink is asked.
 
@@ -162,12 +174,15 @@ def follow(home: Home, study: Study, folder: StudyFolder, tell: Callable[[RoundR
         What stopped the study, with 507 where the run failed, 509 where it was stopped, 510 where it did not end in time.
     """
     ends = time.monotonic() + (study.rounds + SPARE_ROUNDS) * study.deadline_s + RESTART_S
-    told, next_status, closed = 0, 0.0, False
+    told, next_status, closed, said = 0, 0.0, False, folder.waiting()
     while time.monotonic() < ends:
         state = folder.progress()
         for record in state.history[told:] if state is not None else []:
             tell(record)
             told += 1
+        if (line := folder.waiting()) != said:
+            say(line)
+            said = line
         just_closed = state is not None and state.closed and not closed
         closed = closed or just_closed
         if just_closed or time.monotonic() >= next_status:
@@ -200,15 +215,13 @@ def sentence(record: RoundRecord, study: Study) -> str:
         f"round {record['round']} of {study.rounds}: {len(used)} of {len(used) + len(missing)} sites, loss {record['loss']:.4f}"
     )
     line += f"; without {', '.join(missing)}" if missing else ""
-    return line + (f"; {privacy_sentence(record['privacy'])}" if record.get("privacy") else "")
+    return line + (f"; {spending_sentence(record['privacy'])}" if record.get("privacy") else "")
 
 
-def privacy_sentence(spent: Mapping[str, str | float]) -> str:
-    """Return what was spent in one line: an epsilon never stands without its delta, unit, adjacency and accountant."""
-    return (
-        f"epsilon {spent['epsilon']:.3f} at delta {spent['delta']:g} per {spent['unit']} ({spent['adjacency']}; "
-        f"{spent['accountant']}; noise {spent['noise_multiplier']:.3g}, clip {spent['clip_norm']:.3g})"
-    )
+def sitting_out(state: RunState | None) -> list[str]:
+    """Return the sites that are not asked after refused updates, by name."""
+    memory = Memory() if state is None else Memory.unpacked(state.extra)
+    return sorted(site for site in memory.refused if memory.sits_out(site))
 
 
 def dice_sentence(record: RoundRecord) -> str:
@@ -226,6 +239,7 @@ def summary(home: Home) -> list[dict[str, Any]]:
         if (folder := by_run.get(run.run_id)) is not None:
             study, state = read_study(folder.study), folder.progress()
             row |= {"study": study.name, "rounds": study.rounds, "rounds_done": state.round if state else 0}
+            row |= {"sits_out": sitting_out(state), "audit_head": audit.head(audit_path(folder.study))}
             row["val_dice"] = (
                 next((r["val_dice"] for r in reversed(state.history) if r["val_dice"] is not None), None) if state else None
             )

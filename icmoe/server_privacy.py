@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -49,3 +50,11 @@ class ServerPrivacy(Section):
         if self.delta > 1.0 / self.sites:
             raise ValueError(f"delta at most 1 / sites = {1.0 / self.sites:g}")
         return self
+
+
+def spending_sentence(spent: Mapping[str, str | float]) -> str:
+    """Return what a round's record says of privacy in one line: no epsilon without delta, unit, adjacency and accountant."""
+    return (
+        f"epsilon {spent['epsilon']:.3f} at delta {spent['delta']:g} per {spent['unit']} ({spent['adjacency']}; "
+        f"{spent['accountant']}; noise {spent['noise_multiplier']:.3g}, clip {spent['clip_norm']:.3g})"
+    )

@@ -16,8 +16,8 @@ from test_rounds import ROSTER, SITES, Answer, Wire, honest
 
 from fl_server import audit
 from fl_server.app import make_strategy, start_state
+from fl_server.beside import lift, read_lifted
 from fl_server.guard import MOST_REFUSALS, Memory
-from fl_server.lifting import lift, read_lifted
 from fl_server.round_strategy import unheard
 from fl_server.rounds import run_rounds
 from fl_server.run_state import RunState

@@ -1,4 +1,4 @@
-"""A person lets a site in again that sits out after refused updates: a file beside the study, which the guard reads."""
+"""What lies beside a study file for people: the audit log, whom the run waits for, and which site a person let in again."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ _LIFTED = TypeAdapter(dict[str, int])
 def audit_path(study: Path) -> Path:
     """Return the audit log of a study file."""
     return study.with_suffix(".audit.jsonl")
+
+
+def waiting_path(study: Path) -> Path:
+    """Return the file in which a run says whom it waits for."""
+    return study.with_suffix(".waiting.txt")
 
 
 def read_lifted(study: Path) -> dict[str, int]:
