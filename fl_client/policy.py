@@ -52,7 +52,7 @@ class Policy(Section):
 
 
 def epsilon_of(study: Study) -> float:
-    """Return the epsilon of the whole study for each patient, as declared or as its noise gives; infinite without privacy at the site.
+    """Return the whole study's epsilon for each patient, declared or from its noise; infinite without privacy at the site.
 
     Raises
     ------

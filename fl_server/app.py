@@ -5,20 +5,30 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fl_server import audit
+from fl_server.aggregate import IDENTITY
+from fl_server.beside import audit_path, read_lifted, waiting_path
 from fl_server.data_check import check_data
+from fl_server.guard import Guard, Note
+from fl_server.private import Private
 from fl_server.receipts import Receipted
 from fl_server.roster import Roster, meet
-from fl_server.rounds import RoundStrategy, RunState, run_rounds
+from fl_server.round_strategy import RoundStrategy, unheard
+from fl_server.rounds import clock, run_rounds
 from fl_server.router_aware import RouterAware
+from fl_server.run_state import KEPT, RunState, latest_state
 from fl_server.server_optimizer import ServerOptimized
+from fl_server.sums import FromSums
 from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError, print_faults
 from icmoe.exchange import global_state
@@ -29,10 +39,31 @@ from icmoe.study import Study, derived_seed, read_study
 log = logging.getLogger("fl_server")
 
 
-def make_strategy(study: Study, roster: Roster) -> RoundStrategy:
-    """Return the study's strategy: router-aware FedAvg, wrapped by a server optimiser where the study names one."""
-    strategy = RouterAware(study, roster.sites, roster.sizes)
-    return strategy if study.aggregation.optimizer == "none" else ServerOptimized(strategy)
+def make_strategy(
+    study: Study,
+    roster: Roster,
+    *,
+    note: Note = unheard,
+    lifted: Callable[[], Mapping[str, int]] = dict,
+) -> Guard:
+    """Return the study's strategy: router-aware FedAvg, optimised, private or robust as the study says, and guarded.
+
+    Parameters
+    ----------
+    study
+        What it says of aggregation, privacy and bounds decides.
+    roster
+        Who takes part.
+    note, lifted
+        As for `Guard`.
+    """
+    private = study.privacy.server is not None
+    form = FromSums if study.aggregation.form == "sums" and not private else RouterAware
+    mean = form(study, roster.sites, roster.sizes, IDENTITY if private else None)
+    strategy: RoundStrategy = mean if study.aggregation.optimizer == "none" else ServerOptimized(mean)
+    if private:
+        strategy = Private(strategy, study, roster.sites)
+    return Guard(strategy, study, roster.sites, roster.sizes, note=note, lifted=lifted)
 
 
 def compare_sites(grid: Grid, roster: Roster, study: Study, path: Path) -> None:
@@ -81,17 +112,27 @@ def run_study(grid: Grid, path: Path) -> None:
     """
     study = read_study(path)
     committed = path.with_suffix(".state.safetensors")
-    state = RunState.load(committed, study) if committed.exists() else start_state(study)
+    found = latest_state(committed, study)
+    state = start_state(study) if found is None else found
     if not state.closed:
+        tell = partial(say, path)
+        tell(f"{study.name}: waiting for {study.quorum} sites until {clock(study.deadline_s)}")
         roster = meet(grid, study.quorum, study)
-        if not committed.exists():
+        if found is None:
             compare_sites(grid, roster, study, path.with_suffix(".data_check.json"))
-        strategy = make_strategy(study, roster)
+        strategy = make_strategy(study, roster, note=partial(audit.note, audit_path(path)), lifted=partial(read_lifted, path))
+        commit = partial(RunState.commit, path=committed, keep=KEPT)
         receipted = Receipted(grid, roster.sites, path.parent.parent / "receipts")
-        run_rounds(receipted, strategy, study, state, sites=roster.sites, commit=lambda now: now.commit(committed))
+        run_rounds(receipted, strategy, study, state, sites=roster.sites, commit=commit, tell=tell)
     header = ModelHeader(study=study, method="router-aware", round=state.round, phantoms=False)
     tensors = {name: torch.from_numpy(tensor) for name, tensor in state.arrays.items()}
     write_model(path.with_suffix(".model.safetensors"), tensors, header)
+
+
+def say(path: Path, line: str) -> None:
+    """Print a line to the run's log, which flwr log shows, and leave it beside the study for fl_server run."""
+    print(line, file=sys.stderr, flush=True)
+    write_atomically(waiting_path(path), line.encode(), durable=False)
 
 
 @contextmanager

@@ -127,13 +127,18 @@ def superlink(
 
 
 @app.command()
-def run(study: Annotated[Path, typer.Argument(help="Study file, TOML.")], home: Home, as_json: AsJson = False) -> None:
-    """Submit a study and follow its rounds; exits with 0 only when the study completed."""
+def run(
+    study: Annotated[Path, typer.Argument(help="Study file, TOML.")],
+    home: Home,
+    resume: Annotated[bool, typer.Option("--resume", help="Stop a live run of the study first, then go on with it.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a study and follow its rounds; exits with 0 only when the study completed. A stopped study goes on where it was."""
     from fl_server.commands import run_study
 
     with exit_on_fault():
         require_supported_platform()
-        run_study(home, study, as_json=as_json)
+        run_study(home, study, resume=resume, as_json=as_json)
 
 
 @app.command()
@@ -165,6 +170,19 @@ def stop(run_id: Annotated[str, typer.Argument(help="Run.")], home: Home) -> Non
 
     with exit_on_fault():
         stop_run(home, run_id)
+
+
+@app.command()
+def lift(
+    site: Annotated[str, typer.Argument(help="Name of the site.")],
+    run_id: Annotated[str, typer.Argument(help="Run.")],
+    home: Home,
+) -> None:
+    """Let a site in again that sits out after three refused updates."""
+    from fl_server.commands import lift_site
+
+    with exit_on_fault(), file_errors():
+        lift_site(home, site, run_id)
 
 
 def main() -> None:

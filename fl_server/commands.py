@@ -12,16 +12,18 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from fl_server import flower, submit
+from fl_server.audit import note
+from fl_server.beside import audit_path, lift
 from fl_server.home import read_home
-from fl_server.rounds import RoundRecord
+from fl_server.run_state import RoundRecord
 from icmoe.bundle import bundle_digest, bundle_files
 from icmoe.errors import Fault, IcmoeError
 
 
-def run_study(root: Path, path: Path, *, as_json: bool) -> None:
+def run_study(root: Path, path: Path, *, resume: bool, as_json: bool) -> None:
     """Submit a study and follow it; the exit code is 0 only where it completed."""
     home = read_home(root)
-    study, folder = submit.start(home, path)
+    study, folder = submit.start(home, path, resume=resume)
     say = Console(stderr=as_json, highlight=False, soft_wrap=True).print
     if folder.model.exists():
         say(f"{study.name} is complete: {folder.model}")
@@ -36,7 +38,7 @@ def run_study(root: Path, path: Path, *, as_json: bool) -> None:
             sys.stdout.flush()
 
     try:
-        submit.follow(home, study, folder, tell)
+        submit.follow(home, study, folder, tell, say)
     except KeyboardInterrupt:
         say(f"The run goes on. See fl_server status {folder.run_id}, or fl_server stop {folder.run_id}.")
         sys.exit(130)
@@ -60,6 +62,16 @@ def show_runs(root: Path, *, run_id: str | None, newest: bool, as_json: bool) ->
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
         return
     Console().print(_table(rows))
+
+
+def lift_site(root: Path, site: str, run_id: str) -> None:
+    """Let a site in again that sits out."""
+    folder = submit.folders(read_home(root)).get(run_id)
+    if folder is None:
+        raise IcmoeError(Fault(number=508, value=run_id))
+    done = lift(folder.study, site)
+    note(audit_path(folder.study), "lift asked", {"site": site, "round": done})
+    Console().print(f"{site} is asked again from the next round on, after round {done}.", highlight=False)
 
 
 def stop_run(root: Path, run_id: str) -> None:

@@ -16,8 +16,9 @@ def ask(
     deadline_s: float,
     poll_s: float = 1.0,
     on_reply: Callable[[Message], None] | None = None,
+    late: set[str] | None = None,
 ) -> list[Message]:
-    """Return the replies that arrive before the deadline.
+    """Return the replies that arrive before the deadline, and late ones to earlier messages that come meanwhile.
 
     Parameters
     ----------
@@ -31,16 +32,21 @@ def ask(
         Seconds between looks.
     on_reply
         Called with each reply as it arrives.
+    late
+        Earlier messages without an answer; those of this call that stay without one are added.
     """
     ends = time.monotonic() + deadline_s
     waiting = set(grid.push_messages(messages))
     replies: list[Message] = []
+    overdue = set() if late is None else late
     while waiting and time.monotonic() < ends:
-        for reply in grid.pull_messages(waiting):
-            waiting.discard(reply.metadata.reply_to_message_id)
-            replies.append(reply)
-            if on_reply is not None:
+        for reply in grid.pull_messages(waiting | overdue):
+            if on_reply is not None and reply.metadata.reply_to_message_id in waiting:
                 on_reply(reply)
+            waiting.discard(reply.metadata.reply_to_message_id)
+            overdue.discard(reply.metadata.reply_to_message_id)
+            replies.append(reply)
         if waiting:
             time.sleep(poll_s)
+    overdue |= waiting
     return replies

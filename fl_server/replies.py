@@ -67,7 +67,16 @@ def mean_loss(updates: Sequence[Update]) -> float | None:
 
 
 class Refusal(Exception):
-    """A reply that cannot be used; its text is the reason."""
+    """A reply that cannot be used: the reason, the value and what is allowed."""
+
+    def __init__(self, reason: str, value: str = "", limit: str = "") -> None:
+        super().__init__(reason)
+        self.value, self.limit = value, limit
+
+    def fault(self, site: str, number: int = 504) -> Fault:
+        """Return the refusal as a fault of a site."""
+        did = "The round went on without it."
+        return Fault(number=number, where=site, what=f"update was refused, {self}", value=self.value, limit=self.limit, did=did)
 
 
 def parse_replies(
@@ -98,10 +107,10 @@ def parse_replies(
             continue
         try:
             if not site or site in updates:
-                raise Refusal("a reply from a node that was not asked" if not site else "a second reply in one round")
-            updates[site] = _parse(reply, site, study, current)
+                raise Refusal("it is from a node that was not asked" if not site else "it is the second of one round")
+            updates[site] = parse_update(reply, site, study, current)
         except Refusal as refusal:
-            faults.append(Fault(number=504, where=site, what="update was refused", value=str(refusal)))
+            faults.append(refusal.fault(site))
     return [updates[site] for site in sorted(updates)], faults
 
 
@@ -117,13 +126,20 @@ def reported_number(reason: str | None) -> int:
     return number if number in CATALOGUE else 304
 
 
-def _parse(reply: Message, site: str, study: Study, current: Mapping[str, npt.NDArray[np.float32]]) -> Update:
+def parse_update(reply: Message, site: str, study: Study, current: Mapping[str, npt.NDArray[np.float32]]) -> Update:
+    """Return the update of a reply that is no error.
+
+    Raises
+    ------
+    Refusal
+        Where anything in it is not as the study says.
+    """
     content = reply.content
     if set(content) != {UPDATE, NUMBERS}:
-        raise Refusal(f"records {sorted(content)} instead of {UPDATE} and {NUMBERS}")
+        raise Refusal("it holds other records", f"{sorted(content)}"[:80], f"{UPDATE} and {NUMBERS}")
     arrays, numbers = content[UPDATE], content[NUMBERS]
     if not isinstance(arrays, ArrayRecord) or not isinstance(numbers, MetricRecord):
-        raise Refusal("records of another type")
+        raise Refusal("its records have another type", f"{type(arrays).__name__} and {type(numbers).__name__}")
     privacy = study.privacy.site
     if privacy is not None:
         _require_private(numbers, privacy)
@@ -142,9 +158,9 @@ def _parse(reply: Message, site: str, study: Study, current: Mapping[str, npt.ND
 def _require_private(numbers: MetricRecord, privacy: SitePrivacy) -> None:
     """Refuse what a site under privacy would not have sent: it did not follow the study."""
     if withheld := sorted({LOSS_KEY, SECONDS_KEY} & set(numbers)):
-        raise Refusal(f"{', '.join(withheld)}: withheld in a private study")
+        raise Refusal("it tells what a private study withholds", ", ".join(withheld))
     if numbers.get(SLICES_KEY) != privacy.patients:
-        raise Refusal(f"{SLICES_KEY} = {numbers.get(SLICES_KEY)!r}, not the study's public {privacy.patients}")
+        raise Refusal(f"{SLICES_KEY} is not the study's public number", repr(numbers.get(SLICES_KEY))[:40], str(privacy.patients))
 
 
 def _tensors(
@@ -155,14 +171,18 @@ def _tensors(
         name for name in current if not name.endswith("balance_bias_M") and not (personal and is_personal(name, study.model))
     }
     if set(arrays) != expected:
-        raise Refusal(f"tensors differ from the study's: {sorted(set(arrays) ^ expected)[:3]}")
+        missing, extra = sorted(expected - set(arrays)), sorted(set(arrays) - expected)
+        value = f"{len(missing)} missing, {len(extra)} extra, such as {(missing + extra)[0][:60]}"
+        raise Refusal("its tensors are not the study's", value, f"{len(expected)} tensors")
     tensors = {}
     for name in sorted(expected):
         tensor = arrays[name].numpy()
         if tensor.dtype != np.float32 or tensor.shape != current[name].shape:
-            raise Refusal(f"{name} is {tensor.dtype} {tensor.shape}, not float32 {current[name].shape}")
+            value, limit = f"{tensor.dtype} {tensor.shape}", f"float32 {current[name].shape}"
+            raise Refusal(f"{name} has another type or shape", value, limit)
         if not np.isfinite(tensor).all():
-            raise Refusal(f"{name} holds NaN or infinity")
+            value = f"{np.count_nonzero(~np.isfinite(tensor))} of {tensor.size} values"
+            raise Refusal(f"{name} holds NaN or infinity", value, "finite")
         tensors[name] = tensor
     return tensors
 
@@ -170,22 +190,23 @@ def _tensors(
 def _number(numbers: MetricRecord, key: str) -> float:
     value = numbers.get(key)
     if not isinstance(value, int | float) or not math.isfinite(value):
-        raise Refusal(f"{key} = {value!r}, not a finite number")
+        raise Refusal(f"{key} is no finite number", repr(value)[:40])
     return float(value)
 
 
 def _whole(numbers: MetricRecord, key: str) -> int:
     value = numbers.get(key)
     if not isinstance(value, int) or value < 1:
-        raise Refusal(f"{key} = {value!r}, not a whole number above 0")
+        raise Refusal(f"{key} is no whole number above 0", repr(value)[:40], "at least 1")
     return value
 
 
 def _usage(numbers: MetricRecord, experts: int) -> tuple[float, ...]:
     value = numbers.get(USAGE_KEY)
     if not isinstance(value, list) or len(value) != experts:
-        raise Refusal(f"usage is not a list of {experts} numbers")
+        raise Refusal("usage is no list of a number per expert", repr(value)[:40], f"{experts} numbers")
     on_simplex = all(math.isfinite(u) and u >= 0.0 for u in value) and abs(sum(value) - 1.0) <= SIMPLEX_TOLERANCE
     if experts and not on_simplex:
-        raise Refusal("usage is not on the simplex")
+        found = f"sum {sum(value):.4g}, least {min(value):.4g}"
+        raise Refusal("usage is not on the simplex", found, "sum 1, none below 0")
     return tuple(float(u) for u in value)

@@ -7,110 +7,26 @@ this halves what is sent down and saves a process start per site and round.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from datetime import UTC, datetime, timedelta
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from fl_server.exchanging import ask
 from fl_server.replies import mean_loss
 from fl_server.roster import await_online, online
-from fl_server.router_aware import RoundReport, Tensors
-from icmoe.atomic import write_atomically
+from fl_server.round_strategy import RoundReport, RoundStrategy, Tensors, unheard
+from fl_server.run_state import RoundRecord, RunState
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import DICE_KEY, LOSS_KEY, NUMBERS, PATIENTS_KEY
 from icmoe.model import names_of
 from icmoe.study import Study
 
-RoundRecord = dict[str, Any]
-
-
-class RoundStrategy(Protocol):
-    """A Flower strategy that also reports what it saw."""
-
-    @property
-    def report(self) -> RoundReport:
-        """What the strategy saw in the last round."""
-
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """Return the round's training messages."""
-
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Return the new global arrays."""
-
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """Return the closing evaluation messages."""
-
-    def state(self) -> Tensors:
-        """Return what the strategy must remember between rounds."""
-
-    def load_state(self, state: Tensors) -> None:
-        """Take it back from a commit."""
-
-
-@dataclass(slots=True)
-class RunState:
-    """What is committed after each round.
-
-    Parameters
-    ----------
-    study_digest
-        Of the study that this is the state of.
-    arrays
-        Global tensors.
-    round
-        Rounds done.
-    history
-        One record per round.
-    extra
-        State of a server optimiser.
-    closed
-        Whether the closing evaluation is in the history.
-    """
-
-    study_digest: str
-    arrays: Tensors
-    round: int = 0
-    history: list[RoundRecord] = field(default_factory=list)
-    extra: Tensors = field(default_factory=dict)
-    closed: bool = False
-
-    def commit(self, path: Path) -> None:
-        """Write the state atomically."""
-        header = {"study": self.study_digest, "round": self.round, "history": self.history, "closed": self.closed}
-        tensors = {**{f"global.{name}": value for name, value in self.arrays.items()}, **self.extra}
-        write_atomically(path, save(dict(sorted(tensors.items())), metadata={"state": json.dumps(header)}))
-
-    @staticmethod
-    def load(path: Path, study: Study) -> RunState:
-        """Return the committed state.
-
-        Raises
-        ------
-        IcmoeError
-            502 where the file is damaged or belongs to another study.
-        """
-        try:
-            with safe_open(path, framework="numpy") as file:
-                header = json.loads(file.metadata()["state"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise IcmoeError(Fault(number=502, where=path.name, what="committed state is damaged", value=str(error))) from None
-        if header["study"] != study.digest:
-            value, limit = header["study"][:12], study.digest[:12]
-            raise IcmoeError(
-                Fault(number=502, where=path.name, what="committed state of another study", value=value, limit=limit)
-            )
-        arrays = {name.removeprefix("global."): value for name, value in tensors.items() if name.startswith("global.")}
-        extra = {name: value for name, value in tensors.items() if not name.startswith("global.")}
-        return RunState(header["study"], arrays, header["round"], header["history"], extra, header["closed"])
+# A site that answers at once that it cannot now is not asked again at once.
+PAUSE_S, PAUSE_SHARE = 30.0, 0.1
 
 
 def run_rounds(
@@ -124,6 +40,7 @@ def run_rounds(
     poll_s: float = 1.0,
     on_reply: Callable[[int, str], None] | None = None,
     on_round: Callable[[RoundRecord], None] | None = None,
+    tell: Callable[[str], None] = unheard,
 ) -> RunState:
     """Run the rounds that are left and the closing evaluation; `state` is moved on and committed after each.
 
@@ -143,50 +60,145 @@ def run_rounds(
         Called with (round, site) as replies arrive.
     on_round
         Called with each round's record.
+    tell
+        Called with a sentence before each wait: for whom, until when.
 
     Raises
     ------
     IcmoeError
-        501 where a round brings no usable update at all or fewer sites than the quorum are connected until the deadline;
-        what was committed stays.
+        501 where a round brings no usable update at all or fewer sites than the quorum are connected until the deadline, 515
+        where it stays below the quorum after all retries; what was committed stays.
     """
-
-    def heard(number: int) -> Callable[[Message], None]:
-        return lambda reply: on_reply(number, sites.get(reply.metadata.src_node_id, "?")) if on_reply is not None else None
-
     strategy.load_state(state.extra)
+    post = Post(grid, sites, study.deadline_s, poll_s, on_reply=on_reply, tell=tell)
     while state.round < study.rounds:
-        number = state.round + 1
-        began = time.perf_counter()
-        arrays = ArrayRecord({name: Array(tensor) for name, tensor in state.arrays.items()})
-        reached = await_online(grid, min(study.quorum, len(sites)), deadline_s=study.deadline_s, poll_s=poll_s, among=sites)
-        messages = reachable(strategy.configure_train(number, arrays, ConfigRecord(), grid), reached)
-        replies = ask(grid, messages, deadline_s=study.deadline_s, poll_s=poll_s, on_reply=heard(number))
-        trained_s = time.perf_counter() - began
-        replies = [reply for reply in replies if reply.metadata.src_node_id in sites]
-        moved, _ = strategy.aggregate_train(number, replies)
-        strategy.report.faults += silences(sites, reached, replies)
-        if not strategy.report.updates:
-            raise IcmoeError(Fault(number=501, where=f"round {number}"), *strategy.report.faults)
-        if moved is not None:
-            state.arrays = {name: array.numpy() for name, array in moved.items()}
+        outcome = play_round(post, strategy, study, state)
+        state.arrays = {name: array.numpy() for name, array in outcome.moved.items()}
         state.extra = strategy.state()
-        note_validation(state, _validation(replies, sites))
-        seconds = {"train": trained_s, "aggregate": time.perf_counter() - began - trained_s}
-        size_down_bytes = sum(len(array.data) for array in arrays.values())
-        state.history.append(round_record(number, strategy.report, study, size_down_bytes, seconds))
-        state.round = number
+        note_validation(state, _validation(outcome.replies, sites))
+        state.history.append(round_record(state.round + 1, strategy.report, study, outcome))
+        state.round += 1
         commit(state)
         if on_round is not None:
             on_round(state.history[-1])
     if not state.closed:
-        arrays = ArrayRecord({name: Array(tensor) for name, tensor in state.arrays.items()})
-        messages = reachable(strategy.configure_evaluate(study.rounds, arrays, ConfigRecord(), grid), online(grid))
-        replies = ask(grid, messages, deadline_s=study.deadline_s, poll_s=poll_s, on_reply=heard(study.rounds))
+        messages = strategy.configure_evaluate(study.rounds, _record(state.arrays), ConfigRecord(), grid)
+        replies = post.ask(study.rounds, messages, online(grid), "closing evaluation")
         note_validation(state, _validation(replies, sites))
         state.closed = True
         commit(state)
     return state
+
+
+@dataclass(slots=True)
+class Post:
+    """Asks the sites and waits for them, never longer than the deadline and never without saying so.
+
+    Parameters
+    ----------
+    grid, sites, deadline_s, poll_s, on_reply, tell
+        As for `run_rounds`.
+    late
+        Messages that no answer came to in time; what still comes is handed on, for the strategy to refuse.
+    """
+
+    grid: Grid
+    sites: Mapping[int, str]
+    deadline_s: float
+    poll_s: float
+    on_reply: Callable[[int, str], None] | None
+    tell: Callable[[str], None]
+    late: set[str] = field(default_factory=set)
+
+    def ask(self, number: int, messages: Iterable[Message], nodes: Container[int], what: str) -> list[Message]:
+        """Return the answers of the sites among these nodes."""
+        wanted = reachable(messages, nodes)
+        names = ", ".join(sorted(self.sites.get(message.metadata.dst_node_id, "?") for message in wanted))
+        self.tell(f"{what}: waiting for {names or 'nobody'} until {clock(self.deadline_s)}")
+
+        def heard(reply: Message) -> None:
+            if self.on_reply is not None:
+                self.on_reply(number, self.sites.get(reply.metadata.src_node_id, "?"))
+
+        replies = ask(self.grid, wanted, deadline_s=self.deadline_s, poll_s=self.poll_s, on_reply=heard, late=self.late)
+        return [reply for reply in replies if reply.metadata.src_node_id in self.sites]
+
+    def connected(self, count: int, what: str) -> dict[int, str]:
+        """Return the connected nodes of the sites as soon as there are enough."""
+        self.tell(f"{what}: waiting for {count} of {', '.join(sorted(self.sites.values()))} until {clock(self.deadline_s)}")
+        return await_online(self.grid, count, deadline_s=self.deadline_s, poll_s=self.poll_s, among=self.sites)
+
+
+def clock(seconds: float) -> str:
+    """Return the time in so many seconds, as people read it."""
+    return (datetime.now(UTC) + timedelta(seconds=seconds)).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A round that reached its quorum.
+
+    Parameters
+    ----------
+    moved
+        New global arrays.
+    replies
+        All that came for it.
+    attempts
+        Times that it was asked, 1 where nothing went wrong.
+    size_down_bytes
+        Bytes of the tensors to each site.
+    seconds
+        Of training and aggregation.
+    """
+
+    moved: ArrayRecord
+    replies: list[Message]
+    attempts: int
+    size_down_bytes: int
+    seconds: dict[str, float]
+
+
+def play_round(post: Post, strategy: RoundStrategy, study: Study, state: RunState) -> Outcome:
+    """Ask for a round until it reaches its quorum; usable updates are kept, the other sites are asked again.
+
+    Raises
+    ------
+    IcmoeError
+        501, 515 as `run_rounds`.
+    """
+    number, most, needed = state.round + 1, study.retries + 1, min(study.quorum, len(post.sites))
+    replies, sizes, began = list[Message](), sum(tensor.nbytes for tensor in state.arrays.values()), time.perf_counter()
+    for attempt in range(1, most + 1):
+        what = f"round {number} of {study.rounds}" + (f", attempt {attempt} of {most}" if attempt > 1 else "")
+        reached = post.connected(needed, what)
+        arrays = _record(state.arrays)
+        sizes = sum(len(array.data) for array in arrays.values())
+        have = {reply.metadata.src_node_id for reply in replies}
+        messages = [
+            message
+            for message in strategy.configure_train(number, arrays, ConfigRecord(), post.grid)
+            if message.metadata.dst_node_id not in have
+        ]
+        replies += post.ask(number, messages, reached, what)
+        trained_s = time.perf_counter() - began
+        moved, _ = strategy.aggregate_train(number, replies)
+        strategy.report.faults += silences(post.sites, reached, replies, strategy.report.faults)
+        used = {update.site for update in strategy.report.updates}
+        if moved is not None and used:
+            seconds = {"train": trained_s, "aggregate": time.perf_counter() - began - trained_s}
+            return Outcome(moved=moved, replies=replies, attempts=attempt, size_down_bytes=sizes, seconds=seconds)
+        replies = [reply for reply in replies if post.sites[reply.metadata.src_node_id] in used]
+        post.tell(f"{what}: {len(used)} usable updates, {study.quorum} are needed; the model did not move")
+        if attempt < most:
+            time.sleep(min(PAUSE_S, PAUSE_SHARE * study.deadline_s))
+    did, value, limit = f"It was asked {most} times; the model did not move.", f"{len(used)} usable", f"at least {study.quorum}"
+    fault = Fault(number=515 if used else 501, where=f"round {number}", value=value, limit=limit, did=did)
+    raise IcmoeError(fault, *strategy.report.faults)
+
+
+def _record(tensors: Tensors) -> ArrayRecord:
+    return ArrayRecord({name: Array(tensor) for name, tensor in tensors.items()})
 
 
 def reachable(messages: Iterable[Message], nodes: Container[int]) -> list[Message]:
@@ -194,11 +206,19 @@ def reachable(messages: Iterable[Message], nodes: Container[int]) -> list[Messag
     return [message for message in messages if message.metadata.dst_node_id in nodes]
 
 
-def silences(sites: Mapping[int, str], reached: Container[int], replies: Iterable[Message]) -> list[Fault]:
-    """Return a fault per site that is not connected or did not answer; what Flower answers in its stead does not count."""
+def silences(
+    sites: Mapping[int, str], reached: Container[int], replies: Iterable[Message], known: Iterable[Fault]
+) -> list[Fault]:
+    """Return a fault per site that is not connected or did not answer; what Flower answers in its stead does not count.
+
+    Sites that sit out by the faults `known` were not asked.
+    """
     answered = {reply.metadata.src_node_id for reply in replies}
+    out = {fault.where for fault in known if fault.number == 514}
     faults = []
     for node, name in sorted(sites.items(), key=lambda item: item[1]):
+        if name in out:
+            continue
         if node not in reached:
             faults.append(Fault(number=332, where=name, did="The round went on without the site."))
         elif node not in answered:
@@ -231,9 +251,7 @@ def note_validation(state: RunState, found: Mapping[str, tuple[float, int]]) -> 
     record["val_dice"] = sum(dice * count for dice, count in found.values()) / patients
 
 
-def round_record(
-    number: int, report: RoundReport, study: Study, size_down_bytes: int, seconds: Mapping[str, float]
-) -> RoundRecord:
+def round_record(number: int, report: RoundReport, study: Study, outcome: Outcome) -> RoundRecord:
     """Return the record of a round as plain values."""
     experts = names_of(study.model)
     sites = {
@@ -244,7 +262,7 @@ def round_record(
             "steps": update.steps,
             "seconds": update.train_s,
             "bytes_up": update.size_bytes,
-            "bytes_down": size_down_bytes,
+            "bytes_down": outcome.size_down_bytes,
         }
         for update in report.updates
     }
@@ -263,7 +281,9 @@ def round_record(
         "usage_spread": report.spread,
         "expert_weights": shares,
         "bytes_up": sum(update.size_bytes for update in report.updates),
-        "bytes_down": size_down_bytes * len(report.updates),
-        "seconds": dict(seconds),
+        "bytes_down": outcome.size_down_bytes * len(report.updates),
+        "seconds": outcome.seconds,
+        "attempts": outcome.attempts,
+        "privacy": report.privacy,
         "faults": [fault.record() for fault in report.faults],
     }

@@ -10,8 +10,7 @@ With ``usage_exponent = 0``, no floor, no cap, no gate and no shrinkage this is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +19,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fl_server.replies import Update, mean_loss, parse_replies
-from fl_server.weights import ExpertWeights, balance_step, expert_weights, plain_share, usage_spread
-from icmoe.errors import Fault
+from fl_server.round_strategy import RoundReport, State, Tensors
+from fl_server.weights import balance_step, expert_weights, plain_share
 from icmoe.exchange import (
     ARRAYS,
     BALANCE_BIAS,
@@ -35,33 +34,7 @@ from icmoe.exchange import (
     expert_of,
     is_usage_weighted,
 )
-from icmoe.study import Study
-
-Tensors = dict[str, npt.NDArray[np.float32]]
-
-
-@dataclass(slots=True)
-class RoundReport:
-    """What the strategy saw in a round.
-
-    Parameters
-    ----------
-    updates
-        Accepted, in site order, without their tensors.
-    faults
-        One per site that failed or was refused.
-    weights
-        None without experts or below the quorum.
-    """
-
-    updates: list[Update] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
-    weights: ExpertWeights | None = None
-
-    @property
-    def spread(self) -> float:
-        """Spread of usage between sites."""
-        return usage_spread(np.array([update.usage_M for update in self.updates]))
+from icmoe.study import Aggregation, Study
 
 
 class RouterAware(Strategy):
@@ -70,15 +43,24 @@ class RouterAware(Strategy):
     Parameters
     ----------
     study
-        The study; its `aggregation`, `quorum` and `model` decide.
+        The study; its `aggregation` and `model` decide.
     sites
         Names of the participating sites by node.
     sizes
         Announced sizes n_k, so that the largest site is asked first and no core idles at the end of a round.
+    settings
+        Weights in place of the study's own, for a wrapper that hands in one aggregate.
     """
 
-    def __init__(self, study: Study, sites: Mapping[int, str], sizes: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        study: Study,
+        sites: Mapping[int, str],
+        sizes: Mapping[str, int] | None = None,
+        settings: Aggregation | None = None,
+    ) -> None:
         self.study = study
+        self.settings = study.aggregation if settings is None else settings
         self.sites = dict(sites)
         self.sizes = dict(sizes or {})
         self._current: Tensors = {}
@@ -105,31 +87,36 @@ class RouterAware(Strategy):
         return [Message(content, dst_node_id=node, message_type=kind) for node in order]
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Return the new global arrays, or None below the quorum: the model does not move then."""
+        """Return the new global arrays, or None without any update: the model does not move then."""
         del server_round
         updates, faults = parse_replies(replies, self.sites, self.study, self._current)
         self.report = RoundReport([update.without_tensors() for update in updates], faults)
-        if len(updates) < self.study.quorum or not updates:
+        if not updates:
             return None, None
+        moved = self._moved(updates)
+        metrics = MetricRecord() if (loss := mean_loss(updates)) is None else MetricRecord({LOSS_KEY: loss})
+        return ArrayRecord({name: Array(tensor) for name, tensor in moved.items()}), metrics
+
+    def _moved(self, updates: Sequence[Update]) -> Tensors:
+        """Return the global tensors after the round; at least one update."""
         size_S = np.array([update.size for update in updates], dtype=np.float64)
         usage_SM = np.array([update.usage_M for update in updates], dtype=np.float64)
         if self.study.model.experts:
-            self.report.weights = expert_weights(size_S, usage_SM, self.study.aggregation)
+            self.report.weights = expert_weights(size_S, usage_SM, self.settings)
         moved = {
             name: combine(tensor, [update.tensors.get(name) for update in updates], *self._share(name, size_S))
             for name, tensor in self._current.items()
         }
-        if BALANCE_BIAS in moved and self.study.aggregation.balance_step > 0.0:
+        if BALANCE_BIAS in moved and self.settings.balance_step > 0.0:
             bias_M = moved[BALANCE_BIAS].astype(np.float64)
-            moved[BALANCE_BIAS] = balance_step(bias_M, size_S, usage_SM, self.study.aggregation.balance_step).astype(np.float32)
-        metrics = MetricRecord() if (loss := mean_loss(updates)) is None else MetricRecord({LOSS_KEY: loss})
-        return ArrayRecord({name: Array(tensor) for name, tensor in moved.items()}), metrics
+            moved[BALANCE_BIAS] = balance_step(bias_M, size_S, usage_SM, self.settings.balance_step).astype(np.float32)
+        return moved
 
-    def state(self) -> Tensors:
+    def state(self) -> State:
         """Return nothing: each round stands for itself."""
         return {}
 
-    def load_state(self, state: Tensors) -> None:
+    def load_state(self, state: State) -> None:
         """Take nothing back."""
         del state
 

@@ -14,7 +14,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam, FedYogi, Strategy
 
-from fl_server.router_aware import RoundReport, RouterAware, Tensors
+from fl_server.round_strategy import RoundReport, State, Tensors
+from fl_server.router_aware import RouterAware
 from icmoe.exchange import ARRAYS, BALANCE_BIAS
 
 FLOWER_STRATEGIES: dict[str, type[FedAdam] | type[FedYogi]] = {"adam": FedAdam, "yogi": FedYogi}
@@ -67,17 +68,17 @@ class ServerOptimized(Strategy):
         moved = {name: Array(array.numpy().astype(np.float32)) for name, array in stepped.items()}
         return ArrayRecord({name: moved.get(name, array) for name, array in arrays.items()}), metrics
 
-    def state(self) -> Tensors:
+    def state(self) -> State:
         """Return both moments by tensor name, for the checkpoint."""
         moments = {"m": self._flower.m_t or {}, "v": self._flower.v_t or {}}
         return {f"optimizer.{kind}.{name}": np.asarray(value) for kind, part in moments.items() for name, value in part.items()}
 
-    def load_state(self, state: Tensors) -> None:
+    def load_state(self, state: State) -> None:
         """Take the moments back from a checkpoint."""
         self._flower.m_t, self._flower.v_t = (_part(state, kind) or None for kind in ("m", "v"))
 
 
-def _part(state: Tensors, kind: str) -> Tensors:
+def _part(state: State, kind: str) -> Tensors:
     prefix = f"optimizer.{kind}."
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 

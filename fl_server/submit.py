@@ -9,16 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fl_server import flower
+from fl_server import audit, flower
+from fl_server.beside import audit_path, waiting_path
+from fl_server.guard import Memory
 from fl_server.home import Home
-from fl_server.rounds import RoundRecord, RunState
+from fl_server.run_state import RoundRecord, RunState, latest_state
 from icmoe.atomic import write_atomically
 from icmoe.bundle import PACKAGES, bundle_files
 from icmoe.errors import Fault, IcmoeError
+from icmoe.server_privacy import spending_sentence
 from icmoe.study import Study, read_study
 
 LOOK_S = 1.0
 STATUS_S = 10.0
+STOP_S = 60.0
 # Beside its rounds a run meets its sites once and evaluates once; a restarted SuperLink may take some minutes more.
 SPARE_ROUNDS = 3
 RESTART_S = 600.0
@@ -65,7 +69,14 @@ class StudyFolder:
 
     def progress(self) -> RunState | None:
         """Return the committed state, None before the first round."""
-        return RunState.load(self.state, read_study(self.study)) if self.state.exists() else None
+        return latest_state(self.state, read_study(self.study))
+
+    def waiting(self) -> str:
+        """Return whom the run waits for and until when, as it said last."""
+        try:
+            return waiting_path(self.study).read_text()
+        except OSError:
+            return ""
 
     def faults(self) -> list[Fault]:
         """Return what stopped the last run, where it could say."""
@@ -87,8 +98,17 @@ def folders(home: Home) -> dict[str, StudyFolder]:
     return {folder.run_id: folder for folder in found if folder.run_id}
 
 
-def start(home: Home, path: Path) -> tuple[Study, StudyFolder]:
+def start(home: Home, path: Path, *, resume: bool = False) -> tuple[Study, StudyFolder]:
     """Check the study, lay out the app and submit it; a finished study is not submitted again.
+
+    Parameters
+    ----------
+    home
+        The coordinator's folder.
+    path
+        Study file.
+    resume
+        Whether a run of the study that Flower still holds is stopped first and its rounds gone on with; else it is an error.
 
     Raises
     ------
@@ -101,7 +121,9 @@ def start(home: Home, path: Path) -> tuple[Study, StudyFolder]:
         return study, folder
     known = {run.run_id: run for run in flower.runs(home)}
     last = known.get(folder.run_id)
-    if last is not None and not last.finished:
+    if last is not None and not last.finished and resume:
+        stop_and_wait(home, last.run_id)
+    elif last is not None and not last.finished:
         value = f"run {last.run_id}, {last.status}"
         raise IcmoeError(Fault(number=506, where=study.name, value=value, did="Nothing was submitted."))
     write_atomically(folder.study, path.read_bytes())
@@ -110,6 +132,22 @@ def start(home: Home, path: Path) -> tuple[Study, StudyFolder]:
     write_app(app)
     folder.note_run(flower.submit(home, app, folder.study))
     return study, folder
+
+
+def stop_and_wait(home: Home, run_id: str) -> None:
+    """Stop a run and return once the SuperLink says that it has ended.
+
+    Raises
+    ------
+    IcmoeError
+        510 where it has not after a minute.
+    """
+    flower.stop(home, run_id)
+    ends = time.monotonic() + STOP_S
+    while not flower.run_of(home, run_id).finished:
+        if time.monotonic() > ends:
+            raise IcmoeError(Fault(number=510, value=f"run {run_id}", did="It was told to stop; nothing was submitted."))
+        time.sleep(LOOK_S)
 
 
 def write_app(folder: Path) -> None:
@@ -123,8 +161,10 @@ def write_app(folder: Path) -> None:
         write_atomically(folder / name, data, durable=False)
 
 
-def follow(home: Home, study: Study, folder: StudyFolder, tell: Callable[[RoundRecord], None]) -> None:
-    """Tell of each round once it is committed and return when the run has completed.
+def follow(
+    home: Home, study: Study, folder: StudyFolder, tell: Callable[[RoundRecord], None], say: Callable[[str], None]
+) -> None:
+    """Tell of each round once it is committed, say whom the run waits for, and return when it has completed.
 
     Flower's own stream ends without an error when a run fails or the SuperLink restarts; here the SuperLink is asked.
 
@@ -134,12 +174,15 @@ def follow(home: Home, study: Study, folder: StudyFolder, tell: Callable[[RoundR
         What stopped the study, with 507 where the run failed, 509 where it was stopped, 510 where it did not end in time.
     """
     ends = time.monotonic() + (study.rounds + SPARE_ROUNDS) * study.deadline_s + RESTART_S
-    told, next_status, closed = 0, 0.0, False
+    told, next_status, closed, said = 0, 0.0, False, folder.waiting()
     while time.monotonic() < ends:
         state = folder.progress()
         for record in state.history[told:] if state is not None else []:
             tell(record)
             told += 1
+        if (line := folder.waiting()) != said:
+            say(line)
+            said = line
         just_closed = state is not None and state.closed and not closed
         closed = closed or just_closed
         if just_closed or time.monotonic() >= next_status:
@@ -170,7 +213,14 @@ def sentence(record: RoundRecord, study: Study) -> str:
     used, missing = sorted(record["sites"]), sorted({fault["where"] for fault in record["faults"]} - set(record["sites"]))
     loss = "loss withheld" if record["loss"] is None else f"loss {record['loss']:.4f}"
     line = f"round {record['round']} of {study.rounds}: {len(used)} of {len(used) + len(missing)} sites, {loss}"
-    return line + (f"; without {', '.join(missing)}" if missing else "")
+    line += f"; without {', '.join(missing)}" if missing else ""
+    return line + (f"; {spending_sentence(record['privacy'])}" if record.get("privacy") else "")
+
+
+def sitting_out(state: RunState | None) -> list[str]:
+    """Return the sites that are not asked after refused updates, by name."""
+    memory = Memory() if state is None else Memory.unpacked(state.extra)
+    return sorted(site for site in memory.refused if memory.sits_out(site))
 
 
 def dice_sentence(record: RoundRecord) -> str:
@@ -188,6 +238,7 @@ def summary(home: Home) -> list[dict[str, Any]]:
         if (folder := by_run.get(run.run_id)) is not None:
             study, state = read_study(folder.study), folder.progress()
             row |= {"study": study.name, "rounds": study.rounds, "rounds_done": state.round if state else 0}
+            row |= {"sits_out": sitting_out(state), "audit_head": audit.head(audit_path(folder.study))}
             row["val_dice"] = (
                 next((r["val_dice"] for r in reversed(state.history) if r["val_dice"] is not None), None) if state else None
             )

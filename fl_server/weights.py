@@ -120,9 +120,12 @@ def balance_step(bias_M: Array, size_S: Array, usage_SM: Array, step: float) -> 
     The bias selects experts without touching any gradient (Wang et al., arXiv 2408.15664); here its step is
     proportional to how far the mean usage is from 1/M, at most `step`.
     """
-    experts = len(bias_M)
-    mean_M = plain_share(size_S) @ usage_SM
-    moved_M = bias_M + step * np.clip(1.0 - experts * mean_M, -1.0, 1.0)
+    return move_bias(bias_M, plain_share(size_S) @ usage_SM, step)
+
+
+def move_bias(bias_M: Array, mean_M: Array, step: float) -> Array:
+    """Return the balance bias after a round of which the mean usage is known; as `balance_step`."""
+    moved_M = bias_M + step * np.clip(1.0 - len(bias_M) * mean_M, -1.0, 1.0)
     centred_M: Array = moved_M - moved_M.mean()
     return centred_M
 

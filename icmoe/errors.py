@@ -163,6 +163,8 @@ CATALOGUE: dict[int, Entry] = {
         "Agree on a study with [privacy.site], or remove [budget]: then nothing is promised to patients.",
     ),
     418: Entry("site's ledger went back", "Ask the hospital to restore the newest backup of its state folder."),
+    420: Entry("study's privacy budget at the server would be crossed", "Give fewer rounds, more noise or a larger epsilon."),
+    421: Entry("noise on the count is too small for the study's noise", "Raise count_noise, or leave out clip_quantile."),
     501: Entry("no site delivered a usable update", "Look at the sites' errors; the global model was kept."),
     502: Entry("run folder is in use or holds another run", "Choose another --out, or continue the same run with --resume."),
     503: Entry("simulation stopped before its end", "Continue with --resume after removing the cause."),
@@ -173,6 +175,14 @@ CATALOGUE: dict[int, Entry] = {
     508: Entry("run is not known", "List the runs: fl_server list."),
     509: Entry("run was stopped", "Run the study again: it goes on after its last round."),
     510: Entry("run did not end in time", "Look at fl_server status; the run was not stopped."),
+    511: Entry("update is too large", "Look at the site's training; raise [guard] in the study only with everybody's agreement."),
+    512: Entry("update was sent before", "Look at the site: it sent an old update again."),
+    513: Entry("update came after its round had ended", "Nothing; if it recurs, lengthen deadline_s."),
+    514: Entry("site sits out after refused updates", "Find the cause with the hospital, then run fl_server lift SITE RUN."),
+    515: Entry("round stayed below its quorum", "See which sites are missing, then run the study again: it goes on there."),
+    516: Entry("coordinator's audit log was changed or is damaged", "Restore it from a backup, and find out who changed it."),
+    517: Entry("committed state was damaged", "Nothing: an older one was used and rounds are repeated. Check the disk."),
+    518: Entry("site does not sit out", "Nothing; see fl_server status --json for who does."),
 }
 
 

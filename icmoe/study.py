@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from icmoe.config import Section, parse, read_toml
 from icmoe.profiles import spelled_out
@@ -119,6 +119,10 @@ class Training(Section):
 class Aggregation(Section):
     """Router-aware FedAvg; `usage_exponent = 0` is FedAvg."""
 
+    form: Literal["plain", "sums"] = "plain"
+    """Whether the server looks at each update, or at weighted sums alone (no cap, a starved expert is kept)."""
+    largest_size: Annotated[int, Field(ge=1, le=10_000_000)] = 10_000
+    """n_max of the sums form: a site's weight is n_k / n_max, and a larger site counts as this."""
     usage_exponent: Annotated[float, Field(ge=0.0, le=4.0)] = 1.0
     """t in n_k u_ke^t."""
     floor: Share = 0.1
@@ -142,6 +146,25 @@ class Aggregation(Section):
     server_learning_rate: Annotated[float, Field(gt=0.0, le=10.0)] = 0.01
     """eta of the adaptive server optimiser; unused for "none"."""
 
+    @model_validator(mode="after")
+    def _sums_know_no_single_site(self) -> Aggregation:
+        if self.form == "sums":
+            if self.cap < 1.0 or (self.starved == "plain" and self.min_contributors > 1):
+                raise ValueError('form = "sums" needs cap = 1.0 and starved = "keep": nobody sees one site\'s share')
+            if self.usage_exponent != 1.0 and (self.shrinkage or self.balance_step > 0.0):
+                what = "only usage_exponent = 1 lets sums tell the mean usage: shrinkage = false, balance_step = 0"
+                raise ValueError(what)
+        return self
+
+
+class UpdateBounds(Section):
+    """What the server refuses of an update by its norm, all tensors together."""
+
+    largest_norm: Annotated[float, Field(gt=0.0, le=1e9)] = 1000.0
+    """Largest norm of an update."""
+    median_factor: Annotated[float, Field(gt=1.0, le=1e6)] = 5.0
+    """Largest norm in units of the round's median, from three updates on; unused under [privacy.server]."""
+
 
 class Study(Section):
     """One federated study."""
@@ -158,6 +181,8 @@ class Study(Section):
     """Usable updates without which the global model does not move."""
     deadline_s: Annotated[float, Field(gt=0.0, le=7 * 86400.0)] = 3600.0
     """Seconds that a round waits for its sites."""
+    retries: Annotated[int, Field(ge=0, le=100)] = 2
+    """Times that a round below its quorum is asked again, each within the deadline, before the run stops."""
     test_only: bool = False
     """Stamped on every output; the only studies that may use `sam-vit-test`."""
     labels: Annotated[tuple[Label, ...], Field(min_length=2, max_length=32)]
@@ -172,6 +197,8 @@ class Study(Section):
     """Local training."""
     aggregation: Aggregation = Aggregation()
     """What the server does with the updates."""
+    guard: UpdateBounds = UpdateBounds()
+    """Bounds of an update."""
     privacy: Privacy = Privacy()
     """Differential privacy; none by default."""
 
@@ -190,13 +217,14 @@ class Study(Section):
             raise ValueError("sam-vit-test only with test_only = true")
         return self
 
-    @model_serializer(mode="wrap")
-    def _without_empty_privacy(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave an empty [privacy] out: such a study keeps the digest under which sites approved it before there was one."""
-        values: dict[str, Any] = write(self)
-        if self.privacy == Privacy():
-            values.pop("privacy", None)
-        return values
+    @model_validator(mode="after")
+    def _private_sum_depends_on_no_two_sites(self) -> Study:
+        rule = self.aggregation
+        coupled = rule.cap < 1.0 or rule.min_contributors > 1 or rule.shrinkage or rule.balance_step > 0.0
+        if self.privacy.server is not None and coupled:
+            wanted = "cap = 1.0, min_contributors = 1, shrinkage = false, balance_step = 0.0"
+            raise ValueError(f"[privacy.server] needs {wanted}: nothing may depend on the sites together")
+        return self
 
     @property
     def classes(self) -> int:
@@ -209,9 +237,22 @@ class Study(Section):
         return hashlib.sha256(canonical(self).encode()).hexdigest()
 
 
+# What came after the first studies were approved, by the section that holds it; "" is the study itself.
+_LATER = {"": ("privacy", "guard", "retries"), "aggregation": ("form", "largest_size")}
+
+
 def canonical(study: Study) -> str:
-    """Return the study as JSON with sorted keys, no white space and every default but an empty [privacy] spelled out."""
-    return canonical_json(study.model_dump(mode="json"))
+    """Return the study as JSON with sorted keys, no white space and every default spelled out.
+
+    A later addition is left out where it has its default: a study keeps the digest under which sites approved it before.
+    """
+    values = study.model_dump(mode="json")
+    for section, keys in _LATER.items():
+        part, about = (values[section], getattr(study, section)) if section else (values, study)
+        for key in keys:
+            if getattr(about, key) == type(about).model_fields[key].default:
+                del part[key]
+    return canonical_json(values)
 
 
 def canonical_json(values: dict[str, Any]) -> str:

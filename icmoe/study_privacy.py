@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from icmoe.config import Section
+from icmoe.server_privacy import ServerPrivacy
 
 Accountant = Literal["prv", "rdp"]
 
@@ -86,3 +87,5 @@ class Privacy(Section):
 
     site: SitePrivacy | None = None
     """At the sites, for each patient."""
+    server: ServerPrivacy | None = None
+    """At the coordinator, for each site as a whole."""

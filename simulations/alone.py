@@ -13,7 +13,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fl_server.roster import Roster
-from fl_server.router_aware import RoundReport, RouterAware, Tensors
+from fl_server.round_strategy import RoundReport, State, Tensors
+from fl_server.router_aware import RouterAware
 from icmoe.study import Study
 
 POOLED = "(pooled)"
@@ -84,11 +85,11 @@ class Alone(Strategy):
         arrays = ArrayRecord({f"{name}|{key}": array for name, record in moved.items() for key, array in record.items()})
         return arrays, None
 
-    def state(self) -> Tensors:
+    def state(self) -> State:
         """Return nothing: each round stands for itself."""
         return {}
 
-    def load_state(self, state: Tensors) -> None:
+    def load_state(self, state: State) -> None:
         """Take nothing back."""
         del state
 

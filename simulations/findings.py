@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from icmoe.server_privacy import spending_sentence
+
 Results = Mapping[str, Any]
 
 METHOD_NAMES = {
@@ -236,6 +238,11 @@ def remarks(results: Results) -> list[str]:
         lines.append(
             f"Sites used the experts almost alike (spread {spread[-1].mean:.3f}), so router-aware weights are close to FedAvg's."
         )
+    for method in methods(results):
+        spent = [run["rounds"][-1]["privacy"] for run in runs(results, method) if run.get("rounds") and _is_private(run)]
+        if spent:
+            line = f"What the models of {method} promise to each site: {spending_sentence(spent[0])}."
+            lines.append(f"{line} Losses, usage and scores of single sites below are not covered by it.")
     patients = [count for site in results.get("sites", {}).values() if (count := site.get("patients", {}).get("test", 0))]
     if patients:
         each = f"{min(patients)} to {max(patients)}" if min(patients) < max(patients) else f"{min(patients)}"
@@ -245,6 +252,10 @@ def remarks(results: Results) -> list[str]:
     if results.get("test_only"):
         lines.append("The backbone is a seeded stand-in for tests; its scores mean nothing.")
     return lines
+
+
+def _is_private(run: Mapping[str, Any]) -> bool:
+    return bool(run["rounds"][-1].get("privacy"))
 
 
 def _sites_better(results: Results, names: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ import torch
 from rich.markup import escape
 
 from fl_server.data_check import DataCheck
-from fl_server.rounds import RoundRecord, RunState
+from fl_server.run_state import RoundRecord, RunState
 from icmoe.atomic import write_atomically
 from icmoe.backbone import Backbone, load_backbone
 from icmoe.cache_entries import default_cache_folder

@@ -12,8 +12,8 @@ import torch
 
 from fl_client.participant import Participant
 from fl_client.personal import with_personal
-from fl_server.rounds import RunState
-from fl_server.router_aware import Tensors
+from fl_server.round_strategy import Tensors
+from fl_server.run_state import RunState
 from icmoe.errors import Fault, IcmoeError
 from icmoe.evaluation import score_slices
 from icmoe.exchange import State, load_state

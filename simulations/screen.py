@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fl_server.rounds import RoundRecord
+from fl_server.run_state import RoundRecord
 from simulations.federation import Job
 from simulations.results import CHECK_COLUMNS, check_rows
 

@@ -15,7 +15,8 @@ from flwr.proto.node_pb2 import NodeInfo
 from fl_server.app import make_strategy, start_state
 from fl_server.exchanging import ask
 from fl_server.roster import Roster, meet
-from fl_server.rounds import RunState, run_rounds
+from fl_server.rounds import run_rounds
+from fl_server.run_state import RunState, latest_state
 from fl_server.server_optimizer import ServerOptimized
 from icmoe.errors import IcmoeError
 from icmoe.exchange import ARRAYS, BALANCE_BIAS, CONFIG, NUMBERS, ROUND_KEY, UPDATE
@@ -46,16 +47,18 @@ class Wire:
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
         for message in messages:
-            number = f"m{len(self.asked)}"
-            message.metadata.__dict__["_message_id"] = number
+            message.metadata.__dict__["_message_id"] = f"m{len(self.asked)}"
             self.asked.append(message)
-            ids.append(number)
-            reply = self.answer(message, SITES[message.metadata.dst_node_id])
-            if reply is not None:
-                reply.metadata.__dict__["_reply_to_message_id"] = number
-                reply.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id
-                self._replies[number] = reply
+            ids.append(message.metadata.message_id)
+            self.deliver(message, self.answer)
         return ids
+
+    def deliver(self, message: Message, answer: Answer) -> None:
+        reply = answer(message, SITES[message.metadata.dst_node_id])
+        if reply is not None:
+            reply.metadata.__dict__["_reply_to_message_id"] = message.metadata.message_id
+            reply.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id
+            self._replies[message.metadata.message_id] = reply
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return [self._replies.pop(number) for number in list(message_ids) if number in self._replies]
@@ -80,8 +83,17 @@ def honest(message: Message, site: str) -> Message:
     return Message(RecordDict({UPDATE: ArrayRecord(update), NUMBERS: MetricRecord(numbers)}), reply_to=message)
 
 
-def run(study: Study, path: Path, answer: Answer = honest, stop_after: int | None = None) -> RunState:
-    state = RunState.load(path, study) if path.exists() else start_state(study)
+def run(
+    study: Study,
+    path: Path,
+    answer: Answer = honest,
+    stop_after: int | None = None,
+    *,
+    wire: Wire | None = None,
+    keep: int = 0,
+    tell: Callable[[str], object] = lambda line: None,
+) -> RunState:
+    state = latest_state(path, study) or start_state(study)
     strategy = make_strategy(study, ROSTER)
 
     def on_round(record: dict) -> None:
@@ -89,9 +101,10 @@ def run(study: Study, path: Path, answer: Answer = honest, stop_after: int | Non
             raise KeyboardInterrupt
 
     def commit(now: RunState) -> None:
-        now.commit(path)
+        now.commit(path, keep=keep)
 
-    return run_rounds(Wire(answer), strategy, study, state, sites=SITES, commit=commit, poll_s=0.01, on_round=on_round)
+    grid = wire or Wire(answer)
+    return run_rounds(grid, strategy, study, state, sites=SITES, commit=commit, poll_s=0.01, on_round=on_round, tell=tell)
 
 
 @pytest.mark.parametrize("optimizer", ["none", "adam", "yogi"])
@@ -151,10 +164,89 @@ def test_without_any_update_the_study_stops_and_what_was_committed_stays(make_st
     assert RunState.load(tmp_path / "s", study).round == 1
 
 
-def test_below_the_quorum_the_model_does_not_move(make_study, tmp_path: Path) -> None:
-    study = make_study(rounds=1, quorum=2, deadline_s=0.2)
-    state = run(study, tmp_path / "s", lambda message, site: honest(message, site) if site == "Alder" else None)
-    assert all(np.array_equal(state.arrays[name], tensor) for name, tensor in start_state(study).arrays.items())
+def test_below_the_quorum_the_round_is_tried_again_and_then_the_run_stops_unmoved(make_study, tmp_path: Path) -> None:
+    study, asked, said = make_study(rounds=2, quorum=2, retries=2, deadline_s=0.2), list[tuple[str, int]](), list[str]()
+
+    def answer(message: Message, site: str) -> Message | None:
+        asked.append((site, message.content[CONFIG][ROUND_KEY]))
+        return honest(message, site) if site == "Alder" or message.content[CONFIG][ROUND_KEY] == 1 else None
+
+    with pytest.raises(IcmoeError) as caught:
+        run(study, tmp_path / "s", answer, tell=said.append)
+    assert (caught.value.faults[0].number, caught.value.faults[0].value) == (515, "1 usable")
+    assert RunState.load(tmp_path / "s", study).round == 1
+    # The site whose update is usable is asked once, the silent ones each time.
+    second = [site for site, number in asked if number == 2]
+    assert (second.count("Alder"), second.count("Birch"), second.count("Cedar")) == (1, 3, 3)
+    assert sum("2 are needed; the model did not move" in line for line in said) == 3
+    assert any("round 2 of 2, attempt 3 of 3: waiting for Birch, Cedar until" in line for line in said)
+
+
+def test_a_round_that_reaches_its_quorum_late_equals_one_that_did_at_once(make_study, tmp_path: Path) -> None:
+    study, tries = make_study(rounds=2, quorum=3, deadline_s=0.2), list[int]()
+
+    def answer(message: Message, site: str) -> Message | None:
+        if site == "Birch" and message.content[CONFIG].get(ROUND_KEY) == 1:
+            tries.append(1)
+            if len(tries) < 3:
+                return Message(Error(1304, "ICM304 ?"), reply_to=message)
+        return honest(message, site)
+
+    late, calm = run(study, tmp_path / "a", answer), run(study, tmp_path / "b")
+    assert all(np.array_equal(late.arrays[name], tensor) for name, tensor in calm.arrays.items())
+    assert [row["attempts"] for row in late.history] == [3, 1]
+
+
+def test_a_straggler_is_cut_its_late_update_refused_and_the_next_round_asks_it(make_study, tmp_path: Path) -> None:
+    study = make_study(rounds=3, quorum=2, deadline_s=0.3)
+    held: list[tuple[Wire, Message, str]] = []
+
+    def answer(message: Message, site: str) -> Message | None:
+        if site == "Cedar" and message.content[CONFIG].get(ROUND_KEY) == 1:
+            held.append(message)
+            return None
+        if site == "Cedar" and message.content[CONFIG].get(ROUND_KEY) == 2 and held:
+            wire.deliver(held.pop(), honest)  # what round 1 waited for in vain
+        return honest(message, site)
+
+    wire = Wire(answer)
+    state = run(study, tmp_path / "s", wire=wire)
+    assert [sorted(row["sites"]) for row in state.history] == [["Alder", "Birch"], list(SITES.values()), list(SITES.values())]
+    assert [[(fault["number"], fault["where"]) for fault in row["faults"]] for row in state.history] == [
+        [(304, "Cedar")],
+        [(513, "Cedar")],
+        [],
+    ]
+    undisturbed = run(
+        study, tmp_path / "b", lambda message, site: None if _is(message, site, 1, "Cedar") else honest(message, site)
+    )
+    assert all(np.array_equal(state.arrays[name], tensor) for name, tensor in undisturbed.arrays.items())
+
+
+def _is(message: Message, site: str, number: int, name: str) -> bool:
+    return site == name and message.content[CONFIG].get(ROUND_KEY) == number
+
+
+def test_the_last_commits_are_kept_and_one_stands_in_for_a_damaged_newest(make_study, tmp_path: Path, capsys) -> None:
+    study, path = make_study(rounds=6), tmp_path / "study.state.safetensors"
+    state = run(study, path, keep=3)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "study.state.00004.safetensors",
+        "study.state.00005.safetensors",
+        "study.state.00006.safetensors",
+        path.name,
+    ]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # one bit of the last tensor: the file can be read, its digest tells
+    path.unlink()
+    path.write_bytes(content)
+    with pytest.raises(IcmoeError, match="ICM502"):
+        RunState.load(path, study)
+    (tmp_path / "study.state.00006.safetensors").write_bytes(content)
+    assert latest_state(path, study).round == 5
+    assert "ICM517" in capsys.readouterr().err
+    again = run(study, path, keep=3)
+    assert all(np.array_equal(again.arrays[name], tensor) for name, tensor in state.arrays.items())
 
 
 def test_bytes_are_those_of_the_tensors_as_sent(make_study, tmp_path: Path) -> None:
@@ -186,7 +278,7 @@ def test_a_state_round_trips_with_the_optimisers_moments(make_study, tmp_path: P
     loaded = RunState.load(tmp_path / "s", study)
     assert loaded.history == state.history
     assert loaded.extra.keys() == state.extra.keys() != set()
-    assert isinstance(make_strategy(study, ROSTER), ServerOptimized)
+    assert isinstance(make_strategy(study, ROSTER).inner, ServerOptimized)
 
 
 def test_a_site_is_the_name_registered_with_its_key(make_study, capsys: pytest.CaptureFixture[str]) -> None:

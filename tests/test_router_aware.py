@@ -160,14 +160,10 @@ def test_personal_parts_of_the_global_model_never_move(make_study) -> None:
     assert parse_replies([refused], SITES, study, start)[1][0].number == 504
 
 
-@pytest.mark.parametrize("count", [0, 1])
-def test_below_the_quorum_nothing_comes_back(count: int, make_study) -> None:
-    study = make_study(quorum=2)
-    strategy = configured(study)
-    arrays, metrics = strategy.aggregate_train(1, sent(study, deltas_of(study))[:count])
-    assert arrays is None
-    assert metrics is None
-    assert len(strategy.report.updates) == count
+def test_without_any_update_nothing_comes_back(make_study) -> None:
+    strategy = configured(make_study())
+    assert strategy.aggregate_train(1, []) == (None, None)
+    assert strategy.report.updates == []
 
 
 def without(update: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
@@ -316,8 +312,8 @@ def test_a_server_optimiser_below_the_quorum_keeps_its_moments(make_study) -> No
     strategy.configure_train(1, arrays, ConfigRecord(), grid=None)
     strategy.aggregate_train(1, replies)
     before = strategy.state()
-    assert len(before) == 2 * (len(arrays) - 1)
+    assert len(before) == 2 * (len(arrays) - 1) + 1  # both moments, and the guard's memory
     strategy.configure_train(2, arrays, ConfigRecord(), grid=None)
-    assert strategy.aggregate_train(2, replies[:2]) == (None, None)
+    assert strategy.aggregate_train(2, sent(study, deltas_of(study, seed=2))[:2]) == (None, None)
     after = strategy.state()
     assert all(np.array_equal(before[name], after[name]) for name in before)

@@ -26,7 +26,7 @@ from consortium import (
     wait_until,
 )
 
-from fl_server.rounds import RunState
+from fl_server.run_state import RunState
 from icmoe.backbone import LITE_MEDSAM_DIGEST
 from simulations.phantoms import PhantomSite, write_phantoms
 

@@ -1,0 +1,147 @@
+"""What is committed after each round, and the last commits that are kept beside the newest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from fl_server.round_strategy import State, Tensors
+from icmoe.atomic import write_atomically
+from icmoe.errors import Fault, IcmoeError, print_faults
+from icmoe.study import Study
+
+RoundRecord = dict[str, Any]
+
+KEPT = 3
+
+
+@dataclass(slots=True)
+class RunState:
+    """What is committed after each round.
+
+    Parameters
+    ----------
+    study_digest
+        Of the study that this is the state of.
+    arrays
+        Global tensors.
+    round
+        Rounds done.
+    history
+        One record per round.
+    extra
+        State of the strategy: server optimiser, guard, privacy.
+    closed
+        Whether the closing evaluation is in the history.
+    """
+
+    study_digest: str
+    arrays: Tensors
+    round: int = 0
+    history: list[RoundRecord] = field(default_factory=list)
+    extra: State = field(default_factory=dict)
+    closed: bool = False
+
+    def commit(self, path: Path, *, keep: int = 0) -> None:
+        """Write the state atomically.
+
+        Parameters
+        ----------
+        path
+            The newest commit.
+        keep
+            Commits to keep beside it, each under its round's number; older ones are removed.
+        """
+        tensors: State = {**{f"global.{name}": value for name, value in self.arrays.items()}, **self.extra}
+        header = {"study": self.study_digest, "round": self.round, "history": self.history, "closed": self.closed}
+        text = json.dumps({**header, "sha256": _digest(tensors)})
+        write_atomically(path, save(dict(sorted(tensors.items())), metadata={"state": text}))
+        if keep:
+            _keep(path, self.round, keep)
+
+    @staticmethod
+    def load(path: Path, study: Study) -> RunState:
+        """Return the committed state.
+
+        Raises
+        ------
+        IcmoeError
+            502 where the file is damaged or belongs to another study.
+        """
+        try:
+            with safe_open(path, framework="numpy") as file:
+                header = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            if header["sha256"] != _digest(tensors):
+                raise ValueError("its digest differs")
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise IcmoeError(Fault(number=502, where=path.name, what="committed state is damaged", value=str(error))) from None
+        if header["study"] != study.digest:
+            value, limit = header["study"][:12], study.digest[:12]
+            raise IcmoeError(
+                Fault(number=502, where=path.name, what="committed state of another study", value=value, limit=limit)
+            )
+        arrays = {name.removeprefix("global."): value for name, value in tensors.items() if name.startswith("global.")}
+        extra = {name: value for name, value in tensors.items() if not name.startswith("global.")}
+        return RunState(header["study"], arrays, header["round"], header["history"], extra, header["closed"])
+
+
+def latest_state(path: Path, study: Study) -> RunState | None:
+    """Return the newest commit that can be read, None before the first round.
+
+    Where the newest is damaged, the one before it is used and its fault printed; rounds are then repeated. Not so under
+    [privacy.server]: a repeated round is released a second time, and an older commit would not count the first.
+
+    Raises
+    ------
+    IcmoeError
+        502 where no commit can be used.
+    """
+    if not path.exists():
+        return None
+    try:
+        return RunState.load(path, study)
+    except IcmoeError as error:
+        for older in reversed(_kept(path)) if study.privacy.server is None else ():
+            try:
+                state = RunState.load(older, study)
+            except IcmoeError:
+                continue
+            did = f"The commit of round {state.round} was used."
+            print_faults([Fault(number=517, where=path.name, value=error.faults[0].value, did=did)])
+            return state
+        raise
+
+
+def _keep(path: Path, number: int, keep: int) -> None:
+    """Give the newest commit a second name with its round's number, and remove all but the last ones."""
+    link, fresh = _numbered(path, number), path.with_name(f".{path.name}.link")
+    fresh.unlink(missing_ok=True)
+    os.link(path, fresh)
+    fresh.replace(link)
+    for older in _kept(path)[:-keep]:
+        older.unlink(missing_ok=True)
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_suffix(f".{number:05d}{path.suffix}")
+
+
+def _kept(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.stem}.[0-9][0-9][0-9][0-9][0-9]{path.suffix}"))
+
+
+def _digest(tensors: State) -> str:
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name}:{tensor.dtype}:{tensor.shape};".encode())
+        sha.update(np.ascontiguousarray(tensor).tobytes())
+    return sha.hexdigest()

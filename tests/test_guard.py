@@ -1,0 +1,260 @@
+"""Poisoned updates at the guard: refused by number with value and limit, and none of them moves the global model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_rounds import ROSTER, SITES, Answer, Wire, honest
+
+from fl_server import audit
+from fl_server.app import make_strategy, start_state
+from fl_server.beside import lift, read_lifted
+from fl_server.guard import MOST_REFUSALS, Memory
+from fl_server.round_strategy import unheard
+from fl_server.rounds import run_rounds
+from fl_server.run_state import RunState
+from icmoe.errors import Fault, IcmoeError
+from icmoe.exchange import CONFIG, NUMBERS, ROUND_KEY, UPDATE
+from icmoe.study import Study
+
+# Few enough rounds that the attacker is still asked in the last one.
+ROUNDS = 2
+
+
+def run(study: Study, answer: Answer, log: Path | None = None, sites: dict[int, str] = SITES) -> RunState:
+    strategy = make_strategy(study, ROSTER, note=unheard if log is None else partial(audit.note, log))
+    return run_rounds(Wire(answer), strategy, study, start_state(study), sites=sites, commit=unheard, poll_s=0.005)
+
+
+def first(value: float) -> Callable[[dict[str, np.ndarray], str], None]:
+    """Return a change of the first value of a tensor."""
+
+    def change(tensors: dict[str, np.ndarray], name: str) -> None:
+        tensors[name].reshape(-1)[0] = value
+
+    return change
+
+
+# What is done to an update's tensors, by their names and the name of the first; and what to its numbers.
+TENSORS: dict[str, Callable[[dict[str, np.ndarray], str], object]] = {
+    "NaN": first(np.nan),
+    "Inf": first(np.inf),
+    "1e30": first(1e30),
+    "sign flip x10": lambda tensors, _: tensors.update({key: -10.0 * tensor for key, tensor in tensors.items()}),
+    "wrong shape": lambda tensors, name: tensors.update({name: tensors[name].reshape(1, -1)}),
+    "missing key": lambda tensors, name: tensors.pop(name),
+    "extra key": lambda tensors, name: tensors.update(stranger=tensors[name]),
+    "float64": lambda tensors, name: tensors.update({name: tensors[name].astype(np.float64)}),
+}
+VALUES = {
+    "zero weight": {"slices": 0},
+    "negative weight": {"slices": -30},
+    "size far above announced": {"slices": 10**6},
+    "usage off the simplex": {"usage": [0.9, 0.9, 0.9]},
+}
+
+
+def changed(reply: Message, kind: str) -> Message:
+    """Return the reply with one thing made wrong."""
+    tensors = {key: array.numpy().copy() for key, array in reply.content[UPDATE].items()}
+    TENSORS.get(kind, unheard)(tensors, min(tensors))
+    reply.content[UPDATE] = ArrayRecord({key: Array(tensor) for key, tensor in tensors.items()})
+    reply.content[NUMBERS].update(VALUES.get(kind, {}))
+    return reply
+
+
+POISONS = {
+    "NaN": (504, "values"),
+    "Inf": (504, "values"),
+    "1e30": (511, "norm 1e+30"),
+    "sign flip x10": (511, "norm "),
+    "wrong shape": (504, "float32 (1, "),
+    "missing key": (504, "1 missing, 0 extra"),
+    "extra key": (504, "0 missing, 1 extra"),
+    "float64": (504, "float64 "),
+    "zero weight": (504, "0"),
+    "negative weight": (504, "-30"),
+    "size far above announced": (504, "1000000"),
+    "usage off the simplex": (504, "sum 2.7"),
+}
+
+
+@pytest.mark.parametrize("kind", POISONS)
+def test_a_poisoned_update_does_not_move_the_model_by_a_bit(kind: str, make_study, tmp_path: Path) -> None:
+    study, log = make_study(rounds=ROUNDS), tmp_path / "audit.jsonl"
+
+    def answer(message: Message, site: str) -> Message | None:
+        reply = honest(message, site)
+        return changed(reply, kind) if site == "Cedar" and message.metadata.message_type == "train" else reply
+
+    poisoned = run(study, answer, log)
+    without = run(study, honest, sites={node: name for node, name in SITES.items() if name != "Cedar"})
+    assert all(np.array_equal(poisoned.arrays[name], tensor) for name, tensor in without.arrays.items())
+    number, value = POISONS[kind]
+    for record in poisoned.history:
+        (fault,) = record["faults"]
+        assert (fault["number"], fault["where"]) == (number, "Cedar")
+        assert value in fault["value"]
+        assert fault["limit"]
+    noted = audit.read(log)
+    assert [(line["event"], line["site"], line["number"], line["round"]) for line in noted] == [
+        ("refused", "Cedar", number, number_) for number_ in (1, 2)
+    ]
+
+
+def test_a_replayed_update_is_used_once(make_study) -> None:
+    study, sent = make_study(rounds=ROUNDS), dict[str, dict[str, Array]]()
+
+    def answer(message: Message, site: str) -> Message | None:
+        reply = honest(message, site)
+        if site == "Cedar" and message.metadata.message_type == "train":
+            arrays = sent.setdefault(site, dict(reply.content[UPDATE]))
+            reply.content[UPDATE] = ArrayRecord(arrays)
+        return reply
+
+    def once(message: Message, site: str) -> Message | None:
+        return None if site == "Cedar" and message.content[CONFIG].get(ROUND_KEY) == 2 else honest(message, site)
+
+    replayed, absent = run(study, answer), run(make_study(rounds=ROUNDS, deadline_s=0.2), once)
+    assert [[fault["number"] for fault in record["faults"]] for record in replayed.history] == [[], [512]]
+    assert all(np.array_equal(replayed.arrays[name], tensor) for name, tensor in absent.arrays.items())
+
+
+def test_equal_bytes_twice_are_one_update_and_different_ones_none(make_study) -> None:
+    study = make_study()
+    for second, used in ((1.0, 3), (2.0, 2)):
+        strategy = make_strategy(study, ROSTER)
+        arrays = ArrayRecord({name: Array(tensor) for name, tensor in start_state(study).arrays.items()})
+        wire = Wire(honest)
+        ids = list(wire.push_messages(strategy.configure_train(1, arrays, ConfigRecord(), grid=None)))
+        replies = list(wire.pull_messages(ids))
+        again = honest(wire.asked[0], "Alder")
+        again.metadata.__dict__.update(replies[0].metadata.__dict__)
+        again.content[UPDATE] = ArrayRecord(
+            {key: Array(np.float32(second) * array.numpy()) for key, array in again.content[UPDATE].items()}
+        )
+        strategy.aggregate_train(1, [*replies, again])
+        assert len(strategy.report.updates) == used
+        assert [fault.number for fault in strategy.report.faults] == ([] if used == 3 else [512])
+
+
+def test_a_site_refused_three_rounds_in_a_row_sits_out_until_a_person_lifts_it(make_study, tmp_path: Path) -> None:
+    study, path = make_study(rounds=8), tmp_path / "study.toml"
+    path.write_text(_toml(study))
+    committed, asked = path.with_suffix(".state.safetensors"), list[int]()
+
+    def answer(message: Message, site: str) -> Message | None:
+        reply = honest(message, site)
+        if site == "Cedar" and message.metadata.message_type == "train":
+            asked.append(message.content[CONFIG][ROUND_KEY])
+            return changed(reply, "NaN") if asked[-1] <= 5 else reply
+        return reply
+
+    def commit(state: RunState) -> None:
+        state.commit(committed)
+        if state.round == 5:
+            assert lift(path, "Cedar") == 5
+            with pytest.raises(IcmoeError, match="ICM518"):
+                lift(path, "Alder")
+
+    strategy = make_strategy(study, ROSTER, lifted=lambda: read_lifted(path))
+    state = run_rounds(Wire(answer), strategy, study, start_state(study), sites=SITES, commit=commit, poll_s=0.005)
+    assert asked == [1, 2, 3, 6, 7, 8]
+    assert [[fault["number"] for fault in row["faults"]] for row in state.history] == [[504]] * 3 + [[514]] * 2 + [[]] * 3
+    assert set(state.history[-1]["sites"]) == set(SITES.values())
+
+
+def _toml(study: Study) -> str:
+    """Return the study as TOML, the plain way: every value is also valid JSON."""
+    lines, tables = [], []
+    for key, value in study.model_dump(mode="json", exclude={"privacy"}).items():
+        rows = value if key == "labels" else [value] if isinstance(value, dict) else None
+        if rows is None:
+            lines.append(f"{key} = {json.dumps(value)}")
+        for row in rows or []:
+            tables.append(f"[[{key}]]" if key == "labels" else f"[{key}]")
+            tables += [f"{name} = {json.dumps(item)}" for name, item in row.items()]
+    return "\n".join([*lines, *tables]) + "\n"
+
+
+def test_what_the_guard_remembers_survives_a_commit(make_study, tmp_path: Path) -> None:
+    study = make_study()
+    memory = Memory({"Cedar": (2, 7)}, {"Alder": ["ab", "cd"]})
+    state = RunState(study.digest, start_state(study).arrays, extra=memory.packed())
+    state.commit(tmp_path / "s")
+    assert Memory.unpacked(RunState.load(tmp_path / "s", study).extra) == memory
+    assert Memory.unpacked({}) == Memory()
+
+
+@given(st.lists(st.sampled_from(["refuse", "use", "absent", "retry"]), max_size=20))
+@settings(max_examples=100)
+def test_a_site_sits_out_exactly_after_three_refused_rounds_without_a_used_one(events: list[str]) -> None:
+    memory, count = Memory(), 0
+    for number, event in enumerate(events, start=1):
+        if memory.sits_out("A"):
+            break
+        if event in {"refuse", "retry"}:
+            for _ in range(2 if event == "retry" else 1):  # a round that is tried twice is one round
+                memory.refuse("A", number)
+            count += 1
+        elif event == "use":
+            memory.use("A", f"{number}")
+            count = 0
+    assert memory.sits_out("A") == (count >= MOST_REFUSALS)
+
+
+def test_the_median_is_asked_only_where_there_are_three_and_never_under_server_privacy(make_study) -> None:
+    def answer(message: Message, site: str) -> Message | None:
+        reply = honest(message, site)
+        return changed(reply, "sign flip x10") if site == "Cedar" and message.metadata.message_type == "train" else reply
+
+    two = {node: name for node, name in SITES.items() if name != "Alder"}
+    assert run(make_study(rounds=1), answer, sites=two).history[0]["faults"] == []
+    plain = {"cap": 1.0, "min_contributors": 1, "shrinkage": False, "balance_step": 0.0}
+    server = {"noise_multiplier": 1.0, "delta": 0.01, "sites": 3, "divisor": 1.0}
+    private = make_study(rounds=1, aggregation=plain, privacy={"server": server})
+    assert run(private, answer).history[0]["faults"] == []
+
+
+@pytest.mark.parametrize("damage", ["edit", "remove", "swap", "garbage"])
+def test_the_audit_log_shows_what_was_done_to_it(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    for number in range(4):
+        audit.note(path, "refused", {"round": number, "site": "Cedar"})
+    assert [line["round"] for line in audit.read(path)] == [0, 1, 2, 3]
+    lines = path.read_bytes().splitlines(keepends=True)
+    if damage == "edit":
+        lines[1] = lines[1].replace(b"Cedar", b"Alder")
+    elif damage == "remove":
+        del lines[1]
+    elif damage == "swap":
+        lines[1], lines[2] = lines[2], lines[1]
+    else:
+        lines[1] = b"{}\n"
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(IcmoeError) as caught:
+        audit.read(path)
+    assert caught.value.faults[0].number == 516
+
+
+def test_a_line_that_a_crash_left_unfinished_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    audit.note(path, "refused", {"round": 1})
+    with path.open("ab") as file:
+        file.write(b'{"line": 2, "ev')
+    audit.note(path, "refused", {"round": 2})
+    assert [line["round"] for line in audit.read(path)] == [1, 2]
+    assert oct(path.stat().st_mode & 0o777) == "0o600"
+
+
+def test_a_refusal_says_value_and_limit_in_one_sentence() -> None:
+    fault = Fault(number=511, where="Cedar", value="norm 12.1", limit="at most 6.05", did="The round went on without it.")
+    assert str(fault).startswith("ICM511 Cedar: update is too large: norm 12.1 (allowed: at most 6.05). The round went on")
