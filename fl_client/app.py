@@ -49,6 +49,7 @@ from icmoe.exchange import (
     update_of,
 )
 from icmoe.model import ICMoE, build_model
+from icmoe.packing import pack_records, unpack_records
 from icmoe.study import Study, derived_seed
 from icmoe.summary import summarise
 from icmoe.training import train_round
@@ -188,11 +189,14 @@ def _validation(site: Participant, study: Study, model: ICMoE) -> Numbers:
 
 
 def _numbers_only(answer: Answer) -> Answer:
-    """Return the answer with every exception replaced by a number and its title before it leaves."""
+    """Return the answer, tensors packed and every exception replaced by a number and its title before it leaves."""
 
     def guarded(message: Message, context: Context) -> Message:
         try:
-            return answer(message, context)
+            unpack_records(message.content, ArrayRecord, Array)
+            reply = answer(message, context)
+            pack_records(reply.content, ArrayRecord, Array)  # after the audit log took their digest, name by name
+            return reply
         except IcmoeError as error:
             log.error("%s", error)
             return _refusal(error.faults[0].number, message)

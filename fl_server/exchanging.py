@@ -1,12 +1,14 @@
-"""Messages out, replies in, with a deadline."""
+"""Messages out, replies in, with a deadline; their tensors travel packed."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
 
-from flwr.app import Message
+from flwr.app import Array, ArrayRecord, Message
 from flwr.serverapp import Grid
+
+from icmoe.packing import pack_records, unpack_records
 
 
 def ask(
@@ -33,11 +35,16 @@ def ask(
         Called with each reply as it arrives.
     """
     ends = time.monotonic() + deadline_s
-    waiting = set(grid.push_messages(messages))
+    questions = list(messages)
+    for question in questions:  # they may share their content, which is then packed once
+        pack_records(question.content, ArrayRecord, Array)
+    waiting = set(grid.push_messages(questions))
     replies: list[Message] = []
     while waiting and time.monotonic() < ends:
         for reply in grid.pull_messages(waiting):
             waiting.discard(reply.metadata.reply_to_message_id)
+            if reply.has_content():
+                unpack_records(reply.content, ArrayRecord, Array)
             replies.append(reply)
             if on_reply is not None:
                 on_reply(reply)

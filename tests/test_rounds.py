@@ -19,6 +19,7 @@ from fl_server.rounds import RunState, run_rounds
 from fl_server.server_optimizer import ServerOptimized
 from icmoe.errors import IcmoeError
 from icmoe.exchange import ARRAYS, BALANCE_BIAS, CONFIG, NUMBERS, ROUND_KEY, UPDATE
+from icmoe.packing import unpack_records
 from icmoe.study import Study
 
 SITES = {11: "Alder", 12: "Birch", 13: "Cedar"}
@@ -49,6 +50,7 @@ class Wire:
             number = f"m{len(self.asked)}"
             message.metadata.__dict__["_message_id"] = number
             self.asked.append(message)
+            unpack_records(message.content, ArrayRecord, Array)  # as a site does
             ids.append(number)
             reply = self.answer(message, SITES[message.metadata.dst_node_id])
             if reply is not None:
