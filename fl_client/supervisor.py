@@ -29,6 +29,9 @@ from fl_client.site import ENVIRONMENT, SiteFile, read_named
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from icmoe.processes import flower_environment, free_port, next_delay, private_files
 
+KEY_NOT_KNOWN = 3
+"""Exit code of the child where the coordinator does not know the site's key."""
+
 GRACE_S = 5.0
 LOG = "supernode.log"
 
@@ -148,9 +151,14 @@ def supervise(start: Callable[[], subprocess.Popen[str]], hear: Say, say: Say) -
                 return
             delay_s = next_delay(delay_s, time.monotonic() - born)
             wait_s = delay_s * random.uniform(0.7, 1.3)  # noqa: S311  (spreads the hospitals, hides nothing)
-            what = _TURNED_AWAY if child.returncode == 0 else f"the connection ended with exit code {child.returncode}"
-            say(str(Fault(number=324, what=what, did=f"Starting again in {wait_s:.0f} s.")))
+            say(str(_fault_of(child.returncode, f"Starting again in {wait_s:.0f} s.")))
             stop.wait(wait_s)
+
+
+def _fault_of(exit_code: int, did: str) -> Fault:
+    if exit_code == KEY_NOT_KNOWN:
+        return Fault(number=333, did=did)
+    return Fault(number=324, what=_TURNED_AWAY if exit_code == 0 else f"the connection ended with exit code {exit_code}", did=did)
 
 
 def end_group(child: subprocess.Popen[str]) -> None:

@@ -19,6 +19,7 @@ from test_client import command
 
 from fl_client.site import ENVIRONMENT, SiteFile
 from fl_client.supervisor import (
+    KEY_NOT_KNOWN,
     Hearing,
     child_environment,
     connection_flags,
@@ -110,6 +111,17 @@ def test_any_exit_is_followed_by_another_start(code: int) -> None:
         process.wait(timeout=10)
     assert [line.split()[0] for line in lines] == ["heard", "said", "heard", "said"]
     assert ("ICM324 the coordinator turned the site away" if code == 0 else f"with exit code {code}.") in lines[1]
+
+
+def test_a_key_that_the_coordinator_does_not_know_is_said_with_the_remedy_at_the_site() -> None:
+    process = start_supervisor(f"import sys; print('born', flush=True); sys.exit({KEY_NOT_KNOWN})")
+    try:
+        said = [read_line(process) for _ in range(2)][1]
+    finally:
+        process.kill()
+        process.wait(timeout=10)
+    assert "ICM333 site's key is not, or no longer, registered at the coordinator. Starting again in 1 s." in said
+    assert "init --kit KIT --new-key" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
