@@ -33,6 +33,8 @@ KEY_NOT_KNOWN = 3
 """Exit code of the child where the coordinator does not know the site's key."""
 
 GRACE_S = 5.0
+LOOK_S = "0.25"
+"""Seconds between the looks of Flower's SuperExec for a message to answer, on this machine; by default it waits 1 s."""
 LOG = "supernode.log"
 
 # Flower ends without a word when the coordinator answers 401.
@@ -106,7 +108,8 @@ def connection_flags(path: Path, settings: SiteFile) -> list[str]:
 
 def child_environment(path: Path, state: Path, base: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of the SuperNode and of what it starts: Flower's, and where the site file is."""
-    return {**flower_environment(state / "flower", base), ENVIRONMENT: str(path.resolve())}
+    own = {ENVIRONMENT: str(path.resolve()), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": LOOK_S}
+    return {**flower_environment(state / "flower", base), **own}
 
 
 def start_supernode(path: Path, state: Path, flags: list[str]) -> subprocess.Popen[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from typer.core import TyperGroup
@@ -17,10 +17,10 @@ EXIT_CODE = 2
 class Commands(TyperGroup):
     """Commands of a program whose usage errors are numbered: `typer.Typer(cls=Commands)`."""
 
-    def main(self, *arguments: Any, standalone_mode: bool = True, **settings: Any) -> Any:  # noqa: ANN401  (Click's own signature)
-        """Run the command that the arguments name, and end the process where `standalone_mode` says so."""
+    def main(self, *arguments: Any, **settings: Any) -> NoReturn:  # noqa: ANN401  (Click's own signature)
+        """Run the command that the arguments name and end the process."""
         try:
-            code = super().main(*arguments, standalone_mode=False, **settings)
+            code = super().main(*arguments, **{**settings, "standalone_mode": False})
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             sys.exit(EXIT_CODE)
@@ -29,9 +29,7 @@ class Commands(TyperGroup):
             sys.exit(EXIT_CODE)
         except click.Abort:
             sys.exit(1)
-        if standalone_mode:
-            sys.exit(code if isinstance(code, int) else 0)
-        return code
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 def usage_fault(error: click.UsageError) -> Fault:
