@@ -257,6 +257,7 @@ def test_the_child_sees_no_telemetry_no_updates_no_installation_and_the_sites_ow
     assert env["FLWR_DISABLE_UPDATE_CHECK"] == env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
     assert env["FLWR_HOME"] == str(tmp_path / "state/flower")
     assert env[ENVIRONMENT] == str(tmp_path / "a.toml")
+    assert float(env["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"]) < 1.0
     assert env["NO_PROXY"] == env["no_proxy"] == "pacs,127.0.0.1,localhost"
     assert (Path(env["PATH"].split(os.pathsep)[0]) / "flower-superexec").exists()
 
