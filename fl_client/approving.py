@@ -15,6 +15,7 @@ from rich.text import Text
 from fl_client.approval import approve, changes, read_approvals, withdraw
 from fl_client.audit import START, digests_of_round, read_log
 from fl_client.budget import budget_faults, prospect
+from fl_client.leaves import LEAVES
 from fl_client.policy import epsilon_of
 from fl_client.site import SiteFile, read_named, records_of, site_data, study_faults
 from icmoe.bundle import bundle_digest, bundle_files
@@ -25,11 +26,6 @@ from icmoe.model import build_model
 from icmoe.privacy import patient_faults
 from icmoe.study import Study, read_study
 from icmoe.study_privacy import SitePrivacy
-
-LEAVES = (
-    "trained tensors minus the round's global ones; number of slices rounded up to ten; share of pixels per expert; "
-    "mean loss; validation Dice and its number of patients; steps and seconds of training; the site's name"
-)
 
 
 def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> None:

@@ -17,8 +17,11 @@ from rich.table import Table
 from icmoe import __version__
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from icmoe.platform import require_supported_platform
+from icmoe.usage import Commands
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Commands, add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
+)
 LINES_PER_NUMBER = 5
 """So many exclusions of one kind are shown; an export may hold thousands."""
 

@@ -89,6 +89,27 @@ def check_connection(address: str, ca: Path, key: ec.EllipticCurvePrivateKey | N
     return [*checks, Check("coordinator", ok=False, fault=fault)]
 
 
+def is_refused(address: str, ca: Path, key: ec.EllipticCurvePrivateKey) -> bool:
+    """Return whether the coordinator says that it does not know the key; where it says nothing, Flower tells why.
+
+    Parameters
+    ----------
+    address
+        host:port.
+    ca
+        The consortium's CA, PEM.
+    key
+        The site's key.
+    """
+    content, headers = flower.signed_request(key)
+    try:
+        context = ssl.create_default_context(cafile=str(ca))
+        with httpx.Client(verify=context, timeout=TIMEOUT_S, base_url=f"https://{address}") as client:
+            return _ask(client, "POST", flower.SIGNED, content, headers).values.get("code") == flower.NOT_ADMITTED
+    except (httpx.HTTPError, OSError):  # a TLS error is an OSError
+        return False
+
+
 def proxy_of(host: str) -> tuple[str, int] | None:
     """Return host and port of the outbound proxy that the environment names for `host`, None where there is none."""
     found = getproxies()

@@ -17,6 +17,7 @@ from fl_client.manifest import Outgoing, manifest_of
 from fl_client.participant import Participant
 from icmoe.errors import CATALOGUE, Fault, IcmoeError
 from icmoe.exchange import CONFIG, NUMBERS, UPDATE, state_digest
+from icmoe.packing import pack_records
 from icmoe.receipts import Head
 from icmoe.study import Study
 
@@ -150,4 +151,6 @@ def _message(outgoing: Outgoing, asked: Message) -> Message:
         content[NUMBERS] = MetricRecord(dict(outgoing.numbers))
     if outgoing.texts is not None:
         content[CONFIG] = ConfigRecord(dict(outgoing.texts))
-    return Message(RecordDict(content), reply_to=asked)
+    reply = Message(RecordDict(content), reply_to=asked)
+    pack_records(reply.content, ArrayRecord, Array)  # after the audit log took their digest, name by name
+    return reply

@@ -11,7 +11,9 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import logging
+import math
 import sys
+import time
 import zipfile
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,7 +53,11 @@ ERROR_CODE = 1000
 LARGEST_BYTES = 50_000_000
 """Bytes that a shipped bundle may unpack to; Flower packs at most 10 MB."""
 
+SOON_S, BETWEEN_S = 20.0, 0.5
+"""After an answer the next question is near: for so long a site asks so often, and then every 3 s as Flower does."""
+
 Connection = tuple[Any, ...]
+Received = tuple[Message, Any]
 Connect = Callable[..., Any]
 
 _EQUAL = "equal"
@@ -88,12 +94,20 @@ def guarded(connect: Connect, mine: Fab, fab_id: str, fab_version: str) -> Conne
     fab_id, fab_version
         Names of the bundle, which the coordinator cannot choose.
     """
+    answered_s = -math.inf
     verdicts: dict[tuple[int, str], str] = {}  # Flower asks before each message; a run's bundle is fetched and compared once
 
     @contextmanager
     def connection(*arguments: Any, **settings: Any) -> Iterator[Connection]:  # noqa: ANN401  (Flower's own signature)
         with connect(*arguments, **settings) as (node_id, receive, send, get_run, get_fab, pull, push, confirm):
             shipped: dict[int, str] = {}
+
+            def receive_soon() -> Received | None:
+                found: Received | None = receive()
+                while found is None and time.monotonic() < answered_s + SOON_S:
+                    time.sleep(BETWEEN_S)
+                    found = receive()
+                return found
 
             def get_own_run(run_id: int) -> Run:
                 run: Run = get_run(run_id)
@@ -110,9 +124,11 @@ def guarded(connect: Connect, mine: Fab, fab_id: str, fab_version: str) -> Conne
                 return Fab(mine.hash_str, mine.content, {"valid_license": verdicts[asked]})
 
             def send_numbers(message: Message, tree: object, runtime_s: float) -> tuple[set[str], str]:
+                nonlocal answered_s
+                answered_s = time.monotonic()
                 return _send_error(message, runtime_s, send, push) if message.has_error() else send(message, tree, runtime_s)
 
-            yield (node_id, receive, send_numbers, get_own_run, get_own_fab, pull, push, confirm)
+            yield (node_id, receive_soon, send_numbers, get_own_run, get_own_fab, pull, push, confirm)
 
     return connection
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 
 from fl_client.connection import proxy_of
 from fl_client.credentials import Coordinator
 from fl_client.flower_private import AHEAD_S, BEHIND_S
+from fl_client.leaves import LEAVES
 from fl_client.site import SiteFile, cache_folder_of
 from icmoe.config import parse, read_toml
 from icmoe.errors import Fault, IcmoeError
@@ -45,8 +47,7 @@ The service needs no administrator's rights. Lost or copied key: tell the coordi
 
 ## What leaves
 
-Per round: trained tensors minus the round's starting ones, the number of training slices rounded up to ten, the share of
-pixels that each expert decided, mean losses, one validation score; on an error a number and its title. Once: the public key.
+{leaves}.
 
 ## What never leaves
 
@@ -82,7 +83,8 @@ def sheet(path: Path, site: str) -> str:
         raise IcmoeError(Fault(number=210, where=str(path), what=what, value=site, limit=settings.name))
     if settings.coordinator is None:
         raise IcmoeError(Fault(number=203, where=str(path), value="[coordinator]", did="Nothing was printed."))
-    return SHEET.format(site=site, path=path, **_network(path, settings.coordinator), **_folders(path, settings))
+    leaves = fill(LEAVES[0].upper() + LEAVES[1:], width=120)
+    return SHEET.format(site=site, path=path, leaves=leaves, **_network(path, settings.coordinator), **_folders(path, settings))
 
 
 def _network(path: Path, chosen: Coordinator) -> dict[str, str]:

@@ -12,8 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fl_client.connection import is_refused
+from fl_client.credentials import read_node_key
 from fl_client.flower_private import run_supernode
 from fl_client.site import read_site_file, site_file_of_environment
+from fl_client.supervisor import KEY_NOT_KNOWN
 from fl_client.watchdog import end_with_parent
 from icmoe.bundle import NAME, PUBLISHER, VERSION, bundle_files
 from icmoe.errors import exit_on_fault
@@ -31,7 +34,10 @@ def main(arguments: Sequence[str]) -> None:
     end_with_parent(int(parent))
     with exit_on_fault():
         path = site_file_of_environment()
-        read_site_file(path)
+        chosen = read_site_file(path).coordinator
+        # Flower's own refusal is the same for a key that is not known and for a last connection that has not run out.
+        if chosen and is_refused(chosen.address, path.parent / chosen.ca, read_node_key(path.parent / chosen.key)):
+            sys.exit(KEY_NOT_KNOWN)
         home = Path(os.environ["FLWR_HOME"])
         shutil.rmtree(home / "apps", ignore_errors=True)  # Flower would run what lies there without another look
         run_supernode(bundle_files(), f"{PUBLISHER}/{NAME}", VERSION, home, flags)

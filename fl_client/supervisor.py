@@ -29,7 +29,12 @@ from fl_client.site import ENVIRONMENT, SiteFile, read_named
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from icmoe.processes import flower_environment, free_port, next_delay, private_files
 
+KEY_NOT_KNOWN = 3
+"""Exit code of the child where the coordinator does not know the site's key."""
+
 GRACE_S = 5.0
+LOOK_S = "0.25"
+"""Seconds between the looks of Flower's SuperExec for a message to answer, on this machine; by default it waits 1 s."""
 LOG = "supernode.log"
 
 # Flower ends without a word when the coordinator answers 401.
@@ -103,7 +108,8 @@ def connection_flags(path: Path, settings: SiteFile) -> list[str]:
 
 def child_environment(path: Path, state: Path, base: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of the SuperNode and of what it starts: Flower's, and where the site file is."""
-    return {**flower_environment(state / "flower", base), ENVIRONMENT: str(path.resolve())}
+    own = {ENVIRONMENT: str(path.resolve()), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": LOOK_S}
+    return {**flower_environment(state / "flower", base), **own}
 
 
 def start_supernode(path: Path, state: Path, flags: list[str]) -> subprocess.Popen[str]:
@@ -148,9 +154,14 @@ def supervise(start: Callable[[], subprocess.Popen[str]], hear: Say, say: Say) -
                 return
             delay_s = next_delay(delay_s, time.monotonic() - born)
             wait_s = delay_s * random.uniform(0.7, 1.3)  # noqa: S311  (spreads the hospitals, hides nothing)
-            what = _TURNED_AWAY if child.returncode == 0 else f"the connection ended with exit code {child.returncode}"
-            say(str(Fault(number=324, what=what, did=f"Starting again in {wait_s:.0f} s.")))
+            say(str(_fault_of(child.returncode, f"Starting again in {wait_s:.0f} s.")))
             stop.wait(wait_s)
+
+
+def _fault_of(exit_code: int, did: str) -> Fault:
+    if exit_code == KEY_NOT_KNOWN:
+        return Fault(number=333, did=did)
+    return Fault(number=324, what=_TURNED_AWAY if exit_code == 0 else f"the connection ended with exit code {exit_code}", did=did)
 
 
 def end_group(child: subprocess.Popen[str]) -> None:

@@ -16,8 +16,11 @@ from icmoe import __version__
 from icmoe.errors import exit_on_fault
 from icmoe.platform import require_supported_platform
 from icmoe.private import file_errors
+from icmoe.usage import Commands
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Commands, add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
+)
 
 
 @app.callback(invoke_without_command=True)

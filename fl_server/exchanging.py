@@ -1,12 +1,14 @@
-"""Messages out, replies in, with a deadline."""
+"""Messages out, replies in, with a deadline; their tensors travel packed."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
 
-from flwr.app import Message
+from flwr.app import Array, ArrayRecord, Message
 from flwr.serverapp import Grid
+
+from icmoe.packing import pack_records, unpack_records
 
 
 def ask(
@@ -36,11 +38,16 @@ def ask(
         Earlier messages without an answer; those of this call that stay without one are added.
     """
     ends = time.monotonic() + deadline_s
-    waiting = set(grid.push_messages(messages))
+    questions = list(messages)
+    for question in questions:  # they may share their content, which is then packed once
+        pack_records(question.content, ArrayRecord, Array)
+    waiting = set(grid.push_messages(questions))
     replies: list[Message] = []
     overdue = set() if late is None else late
     while waiting and time.monotonic() < ends:
         for reply in grid.pull_messages(waiting | overdue):
+            if reply.has_content():
+                unpack_records(reply.content, ArrayRecord, Array)
             if on_reply is not None and reply.metadata.reply_to_message_id in waiting:
                 on_reply(reply)
             waiting.discard(reply.metadata.reply_to_message_id)

@@ -134,6 +134,10 @@ CATALOGUE: dict[int, Entry] = {
     330: Entry("SuperLink does not answer", "Start it: fl_server superlink --home DIR --exec."),
     331: Entry("site is not the one registered with its key", "Name the site in its site file as it was admitted."),
     332: Entry("site is not connected", "Ask the hospital to look at fl_client --site NAME."),
+    333: Entry(
+        "site's key is not, or no longer, registered at the coordinator",
+        "Ask the coordinator. A revoked key never comes back: fl_client --site NAME init --kit KIT --new-key makes another.",
+    ),
     401: Entry("frozen backbone changed during training", "Do not use the result; report the case with the two digests."),
     402: Entry(
         "site's patients do not fit the study's privacy", "Agree on other constants under [privacy.site], or leave the site out."

@@ -20,6 +20,7 @@ from test_client import CONTEXT, command, hospital, number_of, request, write_si
 from fl_client.app import make_client_app
 from fl_client.approval import approve, approved_studies, approved_study, changes, read_approvals, withdraw
 from fl_client.audit import read_log
+from fl_client.leaves import LEAVES
 from fl_client.participant import site_from_environment
 from fl_client.policy import Policy, limit_gpu, policy_faults, require_hour
 from fl_client.site import ENVIRONMENT
@@ -78,7 +79,7 @@ def test_the_command_shows_what_is_asked_and_what_leaves(hospital: Path, make_st
         "3 (the coordinator's word)",
         "90 s per round",
     ]
-    said += ["out per round", "mean loss", "No study of this name was approved before."]
+    said += ["out per round", LEAVES, "No study of this name was approved before."]
     assert [word for word in said if word not in text] == []
     assert study.digest in text.replace(" ", "")
     assert bundle_digest(bundle_files()) in text.replace(" ", "")

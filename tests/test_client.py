@@ -23,6 +23,7 @@ from icmoe.errors import CATALOGUE, IcmoeError
 from icmoe.exchange import ARRAYS, CONFIG, NUMBERS, ROUND_KEY, STUDY_KEY, UPDATE, global_state, is_personal, update_of
 from icmoe.features import FeatureCache
 from icmoe.model import build_model
+from icmoe.packing import unpack_records
 from icmoe.study import Study, canonical, derived_seed
 from icmoe.training import train_round
 from simulations.phantoms import PhantomSite, write_phantoms
@@ -58,7 +59,10 @@ def site(hospital: Path, make_study, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def ask(site: Participant, content: RecordDict, kind: str = "train") -> Message:
-    return make_client_app(lambda *_: site)(Message(content, dst_node_id=5, message_type=kind), CONTEXT)
+    reply = make_client_app(lambda *_: site)(Message(content, dst_node_id=5, message_type=kind), CONTEXT)
+    if reply.has_content():
+        unpack_records(reply.content, ArrayRecord, Array)  # as the coordinator does
+    return reply
 
 
 def request(study: Study, round_number: int = 1, **extra: object) -> RecordDict:

@@ -221,6 +221,18 @@ def test_a_run_that_fails_says_why_and_exits_with_one(coordinator: Coordinator, 
     assert "ICM508" in gone.stderr
 
 
+def test_a_revoked_site_is_told_so_and_what_to_do(coordinator: Coordinator, sites: None) -> None:
+    assert fl_server("revoke", "hospitalC", "--home", str(coordinator.home.root)).returncode == 0
+    wait_until(lambda: "ICM333" in said_by(coordinator, "hospitalC"), "the revoked site to be told", 90)
+    said = said_by(coordinator, "hospitalC").splitlines()
+    (told,) = [line for line in said if "ICM333" in line][:1]
+    assert "site's key is not, or no longer, registered at the coordinator. Starting again in " in told
+    assert "init --kit KIT --new-key" in told
+    assert not [line for line in said if "ended with exit code" in line]
+    assert "Traceback" not in "".join(said)
+    assert all("ICM333" not in said_by(coordinator, name) for name in ("hospitalA", "hospitalB"))
+
+
 def test_the_coordinator_leaves_nothing_behind(coordinator: Coordinator) -> None:
     coordinator.supervisor.send_signal(signal.SIGTERM)
     assert coordinator.supervisor.wait(timeout=20) == 0

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fl_client import flower_private
-from fl_client.flower_private import LARGEST_BYTES, guarded, pack, unpack
+from fl_client.flower_private import LARGEST_BYTES, SOON_S, guarded, pack, unpack
 from icmoe.bundle import bundle_files
 from icmoe.errors import CATALOGUE, IcmoeError
 
@@ -53,11 +54,17 @@ class Wire:
         self.sent: list[tuple[Message, Any]] = []
         self.pushed: dict[str, bytes] = {}
         self.asked: list[str] = []
+        self.waiting: list[str] = []
+        self.looks = 0
+
+    def receive(self) -> str | None:
+        self.looks += 1
+        return self.waiting.pop(0) if self.waiting else None
 
     @contextmanager
     def connect(self, *arguments: object) -> Iterator[tuple[Any, ...]]:
         assert arguments == ("coordinator:443",)
-        yield (5, "receive", self.send, self.get_run, self.get_fab, "pull", self.push, "confirm")
+        yield (5, self.receive, self.send, self.get_run, self.get_fab, "pull", self.push, "confirm")
 
     def get_run(self, run_id: int) -> Run:
         run = Run.create_empty(run_id)
@@ -137,6 +144,25 @@ def test_a_runs_bundle_is_fetched_once_and_each_run_is_judged_for_itself() -> No
         verdicts.append(flower_private._verdict(fab, {}))
     assert verdicts == [True, True, False]
     assert len(wire.asked) == 2
+
+
+def test_a_site_looks_often_for_the_next_question_after_an_answer_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, wire = [0.0], Wire(MINE.content)
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        if clock[0] >= 7.0 and not wire.waiting:
+            wire.waiting.append("question")
+
+    monkeypatch.setattr(flower_private, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    with through(wire) as (_, receive, send, *_):
+        assert (receive(), wire.looks) == (None, 1)  # before any answer: once, and Flower waits its three seconds
+        send(question(), SimpleNamespace(object_id="reply"), 0.1)
+        assert (receive(), clock[0]) == ("question", 7.0)
+        assert wire.looks == 1 + 1 + 14
+        clock[0] = SOON_S + 1.0
+        wire.waiting.clear()
+        assert (receive(), wire.looks) == (None, 17)
 
 
 HARMS = {

@@ -24,6 +24,7 @@ from loopback import HOSTS, Authority, closed_port, http_server
 from typer.testing import CliRunner
 
 from fl_client import check, cli, preflight
+from fl_client.leaves import LEAVES
 from fl_client.preflight import run_preflight
 
 if TYPE_CHECKING:
@@ -211,9 +212,14 @@ def test_the_it_sheet_names_host_port_files_and_what_never_leaves(hospital: Hosp
     assert done.exit_code == 0
     for words in ("coordinator.example | TCP 8443, outbound only", str(hospital.key), "No inbound port", "What never leaves"):
         assert words in done.output
+    assert LEAVES[1:] in " ".join(done.output.split())
     hospital.path.write_text(hospital.text)
     done = CliRunner().invoke(cli.app, ["--site", "Alder", "--config", str(hospital.path), "it-sheet"])
     assert (done.exit_code, done.output[:7]) == (1, "ICM203 ")
+
+
+def test_readme_says_what_leaves_in_the_same_words() -> None:
+    assert LEAVES in " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
 
 
 def test_a_wait_has_a_deadline_and_passes_errors_on() -> None:

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import pytest
 from consortium import NGINX, NO_NGINX, Coordinator, coordinating, flwr, post, raw, write_key_pair
+from handshake import FALLBACK_SIGNAL, SSL3, SUITES, TLS10, TLS11, TLS12, TLS13, greet
 
 from fl_server.submit import write_app
 
@@ -102,22 +103,51 @@ def test_a_chunk_of_flowers_size_passes_and_a_larger_body_does_not(coordinator: 
     assert not any((coordinator.home.proxy / "run" / "body").rglob("*"))
 
 
-HANDSHAKES = {
-    "TLS 1.3": (["-tls1_3"], True),
-    "TLS 1.2": (["-tls1_2"], True),
-    "TLS 1.1": (["-tls1_1", "-cipher", "ALL:@SECLEVEL=0"], False),
-    "TLS 1.2 without forward secrecy": (["-tls1_2", "-cipher", "AES128-GCM-SHA256"], False),
-    "TLS 1.2 with CBC": (["-tls1_2", "-cipher", "ECDHE-ECDSA-AES128-SHA"], False),
+# AEAD with forward secrecy for a certificate on an elliptic curve: 1.2's, then 1.3's.
+GOOD = {TLS12: [0xC02B, 0xC02C, 0xCCA9], TLS13: [0x1301, 0x1302, 0x1303]}
+REFUSED = {  # alert 40: no suite in common, 70: version, 86: a fallback that is no need
+    "SSL 3": (SSL3, SUITES, {"alert 70", "alert 40", "closed"}),
+    "TLS 1.0": (TLS10, SUITES, {"alert 70"}),
+    "TLS 1.1": (TLS11, SUITES, {"alert 70"}),
+    "no encryption": (TLS12, [0x0001, 0x0002, 0x003B, 0xC006, 0xC010], {"alert 40"}),
+    "export": (TLS12, [0x0003, 0x0006, 0x0008, 0x000B, 0x000E, 0x0011, 0x0014, 0x0017, 0x0019], {"alert 40"}),
+    "RC4": (TLS12, [0x0004, 0x0005, 0x0018, 0xC007, 0xC011, 0xC016], {"alert 40"}),
+    "3DES": (TLS12, [0x000A, 0x0016, 0x001B, 0xC008, 0xC012, 0xC017], {"alert 40"}),
+    "anonymous": (TLS12, [0x0034, 0x003A, 0x006C, 0x006D, 0x00A6, 0x00A7, 0xC018, 0xC019], {"alert 40"}),
+    "no forward secrecy": (TLS12, [0x002F, 0x0035, 0x003C, 0x003D, 0x009C, 0x009D], {"alert 40"}),
+    "CBC": (TLS12, [0xC009, 0xC00A, 0xC023, 0xC024, 0xC013, 0xC014], {"alert 40"}),
+    "every other suite of TLS 1.2": (TLS12, [suite for suite in SUITES if suite not in GOOD[TLS12]], {"alert 40"}),
+    "every other suite of TLS 1.3": (TLS13, [suite for suite in SUITES if suite not in GOOD[TLS13]], {"alert 40"}),
+    "a forced fallback": (TLS12, [*GOOD[TLS12], FALLBACK_SIGNAL], {"alert 86"}),
 }
 
 
-@pytest.mark.parametrize("name", HANDSHAKES)
-def test_only_modern_tls_is_spoken(name: str, coordinator: Coordinator) -> None:
-    options, shakes = HANDSHAKES[name]
-    command = ["openssl", "s_client", "-connect", coordinator.public, "-CAfile", str(coordinator.home.ca), *options]
-    done = subprocess.run(command, input=b"", capture_output=True, timeout=30, check=False)
-    assert (b"Cipher is (NONE)" not in done.stdout) is shakes
-    assert (b"Verify return code: 0 (ok)" in done.stdout) or not shakes
+@pytest.mark.parametrize("name", REFUSED)
+def test_no_weak_protocol_or_cipher_is_spoken(name: str, coordinator: Coordinator) -> None:
+    version, suites, alerts = REFUSED[name]
+    assert greet(coordinator.home.public_port, version, suites) in alerts
+
+
+@pytest.mark.parametrize(("version", "suite"), [(version, suite) for version, suites in GOOD.items() for suite in suites])
+def test_modern_ciphers_are_spoken_and_nothing_is_compressed(version: int, suite: int, coordinator: Coordinator) -> None:
+    assert greet(coordinator.home.public_port, version, [suite]) == (suite, 0)
+    if version == TLS12:
+        assert greet(coordinator.home.public_port, version, [suite], b"\1\0") == (suite, 0)
+
+
+@pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
+def test_the_certificate_leads_to_the_consortium_and_nobody_may_renegotiate(version: str, coordinator: Coordinator) -> None:
+    command = ["openssl", "s_client", "-connect", coordinator.public, "-CAfile", str(coordinator.home.ca), version]
+    strict = ["-verify_return_error", "-verify_ip", "127.0.0.1", "-x509_strict"]
+    done = subprocess.run([*command, *strict], input=b"R\n", capture_output=True, timeout=30, check=False)
+    assert b"Verify return code: 0 (ok)" in done.stdout
+    assert b"Peer signing digest: SHA" in done.stdout
+    assert b"Compression: NONE" in done.stdout
+    if version == "-tls1_2":
+        assert b"RENEGOTIATING" in done.stdout + done.stderr
+        assert b"Secure Renegotiation IS supported" in done.stdout
+        assert done.returncode != 0  # the server closed
+        assert b"HTTP/1.1" not in done.stdout
 
 
 def test_flowers_command_line_is_refused_from_a_hospital(coordinator: Coordinator) -> None:

@@ -20,6 +20,7 @@ from fl_server.run_state import RunState, latest_state
 from fl_server.server_optimizer import ServerOptimized
 from icmoe.errors import IcmoeError
 from icmoe.exchange import ARRAYS, BALANCE_BIAS, CONFIG, NUMBERS, ROUND_KEY, UPDATE
+from icmoe.packing import unpack_records
 from icmoe.study import Study
 
 SITES = {11: "Alder", 12: "Birch", 13: "Cedar"}
@@ -49,6 +50,7 @@ class Wire:
         for message in messages:
             message.metadata.__dict__["_message_id"] = f"m{len(self.asked)}"
             self.asked.append(message)
+            unpack_records(message.content, ArrayRecord, Array)  # as a site does
             ids.append(message.metadata.message_id)
             self.deliver(message, self.answer)
         return ids

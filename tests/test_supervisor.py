@@ -19,6 +19,7 @@ from test_client import command
 
 from fl_client.site import ENVIRONMENT, SiteFile
 from fl_client.supervisor import (
+    KEY_NOT_KNOWN,
     Hearing,
     child_environment,
     connection_flags,
@@ -110,6 +111,17 @@ def test_any_exit_is_followed_by_another_start(code: int) -> None:
         process.wait(timeout=10)
     assert [line.split()[0] for line in lines] == ["heard", "said", "heard", "said"]
     assert ("ICM324 the coordinator turned the site away" if code == 0 else f"with exit code {code}.") in lines[1]
+
+
+def test_a_key_that_the_coordinator_does_not_know_is_said_with_the_remedy_at_the_site() -> None:
+    process = start_supervisor(f"import sys; print('born', flush=True); sys.exit({KEY_NOT_KNOWN})")
+    try:
+        said = [read_line(process) for _ in range(2)][1]
+    finally:
+        process.kill()
+        process.wait(timeout=10)
+    assert "ICM333 site's key is not, or no longer, registered at the coordinator. Starting again in 1 s." in said
+    assert "init --kit KIT --new-key" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -245,6 +257,7 @@ def test_the_child_sees_no_telemetry_no_updates_no_installation_and_the_sites_ow
     assert env["FLWR_DISABLE_UPDATE_CHECK"] == env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
     assert env["FLWR_HOME"] == str(tmp_path / "state/flower")
     assert env[ENVIRONMENT] == str(tmp_path / "a.toml")
+    assert float(env["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"]) < 1.0
     assert env["NO_PROXY"] == env["no_proxy"] == "pacs,127.0.0.1,localhost"
     assert (Path(env["PATH"].split(os.pathsep)[0]) / "flower-superexec").exists()
 

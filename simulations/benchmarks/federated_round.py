@@ -187,7 +187,7 @@ def product_block(bench: Bench, study: Path) -> list[Timing]:
     return timings(rows)
 
 
-def bare_block(bench: Bench, study: Path) -> list[Timing]:
+def bare_block(bench: Bench, study: Path, rounds: int) -> list[Timing]:
     """Run the same study as a bare Flower app and return its rounds after the first."""
     log = study.with_suffix(".jsonl")
     paths = {"study": study, "data": bench.folder / "data", "cache": bench.folder / "hospital" / "cache", "log": log}
@@ -195,6 +195,10 @@ def bare_block(bench: Bench, study: Path) -> list[Timing]:
     told = bench.command("flwr", "run", bench.folder / "bare", "bare", "--run-config", settings, "--format", "json")
     run_id = json.loads(told[told.index("{") :])["run-id"]
     ends, status = time.monotonic() + DEADLINE_S, ""
+    while not log.exists() or log.read_text().count("\n") < rounds:  # a command asked meanwhile would take a core from it
+        if time.monotonic() > ends:
+            raise RuntimeError(f"{log} has too few rounds")
+        time.sleep(0.5)
     while status != "finished:completed":
         if time.monotonic() > ends or status.startswith("finished"):
             raise RuntimeError(status)
@@ -267,7 +271,7 @@ def main(
         for block in range(1, blocks + 1):
             study = write_study(bench, block, rounds)
             product += product_block(bench, study)
-            bare += bare_block(bench, study)
+            bare += bare_block(bench, study, rounds)
             sys.stderr.write(f"block {block}: {json.dumps(figures(product, bare))}\n")
     found = figures(product, bare)
     if as_json:

@@ -1,0 +1,63 @@
+"""All tensors of a message in one array: Flower asks for each array of a record by signed requests of its own.
+
+A record that is not packed is left as it is; what is in it is checked afterwards either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+PACKED = "packed"
+
+
+def pack(tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
+    """Return the tensors as the bytes of one safetensors file, by sorted name."""
+    return np.frombuffer(save({name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}), dtype=np.uint8)
+
+
+def unpack(packed: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]] | None:
+    """Return the tensors of `pack`, None where the array holds none."""
+    if packed.dtype != np.uint8 or packed.ndim != 1:
+        return None
+    try:
+        return dict(sorted(load(packed.tobytes()).items()))  # the library gives them in no order
+    except (SafetensorError, KeyError, ValueError):
+        return None
+
+
+def pack_records(content: MutableMapping[str, Any], record: type, array: type) -> None:
+    """Pack each record of arrays of a message in place.
+
+    Parameters
+    ----------
+    content
+        Records by name.
+    record, array
+        Flower's types of a record of arrays and of an array.
+    """
+    for name, found in list(content.items()):
+        if isinstance(found, record) and set(found) != {PACKED}:  # type: ignore[call-overload]
+            content[name] = record({PACKED: array(pack({key: item.numpy() for key, item in found.items()}))})  # type: ignore[attr-defined]
+
+
+def unpack_records(content: MutableMapping[str, Any], record: type, array: type) -> None:
+    """Undo `pack_records`.
+
+    Parameters
+    ----------
+    content
+        Records by name.
+    record, array
+        Flower's types of a record of arrays and of an array.
+    """
+    for name, found in list(content.items()):
+        if isinstance(found, record) and set(found) == {PACKED}:  # type: ignore[call-overload]
+            tensors = unpack(found[PACKED].numpy())  # type: ignore[index]
+            if tensors is not None:
+                content[name] = record({key: array(tensor) for key, tensor in tensors.items()})

@@ -1,0 +1,63 @@
+"""The tensors of a message as one array and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from icmoe.packing import PACKED, pack, pack_records, unpack, unpack_records
+
+TENSORS = st.dictionaries(
+    st.text(st.characters(codec="ascii", min_codepoint=33), min_size=1, max_size=20),
+    arrays(np.float32, array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)),
+    min_size=1,
+    max_size=5,
+).filter(lambda tensors: "__metadata__" not in tensors)
+
+
+def record_of(tensors: dict[str, np.ndarray]) -> ArrayRecord:
+    return ArrayRecord({name: Array(tensor) for name, tensor in tensors.items()})
+
+
+@given(TENSORS)
+def test_tensors_come_back_with_names_shapes_and_bits(tensors: dict[str, np.ndarray]) -> None:
+    content = RecordDict({"update": record_of(tensors), "config": ConfigRecord({"study": "x"})})
+    pack_records(content, ArrayRecord, Array)
+    assert list(content["update"]) == [PACKED]
+    assert content["config"] == ConfigRecord({"study": "x"})
+    once = content["update"][PACKED].data
+    pack_records(content, ArrayRecord, Array)
+    assert content["update"][PACKED].data == once
+    unpack_records(content, ArrayRecord, Array)
+    found = {name: array.numpy() for name, array in content["update"].items()}
+    assert list(found) == sorted(tensors)
+    assert all(found[name].shape == tensors[name].shape for name in tensors)
+    assert all(found[name].tobytes() == tensors[name].tobytes() for name in tensors)
+
+
+@given(TENSORS)
+def test_equal_tensors_are_equal_bytes_in_any_order(tensors: dict[str, np.ndarray]) -> None:
+    assert pack(tensors).tobytes() == pack(dict(reversed(tensors.items()))).tobytes()
+
+
+GOOD = pack({"weight": np.ones(3, np.float32)})
+NOT_PACKED = {
+    "nothing": np.zeros(0, np.uint8),
+    "cut short": GOOD[:-1],
+    "text": np.frombuffer(b"\x80\x04K\x01.not safetensors", np.uint8),
+    "another type": GOOD.astype(np.int16),
+    "another shape": GOOD[None],
+    "a header longer than the bytes": np.frombuffer(b"\xff" * 8 + b"{}", np.uint8),
+}
+
+
+@pytest.mark.parametrize("name", NOT_PACKED)
+def test_what_is_not_packed_is_left_for_the_checks_of_names_to_refuse(name: str) -> None:
+    assert unpack(NOT_PACKED[name]) is None
+    content = RecordDict({"update": ArrayRecord({PACKED: Array(NOT_PACKED[name])})})
+    unpack_records(content, ArrayRecord, Array)
+    assert list(content["update"]) == [PACKED]

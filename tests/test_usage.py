@@ -1,0 +1,63 @@
+"""Mistakes on the command line: one numbered sentence, an exit code, no box and no traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from fl_client import cli as hospital
+from fl_server import cli as coordinator
+from icmoe import cli as researcher
+
+MISTAKES: list[tuple[typer.Typer, list[str], int, str]] = [
+    (hospital.app, ["--sight", "A"], 201, "--site"),
+    (hospital.app, ["--site", "A", "appove", "study.toml"], 201, "'approve'"),
+    (hospital.app, ["--site", "A", "approve"], 203, "STUDY"),
+    (hospital.app, ["--site", "A", "init", "--kit"], 210, "--kit"),
+    (hospital.app, ["--site", "A", "audit", "digest", "last"], 202, "'last' is not a valid integer"),
+    (hospital.app, ["--site", "A", "which", "S-1", "S-2"], 210, "S-2"),
+    (coordinator.app, ["chek", "study.toml"], 201, "'check'"),
+    (coordinator.app, ["list"], 203, "--home"),
+    (researcher.app, ["evaluate", "--model", "m"], 203, "--data"),
+    (researcher.app, ["evaluate", "--modl", "m"], 201, "--model"),
+]
+
+
+@pytest.mark.parametrize(("app", "words", "number", "says"), MISTAKES)
+def test_a_mistake_is_one_numbered_sentence_with_the_way_to_help(
+    app: typer.Typer, words: list[str], number: int, says: str
+) -> None:
+    done = CliRunner().invoke(app, words, env={"COLUMNS": "400"})
+    assert done.exit_code == 2
+    (line,) = done.output.splitlines()
+    assert line.startswith(f"ICM{number} ")
+    assert says in line
+    assert line.endswith("--help shows what it takes.")
+
+
+@pytest.mark.parametrize("config", ["nowhere.toml", ".", "closed.toml", "closed.toml/below.toml"])
+def test_a_site_file_that_cannot_be_read_is_named(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed.toml").touch(mode=0)
+    if config == "closed.toml" and os.geteuid() == 0:  # root may read every file
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    path = tmp_path / config
+    done = CliRunner().invoke(hospital.app, ["--site", "A", "--config", str(path), "show"], env={"COLUMNS": "400"})
+    assert done.exit_code in {1, 2}
+    (line,) = done.output.splitlines()
+    assert line.startswith("ICM205 ")
+    assert str(path) in line
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--version"], 0), (["--site", "A", "show", "--help"], 0), (["--bad"], 2), ([], 2)])
+def test_the_program_ends_with_the_code_of_its_command(words: list[str], code: int) -> None:
+    command = [sys.executable, "-c", "from fl_client.cli import main; main()", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code
+    assert (done.stdout if words != ["--bad"] else done.stderr).strip()
+    assert "Traceback" not in done.stderr
