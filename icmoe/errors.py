@@ -145,6 +145,8 @@ CATALOGUE: dict[int, Entry] = {
     508: Entry("run is not known", "List the runs: fl_server list."),
     509: Entry("run was stopped", "Run the study again: it goes on after its last round."),
     510: Entry("run did not end in time", "Look at fl_server status; the run was not stopped."),
+    525: Entry("result of a rival cannot be continued", "Choose another --out, or remove the file."),
+    526: Entry("results of rivals do not belong together", "Keep the results of one study and one set of data in a folder."),
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +79,7 @@ def train_round(
     seed: int,
     device: torch.device,
     steps: int | None = None,
+    pull_to: Sequence[Tensor] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> RoundResult:
     """Train `model` in place for one round.
@@ -99,6 +100,8 @@ def train_round(
         CPU or CUDA; autocast to bfloat16 on CUDA.
     steps
         Number of steps; `local_epochs` passes where None.
+    pull_to
+        Where the proximal term pulls the trained tensors, in their order; to where they start if None.
     on_step
         Called with (steps done, steps in all).
 
@@ -109,7 +112,7 @@ def train_round(
     """
     steps = steps or data.steps(study.training.local_epochs)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    start = [parameter.detach().clone() for parameter in trained]
+    start = pull_to or [parameter.detach().clone() for parameter in trained]
     anchor = (
         copy.deepcopy(model.router).requires_grad_(requires_grad=False)
         if study.loss.router_anchor and model.shape.experts
