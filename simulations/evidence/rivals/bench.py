@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -47,11 +48,22 @@ def open_bench(data: Path, out: Path, scenario: Path | None) -> Bench:
 
 
 def run_all(jobs: Sequence[Job], data: Path, out: Path, scenario: Path | None, end: float) -> None:
-    """Run the jobs in order until `end`, on the clock of `time.monotonic`."""
+    """Run the jobs in order until `end`, on the clock of `time.monotonic`.
+
+    Raises
+    ------
+    IcmoeError
+        503 where a process was killed; otherwise as `run`.
+    """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as one_by_one:
         for job in jobs:
-            if not one_by_one.submit(_run_one, job, data, out, scenario, end).result():
+            try:
+                complete = one_by_one.submit(_run_one, job, data, out, scenario, end).result()
+            except BrokenProcessPool:
+                did, todo = "Finished rounds are kept.", "Look for memory, then start again to go on."
+                raise IcmoeError(Fault(number=503, where=job.name, what="its process was killed", did=did, todo=todo)) from None
+            if not complete:
                 print(f"{job.name} is not finished: the time is over. Start again to go on.", flush=True)
                 return
 
