@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+LABEL_LEFT_ABOVE = 1_000_000
 PANELS = (("FedAvg", ("FedAvg", "router-aware")), ("pooled", ("pooled",)))
 
 
@@ -54,7 +56,7 @@ def _panel(axes: Axes, title: str, rows: Sequence[Row]) -> None:
     missing = ", ".join(row.title for row in rows if row.title not in there)
     axes.set_title(title, loc="left")
     axes.set_xscale("log")
-    axes.set_xlabel("trained parameters" + (f"\nnot run: {missing}" if missing else ""), wrap=True)
+    axes.set_xlabel("trained parameters" + (f"\n{textwrap.fill(f'not run: {missing}', 58)}" if missing else ""))
     axes.set_ylabel("Dice, mean of sites")
     for row in rows:
         if row.mean is None or row.parameters is None:
@@ -62,6 +64,12 @@ def _panel(axes: Axes, title: str, rows: Sequence[Row]) -> None:
         colour = OURS_COLOUR if row.ours else SHORT_COLOUR if row.short else RIVAL_COLOUR
         note = f"{row.title} ({row.rounds} rounds)" if row.short else row.title
         axes.errorbar(row.parameters, row.mean, yerr=row.spread, fmt="*" if row.ours else "o", color=colour)
-        axes.annotate(note, (row.parameters, row.mean), xytext=(4, 4), textcoords="offset points", color=colour)
+        right = row.parameters > LABEL_LEFT_ABOVE
+        shift, side = ((-6, 4), "right") if right else ((6, 4), "left")
+        label = axes.annotate(
+            note, (row.parameters, row.mean), xytext=shift, textcoords="offset points", ha=side, color=colour, fontsize=7
+        )
+        label.set_in_layout(False)
+    axes.set_xlim(5e4, 1.2e7)
     if line := front(rows):
         axes.step(*zip(*line, strict=True), where="post", color=RIVAL_COLOUR, linewidth=0.8)
