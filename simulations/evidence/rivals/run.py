@@ -7,6 +7,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -238,7 +239,8 @@ def make_trainer(job: Job, study: Study, hospitals: Hospitals, cache: FeatureCac
 
 
 def _one_round(trainer: Trainer, reached: Reached) -> None:
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+    with suppress(OSError):  # sets the peak back to what is resident now; some sandboxes do not have the file
+        Path("/proc/self/clear_refs").write_text("5")
     cpu_s, wall_s = time.process_time(), time.perf_counter()
     losses = trainer.round(reached.progress, len(reached.history) + 1)
     spent = {"cpu_s": time.process_time() - cpu_s, "wall_s": time.perf_counter() - wall_s}
