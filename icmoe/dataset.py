@@ -38,9 +38,11 @@ class TrainingSet:
         Labels, views and batch size.
     cache
         Where the features are.
+    side
+        Cells along one side of the targets; twice the backbone's grid, as IC-MoE is trained, where None.
     """
 
-    def __init__(self, slices: Sequence[Slice], study: Study, cache: FeatureCache) -> None:
+    def __init__(self, slices: Sequence[Slice], study: Study, cache: FeatureCache, *, side: int | None = None) -> None:
         if not slices:
             raise ValueError("a training set needs at least one slice")
         slices = sorted(slices, key=lambda item: item.image_digest)
@@ -52,7 +54,7 @@ class TrainingSet:
         self.rows_of_patients = list(by_patient.values())
         self._cache = cache
         self._keys = [[cache.key(item.image_digest, view) for view in self.views] for item in slices]
-        side = 2 * grid_of(study.backbone)
+        side = side or 2 * grid_of(study.backbone)
         masks = (load_mask(item.mask, study.labels) for item in slices)
         self._target_NKhw = torch.stack([target(mask, study.classes, side) for mask in masks])
 

@@ -187,6 +187,8 @@ CATALOGUE: dict[int, Entry] = {
     516: Entry("coordinator's audit log was changed or is damaged", "Restore it from a backup, and find out who changed it."),
     517: Entry("committed state was damaged", "Nothing: an older one was used and rounds are repeated. Check the disk."),
     518: Entry("site does not sit out", "Nothing; see fl_server status --json for who does."),
+    525: Entry("result of a rival cannot be continued", "Choose another --out, or remove the file."),
+    526: Entry("results of rivals do not belong together", "Keep the results of one study and one set of data in a folder."),
 }
 
 

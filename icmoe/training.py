@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +80,7 @@ def train_round(
     seed: int,
     device: torch.device,
     steps: int | None = None,
+    pull_to: Sequence[Tensor] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> RoundResult:
     """Train `model` in place for one round.
@@ -100,6 +101,8 @@ def train_round(
         CPU or CUDA; autocast to bfloat16 on CUDA.
     steps
         Number of steps; `local_epochs` passes where None.
+    pull_to
+        Where the proximal term pulls the trained tensors, in their order; to where they start if None.
     on_step
         Called with (steps done, steps in all).
 
@@ -110,7 +113,7 @@ def train_round(
     """
     steps = steps or data.steps(study.training.local_epochs)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    start = [parameter.detach().clone() for parameter in trained]
+    start = pull_to or [parameter.detach().clone() for parameter in trained]
     anchor = anchor_of(model, study)
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(trained, weight_decay=study.training.weight_decay, fused=fused)

@@ -1,0 +1,82 @@
+"""Jobs in processes of their own, one after the other, so that each one's peak memory is its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import torch
+
+from icmoe.backbone import load_backbone, weights_path
+from icmoe.cache_entries import default_cache_folder
+from icmoe.errors import Fault, IcmoeError
+from icmoe.features import FeatureCache
+from simulations.evidence.rivals.regimes import CPU
+from simulations.evidence.rivals.run import Bench, Job, run
+from simulations.hospitals import find_hospitals
+from simulations.scenario import read_scenario
+
+
+def open_bench(data: Path, out: Path, scenario: Path | None) -> Bench:
+    """Return what all jobs share.
+
+    Raises
+    ------
+    IcmoeError
+        202 where the backbone is not lite-medsam, whose parts the rivals train; otherwise as a rehearsal.
+    """
+    study, simulation = read_scenario(scenario, {}, {"data": str(data)})
+    chosen = study.backbone
+    if chosen.name != "lite-medsam":
+        raise IcmoeError(Fault(number=202, where="backbone.name", value=chosen.name, limit="lite-medsam"))
+    return Bench(
+        study=study,
+        hospitals=find_hospitals(simulation, study, out / "phantoms"),
+        backbone=load_backbone(chosen.name, image_size=chosen.image_size, expected_digest=chosen.digest, device=CPU),
+        weights=torch.load(weights_path(chosen.name, None), map_location="cpu", weights_only=True),
+        cache=FeatureCache.of(default_cache_folder(), study),
+        folder=out,
+        tell=lambda line: print(line, flush=True),
+        commit=_commit(),
+    )
+
+
+def run_all(jobs: Sequence[Job], data: Path, out: Path, scenario: Path | None, end: float) -> None:
+    """Run the jobs in order until `end`, on the clock of `time.monotonic`.
+
+    Raises
+    ------
+    IcmoeError
+        503 where a process was killed; otherwise as `run`.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as one_by_one:
+        for job in jobs:
+            try:
+                complete = one_by_one.submit(_run_one, job, data, out, scenario, end).result()
+            except BrokenProcessPool:
+                did, todo = "Finished rounds are kept.", "Look for memory, then start again to go on."
+                raise IcmoeError(Fault(number=503, where=job.name, what="its process was killed", did=did, todo=todo)) from None
+            if not complete:
+                print(f"{job.name} is not finished: the time is over. Start again to go on.", flush=True)
+                return
+
+
+def _run_one(job: Job, data: Path, out: Path, scenario: Path | None, end: float) -> bool:
+    torch.set_num_threads(1)
+    return run(job, open_bench(data, out, scenario), until=lambda: time.monotonic() > end) is not None
+
+
+def _commit() -> str:
+    """Return the commit of this code, marked where files differ from it; empty outside a checkout."""
+    git = shutil.which("git")
+    if git is None:
+        return ""
+    words = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=30).stdout.strip()
