@@ -32,8 +32,10 @@ from simulations.exhibits import overlays
 from simulations.federation import Engine, Job, run_jobs, write_sites
 from simulations.folder import FIGURE, REPORT, RESULTS, RunFolder
 from simulations.hospitals import Hospitals, find_hospitals, make_sites
-from simulations.methods import ALONE, study_for
+from simulations.methods import AFTERWARDS, ALONE, study_for
 from simulations.overlays import Overlay
+from simulations.personalised import NAME as PERSONALISED
+from simulations.personalised import NEEDS, personalised_record
 from simulations.readme_figure import figure_from_results
 from simulations.report import write_report
 from simulations.results import results_record
@@ -146,6 +148,8 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
         shutil.rmtree(staged, ignore_errors=True)
         examiner = Examiner(hospitals=hospitals, cache=cache, site=sites[0])
         methods = score_methods(jobs, states, simulation, examiner, RunFolder(staged))
+        if PERSONALISED in simulation.methods:
+            methods[PERSONALISED] = score_personalised(jobs, states, examiner, folder.work, RunFolder(staged))
     after = backbone.weights_digest()
     require_unchanged(before, after)
     clock.seconds |= _seconds_of(methods)
@@ -205,7 +209,7 @@ def report_sites(hospitals: Hospitals, screen: Screen) -> None:
 
 def make_jobs(study: Study, simulation: Simulation, hospitals: Hospitals, folder: RunFolder) -> list[Job]:
     """Return one job per method and seed; local and pooled share one, since neither waits for the other."""
-    federated = [name for name in simulation.methods if name not in ALONE]
+    federated = [name for name in simulation.methods if name not in (*ALONE, *AFTERWARDS)]
     alone = [name for name in simulation.methods if name in ALONE]
     jobs: list[Job] = []
     for seed in simulation.seeds:
@@ -263,6 +267,19 @@ def score_methods(
             record = {"rounds": part_of(run.history, (POOLED,)), "test": pooled_test(examiner, job.study, run), "own_test": None}
             methods["pooled"][seed] = record | _write(out, examiner, job, "pooled", tensors(of_site(run.arrays, POOLED)))
     return methods
+
+
+def score_personalised(
+    jobs: list[Job], states: Mapping[tuple[str, int], RunState], examiner: Examiner, work: Path, out: RunFolder
+) -> dict[str, Record]:
+    """Return the record of the sites' own models by seed."""
+    return {
+        str(job.study.seed): personalised_record(
+            examiner, job.study, states[job.method, job.study.seed], states["alone", job.study.seed], work, out
+        )
+        for job in jobs
+        if job.method == NEEDS[0]
+    }
 
 
 def _write(out: RunFolder, examiner: Examiner, job: Job, method: str, state: State, site: str = "") -> Record:

@@ -44,6 +44,7 @@ METHOD_MEANINGS = {
     "fedadam": "FedAvg with Adam at the server",
     "fedyogi": "FedAvg with Yogi at the server",
     "personal": "adaptive experts and router stay at the site",
+    "personalised": "each site's own model, made there from the router-aware one and its local one; scored on its own patients",
     "local": "each site alone, no exchange",
     "pooled": "all images in one place, which hospitals may not do; the upper reference",
 }

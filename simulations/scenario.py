@@ -12,7 +12,7 @@ from icmoe.backbone import backbone_digest
 from icmoe.config import Section, parse, read_toml
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import BackboneName, Study
-from simulations.methods import DEFAULT_METHODS, METHODS
+from simulations.methods import AFTERWARDS, DEFAULT_METHODS, METHODS
 
 DEFAULT_LABELS = [{"name": "background", "values": [0]}, {"name": "lesion", "values": [1, 255]}]
 DEFAULT_BACKBONE: BackboneName = "lite-medsam"
@@ -49,6 +49,9 @@ class Simulation(Section):
     def _methods_are_known(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
         if not methods or set(methods) - set(METHODS) or len(set(methods)) < len(methods):
             raise ValueError(f"each once of {', '.join(METHODS)}")
+        for name, needed in AFTERWARDS.items():
+            if name in methods and not set(needed) <= set(methods):
+                raise ValueError(f"{name} together with {' and '.join(needed)}")
         return methods
 
     @field_validator("seeds")
