@@ -84,6 +84,7 @@ CATALOGUE: dict[int, Entry] = {
     213: Entry("optional packages are not installed", "Install icmoe-federated[dicom]."),
     214: Entry("site does not share a summary", "Nothing, or set share_summary = true in its site file."),
     215: Entry("model is not the study's final one", "Take the file that the coordinator handed out for this study."),
+    216: Entry("case of a split file is not in the data", "Name the folder of the data set that the split file was made for."),
     301: Entry(
         "message carries something the study does not allow",
         "Install the same version at coordinator and site and approve the same study.",
@@ -146,6 +147,7 @@ CATALOGUE: dict[int, Entry] = {
     508: Entry("run is not known", "List the runs: fl_server list."),
     509: Entry("run was stopped", "Run the study again: it goes on after its last round."),
     510: Entry("run did not end in time", "Look at fl_server status; the run was not stopped."),
+    520: Entry("results belong to other data", "Score them where the data are that they were made of."),
 }
 
 

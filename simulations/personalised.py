@@ -42,7 +42,7 @@ def personalised_record(examiner: Examiner, study: Study, run: RunState, alone: 
     """
     scores, chosen, models = [], {}, {}
     for site in examiner.hospitals.training:
-        found = _of_site(examiner, study, tensors(run.arrays), tensors(of_site(alone.arrays, site)), site, work)
+        found = site_model(examiner, study, tensors(run.arrays), tensors(of_site(alone.arrays, site)), site, work)
         model = mixture_of(study, found.states, found.weights)
         scores += examiner.scored(model, study, [site])
         chosen[site] = {"choice": found.choice, "weights": found.weights, "val_dice": found.val_dice}
@@ -53,7 +53,8 @@ def personalised_record(examiner: Examiner, study: Study, run: RunState, alone: 
     return {"rounds": [], "test": test, "own_test": test, "chosen": chosen, "model": None, "models": models}
 
 
-def _of_site(examiner: Examiner, study: Study, state: State, own: State, site: str, work: Path) -> Personal:
+def site_model(examiner: Examiner, study: Study, state: State, own: State, site: str, work: Path) -> Personal:
+    """Return the own model of one site from the global tensors and those of its local model; see `personalised_record`."""
     rows = examiner.hospitals.sites[site]
     device = examiner.site.torch_device()
     data = OwnData(site=site, train=rows.of("train"), val=rows.of("val"), cache=examiner.cache, device=device)

@@ -33,6 +33,8 @@ class Simulation(Section):
     """Number of virtual sites; the data's own where absent."""
     alpha: Annotated[float, Field(gt=0.0, le=1e6)] | None = None
     """Dirichlet concentration with which patients are dealt to the virtual sites."""
+    held_out: tuple[str, ...] = ()
+    """Hospitals that do not train; their test patients are scored as those of an unseen hospital."""
     device: str = "cpu"
     """Of the training: cpu, cuda or cuda:N."""
     address: str = "local"
