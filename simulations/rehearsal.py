@@ -29,6 +29,7 @@ from icmoe.prepare import encode_slices
 from icmoe.study import Study
 from simulations.alone import POOLED, of_site
 from simulations.exhibits import overlays
+from simulations.expert_use import expert_use
 from simulations.federation import Engine, Job, run_jobs, write_sites
 from simulations.folder import FIGURE, REPORT, RESULTS, RunFolder
 from simulations.hospitals import Hospitals, find_hospitals, make_sites
@@ -161,6 +162,7 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
         backbone=study.backbone.model_dump(mode="json") | {"weights_digest_before": before, "weights_digest_after": after},
         methods=methods,
         data_check=json.loads(heard.path.read_bytes()),
+        expert_use=first_use(jobs, states, examiner),
         seconds=clock.seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -322,6 +324,16 @@ def _seconds_of(methods: Mapping[str, Mapping[str, Record]]) -> dict[str, float]
         name: sum(sum(row["seconds"].values()) for run in by_seed.values() for row in run["rounds"])
         for name, by_seed in methods.items()
     }
+
+
+def first_use(jobs: list[Job], states: Mapping[tuple[str, int], RunState], examiner: Examiner) -> Record | None:
+    """Return what the experts of the first federated method and seed do on the test patients."""
+    job = next((job for job in jobs if job.method != "alone"), None)
+    if job is None:
+        return None
+    model = examiner.model(job.study, tensors(states[job.method, job.study.seed].arrays))
+    slices = list(dict.fromkeys(examiner.hospitals.slices("test")))
+    return expert_use(model, slices, job.study, examiner.cache, examiner.site.torch_device())
 
 
 def exhibits(jobs: list[Job], states: Mapping[tuple[str, int], RunState], examiner: Examiner) -> list[Overlay]:

@@ -73,6 +73,7 @@ def results_record(
     backbone: Record,
     methods: Mapping[str, Mapping[str, Record]],
     data_check: Record,
+    expert_use: Record | None,
     seconds: Mapping[str, float],
     created: str,
 ) -> Record:
@@ -90,6 +91,8 @@ def results_record(
         By method and seed: rounds, test, own_test, model.
     data_check
         As `fl_server.data_check` writes it.
+    expert_use
+        From `simulations.expert_use`, of the first federated method and seed.
     seconds
         By phase.
     created
@@ -115,6 +118,7 @@ def results_record(
         "sites": {name: site_record(site) for name, site in hospitals.sites.items()},
         "hospitals": {name: site_record(site) for name, site in hospitals.sources.items()},
         "data_check": data_check,
+        "expert_use": expert_use,
         "methods": methods,
         "summary": summary,
         "comparisons": comparisons(summary, methods),
