@@ -249,6 +249,26 @@ def ingest(
                 sys.stdout.write(json.dumps(reports, indent=1) + "\n")
 
 
+@app.command("personalise")
+def personalise_command(
+    context: typer.Context,
+    study: Annotated[str, typer.Argument(help="Name of an approved study, or its digest.")],
+    model: Annotated[Path, typer.Option(help="The study's final model, as the coordinator handed it out.")],
+) -> None:
+    """Make this site's own model from the study's final one, and choose it on the site's patients; it stays here."""
+    from fl_client.personalising import personalise_study
+    from fl_client.progress import bars
+
+    with exit_on_fault():
+        chosen = _chosen(context)
+        with bars() as on_progress:
+            path, found = personalise_study(chosen.path, chosen.site, study, model, on_progress=on_progress)
+        for name, dice in found.val_dice.items():
+            shown = f"{sum(dice) / len(dice):.3f}" if dice else "no validation patient"
+            Console().print(f"{name:<15} {shown}{'  <- chosen' if name == found.choice else ''}", highlight=False)
+        Console().print(f"This site's own model: {path}", highlight=False, soft_wrap=True)
+
+
 @app.command()
 def which(context: typer.Context, name: Annotated[str, typer.Argument(help="P-..., S-... or F-... of a report.")]) -> None:
     """Name the files behind a hash of the report, to look at them; the names go to this terminal and nowhere else."""

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-UNITS = {"read": "files", "decode": "images", "report": "series", "encode": "views"}
+UNITS = {"read": "files", "decode": "images", "report": "series", "encode": "views", "train": "rounds"}
 """What the steps count."""
 
 

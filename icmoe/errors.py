@@ -83,6 +83,8 @@ CATALOGUE: dict[int, Entry] = {
     212: Entry("study is for tests only", "Approve the real study, or set allow_test_only = true in the site file of a test."),
     213: Entry("optional packages are not installed", "Install icmoe-federated[dicom]."),
     214: Entry("site does not share a summary", "Nothing, or set share_summary = true in its site file."),
+    215: Entry("model is not the study's final one", "Take the file that the coordinator handed out for this study."),
+    216: Entry("case of a split file is not in the data", "Name the folder of the data set that the split file was made for."),
     301: Entry(
         "message carries something the study does not allow",
         "Install the same version at coordinator and site and approve the same study.",
@@ -187,6 +189,7 @@ CATALOGUE: dict[int, Entry] = {
     516: Entry("coordinator's audit log was changed or is damaged", "Restore it from a backup, and find out who changed it."),
     517: Entry("committed state was damaged", "Nothing: an older one was used and rounds are repeated. Check the disk."),
     518: Entry("site does not sit out", "Nothing; see fl_server status --json for who does."),
+    520: Entry("results belong to other data", "Score them where the data are that they were made of."),
     525: Entry("result of a rival cannot be continued", "Choose another --out, or remove the file."),
     526: Entry("results of rivals do not belong together", "Keep the results of one study and one set of data in a folder."),
 }

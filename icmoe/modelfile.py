@@ -15,7 +15,8 @@ from icmoe import __version__
 from icmoe.atomic import write_atomically
 from icmoe.config import Section, parse
 from icmoe.errors import Fault, IcmoeError
-from icmoe.exchange import load_state
+from icmoe.exchange import State, load_state
+from icmoe.mixture import Mixture, mixture_of, parted
 from icmoe.model import ICMoE, build_model
 from icmoe.study import Study
 
@@ -35,6 +36,8 @@ class ModelHeader(Section):
     """Rounds behind the weights."""
     phantoms: bool
     """Whether it was trained on phantoms."""
+    weights: dict[str, Annotated[float, Field(gt=0.0, le=1.0)]] | None = None
+    """Members of a mixture and their weights; their tensors are named "member|tensor". None for one model."""
 
     def metadata(self) -> dict[str, str]:
         """Return the header as safetensors metadata: one key, since the library writes several in random order."""
@@ -44,7 +47,7 @@ class ModelHeader(Section):
             "study_digest": self.study.digest,
             "written_by": f"icmoe-federated {__version__}",
         }
-        return {METADATA_KEY: json.dumps({**about, **self.model_dump(mode="json")}, sort_keys=True)}
+        return {METADATA_KEY: json.dumps({**about, **self.model_dump(mode="json", exclude_none=True)}, sort_keys=True)}
 
     def record(self) -> dict[str, object]:
         """Return the header as plain values for JSON."""
@@ -61,13 +64,13 @@ class ModelHeader(Section):
         }
 
 
-def write_model(path: Path, state: dict[str, Tensor], header: ModelHeader) -> None:
-    """Write the model atomically; equal states and headers give equal bytes."""
-    write_atomically(path, save(dict(sorted(state.items())), metadata=header.metadata()))
+def write_model(path: Path, state: dict[str, Tensor], header: ModelHeader, *, private: bool = False) -> None:
+    """Write the model atomically; equal states and headers give equal bytes. `private`: for its owner alone."""
+    write_atomically(path, save(dict(sorted(state.items())), metadata=header.metadata()), private=private)
 
 
-def read_model(path: Path) -> tuple[ICMoE, ModelHeader]:
-    """Return the model, in evaluation mode on the CPU, and its header.
+def read_model(path: Path) -> tuple[ICMoE | Mixture, ModelHeader]:
+    """Return the model, or mixture of models, in evaluation mode on the CPU, and its header.
 
     Raises
     ------
@@ -84,9 +87,15 @@ def read_model(path: Path) -> tuple[ICMoE, ModelHeader]:
     except (SafetensorError, OSError) as error:
         raise IcmoeError(Fault(number=209, where=str(path), value=str(error), did="Nothing was scored.")) from None
     header = _parse_header(path, metadata)
+    return _model_of(header, state), header
+
+
+def _model_of(header: ModelHeader, state: State) -> ICMoE | Mixture:
+    if header.weights is not None:
+        return mixture_of(header.study, parted(state), header.weights)
     model = build_model(header.study, seed=0)
     load_state(model, state)
-    return model.eval(), header
+    return model.eval()
 
 
 def _parse_header(path: Path, metadata: dict[str, str]) -> ModelHeader:
@@ -102,7 +111,7 @@ def _parse_header(path: Path, metadata: dict[str, str]) -> ModelHeader:
     if found.get("format_version") != FORMAT_VERSION:
         raise refused(208, str(found.get("format_version")), str(FORMAT_VERSION))
     try:
-        header = parse(ModelHeader, {key: found[key] for key in ModelHeader.model_fields}, where=str(path))
+        header = parse(ModelHeader, {key: found[key] for key in ModelHeader.model_fields if key in found}, where=str(path))
     except (KeyError, IcmoeError) as error:
         raise refused(209, f"header is incomplete: {str(error).splitlines()[0]}") from None
     if header.study.digest != found.get("study_digest"):

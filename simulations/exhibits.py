@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+import torch
+
 from icmoe.data.slices import Slice, load_image, load_mask
+from icmoe.dataset import Batch, to_device
 from icmoe.evaluation import predict_slices
 from icmoe.metrics import PatientScore
 from icmoe.model import ICMoE
+from icmoe.preprocess import restore
 from icmoe.study import Label, Study
 from simulations.overlays import Overlay
 from simulations.scoring import Examiner, best_median_worst, patient_label
@@ -34,8 +40,20 @@ def overlays(examiner: Examiner, study: Study, model: ICMoE, patients: Sequence[
         item = fullest(rows, study.labels)
         (prediction_HW,) = predict_slices(model, [item], examiner.cache, examiner.site.torch_device())
         title = f"{rank} test patient, {patient.site}: Dice {patient.dice:.2f}"
-        shown.append(Overlay(title, load_image(item), load_mask(item.mask, study.labels), prediction_HW))
+        truth_HW, experts_HW = load_mask(item.mask, study.labels), deciding(model, item, examiner)
+        shown.append(Overlay(title, load_image(item), truth_HW, prediction_HW, experts_HW, model.expert_names))
     return shown
+
+
+@torch.no_grad()
+def deciding(model: ICMoE, item: Slice, examiner: Examiner) -> npt.NDArray[np.uint8] | None:
+    """Return the index of the expert with the largest gate for each pixel of a slice, H W; None without experts."""
+    features = examiner.cache.load([examiner.cache.key(item.image_digest, "identity")])
+    votes = model(to_device(Batch(features, torch.empty(0)), examiner.site.torch_device()).features).experts
+    if votes is None:
+        return None
+    found: npt.NDArray[np.uint8] = restore(votes.gates_BMHW[0].float().cpu(), item.shape).argmax(dim=0).to(torch.uint8).numpy()
+    return found
 
 
 def fullest(slices: Sequence[Slice], labels: Sequence[Label]) -> Slice:

@@ -23,12 +23,13 @@ METHOD_NAMES = {
     "fedadam": "FedAdam",
     "fedyogi": "FedYogi",
     "personal": "Personal",
+    "personalised": "Personalised",
     "local": "Local",
     "pooled": "Pooled",
 }
 """Methods in the order of every table and legend; others follow by name."""
 
-ALONE = ("local", "pooled")
+ALONE = ("local", "pooled", "personalised")
 """Methods without any exchange between sites; the engine's own traffic for them means nothing."""
 
 MATTERS_POINTS = 0.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fl_client.participant import Participant
@@ -17,7 +17,7 @@ from icmoe.study import Study
 from simulations.alone import POOLED
 from simulations.phantoms import write_phantoms
 from simulations.scenario import Simulation
-from simulations.virtual_sites import dirichlet_sites, repeat_sites
+from simulations.virtual_sites import choose_sites, dirichlet_sites, repeat_sites
 
 Progress = Callable[[int, int], None]
 
@@ -74,6 +74,9 @@ def find_hospitals(simulation: Simulation, study: Study, phantom_root: Path, pro
     if simulation.data is None and not root.exists():
         write_phantoms(root, seed=simulation.phantom_seed, size_px=study.backbone.image_size)
     sites = sources = read_sites(root, study.labels, progress=progress)
+    if simulation.held_out:
+        unseen = choose_sites(sites, simulation.held_out)
+        sites = sources = sites | {name: replace(site, slices=site.of("test")) for name, site in unseen.items()}
     if simulation.alpha is not None:
         sites = dirichlet_sites(sites, simulation.sites or len(sites), simulation.alpha, simulation.seeds[0])
     elif simulation.sites is not None:

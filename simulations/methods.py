@@ -25,7 +25,9 @@ FEDERATED: dict[str, dict[str, dict[str, Any]]] = {
     "personal": {"aggregation": {"personal": True}},
 }
 ALONE = ("local", "pooled")
-METHODS = (*FEDERATED, *ALONE)
+AFTERWARDS = {"personalised": ("router-aware", "local")}
+"""Methods that start from the final models of others, and those."""
+METHODS = (*FEDERATED, *AFTERWARDS, *ALONE)
 DEFAULT_METHODS = ("router-aware", "fedavg", "local", "pooled")
 
 

@@ -14,6 +14,9 @@ from PIL import Image
 CLASS_COLOURS = ((255, 176, 0), (150, 110, 255), (214, 80, 160), (0, 170, 120), (240, 100, 60))
 """Fills of the foreground classes, told apart with any colour vision; further classes start again."""
 
+EXPERT_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167))
+"""Fills of the experts in the model's order; further experts start again."""
+
 OUTLINE_COLOUR = (0, 229, 255)
 """Outline of the truth; stands out from grey values and from every fill."""
 
@@ -21,6 +24,7 @@ PANEL_PIXELS = 320
 """Longest side of a panel."""
 
 Picture = npt.NDArray[np.uint8]
+Colours = tuple[tuple[int, int, int], ...]
 
 
 @dataclass
@@ -35,6 +39,8 @@ class Overlay:
         Grey values in [0, 1].
     truth_HW, prediction_HW
         Class indices, uint8, of the image's shape; 0 is the background.
+    experts_HW, expert_names
+        Index of the expert that had the largest gate, and the experts' names.
 
     Raises
     ------
@@ -46,6 +52,8 @@ class Overlay:
     image_HW: npt.NDArray[np.floating[Any]]
     truth_HW: npt.NDArray[np.uint8]
     prediction_HW: npt.NDArray[np.uint8]
+    experts_HW: npt.NDArray[np.uint8] | None = None
+    expert_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         shapes = [self.image_HW.shape, self.truth_HW.shape, self.prediction_HW.shape]
@@ -66,11 +74,18 @@ def panels(overlay: Overlay) -> list[Panel]:
     """Return image, truth and prediction as PNG; the prediction carries the truth's outline."""
     image_HW3, truth_HW3, prediction_HW3 = pictures(overlay)
     truth, prediction = _marked(overlay.truth_HW), _marked(overlay.prediction_HW)
-    return [
+    shown = [
         Panel("image", f"{overlay.title}: the image", _data_uri(image_HW3)),
         Panel("truth", f"{overlay.title}: truth, {truth}", _data_uri(truth_HW3)),
         Panel("prediction", f"{overlay.title}: prediction, {prediction}", _data_uri(prediction_HW3)),
     ]
+    if overlay.experts_HW is not None:
+        grey_HW3 = np.repeat(np.clip(overlay.image_HW, 0, 1).astype(np.float32)[..., None] * 255, 3, axis=2)
+        shares = np.bincount(overlay.experts_HW.ravel(), minlength=len(overlay.expert_names)) / overlay.experts_HW.size
+        words = ", ".join(f"{name} {100 * share:.0f}%" for name, share in zip(overlay.expert_names, shares, strict=True))
+        decided_HW3 = _enlarged(_filled(grey_HW3, overlay.experts_HW + 1, EXPERT_COLOURS))
+        shown.append(Panel("who decided", f"{overlay.title}: largest gate, {words}", _data_uri(decided_HW3)))
+    return shown
 
 
 def pictures(overlay: Overlay) -> tuple[Picture, Picture, Picture]:
@@ -88,10 +103,12 @@ def _marked(classes_HW: npt.NDArray[np.uint8]) -> str:
     return f"{int((classes_HW > 0).sum())} of {classes_HW.size} pixels marked"
 
 
-def _filled(grey_HW3: npt.NDArray[np.float32], classes_HW: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+def _filled(
+    grey_HW3: npt.NDArray[np.float32], classes_HW: npt.NDArray[np.uint8], colours: Colours = CLASS_COLOURS
+) -> npt.NDArray[np.float32]:
     painted_HW3 = grey_HW3.copy()
     for index in range(1, int(classes_HW.max(initial=0)) + 1):
-        colour_3 = np.array(CLASS_COLOURS[(index - 1) % len(CLASS_COLOURS)], np.float32)
+        colour_3 = np.array(colours[(index - 1) % len(colours)], np.float32)
         inside_HW = classes_HW == index
         painted_HW3[inside_HW] = 0.45 * painted_HW3[inside_HW] + 0.55 * colour_3
     return painted_HW3

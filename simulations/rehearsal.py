@@ -29,11 +29,14 @@ from icmoe.prepare import encode_slices
 from icmoe.study import Study
 from simulations.alone import POOLED, of_site
 from simulations.exhibits import overlays
+from simulations.expert_use import expert_use
 from simulations.federation import Engine, Job, run_jobs, write_sites
 from simulations.folder import FIGURE, REPORT, RESULTS, RunFolder
 from simulations.hospitals import Hospitals, find_hospitals, make_sites
-from simulations.methods import ALONE, study_for
+from simulations.methods import AFTERWARDS, ALONE, study_for
 from simulations.overlays import Overlay
+from simulations.personalised import NAME as PERSONALISED
+from simulations.personalised import NEEDS, personalised_record
 from simulations.readme_figure import figure_from_results
 from simulations.report import write_report
 from simulations.results import results_record
@@ -146,6 +149,8 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
         shutil.rmtree(staged, ignore_errors=True)
         examiner = Examiner(hospitals=hospitals, cache=cache, site=sites[0])
         methods = score_methods(jobs, states, simulation, examiner, RunFolder(staged))
+        if PERSONALISED in simulation.methods:
+            methods[PERSONALISED] = score_personalised(jobs, states, examiner, folder.work, RunFolder(staged))
     after = backbone.weights_digest()
     require_unchanged(before, after)
     clock.seconds |= _seconds_of(methods)
@@ -157,6 +162,7 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
         backbone=study.backbone.model_dump(mode="json") | {"weights_digest_before": before, "weights_digest_after": after},
         methods=methods,
         data_check=json.loads(heard.path.read_bytes()),
+        expert_use=first_use(jobs, states, examiner),
         seconds=clock.seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -205,7 +211,7 @@ def report_sites(hospitals: Hospitals, screen: Screen) -> None:
 
 def make_jobs(study: Study, simulation: Simulation, hospitals: Hospitals, folder: RunFolder) -> list[Job]:
     """Return one job per method and seed; local and pooled share one, since neither waits for the other."""
-    federated = [name for name in simulation.methods if name not in ALONE]
+    federated = [name for name in simulation.methods if name not in (*ALONE, *AFTERWARDS)]
     alone = [name for name in simulation.methods if name in ALONE]
     jobs: list[Job] = []
     for seed in simulation.seeds:
@@ -265,6 +271,19 @@ def score_methods(
     return methods
 
 
+def score_personalised(
+    jobs: list[Job], states: Mapping[tuple[str, int], RunState], examiner: Examiner, work: Path, out: RunFolder
+) -> dict[str, Record]:
+    """Return the record of the sites' own models by seed."""
+    return {
+        str(job.study.seed): personalised_record(
+            examiner, job.study, states[job.method, job.study.seed], states["alone", job.study.seed], work, out
+        )
+        for job in jobs
+        if job.method == NEEDS[0]
+    }
+
+
 def _write(out: RunFolder, examiner: Examiner, job: Job, method: str, state: State, site: str = "") -> Record:
     header = ModelHeader(
         study=job.study,
@@ -305,6 +324,16 @@ def _seconds_of(methods: Mapping[str, Mapping[str, Record]]) -> dict[str, float]
         name: sum(sum(row["seconds"].values()) for run in by_seed.values() for row in run["rounds"])
         for name, by_seed in methods.items()
     }
+
+
+def first_use(jobs: list[Job], states: Mapping[tuple[str, int], RunState], examiner: Examiner) -> Record | None:
+    """Return what the experts of the first federated method and seed do on the test patients."""
+    job = next((job for job in jobs if job.method != "alone"), None)
+    if job is None:
+        return None
+    model = examiner.model(job.study, tensors(states[job.method, job.study.seed].arrays))
+    slices = list(dict.fromkeys(examiner.hospitals.slices("test")))
+    return expert_use(model, slices, job.study, examiner.cache, examiner.site.torch_device())
 
 
 def exhibits(jobs: list[Job], states: Mapping[tuple[str, int], RunState], examiner: Examiner) -> list[Overlay]:

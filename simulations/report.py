@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from icmoe.atomic import write_atomically
+from simulations.expert_use import use_tables
 from simulations.findings import (
     ALONE,
     Estimate,
@@ -44,6 +45,7 @@ METHOD_MEANINGS = {
     "fedadam": "FedAvg with Adam at the server",
     "fedyogi": "FedAvg with Yogi at the server",
     "personal": "adaptive experts and router stay at the site",
+    "personalised": "each site's own model, made there from the router-aware one and its local one; scored on its own patients",
     "local": "each site alone, no exchange",
     "pooled": "all images in one place, which hospitals may not do; the upper reference",
 }
@@ -100,6 +102,7 @@ def render(results: Results, overlays: Sequence[Overlay]) -> str:
         comparisons=results.get("comparisons", []),
         remarks=remarks(results),
         plots=[(plot, Markup(plot.svg)) for plot in plots(results)],  # noqa: S704 - our own plots; Matplotlib escapes names
+        use_tables=use_tables(results["expert_use"]) if results.get("expert_use") else [],
         overlays=[(overlay.title, panels(overlay)) for overlay in overlays],
         class_colours=_class_colours(results),
         outline_colour=_hex(OUTLINE_COLOUR),

@@ -74,6 +74,7 @@ def results_record(
     backbone: Record,
     methods: Mapping[str, Mapping[str, Record]],
     data_check: Record,
+    expert_use: Record | None,
     seconds: Mapping[str, float],
     created: str,
 ) -> Record:
@@ -91,6 +92,8 @@ def results_record(
         By method and seed: rounds, test, own_test, model.
     data_check
         As `fl_server.data_check` writes it.
+    expert_use
+        From `simulations.expert_use`, of the first federated method and seed.
     seconds
         By phase.
     created
@@ -116,6 +119,7 @@ def results_record(
         "sites": {name: site_record(site) for name, site in hospitals.sites.items()},
         "hospitals": {name: site_record(site) for name, site in hospitals.sources.items()},
         "data_check": data_check,
+        "expert_use": expert_use,
         "methods": methods,
         "summary": summary,
         "privacy": (promise := privacy_record(study)),
@@ -192,6 +196,7 @@ def comparisons(summary: Mapping[str, Record], methods: Mapping[str, Mapping[str
         )
         found += _without_tiny_sites(ours, methods["local"])
         found += _own_sites(summary)
+    found += _personalised(summary)
     if ours is not None and "fedavg" in dice:
         found.append(_usage_sentence(methods))
     return found
@@ -226,6 +231,27 @@ def _own_sites(summary: Mapping[str, Record]) -> list[Record]:
             sentence = f"{name} {word} {abs(gain):.3f} Dice on its own test: {both}"
             found.append({"sentence": sentence, "value": gain, "bar": None, "met": None})
     return found
+
+
+def _personalised(summary: Mapping[str, Record]) -> list[Record]:
+    """Compare each site's own model with what the site trains alone, both on its own test."""
+    rows = [summary.get(name, {}).get("own_test", {}) for name in ("personalised", "local")]
+    gains = {
+        name: row["mean"] - rows[1][name]["mean"]
+        for name, row in rows[0].items()
+        if row["mean"] is not None and rows[1].get(name, {}).get("mean") is not None
+    }
+    if not gains:
+        return []
+    worst, mean = min(gains, key=lambda name: (gains[name], name)), fmean(gains.values())
+    return [
+        _bar(
+            f"personalised: the site that gains least over its local model is {worst}, {gains[worst]:+.3f} Dice",
+            gains[worst],
+            -0.01,
+        ),
+        _bar(f"personalised is {mean:+.3f} Dice from local, each on its own test, mean of sites", mean, 0.02),
+    ]
 
 
 def _usage_sentence(methods: Mapping[str, Mapping[str, Record]]) -> Record:

@@ -27,7 +27,8 @@ def rehearse_command(
         ),
     ] = None,
     methods: Annotated[
-        str | None, Option(help="Comma-separated: router-aware, fedavg, fedprox, fedadam, fedyogi, personal, local, pooled.")
+        str | None,
+        Option(help="Comma-separated: router-aware, fedavg, fedprox, fedadam, fedyogi, personal, personalised, local, pooled."),
     ] = None,
     rounds: Annotated[int | None, Option(help="Rounds of the federation.")] = None,
     local_epochs: Annotated[int | None, Option(help="Passes over a site's images per round.")] = None,

@@ -13,7 +13,7 @@ from icmoe.config import Section, parse, read_toml
 from icmoe.errors import Fault, IcmoeError
 from icmoe.profiles import merged, spelled_out
 from icmoe.study import BackboneName, Study
-from simulations.methods import DEFAULT_METHODS, METHODS
+from simulations.methods import AFTERWARDS, DEFAULT_METHODS, METHODS
 
 DEFAULT_LABELS = [{"name": "background", "values": [0]}, {"name": "lesion", "values": [1, 255]}]
 DEFAULT_BACKBONE: BackboneName = "lite-medsam"
@@ -34,6 +34,8 @@ class Simulation(Section):
     """Number of virtual sites; the data's own where absent."""
     alpha: Annotated[float, Field(gt=0.0, le=1e6)] | None = None
     """Dirichlet concentration with which patients are dealt to the virtual sites."""
+    held_out: tuple[str, ...] = ()
+    """Hospitals that do not train; their test patients are scored as those of an unseen hospital."""
     device: str = "cpu"
     """Of the training: cpu, cuda or cuda:N."""
     address: str = "local"
@@ -50,6 +52,9 @@ class Simulation(Section):
     def _methods_are_known(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
         if not methods or set(methods) - set(METHODS) or len(set(methods)) < len(methods):
             raise ValueError(f"each once of {', '.join(METHODS)}")
+        for name, needed in AFTERWARDS.items():
+            if name in methods and not set(needed) <= set(methods):
+                raise ValueError(f"{name} together with {' and '.join(needed)}")
         return methods
 
     @field_validator("seeds")

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import nn
 
 from fl_client.participant import Participant
 from fl_client.personal import with_personal
@@ -57,13 +58,16 @@ class Examiner:
 
     def scores(self, study: Study, state: State, sites: Sequence[str] | None = None) -> list[PatientScore]:
         """Return the score of each test patient of the sites named, of all sites where none is."""
+        return self.scored(self.model(study, state), study, sites)
+
+    def scored(self, model: nn.Module, study: Study, sites: Sequence[str] | None = None) -> list[PatientScore]:
+        """Return what `scores` does, of a model that is at hand."""
         names = sites if sites is not None else list(self.hospitals.sites)
         tests = {name: self.hospitals.sites[name].of("test") for name in names}
         # Virtual sites may share patients; each is predicted once and counts at every site that has it.
         slices = list(dict.fromkeys(item for rows in tests.values() for item in rows))
-        scores = score_slices(
-            self.model(study, state), slices, study.labels, self.cache, self.site.torch_device(), on_patient=self.on_patient
-        )
+        device = self.site.torch_device()
+        scores = score_slices(model.to(device).eval(), slices, study.labels, self.cache, device, on_patient=self.on_patient)
         found = {(score.site, score.patient): score for score in scores}
         return [
             replace(found[hospital, patient], site=name, patient=patient_label(name, hospital, patient))

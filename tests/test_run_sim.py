@@ -55,7 +55,7 @@ def scores_of(folder: Path) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("run") / "out"
-    methods = "router-aware,fedavg,fedprox,fedadam,personal,local,pooled"
+    methods = "router-aware,fedavg,fedprox,fedadam,personal,personalised,local,pooled"
     done = run([*RUN_SIM, *TINY, "--methods", methods, "--out", str(out)], environment)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
@@ -99,6 +99,29 @@ def test_federated_methods_send_updates_and_local_training_sends_nothing(rehears
     assert methods["local"]["1"]["rounds"][0]["bytes_up"] == methods["pooled"]["1"]["rounds"][0]["bytes_up"] == 0
 
 
+def test_each_site_gets_a_model_of_its_own_that_is_compared_with_its_local_one(
+    rehearsed: tuple[Path, str], environment: dict[str, str]
+) -> None:
+    out, screen = rehearsed
+    results = json.loads((out / "results.json").read_text())
+    record = results["methods"]["personalised"]["1"]
+    assert set(record["chosen"]) == set(record["models"]) == set(results["sites"])
+    assert record["own_test"] == record["test"]
+    bars = {row["bar"]: row for row in results["comparisons"] if row["sentence"].startswith("personalised")}
+    gains = [
+        row["dice"] - results["methods"]["local"]["1"]["own_test"]["sites"][name]["dice"]
+        for name, row in record["own_test"]["sites"].items()
+        if row["dice"] is not None
+    ]
+    assert bars[-0.01]["value"] == pytest.approx(min(gains))
+    assert bars[0.02]["value"] == pytest.approx(sum(gains) / len(gains))
+    assert "(bar 0.02: " in screen
+    command = [*ICMOE, "evaluate", "--model", str(out / record["models"]["Alder"]), "--data", str(out / "phantoms"), "--json"]
+    done = run(command, environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["sites"]["Alder"]["dice"] == pytest.approx(record["test"]["sites"]["Alder"]["dice"], abs=1e-6)
+
+
 def test_pooled_takes_as_many_steps_as_all_sites_together(rehearsed: tuple[Path, str]) -> None:
     methods = json.loads((rehearsed[0] / "results.json").read_text())["methods"]
     together = sum(row["steps"] for row in methods["local"]["1"]["rounds"][0]["sites"].values())
@@ -109,7 +132,7 @@ def test_same_seed_gives_the_same_bytes_and_resume_after_a_kill_too(
     rehearsed: tuple[Path, str], environment: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
-    command = [*RUN_SIM, *TINY, "--methods", "router-aware,personal,local", "--out", str(out)]
+    command = [*RUN_SIM, *TINY, "--methods", "router-aware,personal,personalised,local", "--out", str(out)]
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, env=environment, start_new_session=True, **silent)
     deadline = time.monotonic() + 300
@@ -131,6 +154,7 @@ def test_same_seed_gives_the_same_bytes_and_resume_after_a_kill_too(
     expected, found = scores_of(rehearsed[0]), scores_of(out)
     assert found["methods"]["router-aware"] == expected["methods"]["router-aware"]
     assert found["methods"]["personal"] == expected["methods"]["personal"]
+    assert found["methods"]["personalised"] == expected["methods"]["personalised"]
     assert run([*command, "--resume"], environment).returncode == 0  # complete: nothing is trained again
 
 

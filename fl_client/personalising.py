@@ -1,0 +1,90 @@
+"""What `fl_client personalise` does: the site's own model from the federation's final one. Nothing of it leaves the site."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fl_client.approval import approved_studies
+from fl_client.participant import Participant, read_site
+from fl_client.preparing import Progress
+from fl_client.site import read_named
+from icmoe.errors import Fault, IcmoeError
+from icmoe.exchange import State, global_state
+from icmoe.mixture import joined
+from icmoe.model import ICMoE
+from icmoe.modelfile import ModelHeader, read_model, write_model
+from icmoe.personalise import GLOBAL, OWN, TUNED, OwnData, Personal, personalise, train_alone, tune
+from icmoe.study import Study
+
+METHOD = "personalised"
+
+
+def personalise_study(path: Path, name: str, which: str, model_path: Path, *, on_progress: Progress) -> tuple[Path, Personal]:
+    """Make the site's own model and return where it is and how it was chosen.
+
+    A site that was stopped while it trained its model alone goes on after its last finished round.
+
+    Parameters
+    ----------
+    path, name
+        The site file, and the site that the command names.
+    which
+        Name or digest of an approved study.
+    model_path
+        The study's final model.
+    on_progress
+        Told of the rounds.
+
+    Raises
+    ------
+    IcmoeError
+        2xx for the site file, 215 where the model is not the study's, 316 where the study is not approved, else as
+        `read_site` and `read_model`.
+    """
+    study = _approved(path, name, which)
+    state, header = _final_model(model_path, study)
+    site = read_site(path, study.digest)
+    torch.set_num_threads(site.threads)
+    data = OwnData(site=site.name, train=site.train, val=site.val, cache=site.cache(study), device=site.torch_device())
+    own = _own(site, data, header, on_progress)
+    tuned = tune(state, study, data)
+    found = personalise(study, {GLOBAL: state, TUNED: tuned, OWN: own}, data)
+    target = site.state_folder / study.digest[:16] / site.name / "personalised.safetensors"
+    about = header.model_copy(update={"method": METHOD, "weights": found.weights})
+    write_model(target, joined(found.states), about, private=True)
+    return target, found
+
+
+def _approved(path: Path, name: str, which: str) -> Study:
+    settings = read_named(path, name)
+    for study in approved_studies(path.parent / settings.state):
+        if study.name == which or (len(which) >= 8 and study.digest.startswith(which)):
+            return study
+    todo = "fl_client --site NAME approvals lists them."
+    raise IcmoeError(Fault(number=316, where=name, what="no such study is approved", value=which, todo=todo))
+
+
+def _final_model(path: Path, study: Study) -> tuple[State, ModelHeader]:
+    model, header = read_model(path)
+    if header.study.digest != study.digest or not isinstance(model, ICMoE):
+        value = f"{header.method} of study {header.study.digest[:12]}"
+        raise IcmoeError(Fault(number=215, where=str(path), value=value, limit=study.digest[:12], did="Nothing was trained."))
+    return global_state(model), header
+
+
+def _own(site: Participant, data: OwnData, header: ModelHeader, on_progress: Progress) -> State:
+    """Return the model that the site trains alone, kept after each round."""
+    study = header.study
+    kept = site.state_folder / study.digest[:16] / site.name / "alone.safetensors"
+    state, done = None, 0
+    if kept.exists():
+        model, before = read_model(kept)
+        state, done = global_state(model), before.round
+
+    def keep(now: State, number: int) -> None:
+        write_model(kept, now, header.model_copy(update={"method": "alone", "round": number}), private=True)
+        on_progress("train", number, study.rounds)
+
+    return train_alone(study, data, state=state, done=done, on_round=keep)

@@ -1,0 +1,100 @@
+"""`python -m simulations.evidence lgg|hippocampus|sunnybrook --data DIR --out DIR`: run, score, draw up the tables.
+
+A stopped command goes on where it was when it is given again.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from icmoe.atomic import write_atomically
+from icmoe.errors import exit_on_fault
+from simulations.evidence.dealing import FOLDER, hippocampus_splits, split_text
+from simulations.evidence.patients import score_run
+from simulations.evidence.plan import PLANS, SEEDS, Plan, Run
+from simulations.evidence.sites import made_sites
+from simulations.evidence.tables import section, write_tables
+from simulations.folder import RunFolder
+from simulations.rehearsal import rehearse
+from simulations.scenario import read_scenario
+from simulations.screen import Screen
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+Data = Annotated[Path, typer.Option(help="Folder of the data set.")]
+Out = Annotated[Path, typer.Option(help="Folder of runs and tables; finished work in it is kept.")]
+Seeds = Annotated[int, typer.Option(min=1, max=10, help="Number of seeds, 1..N.")]
+Scenario = Annotated[Path | None, typer.Option(help="TOML file with changes to the recipe in [study].")]
+Only = Annotated[str | None, typer.Option(help="Comma-separated names of runs, for example lgg-base.")]
+
+
+@app.command()
+def lgg(data: Data, out: Out, seeds: Seeds = SEEDS, only: Only = None, scenario: Scenario = None) -> None:
+    """Four real hospitals, and each of the larger three left out once."""
+    _table("lgg", data, out, seeds, only, scenario)
+
+
+@app.command()
+def hippocampus(data: Data, out: Out, seeds: Seeds = SEEDS, only: Only = None, scenario: Scenario = None) -> None:
+    """Two classes, four made-up sites: by intensity, by volume, uneven, one site without one class."""
+    _table("hippocampus", data, out, seeds, only, scenario)
+
+
+@app.command()
+def sunnybrook(data: Data, out: Out, seeds: Seeds = SEEDS, only: Only = None, scenario: Scenario = None) -> None:
+    """Left ventricle from native DICOM: two sites of one patient each, no claims."""
+    _table("sunnybrook", data, out, seeds, only, scenario)
+
+
+@app.command()
+def tables(out: Out) -> None:
+    """Draw up the tables of all that is there."""
+    with exit_on_fault():
+        print(write_tables(out))
+
+
+@app.command()
+def splits(data: Data) -> None:
+    """Make the split files of the hippocampus volumes again."""
+    with (data / "index.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name, dealt in hippocampus_splits(rows).items():
+        write_atomically(FOLDER / f"hippocampus-{name}.csv", split_text(rows, dealt).encode())
+
+
+def _table(name: str, data: Path, out: Path, seeds: int, only: str | None, scenario: Path | None) -> None:
+    plan = PLANS[name]
+    chosen = [run for run in plan.runs if only is None or run.name in only.split(",")]
+    with exit_on_fault():
+        for run in chosen:
+            _rehearse(plan, run, data, out, seeds, scenario)
+            score_run(RunFolder(out / run.name), personal="local" in run.methods)
+        write_tables(out)
+        for line in section(plan, out):
+            print(line)
+
+
+def _rehearse(plan: Plan, run: Run, data: Path, out: Path, seeds: int, scenario: Path | None) -> None:
+    folder = RunFolder(out / run.name)
+    if folder.results.exists():
+        return
+    root = data
+    if run.split:
+        root = made_sites(data, run.split, plan.labels, out / "data" / run.name)
+    options = {
+        "data": str(root),
+        "methods": list(run.methods),
+        "seeds": list(range(1, seeds + 1)),
+        "held_out": [run.held_out] if run.held_out else [],
+    }
+    study, simulation = read_scenario(scenario, {"labels": [label.model_dump(mode="json") for label in plan.labels]}, options)
+    with folder.claimed(resume=True), Screen(Console(stderr=True)) as screen:
+        rehearse(study, simulation, folder, screen)
+
+
+if __name__ == "__main__":
+    app()

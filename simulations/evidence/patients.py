@@ -1,0 +1,214 @@
+"""Every model of a finished rehearsal on every patient that it may be scored on, one line each.
+
+Test patients always; of a hospital that a model never saw, all patients, since none of them taught it anything.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from icmoe.atomic import write_atomically
+from icmoe.backbone import load_backbone
+from icmoe.cache_entries import default_cache_folder
+from icmoe.data.slices import SiteData
+from icmoe.data.sources import read_sites
+from icmoe.errors import Fault, IcmoeError
+from icmoe.evaluation import score_slices
+from icmoe.exchange import global_state
+from icmoe.features import FeatureCache
+from icmoe.mixture import mixture_of
+from icmoe.modelfile import read_model
+from icmoe.personalise import GLOBAL, OWN, TUNED, OwnData, personalise, tune
+from icmoe.prepare import encode_slices
+from icmoe.study import Study
+from simulations.folder import RunFolder
+
+Record = dict[str, Any]
+FILE = "patients.json"
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """One patient, scored as a volume.
+
+    Parameters
+    ----------
+    method, seed
+        Of the model.
+    trained_at
+        Site that trained it alone or made it its own; empty for a model of all.
+    site, patient, split
+        Whom it was scored on.
+    dice
+        Mean over the classes.
+    """
+
+    method: str
+    seed: int
+    trained_at: str
+    site: str
+    patient: str
+    split: str
+    dice: float
+
+
+def score_run(folder: RunFolder, *, personal: bool) -> Record:
+    """Return the scores of a finished rehearsal; read where they are written already.
+
+    Parameters
+    ----------
+    folder
+        With results.json and models.
+    personal
+        Whether to make and score each site's own model.
+
+    Raises
+    ------
+    IcmoeError
+        520 where the results were made of other data than those that are there now.
+    """
+    path = folder.root / FILE
+    if path.exists():
+        return dict(json.loads(path.read_bytes()))
+    results = json.loads(folder.results.read_bytes())
+    bench = Bench.of(results)
+    scores = [asdict(score) for score in _scores(results, bench, folder)]
+    chosen: Record = {}
+    if personal:
+        for site, seed, found, own in _personal(results, bench, folder):
+            scores += [asdict(score) for score in own]
+            chosen.setdefault(site, {})[seed] = found
+    record = {
+        "commit": commit(),
+        "study_digest": results["study_digest"],
+        "data_digest": results["data_digest"],
+        "backbone_digest": results["backbone"]["digest"],
+        "configuration": results["configuration"],
+        "scores": scores,
+        "chosen": chosen,
+    }
+    write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
+    return record
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Where models are scored.
+
+    Parameters
+    ----------
+    sites
+        All patients of all hospitals.
+    training
+        Hospitals that took part in the run.
+    study
+        Labels and backbone.
+    cache
+        With the identity view of every slice.
+    """
+
+    sites: dict[str, SiteData]
+    training: tuple[str, ...]
+    study: Study
+    cache: FeatureCache
+
+    @staticmethod
+    def of(results: Record) -> Bench:
+        """Return the bench of a run, its features computed."""
+        simulation, study = (
+            results["configuration"]["simulation"],
+            Study.model_validate_json(json.dumps(results["configuration"]["study"])),
+        )
+        sites = read_sites(Path(simulation["data"]), study.labels)
+        training = tuple(name for name, row in results["sites"].items() if row["slices"]["train"])
+        _require_same(results, sites, training)
+        cache = FeatureCache.of(default_cache_folder(), study)
+        chosen = study.backbone
+        backbone = load_backbone(chosen.name, image_size=chosen.image_size, expected_digest=chosen.digest, device=CPU)
+        everything = [item for site in sites.values() for item in site.slices]
+        encode_slices(everything, study, backbone, cache, views=("identity",))
+        return Bench(sites, training, study, cache)
+
+    def scores(self, model: nn.Module, *, method: str, seed: int, trained_at: str, sites: Iterable[str]) -> Iterator[Score]:
+        """Yield the score of each patient of the sites named."""
+        seen = {trained_at} if trained_at else set(self.training)
+        for name in sites:
+            for split in ("test",) if name in seen else ("train", "val", "test"):
+                rows = self.sites[name].of(split)
+                for found in score_slices(model, rows, self.study.labels, self.cache, CPU, surfaces=False):
+                    yield Score(
+                        method=method,
+                        seed=seed,
+                        trained_at=trained_at,
+                        site=name,
+                        patient=found.patient,
+                        split=split,
+                        dice=found.dice,
+                    )
+
+
+def _require_same(results: Record, sites: dict[str, SiteData], training: tuple[str, ...]) -> None:
+    for name in training:
+        found = {split: len(sites[name].of(split)) for split in ("train", "val", "test")} if name in sites else {}
+        if found != results["sites"][name]["slices"]:
+            value, limit = f"{name}: {found}", str(results["sites"][name]["slices"])
+            raise IcmoeError(Fault(number=520, where=results["study_digest"][:12], value=value, limit=limit))
+
+
+def _scores(results: Record, bench: Bench, folder: RunFolder) -> Iterator[Score]:
+    for method, by_seed in results["methods"].items():
+        for seed, run in by_seed.items():
+            files = run.get("models") or {"": run["model"]}
+            for trained_at, name in files.items():
+                model, _ = read_model(folder.root / name)
+                sites = [trained_at] if method == "personalised" else list(bench.sites)
+                yield from bench.scores(model, method=method, seed=int(seed), trained_at=trained_at, sites=sites)
+
+
+def _personal(results: Record, bench: Bench, folder: RunFolder) -> Iterator[tuple[str, str, Record, list[Score]]]:
+    """Yield the own model of each site and seed: what was chosen, and its scores."""
+    if "personalised" in results["methods"]:
+        return
+    for seed, run in results["methods"]["router-aware"].items():
+        model, header = read_model(folder.root / run["model"])
+        study = header.study
+        for site, name in results["methods"]["local"][seed]["models"].items():
+            rows = bench.sites[site]
+            data = OwnData(site=site, train=rows.of("train"), val=rows.of("val"), cache=bench.cache, device=CPU)
+            own = global_state(read_model(folder.root / name)[0])
+            state = global_state(model)
+            found = personalise(study, {GLOBAL: state, TUNED: tune(state, study, data), OWN: own}, data)
+            mixed = mixture_of(study, found.states, found.weights)
+            about = {"choice": found.choice, "weights": found.weights, "val_dice": found.val_dice}
+            yield (
+                site,
+                seed,
+                about,
+                list(bench.scores(mixed, method="personalised", seed=int(seed), trained_at=site, sites=[site])),
+            )
+
+
+def commit() -> str:
+    """Return the commit of the code, with "+" where files differ from it, or "unknown" outside a repository."""
+    here = Path(__file__).parent
+    try:
+        line = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+"],  # noqa: S607  (the git of whoever runs this)
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return line.stdout.strip()

@@ -1,0 +1,109 @@
+"""The evidence as Markdown, drawn up from the files that the runs left; a run that is not there stands as not run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from icmoe.atomic import write_atomically
+from simulations.evidence.bars import (
+    LOCAL,
+    OURS,
+    PERSONAL,
+    PLAIN,
+    POOLED,
+    Bar,
+    Rows,
+    common_bars,
+    dice_of,
+    seeds_of,
+    site_means,
+    unseen_bars,
+)
+from simulations.evidence.intervals import over_seeds
+from simulations.evidence.patients import FILE
+from simulations.evidence.plan import PLANS, Plan
+
+EVIDENCE = "evidence.md"
+SHOWN = {
+    LOCAL: "each site alone",
+    OURS: "router-aware, one model for all",
+    PLAIN: "FedAvg, one model for all",
+    PERSONAL: "router-aware, then each site's own model",
+    POOLED: "pooled data",
+}
+
+
+def write_tables(out: Path) -> Path:
+    """Write evidence.md of everything below `out` and return its path."""
+    text = ["# Evidence", "", "Drawn up by `python -m simulations.evidence tables`; Dice per patient on `test`.", ""]
+    for plan in PLANS.values():
+        text += section(plan, out)
+    path = out / EVIDENCE
+    write_atomically(path, ("\n".join(text).rstrip() + "\n").encode())
+    return path
+
+
+def section(plan: Plan, out: Path) -> list[str]:
+    """Return the lines of one plan."""
+    found = {run.name: read for run in plan.runs if (read := _read(out / run.name / FILE)) is not None}
+    lines = [f"## {plan.title}", ""]
+    missing = [run.name for run in plan.runs if run.name not in found]
+    if missing:
+        lines += [f"Not run: {', '.join(missing)}.", ""]
+    for run in plan.runs:
+        if run.name not in found or run.held_out:
+            continue
+        record = found[run.name]
+        rows = record["scores"]
+        lines += [f"### {run.name}", "", _stamp(record, rows), "", *score_table(rows), ""]
+        bars = common_bars(rows, mean_gain=plan.mean_gain) if plan.claims else []
+        if run is plan.runs[0]:
+            held_out = {run.held_out: found[run.name]["scores"] for run in plan.runs if run.held_out and run.name in found}
+            bars += unseen_bars(rows, held_out)
+        lines += [*bar_table(bars), ""] if bars else ["Too few patients for claims.", ""]
+    return lines
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_bytes()) if path.exists() else None
+
+
+def _stamp(record: Mapping[str, Any], rows: Rows) -> str:
+    digests = ", ".join(f"{name} `{record[f'{name}_digest'][:12]}`" for name in ("study", "data", "backbone"))
+    return f"Commit `{record['commit']}`, {digests}, seeds {', '.join(map(str, seeds_of(rows)))}."
+
+
+def score_table(rows: Rows) -> list[str]:
+    """Return Dice by method and site, mean over seeds, with the t-interval of the mean of sites."""
+    seeds = seeds_of(rows)
+    present = [name for name in SHOWN if any(row["method"] == name for row in rows)]
+    means = {name: [site_means(dice_of(rows, name, seed, own=name in (LOCAL, PERSONAL))) for seed in seeds] for name in present}
+    sites = sorted({site for found in means.values() for one in found for site in one})
+    lines = _row("method", *sites, "mean of sites", "over seeds, 95%") + _row("---", *["---:"] * (len(sites) + 2))
+    for name in present:
+        cells = [f"{fmean(one[site] for one in means[name]):.3f}" for site in sites]
+        whole = over_seeds([fmean(one.values()) for one in means[name]])
+        spread = "-" if whole.low is None else f"{whole.low:.3f} to {whole.high:.3f}"
+        lines += _row(SHOWN[name], *cells, f"{whole.mean:.3f}", spread)
+    return lines
+
+
+def bar_table(bars: Iterable[Bar]) -> list[str]:
+    """Return one line per question: value, both intervals, bar, verdict."""
+    lines = _row("question", "mean [t-interval over seeds]", "[bootstrap over patients]", "bar", "") + _row(
+        "---", "---:", "---:", "---:", "---"
+    )
+    for bar in bars:
+        patients = "-" if bar.patients is None else f"[{bar.patients.low:+.3f}, {bar.patients.high:+.3f}]"
+        wanted = "-" if bar.bar is None else f"{bar.bar:+.2f}"
+        verdict = {None: "", True: "met", False: "**not met**"}[bar.met]
+        lines += _row(bar.question, str(bar.seeds), patients, wanted, verdict)
+    return lines
+
+
+def _row(*cells: str) -> list[str]:
+    return [f"| {' | '.join(cells)} |"]

@@ -1,0 +1,204 @@
+"""The evidence: intervals, bars and tables from scores; one command that runs, scores and goes on; made-up sites."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from icmoe.data.slices import load_mask
+from icmoe.data.sources import read_sites
+from icmoe.errors import IcmoeError
+from simulations.evidence import dealing, sites
+from simulations.evidence.__main__ import app
+from simulations.evidence.bars import Bar, common_bars, dice_of, difference, unseen_bars
+from simulations.evidence.dealing import SITES, hippocampus_splits, read_split, split_text
+from simulations.evidence.intervals import Interval, over_patients, over_seeds
+from simulations.evidence.plan import PLANS, SPLITS
+from simulations.evidence.tables import bar_table, score_table
+from simulations.phantoms import PhantomSite, write_phantoms
+
+ROOT = Path(__file__).resolve().parents[1]
+HIPPOCAMPUS = ROOT.parent / "shared" / "data" / "hippocampus-nifti"
+GAINS = st.lists(st.floats(-1.0, 1.0), min_size=2, max_size=6)
+
+
+@given(GAINS)
+def test_the_seed_interval_is_students(values: list[float]) -> None:
+    found = over_seeds(values)
+    half = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}[len(values)] * stdev(values) / len(values) ** 0.5
+    assert found.mean == pytest.approx(fmean(values))
+    assert found.high == pytest.approx(found.mean + half)
+    assert found.low == pytest.approx(found.mean - half)
+
+
+def test_one_seed_has_no_interval_and_none_is_refused() -> None:
+    assert over_seeds([0.5]) == Interval(0.5, None, None)
+    with pytest.raises(ValueError, match="seeds"):
+        over_seeds([])
+    with pytest.raises(ValueError, match="patient"):
+        over_patients({"A": [0.1], "B": []})
+
+
+@given(st.dictionaries(st.sampled_from("ABC"), GAINS, min_size=1))
+def test_the_patient_interval_counts_sites_alike_and_holds_the_mean(gains: dict[str, list[float]]) -> None:
+    found = over_patients(gains)
+    assert found.mean == pytest.approx(fmean(fmean(values) for values in gains.values()))
+    assert min(map(min, gains.values())) - 1e-9 <= found.low <= found.high <= max(map(max, gains.values())) + 1e-9
+
+
+def score(
+    method: str, seed: int, site: str, patient: str, dice: float, trained_at: str = "", split: str = "test"
+) -> dict[str, Any]:
+    return {**locals()}
+
+
+def rows_of(gain: float) -> list[dict[str, Any]]:
+    """Two sites with two patients, two seeds: own models are `gain` above local ones, the global one equals pooled."""
+    rows = []
+    for seed in (1, 2):
+        for at, (site, patient) in enumerate([("A", "a"), ("A", "b"), ("B", "c"), ("B", "d")]):
+            base = 0.5 + 0.05 * at + 0.01 * seed
+            rows += [score(name, seed, site, patient, base) for name in ("router-aware", "pooled")]
+            rows += [score("fedavg", seed, site, patient, base - 0.02)]
+            rows += [score("local", seed, site, patient, base, trained_at=site)]
+            rows += [score("local", seed, site, patient, 0.1, trained_at="AB".replace(site, ""))]
+            rows += [score("personalised", seed, site, patient, base + gain, trained_at=site)]
+    return rows
+
+
+@pytest.mark.parametrize(("gain", "met"), [(0.03, [True, True]), (0.0, [True, False]), (-0.02, [False, False])])
+def test_bars_follow_from_the_scores_whatever_they_show(gain: float, met: list[bool]) -> None:
+    bars = common_bars(rows_of(gain), mean_gain=0.02)
+    assert [bar.met for bar in bars] == [*met, True, True, None]
+    assert bars[1].seeds.mean == bars[1].patients.mean == pytest.approx(gain)
+    assert bars[2].seeds.mean == pytest.approx(1.0)
+    assert bars[4].seeds.mean == pytest.approx(0.02)
+    assert ["not met" in line for line in bar_table(bars)[2:4]] == [not one for one in met]
+
+
+def test_a_local_model_counts_at_its_own_site_alone() -> None:
+    rows = rows_of(0.0)
+    assert min(dice_of(rows, "local", 1, own=True).values()) > 0.5
+    assert dice_of(rows, "local", 1) == {}
+    line = next(line for line in score_table(rows) if "alone" in line)
+    assert line.startswith("| each site alone | 0.540 | 0.640 | 0.590 | ")
+
+
+def test_an_unseen_hospital_is_compared_with_the_best_single_one_in_its_favour() -> None:
+    base = [
+        score("local", 1, "A", "a", dice, trained_at=site, split="train") for site, dice in (("A", 0.99), ("B", 0.4), ("C", 0.6))
+    ]
+    bars = unseen_bars(base, {"A": [score("router-aware", 1, "A", "a", 0.66, split="train")]})
+    assert [bar.seeds.mean for bar in bars] == [pytest.approx(0.06)] * 2
+    assert bars[-1].met is True
+    assert unseen_bars(base, {}) == []
+
+
+def test_a_difference_pairs_patients() -> None:
+    rows = rows_of(0.0)
+    seeds, patients = difference(rows, lambda s: dice_of(rows, "router-aware", s), lambda s: dice_of(rows, "fedavg", s))
+    assert patients.low == pytest.approx(patients.high) == pytest.approx(0.02)  # every patient gains alike
+    assert Bar(question="", seeds=seeds).met is None
+
+
+@pytest.fixture(scope="module")
+def evidence(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The lgg command over three phantom hospitals with the test backbone, one of them left out once."""
+    folder = tmp_path_factory.mktemp("evidence")
+    hospitals = [PhantomSite(name=name, train_patients=1, val_patients=1, test_patients=2) for name in ("CS", "DU", "HT")]
+    write_phantoms(folder / "data", seed=1, size_px=64, sites=hospitals)
+    (folder / "tiny.toml").write_text(
+        "[study]\nrounds = 1\ntest_only = true\n[study.training]\nlocal_epochs = 1\n"
+        '[study.backbone]\nname = "sam-vit-test"\nimage_size = 64\n'
+    )
+    words = ["lgg", "--data", str(folder / "data"), "--out", str(folder / "out"), "--scenario", str(folder / "tiny.toml")]
+    return folder / "out", [*words, "--seeds", "1", "--only", "lgg-base,lgg-without-DU"]
+
+
+def test_one_command_runs_scores_and_draws_up_the_table_and_then_goes_on(
+    evidence: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    out, words = evidence
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    table = (out / "evidence.md").read_text()
+    assert "Not run: lgg-without-CS, lgg-without-HT." in table
+    assert "Not run: hippocampus-intensity" in table
+    assert "unseen hospital DU: router-aware minus the best single hospital's model" in table
+    assert table.count("| router-aware, then each site's own model |") == 1
+
+    record = json.loads((out / "lgg-base" / "patients.json").read_text())
+    results = json.loads((out / "lgg-base" / "results.json").read_text())
+    mine = [row["dice"] for row in record["scores"] if row["method"] == "router-aware" and row["site"] == "CS"]
+    assert fmean(mine) == pytest.approx(results["methods"]["router-aware"]["1"]["test"]["sites"]["CS"]["dice"])
+    assert record["data_digest"] == results["data_digest"]
+    assert {row["split"] for row in record["scores"] if row["trained_at"] == "CS" and row["site"] == "DU"} == {
+        "train",
+        "val",
+        "test",
+    }
+    unseen = json.loads((out / "lgg-without-DU" / "results.json").read_text())
+    assert unseen["sites"]["DU"]["slices"]["train"] == unseen["sites"]["DU"]["slices"]["val"] == 0
+
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
+    (out / "evidence.md").unlink()
+    again = CliRunner().invoke(app, words)
+    assert again.exit_code == 0, again.output
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.json")} == before
+    assert (out / "evidence.md").read_text() == table
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_committed_split_deals_every_case_once_and_every_site_can_be_tested(name: str) -> None:
+    rows = read_split(f"hippocampus-{name}")
+    assert len({row["case"] for row in rows}) == len(rows) == 40
+    for site in SITES:
+        assert {row["split"] for row in rows if row["site"] == site} == {"train", "val", "test"}
+    assert set(rows[0]) == {"site", "case", "split"}
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not HIPPOCAMPUS.exists(), reason="the real hospital images are not here")
+def test_the_committed_splits_are_those_that_the_index_gives() -> None:
+    with (HIPPOCAMPUS / "index.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name, dealt in hippocampus_splits(rows).items():
+        assert split_text(rows, dealt) == (dealing.FOLDER / f"hippocampus-{name}.csv").read_text()
+
+
+def test_made_up_sites_are_ingested_and_one_of_them_never_shows_the_second_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = [("A", "case_1", "train"), ("D", "case_2", "train"), ("D", "case_3", "test")]
+    for _, case, _ in rows:
+        classes = np.zeros((16, 20, 4), np.uint8)
+        classes[4:10, 3:8, 1:3], classes[4:10, 8:14, 1:3] = 2, 1
+        grey = rng.normal(100, 10, classes.shape) + 60 * classes
+        for kind, volume in (("images", grey.astype(np.float32)), ("labels", classes)):
+            (tmp_path / "source" / kind).mkdir(parents=True, exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "source" / kind / f"{case}.nii.gz")
+    (tmp_path / "x-one-class.csv").write_text("site,case,split\n" + "\n".join(",".join(row) for row in rows) + "\n")
+    monkeypatch.setattr(dealing, "FOLDER", tmp_path)
+    labels = PLANS["hippocampus"].labels
+    found = read_sites(sites.made_sites(tmp_path / "source", "x-one-class", labels, tmp_path / "place"), labels)
+
+    def classes_at(site: str, split: str) -> set[int]:
+        return {int(value) for item in found[site].of(split) for value in np.unique(load_mask(item.mask, labels))}
+
+    assert classes_at("A", "train") == classes_at("D", "test") == {0, 1, 2}
+    assert classes_at("D", "train") == {0, 1}
+    (tmp_path / "source" / "images" / "case_3.nii.gz").unlink()
+    with pytest.raises(IcmoeError, match="ICM216"):
+        sites.made_sites(tmp_path / "source", "x-one-class", labels, tmp_path / "place")

@@ -1,0 +1,103 @@
+"""What the experts do: shares that sum, distances with a sign, gates that are shut and opened again, and their report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis.extra import numpy as arrays
+
+from icmoe.backbone import load_backbone
+from icmoe.data.sources import read_sites
+from icmoe.exchange import global_state, load_state, state_digest
+from icmoe.features import FeatureCache
+from icmoe.model import ICMoE, build_model
+from icmoe.prepare import encode_slices
+from simulations.expert_use import border_distance, expert_use, use_tables
+from simulations.overlays import Overlay, panels
+from simulations.phantoms import PhantomSite, write_phantoms
+
+CPU = torch.device("cpu")
+
+
+@settings(deadline=None, max_examples=40)
+@given(arrays.arrays(bool, (6, 7)))
+def test_distance_is_negative_inside_half_a_cell_at_the_border_and_infinite_without_foreground(inside: np.ndarray) -> None:
+    truth_KHW = np.stack([~inside, inside]).astype(np.float32)
+    found = border_distance(truth_KHW)
+    if not inside.any():
+        assert np.isinf(found).all()
+        return
+    assert ((found < 0) == inside).all()
+    neighbours = (inside[:, 1:] != inside[:, :-1]).nonzero()
+    assert (np.abs(found[:, 1:][neighbours]) == 0.5).all()
+    assert (np.abs(found[:, :-1][neighbours]) == 0.5).all()
+
+
+@pytest.fixture(scope="module")
+def seen(make_study, tmp_path_factory: pytest.TempPathFactory):
+    study = make_study()
+    root = tmp_path_factory.mktemp("hospitals") / "data"
+    sites = [PhantomSite(name=name, train_patients=1, val_patients=1, test_patients=1) for name in ("Alder", "Birch")]
+    write_phantoms(root, seed=1, size_px=32, sites=sites)
+    slices = [item for site in read_sites(root, study.labels).values() for item in site.of("test")]
+    cache = FeatureCache.of(tmp_path_factory.mktemp("cache"), study)
+    encode_slices(slices, study, load_backbone("sam-vit-test", image_size=32, device=CPU), cache)
+    return study, slices, cache
+
+
+def shaken(model: ICMoE) -> ICMoE:
+    """Return the model with random weights: at start the experts say nothing."""
+    generator = torch.Generator().manual_seed(0)
+    state = {name: tensor + 0.3 * torch.randn(tensor.shape, generator=generator) for name, tensor in model.state_dict().items()}
+    load_state(model, state)
+    return model.eval()
+
+
+def test_shares_sum_to_one_and_the_model_is_left_as_it_was(seen) -> None:
+    study, slices, cache = seen
+    model = shaken(build_model(study, seed=1))
+    before = state_digest(global_state(model))
+    use = expert_use(model, slices, study, cache, CPU)
+    assert use is not None
+    assert state_digest(global_state(model)) == before
+    assert set(use["by_site"]) == {"Alder", "Birch"}
+    assert set(use["by_class"]) == {"background", "lesion"}
+    rows = [row for key in ("by_class", "by_site", "by_distance") for row in use[key].values()]
+    assert all(sum(row) == pytest.approx(1.0) and min(row) >= 0.0 for row in rows)
+    assert sum(row["share"] for row in use["reliability"]) == pytest.approx(1.0)
+    assert all(0.0 <= row["error"] <= 1.0 and 0.0 <= row["agreement"] <= 1.0 for row in use["reliability"])
+    assert set(use["removed"]) == set(model.expert_names)
+    assert any(use["removed"].values())
+
+
+def test_experts_that_say_nothing_are_not_missed_and_a_model_without_experts_has_no_use(seen, make_study) -> None:
+    study, slices, cache = seen
+    use = expert_use(build_model(study, seed=1).eval(), slices, study, cache, CPU)
+    assert use is not None
+    assert set(use["removed"].values()) == {0.0}
+    bare = make_study(model={"basic_experts": 0, "semantic_experts": 0, "adaptive_experts": 0})
+    assert expert_use(build_model(bare, seed=1).eval(), slices, bare, cache, CPU) is None
+    assert expert_use(build_model(study, seed=1).eval(), [], study, cache, CPU) is None
+
+
+def test_every_table_has_a_cell_per_column(seen) -> None:
+    study, slices, cache = seen
+    use = expert_use(shaken(build_model(study, seed=1)), slices, study, cache, CPU)
+    assert use is not None
+    tables = use_tables(use)
+    assert len(tables) == 5
+    assert all(len(row) == len(columns) for _, columns, rows in tables for row in rows)
+
+
+def test_the_map_of_who_decided_is_a_panel_with_its_shares_in_words(tmp_path: Path) -> None:
+    experts = np.zeros((4, 4), np.uint8)
+    experts[:, 3] = 1
+    blank = np.zeros((4, 4), np.uint8)
+    overlay = Overlay("a slice", np.zeros((4, 4)), blank, blank, experts, ("basic-1", "semantic-1"))
+    assert [panel.caption for panel in panels(overlay)] == ["image", "truth", "prediction", "who decided"]
+    assert panels(overlay)[-1].alternative.endswith("basic-1 75%, semantic-1 25%")
+    assert len(panels(Overlay("a slice", np.zeros((4, 4)), blank, blank))) == 3
