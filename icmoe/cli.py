@@ -14,6 +14,7 @@ from rich.table import Table
 from icmoe import __version__
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from icmoe.platform import require_supported_platform
+from icmoe.private import file_errors
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -90,6 +91,28 @@ def predict(
             _print_prediction(record, output)
         if faults:
             raise IcmoeError(*faults)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Option(help="Model file written by a study or a rehearsal, *.safetensors.")],
+    output: Annotated[Path, typer.Option(help="File to write.")],
+    form: Annotated[str, typer.Option("--format", help="torchscript, or onnx with the extra [onnx].")] = "torchscript",
+    force: Annotated[bool, typer.Option("--force", help="Replace --output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """Write the trained part, from the backbone's features to probabilities, for other programs; compared with the model."""
+    with exit_on_fault(), file_errors():
+        require_supported_platform()
+        from icmoe.export import export_model
+
+        record = export_model(model, output, form, force=force)
+        if as_json:
+            sys.stdout.write(json.dumps(record, indent=1) + "\n")
+        else:
+            shapes = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in record["inputs"].items())
+            difference = f"largest difference of a probability {record['largest_difference']:.1e}"
+            Console().print(f"{output}: {record['bytes']} bytes, {difference}\ninputs: {shapes}", highlight=False, soft_wrap=True)
 
 
 def _print_prediction(record: dict[str, Any], output: Path) -> None:

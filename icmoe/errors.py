@@ -70,6 +70,7 @@ CATALOGUE: dict[int, Entry] = {
     141: Entry("output is there already", "Name another --output, or replace a former prediction with --force."),
     142: Entry("series is incomplete", "Export it again; a segmentation that lacks slices would mislead."),
     143: Entry("format cannot hold this series", "Choose another --format: png holds everything."),
+    144: Entry("exported model gives other probabilities", "Use the model file itself, and report the case."),
     201: Entry("key is not known", "Use the suggested key or remove the line."),
     202: Entry("value is outside its allowed range or of another type", "Give a value in the allowed range."),
     203: Entry("required key is missing", "Add the key."),

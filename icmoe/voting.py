@@ -43,7 +43,10 @@ def top_k_gates(scores_BMHW: Tensor, top_k: int) -> Tensor:
     if top_k >= scores_BMHW.shape[1]:
         return scores_BMHW.softmax(dim=1)
     chosen_BTHW = scores_BMHW.topk(top_k, dim=1).indices
-    closed_BMHW = torch.ones_like(scores_BMHW, dtype=torch.bool).scatter(1, chosen_BTHW, value=False)
+    # A tensor of zeros, since torch.jit cannot trace scatter with a plain number that is a bool.
+    closed_BMHW = torch.ones_like(scores_BMHW, dtype=torch.bool).scatter(
+        1, chosen_BTHW, torch.zeros_like(chosen_BTHW, dtype=torch.bool)
+    )
     return scores_BMHW.masked_fill(closed_BMHW, float("-inf")).softmax(dim=1)
 
 

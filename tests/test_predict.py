@@ -13,11 +13,14 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
-from dicom_builders import AXIAL, common, enhanced, place, put, save, segmentation, used, volume
-from exports import write_series
+from dicom_builders import AXIAL, common, enhanced, image, place, put, save, segmentation, used, volume
 from PIL import Image
 from predictions import array_prediction, loaded, planes_of, predicted, read_back, write_random_model
+from pydicom.config import IGNORE
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
+from pydicom.uid import generate_uid
 
 from icmoe.data.ingest.geometry import plane_matrix, upright
 from icmoe.errors import IcmoeError
@@ -41,6 +44,11 @@ SERIES = {
     "tilted gantry": {"axes": (1, 0, 0, 0, np.cos(TILT), -np.sin(TILT)), "step": (0, 0, 5.0)},
     "uneven": {"step": None},
 }
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("icmoe.predict.run.os.cpu_count", lambda: 1)  # the pictures are tiny
 
 
 @pytest.fixture(scope="module")
@@ -328,12 +336,51 @@ def test_a_series_with_a_lost_slice_is_left_out_and_the_others_are_not(model: Pa
 def test_what_a_format_cannot_hold_is_said_and_png_holds_it(model: Path, tmp_path: Path):
     put(tmp_path, slices("uneven"))
     assert numbers(refusal(model, tmp_path / "export", tmp_path / "out", "nifti")) == [143]
-    write_series(tmp_path / "no-space", "Doe")
-    assert numbers(refusal(model, tmp_path / "no-space", tmp_path / "out")) == [143], "MR without a frame of reference"
-    _, faults = predicted(model, tmp_path / "no-space", tmp_path / "out", "png")
+    _, faults = predicted(model, tmp_path / "export", tmp_path / "out", "png")
     assert not faults
+    flat = image(BLOBS, SOPClassUID="1.2.840.10008.5.1.4.1.1.7.2", Modality="OT")
+    save(flat, tmp_path / "flat.dcm")
+    assert numbers(refusal(model, tmp_path / "flat.dcm", tmp_path / "other")) == [143], "frames without planes"
     nibabel.save(nibabel.Nifti1Image(BLOBS.astype(np.int16), np.eye(4)), tmp_path / "a.nii")
     assert numbers(refusal(model, tmp_path / "a.nii", tmp_path / "other")) == [143]
+
+
+ANONYMISED = {
+    "no frame of reference": {"FrameOfReferenceUID": None},
+    "dates of zeros": {"StudyDate": "20120000", "PatientBirthDate": "00000000", "PatientSex": "unknown"},
+    "no names": {"PatientName": None, "PatientID": None, "AccessionNumber": None, "StudyID": None, "PatientSex": None},
+}
+
+
+@pytest.mark.parametrize("change", ANONYMISED)
+def test_what_anonymisers_leave_behind_is_no_obstacle(change: str, model: Path, tmp_path: Path):
+    sources = volume(BLOBS)
+    for source in sources:
+        for name, value in ANONYMISED[change].items():
+            if value is None:
+                del source[name]
+            else:
+                source[name] = DataElement(name, dictionary_VR(name), value, validation_mode=IGNORE)
+    put(tmp_path, sources)
+    _, faults = predicted(model, tmp_path / "export", tmp_path / "out")
+    assert not faults
+    assert read_back(tmp_path / "out/001/segmentation.dcm", sources).any()
+    made = pydicom.dcmread(tmp_path / "out/001/segmentation.dcm")
+    assert {name: made.get(name) or None for name in ANONYMISED[change] if "UID" not in name} == {
+        name: value for name, value in ANONYMISED[change].items() if "UID" not in name
+    }, "a viewer joins the object to its patient and study by these"
+
+
+def test_images_in_a_frame_of_reference_each_are_joined_by_reference(model: Path, tmp_path: Path):
+    sources = volume(BLOBS)
+    for source in sources:
+        source.FrameOfReferenceUID = generate_uid()
+    put(tmp_path, sources)
+    _, faults = predicted(model, tmp_path / "export", tmp_path / "out")
+    assert not faults
+    assert read_back(tmp_path / "out/001/segmentation.dcm", sources).any()
+    space = pydicom.dcmread(tmp_path / "out/001/segmentation.dcm").FrameOfReferenceUID
+    assert space not in {source.FrameOfReferenceUID for source in sources}
 
 
 def test_masks_and_copies_are_no_input(model: Path, tmp_path: Path):

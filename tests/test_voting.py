@@ -85,7 +85,7 @@ def test_disagreement_is_a_share_and_nothing_where_all_experts_vote_alike(seed: 
 
 
 @pytest.mark.parametrize(("gates", "want"), [((0.5, 0.5), 1.0), ((1.0, 0.0), 0.0), ((0.75, 0.25), 0.8113)])
-def test_two_sure_experts_of_opposite_opinion_disagree_by_the_entropy_of_their_gates(
+def test_two_sure_experts_that_oppose_each_other_disagree_by_the_entropy_of_their_gates(
     gates: tuple[float, float], want: float
 ) -> None:
     votes = torch.eye(2)[None, :, :, None, None]

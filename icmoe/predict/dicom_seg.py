@@ -20,7 +20,7 @@ from pydicom.sr.codedict import codes
 
 from icmoe import __version__
 from icmoe.data.ingest.geometry import slice_distance_mm
-from icmoe.data.ingest.headers import sequence
+from icmoe.data.ingest.headers import sequence, text
 from icmoe.data.ingest.opening import open_dicom, refusing
 from icmoe.errors import Fault, IcmoeError
 from icmoe.modelfile import ModelHeader
@@ -32,12 +32,10 @@ SERIES_NUMBER = 9000
 """Of the first stack; above what scanners count to."""
 TEXT = 64
 """Most characters of a DICOM long string."""
-EMPTY_IF_ABSENT = (
-    *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
-    *("AccessionNumber", "StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName"),
-)
-"""Elements that must be there but may be empty; many exports lack some."""
-NOT_POSSIBLE = "its headers do not say what a SEG object must: study, series, or frame of reference"
+IDENTITY = ("PatientID", "PatientName", "AccessionNumber", "StudyID", "ReferringPhysicianName")
+STRICT = ("PatientBirthDate", "PatientSex", "StudyDate", "StudyTime")
+"""Elements that anonymisers often leave in a form that highdicom refuses; they are copied as they are."""
+NOT_POSSIBLE = "its headers do not say what a SEG object must: study, series, or where it lies"
 
 
 def segmentation_bytes(
@@ -69,6 +67,8 @@ def segmentation_bytes(
     """
     with refusing(143, NOT_POSSIBLE):
         sources = _sources(root, series, stack)
+        kept = [copy.copy(sources[0][name]) for name in STRICT if name in sources[0]]
+        _complete(sources, stack)
         made = Segmentation(
             source_images=sources,
             pixel_array=classes_DHW,
@@ -88,6 +88,8 @@ def segmentation_bytes(
         )
         if _is_multi_frame(series, stack):
             _refer_to(made, [frame.number + 1 for frame in stack.frames])
+        for element in kept:
+            made[element.tag] = element
         buffer = io.BytesIO()
         made.save_as(buffer, enforce_file_format=True)
         return buffer.getvalue()
@@ -117,25 +119,31 @@ def _is_multi_frame(series: Series, stack: Stack) -> bool:
 def _sources(root: Path, series: Series, stack: Stack) -> list[Dataset]:
     """Return the headers of a stack's images; of a multi-frame object a copy that holds this stack's frames alone."""
     if _is_multi_frame(series, stack):
-        source = _completed(open_dicom(root / stack.frames[0].path, pixels=False), stack)
+        source = open_dicom(root / stack.frames[0].path, pixels=False)
         return [_with_frames(source, [frame.number for frame in stack.frames])]
-    sources = [_completed(open_dicom(root / frame.path, pixels=False), stack) for frame in stack.frames]
-    if stack.frames[0].plane is not None:  # they differ by rounding alone, which highdicom does not know
-        for source in sources:
-            source.ImageOrientationPatient = sources[0].ImageOrientationPatient
-            source.PixelSpacing = list(stack.frames[0].plane[9:])
-    return sources
+    return [open_dicom(root / frame.path, pixels=False) for frame in stack.frames]
 
 
-def _completed(source: Dataset, stack: Stack) -> Dataset:
-    for name in EMPTY_IF_ABSENT:
-        if name not in source:
+def _complete(sources: Sequence[Dataset], stack: Stack) -> None:
+    """Make headers say what highdicom asks for, and the same in all of them where they differ by rounding alone.
+
+    Images that lie in no frame of reference, or in one each as some anonymisers leave them, are given a new one: a viewer
+    finds their segmentation by the references to them.
+    """
+    plane, distance_mm = stack.frames[0].plane, slice_distance_mm(stack.planes)
+    spaces = {text(source, "FrameOfReferenceUID") for source in sources}
+    space = spaces.pop() if len(spaces) == 1 else ""
+    space = space or (highdicom.UID() if plane is not None else "")
+    for source in sources:
+        for name in (*STRICT, *(name for name in IDENTITY if name not in source)):
             setattr(source, name, "")
-    if source.PatientSex not in {"M", "F", "O"}:
-        source.PatientSex = ""
-    if "SliceThickness" not in source:
-        source.SliceThickness = slice_distance_mm(stack.planes)
-    return source
+        if space:
+            source.FrameOfReferenceUID = space
+        if "SliceThickness" not in source:
+            source.SliceThickness = distance_mm
+        if plane is not None and "ImageOrientationPatient" in source:
+            source.ImageOrientationPatient = sources[0].ImageOrientationPatient
+            source.PixelSpacing = list(plane[9:])
 
 
 def _with_frames(source: Dataset, numbers: Sequence[int]) -> Dataset:
