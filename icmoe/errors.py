@@ -88,6 +88,8 @@ CATALOGUE: dict[int, Entry] = {
     212: Entry("study is for tests only", "Approve the real study, or set allow_test_only = true in the site file of a test."),
     213: Entry("optional packages are not installed", "Install icmoe-federated[dicom]."),
     214: Entry("site does not share a summary", "Nothing, or set share_summary = true in its site file."),
+    220: Entry("file is there already", "Name another file, or replace it with --force."),
+    221: Entry("answer is missing", "Give it as an option, or answer the question on a terminal."),
     301: Entry(
         "message carries something the study does not allow",
         "Install the same version at coordinator and site and approve the same study.",
