@@ -98,6 +98,15 @@ def check(context: typer.Context, as_json: Annotated[bool, typer.Option("--json"
             raise typer.Exit(1)
 
 
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the site file, for completion in editors."""
+    from fl_client.site import SiteFile
+    from icmoe.config import json_schema
+
+    sys.stdout.write(json_schema(SiteFile))
+
+
 @app.command("it-sheet")
 def it_sheet(context: typer.Context) -> None:
     """Print one sheet for the hospital's IT: what goes where, over which port, what never leaves."""

@@ -28,6 +28,7 @@ from fl_server.rounds import clock, run_rounds
 from fl_server.router_aware import RouterAware
 from fl_server.run_state import KEPT, RunState, latest_state
 from fl_server.server_optimizer import ServerOptimized
+from fl_server.study_card import write_study_card
 from fl_server.sums import FromSums
 from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError, print_faults
@@ -127,6 +128,7 @@ def run_study(grid: Grid, path: Path) -> None:
     header = ModelHeader(study=study, method="router-aware", round=state.round, phantoms=False)
     tensors = {name: torch.from_numpy(tensor) for name, tensor in state.arrays.items()}
     write_model(path.with_suffix(".model.safetensors"), tensors, header)
+    write_study_card(path.with_suffix(".model.safetensors"), header, state.history, path.with_suffix(".data_check.json"))
 
 
 def say(path: Path, line: str) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from icmoe import __version__
-from icmoe.errors import exit_on_fault
+from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from icmoe.platform import require_supported_platform
 from icmoe.private import file_errors
 from icmoe.usage import Commands
@@ -52,6 +52,53 @@ def check(
         table.add_row("experts", f"{proposal.model.experts}, {min(proposal.model.top_k, proposal.model.experts)} fused per pixel")
         table.add_row("rounds", f"{proposal.rounds}, quorum {proposal.quorum}, deadline {proposal.deadline_s:.0f} s")
         Console().print(table)
+
+
+@app.command("new-study")
+def new_study(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Study file to write, TOML.")] = Path("study.toml"),
+    name: Annotated[str | None, typer.Option(help="Short name.")] = None,
+    labels: Annotated[str | None, typer.Option(help='Classes and their mask values: "lesion=1,255; edema=2".')] = None,
+    rounds: Annotated[str | None, typer.Option(help="Rounds.")] = None,
+    quorum: Annotated[str | None, typer.Option(help="Sites without which a round does not count.")] = None,
+    deadline_s: Annotated[str | None, typer.Option(help="Seconds that a round waits.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="lite-medsam, sam-vit-b, sam-vit-l or sam-vit-h.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights file of a sam-vit backbone, or its SHA-256.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed; drawn if absent.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+) -> None:
+    """Ask what a study needs and write a commented study file, with a schema beside it for completion in editors."""
+    with exit_on_fault(), file_errors():
+        from fl_server.asking import asking
+        from fl_server.new_study import make_study, require_new, write_study
+
+        require_new(path, force=force)
+        given = {
+            "name": name,
+            "labels": labels,
+            "rounds": rounds,
+            "quorum": quorum,
+            "deadline_s": deadline_s,
+            "backbone": backbone,
+            "weights": weights,
+        }
+        study = make_study(given, asking(), seed=seed)
+        write_study(study, path)
+        sys.stdout.write(f"{path} is written: study {study.name}\ndigest  {study.digest}\n")
+
+
+@app.command()
+def schema(of: Annotated[str, typer.Argument(metavar="study|consortium", help="Which file.")]) -> None:
+    """Print the JSON Schema of a file, for completion in editors; a hospital prints its own with fl_client schema."""
+    from fl_server.consortium import Consortium
+    from icmoe.config import json_schema
+    from icmoe.study import Study
+
+    with exit_on_fault():
+        known = {"study": Study, "consortium": Consortium}
+        if of not in known:
+            raise IcmoeError(Fault(number=210, where="schema", value=of, limit=", ".join(known)))
+        sys.stdout.write(json_schema(known[of]))
 
 
 Home = Annotated[Path, typer.Option("--home", help="Folder that fl_server provision made.")]

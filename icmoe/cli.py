@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from icmoe import __version__
-from icmoe.errors import Fault, exit_on_fault
+from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from icmoe.platform import require_supported_platform
+from icmoe.private import file_errors
 from icmoe.usage import Commands
 
 app = typer.Typer(
@@ -52,6 +53,83 @@ def evaluate(
             sys.stdout.write(json.dumps(record, indent=1) + "\n")
         else:
             _print_scores(record, faults)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Option(help="Model file written by a study or a rehearsal, *.safetensors.")],
+    source: Annotated[Path, typer.Option("--input", help="DICOM file or folder of any depth; NIfTI and PNG are read too.")],
+    output: Annotated[Path, typer.Option(help="Folder to make: one folder per stack of slices, and prediction.json.")],
+    form: Annotated[str, typer.Option("--format", help="dicom-seg, nifti or png.")] = "dicom-seg",
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights file, for a model over a sam-vit backbone.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    maps: Annotated[
+        bool, typer.Option(help="Also write, as PNG: overlay, the experts' disagreement, and which expert decided.")
+    ] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace a former prediction in --output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print prediction.json on standard output.")] = False,
+) -> None:
+    """Segment a study and write the result in its own geometry; exit code 1 where something was left out."""
+    with exit_on_fault():
+        require_supported_platform()
+        from icmoe.data.ingest.run import require_packages
+
+        require_packages()
+        from icmoe.predict.run import predict_study
+
+        record, faults = predict_study(
+            model,
+            source,
+            output,
+            form,
+            checkpoint=checkpoint,
+            device_name=device,
+            maps=maps,
+            force=force,
+            console=Console(stderr=True),
+        )
+        if as_json:
+            sys.stdout.write(json.dumps(record, indent=1) + "\n")
+        else:
+            _print_prediction(record, output)
+        if faults:
+            raise IcmoeError(*faults)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Option(help="Model file written by a study or a rehearsal, *.safetensors.")],
+    output: Annotated[Path, typer.Option(help="File to write.")],
+    form: Annotated[str, typer.Option("--format", help="torchscript, or onnx with the extra [onnx].")] = "torchscript",
+    force: Annotated[bool, typer.Option("--force", help="Replace --output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """Write the trained part, from the backbone's features to probabilities, for other programs; compared with the model."""
+    with exit_on_fault(), file_errors():
+        require_supported_platform()
+        from icmoe.export import export_model
+
+        record = export_model(model, output, form, force=force)
+        if as_json:
+            sys.stdout.write(json.dumps(record, indent=1) + "\n")
+        else:
+            shapes = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in record["inputs"].items())
+            difference = f"largest difference of a probability {record['largest_difference']:.1e}"
+            Console().print(f"{output}: {record['bytes']} bytes, {difference}\ninputs: {shapes}", highlight=False, soft_wrap=True)
+
+
+def _print_prediction(record: dict[str, Any], output: Path) -> None:
+    console, about = Console(), record["model"]
+    stamp = " (trained on phantoms: not for patients)" if about["phantoms"] else " (for tests only)" if about["test_only"] else ""
+    table = Table(title=f"{about['method']}, study {about['study']}{stamp}", title_justify="left")
+    for column in ("stack", "frames", "pixels", *(f"{label['name']} ml" for label in record["labels"][1:])):
+        table.add_column(column, justify="right")
+    for row in record["stacks"]:
+        volumes = row["volume_ml"] or {}
+        sizes = [_shown(volumes.get(label["name"]), 1) for label in record["labels"][1:]]
+        table.add_row(row["folder"], str(row["frames"]), f"{row['rows']} x {row['columns']}", *sizes)
+    console.print(table)
+    console.print(f"Written to {output}. Research use: a physician looks at every result.", highlight=False, soft_wrap=True)
 
 
 def _print_scores(record: dict[str, Any], faults: list[Fault]) -> None:

@@ -50,6 +50,12 @@ def parse(section: type[SectionT], values: Mapping[str, Any], *, where: str) -> 
         raise IcmoeError(*(_fault(section, item, where) for item in items if item["loc"] not in inner)) from None
 
 
+def json_schema(section: type[BaseModel]) -> str:
+    """Return the JSON Schema of a file of this section, by which editors complete and check it."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **section.model_json_schema()}
+    return json.dumps(schema, indent=1) + "\n"
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the tables of a TOML file.
 

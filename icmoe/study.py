@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from icmoe.config import Section, parse, read_toml
 from icmoe.profiles import spelled_out
@@ -26,6 +26,17 @@ View = Literal["identity", "flip", "dark", "bright"]
 ServerOptimizer = Literal["none", "adam", "yogi"]
 
 
+class Code(Section):
+    """A coded concept, such as SCT 108369006 "Neoplasm"."""
+
+    scheme: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,16}$")]
+    """Coding scheme as DICOM calls it: "SCT" for SNOMED CT."""
+    value: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,16}$")]
+    """Code."""
+    meaning: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ,()/_-]{0,63}$")]
+    """What it means, in English."""
+
+
 class Label(Section):
     """One class of the segmentation."""
 
@@ -33,6 +44,15 @@ class Label(Section):
     """Name, as reports show it."""
     values: Annotated[tuple[Annotated[int, Field(ge=0, le=65535)], ...], Field(min_length=1)]
     """Mask values that mean this class."""
+    category: Code | None = None
+    """Property category of the class in DICOM SEG objects that a model writes; SCT 85756007 "Tissue" where it is not given."""
+    kind: Code | None = None
+    """Property type there, likewise."""
+
+    @model_serializer(mode="wrap")
+    def _codes_where_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave absent codes out: a study without them has the digest that it had before they existed."""
+        return {key: value for key, value in handler(self).items() if value is not None}
 
 
 class BackboneChoice(Section):

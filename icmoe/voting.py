@@ -9,6 +9,8 @@ No label is needed, so training and inference vote alike. Shapes: B images, M ex
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,10 @@ def top_k_gates(scores_BMHW: Tensor, top_k: int) -> Tensor:
     if top_k >= scores_BMHW.shape[1]:
         return scores_BMHW.softmax(dim=1)
     chosen_BTHW = scores_BMHW.topk(top_k, dim=1).indices
-    closed_BMHW = torch.ones_like(scores_BMHW, dtype=torch.bool).scatter(1, chosen_BTHW, value=False)
+    # A tensor of zeros, since torch.jit cannot trace scatter with a plain number that is a bool.
+    closed_BMHW = torch.ones_like(scores_BMHW, dtype=torch.bool).scatter(
+        1, chosen_BTHW, torch.zeros_like(chosen_BTHW, dtype=torch.bool)
+    )
     return scores_BMHW.masked_fill(closed_BMHW, float("-inf")).softmax(dim=1)
 
 
@@ -65,3 +70,25 @@ def vote(router_logits_BMHW: Tensor, votes_BMKHW: Tensor, balance_bias_M: Tensor
     if consensus > 0.0:
         a_BMHW = a_BMHW + consensus * agreement(router_logits_BMHW, votes_BMKHW)
     return top_k_gates(a_BMHW, top_k)
+
+
+def disagreement(votes_BMKHW: Tensor, gates_BMHW: Tensor) -> Tensor:
+    """Return how far the experts that decide a pixel disagree, B H W in [0, 1].
+
+    The Jensen-Shannon divergence of their votes, H(sum_e g_e v_e) - sum_e g_e H(v_e), divided by log K: 0 where all vote
+    alike, however unsure they are, 1 where all K classes have an equal weight of experts that are sure.
+
+    Parameters
+    ----------
+    votes_BMKHW
+        Class probabilities of each expert, K at least 2.
+    gates_BMHW
+        Non-negative, summing to 1 over the experts.
+    """
+    fused_BKHW = (gates_BMHW.unsqueeze(2) * votes_BMKHW).sum(dim=1)
+    own_BHW = (gates_BMHW * _entropy(votes_BMKHW, dim=2)).sum(dim=1)
+    return ((_entropy(fused_BKHW, dim=1) - own_BHW) / math.log(votes_BMKHW.shape[2])).clamp(0.0, 1.0)
+
+
+def _entropy(probabilities: Tensor, dim: int) -> Tensor:
+    return -torch.xlogy(probabilities, probabilities).sum(dim=dim)

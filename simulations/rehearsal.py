@@ -28,6 +28,7 @@ from icmoe.modelfile import ModelHeader, write_model
 from icmoe.prepare import encode_slices
 from icmoe.study import Study
 from simulations.alone import POOLED, of_site
+from simulations.cards import write_cards
 from simulations.exhibits import overlays
 from simulations.expert_use import expert_use
 from simulations.federation import Engine, Job, run_jobs, write_sites
@@ -167,6 +168,7 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     _write_results(results, exhibits(jobs, states, examiner), staged)
+    write_cards(results, staged)
     folder.publish(staged)
     return results
 

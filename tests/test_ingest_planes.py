@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from dicom_builders import (
 from pydicom.uid import (
     generate_uid,
 )
+
+from icmoe.data.ingest.geometry import Upright
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -144,3 +147,9 @@ def test_legacy_converted_objects_read_like_what_they_were_made_from(tmp_path: P
     pictures, classes, _ = used(tmp_path)
     assert same(pictures, scaled(VOLUME))
     assert same(classes, MASKS)
+
+
+@pytest.mark.parametrize("turn", [Upright(*flags) for flags in itertools.product((False, True), repeat=3)])
+def test_a_picture_turned_upright_comes_back_as_it_was(turn: Upright):
+    picture = np.arange(12).reshape(3, 4)
+    assert np.array_equal(turn.turned_back(turn.turn(picture)), picture)

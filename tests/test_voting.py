@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmoe.voting import agreement, top_k_gates, vote
+from icmoe.voting import agreement, disagreement, top_k_gates, vote
 
 
 def drawn(seed: int, experts: int, classes: int = 3, side: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -71,3 +71,23 @@ def test_the_balance_bias_selects_the_neglected_expert() -> None:
     logits, votes, _ = drawn(1, 3)
     bias = torch.tensor([0.0, 0.0, 50.0])
     assert (vote(logits, votes, bias, top_k=1, consensus=2.0)[:, 2] == 1).all()
+
+
+@given(seed=st.integers(0, 10**6), experts=st.integers(1, 5), classes=st.integers(2, 5))
+def test_disagreement_is_a_share_and_nothing_where_all_experts_vote_alike(seed: int, experts: int, classes: int) -> None:
+    logits, votes, _ = drawn(seed, experts, classes)
+    gates = logits.softmax(dim=1)
+    found = disagreement(votes, gates)
+    assert found.shape == gates[:, 0].shape
+    assert 0.0 <= float(found.min()) <= float(found.max()) <= 1.0
+    alike = votes[:, :1].expand_as(votes)
+    assert float(disagreement(alike, gates).max()) < 1e-5
+
+
+@pytest.mark.parametrize(("gates", "want"), [((0.5, 0.5), 1.0), ((1.0, 0.0), 0.0), ((0.75, 0.25), 0.8113)])
+def test_two_sure_experts_that_oppose_each_other_disagree_by_the_entropy_of_their_gates(
+    gates: tuple[float, float], want: float
+) -> None:
+    votes = torch.eye(2)[None, :, :, None, None]
+    found = disagreement(votes, torch.tensor(gates)[None, :, None, None])
+    assert float(found) == pytest.approx(want, abs=1e-4)

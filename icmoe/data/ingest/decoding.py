@@ -19,7 +19,7 @@ from icmoe.data.ingest.jobs import SeriesJob, Wanted
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pairing import Use
 from icmoe.data.ingest.pixels import Shown, read_pictures
-from icmoe.data.ingest.records import FrameResult, Plane
+from icmoe.data.ingest.records import FrameResult, Kind, Plane
 from icmoe.data.ingest.segmentations import read_patch
 from icmoe.data.ingest.volumes import SCALING_ERROR, read_volume, through_axis
 from icmoe.data.picture import Picture, picture_digest, picture_of, ranks_digest
@@ -124,27 +124,47 @@ def _pictures(job: SeriesJob, shown: Shown) -> Iterator[tuple[tuple[str, int], P
     plain = {frame.path: frame.plain for frame in job.frames}
     for path, numbers in by_file.items():
         try:
-            for number, picture in _frames_of(job, path, numbers, shown, plain[path]):
+            for number, picture in frames_of(job.root / path, job.kinds[path], numbers, shown, plain[path]):
                 yield (path, number), picture
         except Refusal as refusal:
             for number in numbers:
                 yield (path, number), refusal
 
 
-def _frames_of(
-    job: SeriesJob, path: str, numbers: Sequence[int], shown: Shown, plain: tuple[str, int]
+def frames_of(
+    path: Path, kind: Kind, numbers: Sequence[int], shown: Shown, plain: tuple[str, int]
 ) -> Iterator[tuple[int, Picture | Refusal]]:
-    match job.kinds[path]:
+    """Yield the wanted frames of a file in rising order, each as a grey picture as stored or as the reason why it has none.
+
+    Parameters
+    ----------
+    path
+        The file.
+    kind
+        What its record says that it is.
+    numbers
+        Frames from 0.
+    shown
+        Takes in the windows of DICOM frames.
+    plain
+        `plain` and `pixels_at` of its record.
+
+    Raises
+    ------
+    Refusal
+        Where the file as a whole cannot be read.
+    """
+    match kind:
         case "picture":
             with refusing(118, "PNG file cannot be decoded"):
-                yield 0, picture_of(smallest(read_grey(job.root / path, where="")))
+                yield 0, picture_of(smallest(read_grey(path, where="")))
         case "volume":
-            voxels, matrix = read_volume(job.root / path)
+            voxels, matrix = read_volume(path)
             axis = through_axis(matrix)
             for number in numbers:
                 yield number, picture_of(smallest(voxels.take(number, axis=axis)))
         case _:
-            yield from read_pictures(job.root / path, numbers, shown, plain)
+            yield from read_pictures(path, numbers, shown, plain)
 
 
 def _are_two_readings(classes: Classes, other: Classes, *, whole: bool) -> bool:

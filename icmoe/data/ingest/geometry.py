@@ -149,6 +149,12 @@ class Upright:
         turned = turned[::-1] if self.flip_rows else turned
         return np.ascontiguousarray(turned[:, ::-1] if self.flip_columns else turned)
 
+    def turned_back(self, upright_HW: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return a picture on the pixels that were turned: the inverse of `turn`."""
+        turned = upright_HW[:, ::-1] if self.flip_columns else upright_HW
+        turned = turned[::-1] if self.flip_rows else turned
+        return np.ascontiguousarray(turned.T if self.transpose else turned)
+
 
 def upright(plane: Plane | None) -> Upright:
     """Return the turn to the usual view: axial with the left of the body on the right, coronal and sagittal head up.

@@ -138,7 +138,7 @@ def _series(
     ]
     if not frames:
         return
-    frames = _ordered(frames)
+    frames = ordered(frames)
     involved = sorted({path for path, _, _ in frames} | {use.path for path, n, _ in frames for use in uses[path, n]})
     said = [f"{path}#{n}:{[(use.form, marks[use.path], _meant(use)) for use in uses[path, n]]}" for path, n, _ in frames]
     text = "\n".join([RECIPE_VERSION, series, *(marks[path] for path in involved), *said])
@@ -168,7 +168,7 @@ def _whole(owner: str, held: str, site: Site) -> Refusal | None:
     return Refusal(126, held) if held else None
 
 
-def _ordered(frames: list[tuple[str, int, FramePlace]]) -> list[tuple[str, int, FramePlace]]:
+def ordered(frames: list[tuple[str, int, FramePlace]]) -> list[tuple[str, int, FramePlace]]:
     """Return frames along the normal of their planes, then in time; without known planes in the order of acquisition."""
     first = next((place.plane for _, _, place in frames if place.plane is not None), None)
 

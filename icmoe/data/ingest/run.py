@@ -80,7 +80,7 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
         109 where the export is not there; 129, 130 for the store; 210 for synonyms; 110 for the split file; 213 where the
         packages that read images are not installed.
     """
-    _require_packages()
+    require_packages()
     from icmoe.data.ingest.pseudonyms import forgotten, site_pseudonyms
     from icmoe.data.ingest.walking import walk
 
@@ -127,10 +127,17 @@ def _no_export(export: Export, what: str, todo: str) -> Fault:
     return Fault(number=109, where=str(export.root), what=what, did="Nothing was read.", todo=todo)
 
 
-def _require_packages() -> None:
+def require_packages() -> None:
+    """Refuse to start where the packages that read images are not installed.
+
+    Raises
+    ------
+    IcmoeError
+        213 with their names.
+    """
     absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if absent:
-        raise IcmoeError(Fault(number=213, where="ingest", value=", ".join(absent), did="Nothing was read."))
+        raise IcmoeError(Fault(number=213, value=", ".join(absent), did="Nothing was read."))
 
 
 def forget(export: Export, patient: str) -> int:

@@ -1,0 +1,41 @@
+"""The model card of a finished study, from what its sites told: names, patients in tens, validation scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fl_server.rounds import RoundRecord
+from icmoe.modelcard import SiteLine, write_card
+from icmoe.modelfile import ModelHeader
+
+SCORED_ON = "the site's own validation patients, of the model after the last round"
+
+
+def write_study_card(model: Path, header: ModelHeader, history: Sequence[RoundRecord], data_check: Path) -> Path:
+    """Write the card beside the model and return its path.
+
+    Parameters
+    ----------
+    model, header
+        The model file and what it says of itself.
+    history
+        Of all rounds: a site that trained in any of them is named.
+    data_check
+        What the data check kept; absent where it was not made.
+    """
+    names = sorted({name for record in history for name in record["sites"]})
+    last = history[-1]["sites"] if history else {}
+    patients = _patients(data_check)
+    lines = [SiteLine(name=name, patients=patients.get(name), dice=last.get(name, {}).get("val_dice")) for name in names]
+    return write_card(model, header, lines, scored_on=SCORED_ON)
+
+
+def _patients(data_check: Path) -> dict[str, int]:
+    """Return training patients in tens of the sites that share a summary."""
+    if not data_check.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(data_check.read_bytes())
+    return {name: summary["patients"] for name, summary in found["summaries"].items()}

@@ -1,0 +1,74 @@
+"""The output folder of a prediction: written beside its place, moved there whole, never over what somebody else wrote."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from icmoe.errors import Fault, IcmoeError
+
+RECORD = "prediction.json"
+
+
+def require_free(out: Path, source: Path, *, force: bool) -> None:
+    """Refuse an output folder that may not be written.
+
+    Parameters
+    ----------
+    out, source
+        Output and input.
+    force
+        Whether a former prediction may be replaced; anything else never is.
+
+    Raises
+    ------
+    IcmoeError
+        141 where something is there, 210 where the output lies in the input, which would be read the next time.
+    """
+    if source.is_dir() and source.resolve() in [out.resolve(), *out.resolve().parents]:
+        what = "the output lies inside the input"
+        raise IcmoeError(Fault(number=210, where="--output", what=what, value=str(out), did="Nothing was segmented."))
+    if not out.exists() and not out.is_symlink():
+        return
+    if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not (out / RECORD).is_file()):
+        what, todo = "output is there already and is no former prediction", "Name another --output; --force does not replace it."
+        raise IcmoeError(Fault(number=141, where=str(out), what=what, did="Nothing was segmented.", todo=todo))
+    if any(out.iterdir()) and not force:
+        raise IcmoeError(Fault(number=141, where=str(out), did="Nothing was segmented."))
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """Give a new private folder that takes the place of `out` when the block ends well and vanishes otherwise.
+
+    Yields
+    ------
+    Path
+        Beside `out`.
+
+    Raises
+    ------
+    IcmoeError
+        205 where it cannot be made or moved there.
+    """
+    mark = secrets.token_hex(4)
+    stage, former = out.parent / f".{out.name}.{mark}.new", out.parent / f".{out.name}.{mark}.old"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stage.mkdir(mode=0o700)
+        yield stage
+        if out.exists():
+            out.rename(former)
+        stage.rename(out)
+    except OSError as error:
+        if former.exists() and not out.exists():
+            former.rename(out)
+        where, value = str(error.filename or out), error.strerror or type(error).__name__
+        raise IcmoeError(Fault(number=205, where=where, value=value, did="Nothing was written.")) from None
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(former, ignore_errors=True)

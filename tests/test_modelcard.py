@@ -1,0 +1,79 @@
+"""Each model has a card: what is known stands in it, what is not known is a dash, and no name breaks its table."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import pytest
+
+from fl_server.study_card import write_study_card
+from icmoe.exchange import global_state
+from icmoe.model import build_model
+from icmoe.modelcard import LICENCES, PrivacySpent, SiteLine, write_card
+from icmoe.modelfile import ModelHeader, write_model
+from icmoe.study import BackboneChoice
+
+
+@pytest.fixture
+def header(make_study) -> ModelHeader:
+    return ModelHeader(study=make_study(), method="router-aware", round=2, phantoms=False)
+
+
+@pytest.fixture
+def model(header: ModelHeader, tmp_path: Path) -> Path:
+    path = tmp_path / "study.model.safetensors"
+    write_model(path, global_state(build_model(header.study, seed=1)), header)
+    return path
+
+
+def rows(card: str) -> dict[str, list[str]]:
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in card.splitlines() if line.startswith("|")]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_the_card_names_model_study_backbone_and_what_each_site_reached(header: ModelHeader, model: Path):
+    sites = [SiteLine(name="Alder", patients=20, dice=0.81234), SiteLine(name="Birch", patients=None, dice=None)]
+    path = write_card(model, header, sites, scored_on="test patients")
+    assert path.name == "study.model.md"
+    found = rows(path.read_text())
+    assert hashlib.sha256(model.read_bytes()).hexdigest() in found["model file"][0]
+    assert header.study.digest in found["study"][0]
+    assert header.study.backbone.digest in found["backbone"][0]
+    assert found["licence of the backbone"] == [LICENCES["sam-vit-test"]]
+    assert (found["Alder"], found["Birch"]) == (["20", "0.812"], ["-", "-"])
+    assert "differential privacy" not in found
+    assert "without differential privacy" in path.read_text()
+    assert "For tests only" in path.read_text()
+    assert "phantoms" not in path.read_text()
+
+
+def test_epsilon_stands_with_delta_unit_and_accountant_where_privacy_was_spent(header: ModelHeader, model: Path):
+    spent = PrivacySpent(epsilon=3.14159, delta=1e-5, unit="patient", accountant="PRV")
+    card = write_card(model, header, [], scored_on="test patients", privacy=spent).read_text()
+    said = rows(card)["differential privacy"][0]
+    assert all(part in said for part in ("epsilon 3.14 ", "delta 1e-05", "patient", "PRV"))
+    assert "without differential privacy" not in card
+
+
+def test_a_name_cannot_break_out_of_its_cell(header: ModelHeader, model: Path):
+    name = "A | B\n| evil | 1 | 1.000 |\n<b>*"
+    card = write_card(model, header, [SiteLine(name=name, patients=10, dice=0.5)], scored_on="test patients").read_text()
+    assert len([line for line in card.splitlines() if "evil" in line]) == 1
+    assert "evil" not in rows(card)
+    assert "<b>" not in card.replace("\\<b\\>", "")
+
+
+def test_every_backbone_has_a_licence():
+    names = set(BackboneChoice.model_fields["name"].annotation.__args__)
+    assert set(LICENCES) == names
+
+
+def test_the_card_of_a_study_has_last_scores_and_the_patients_of_those_who_tell(header: ModelHeader, model: Path, tmp_path: Path):
+    history = [{"sites": {"Alder": {"val_dice": 0.1}, "Cedar": {"val_dice": 0.2}}}, {"sites": {"Alder": {"val_dice": 0.75}}}]
+    check = tmp_path / "study.data_check.json"
+    assert rows(write_study_card(model, header, history, check).read_text())["Alder"] == ["-", "0.750"]
+    check.write_text('{"summaries": {"Alder": {"patients": 30}}}')
+    found = rows(write_study_card(model, header, history, check).read_text())
+    assert (found["Alder"], found["Cedar"]) == (["30", "0.750"], ["-", "-"])

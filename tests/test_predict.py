@@ -1,0 +1,412 @@
+"""Predictions come back in the geometry of their source, whatever form it has, and equal to the array the model predicts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from dicom_builders import AXIAL, common, enhanced, image, place, put, save, segmentation, used, volume
+from PIL import Image
+from predictions import array_prediction, loaded, planes_of, predicted, read_back, write_random_model
+from pydicom.config import IGNORE
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset
+from pydicom.uid import generate_uid
+
+from icmoe.data.ingest.geometry import plane_matrix, upright
+from icmoe.errors import IcmoeError
+from icmoe.predict.stacks import find_series
+from icmoe.study import Label
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+RNG = np.random.default_rng(4)
+BLOBS = np.kron(RNG.integers(0, 3000, (5, 4, 5)), np.ones((1, 6, 5))).astype(np.uint16)  # 5 x 24 x 25
+MARKED = (BLOBS > 1500).astype(np.uint8)
+TILT = np.deg2rad(20.0)
+OBLIQUE = (0.8, 0.6, 0.0, -0.36, 0.48, 0.8)
+SERIES = {
+    "axial": {},
+    "upside down": {"axes": (-1, 0, 0, 0, -1, 0)},
+    "from the head down": {"step": (0, 0, -5.0)},
+    "coronal": {"axes": (1, 0, 0, 0, 0, -1)},
+    "sagittal": {"axes": (0, 1, 0, 0, 0, -1)},
+    "turned": {"axes": (0, 1, 0, 1, 0, 0)},
+    "oblique": {"axes": OBLIQUE},
+    "tilted gantry": {"axes": (1, 0, 0, 0, np.cos(TILT), -np.sin(TILT)), "step": (0, 0, 5.0)},
+    "uneven": {"step": None},
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("icmoe.predict.run.os.cpu_count", lambda: 1)  # the pictures are tiny
+
+
+@pytest.fixture(scope="module")
+def model(make_study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_model(tmp_path_factory.mktemp("model") / "m.safetensors", make_study())
+
+
+def slices(name: str) -> list[Dataset]:
+    made = volume(BLOBS, **SERIES[name])
+    if name == "uneven":
+        for data, height in zip(made, (0.0, 5.0, 12.0, 14.0, 30.0), strict=True):
+            data.ImagePositionPatient = [-20.0, -30.0, height]
+    return made
+
+
+def plane(source: Dataset) -> tuple[float, ...]:
+    return tuple(float(v) for v in (*source.ImagePositionPatient, *source.ImageOrientationPatient, *source.PixelSpacing))
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_a_series_comes_back_as_the_array_that_training_would_see_and_on_its_own_planes(name: str, model: Path, tmp_path: Path):
+    sources = slices(name)
+    put(tmp_path, sources)
+    save(segmentation(sources, MARKED, "BINARY"), tmp_path / "export" / "mask.dcm")
+    pictures, _, _ = used(tmp_path)
+    assert len(pictures) == len(sources)
+    arrays = [array_prediction(*loaded(model), picture) for picture in pictures]
+    assert {0, 1} == {int(value) for array in arrays for value in np.unique(array)}
+    record, faults = predicted(model, tmp_path / "export", tmp_path / "out")
+    assert not faults
+    (stack,) = record["stacks"]
+    by_name = {f"z{len(sources) - n}": source for n, source in enumerate(sources)}
+    ordered = [by_name[path] for path, _ in stack["sources"]]
+    found = read_back(tmp_path / "out/001/segmentation.dcm", ordered)
+    turn = upright(plane(sources[0]))
+    assert all(np.array_equal(turn.turn(one), array) for one, array in zip(found, arrays, strict=True))
+    stored = planes_of(tmp_path / "out/001/segmentation.dcm")
+    assert len(stored) == sum(bool(array.any()) for array in arrays)
+    for source in sources:
+        if (source.SOPInstanceUID, 1) in stored:
+            assert stored[source.SOPInstanceUID, 1] == pytest.approx(plane(source), abs=1e-6)
+
+
+def functional_frames(phases: int = 1) -> tuple[np.ndarray, list[Dataset]]:
+    """Return pixels and groups of an enhanced object whose frames are stored in a wild order."""
+    order = [(n, time) for time in range(1, phases + 1) for n in (3, 0, 4, 1, 2)]
+    pixels = np.stack([np.roll(BLOBS[n], 2 * (time - 1), axis=1) for n, time in order])
+    return pixels, [place((1.0, 2.0, 5.0 * n), stack=n + 1, time=time) for n, time in order]
+
+
+def test_a_multi_frame_object_comes_back_frame_by_frame(model: Path, tmp_path: Path):
+    pixels, groups = functional_frames()
+    source = enhanced(pixels, groups, common(axes=OBLIQUE))
+    for number, group in enumerate(groups):  # along the normal of oblique planes
+        group.PlanePositionSequence[0].ImagePositionPatient = [
+            float(v) for v in plane_matrix((1, 2, 0, *OBLIQUE, 1, 1))[:3, 2] * 5.0 * [3, 0, 4, 1, 2][number]
+        ]
+    save(source, tmp_path / "export/multi.dcm")
+    save(segmentation([source], (pixels > 1500).astype(np.uint8), "BINARY"), tmp_path / "export/mask.dcm")
+    pictures, _, _ = used(tmp_path)
+    record, faults = predicted(model, tmp_path / "export/multi.dcm", tmp_path / "out")
+    assert not faults
+    numbers = [number for _, number in record["stacks"][0]["sources"]]
+    assert numbers == [3, 1, 5, 4, 2], "from one end to the other, as the normal's main axis points up"
+    path = tmp_path / "out/001/segmentation.dcm"
+    found = read_back(path, [source], numbers)
+    arrays = [array_prediction(*loaded(model), picture) for picture in pictures]
+    assert any(array.any() for array in arrays)
+    assert all(np.array_equal(one, array) for one, array in zip(found, arrays, strict=True))
+    for (_, number), geometry in planes_of(path).items():
+        position = groups[number - 1].PlanePositionSequence[0].ImagePositionPatient
+        assert geometry == pytest.approx((*position, *OBLIQUE, 1.0, 1.5), abs=1e-6)
+
+
+def test_phases_at_one_place_become_a_segmentation_each_and_refer_to_their_own_frames(model: Path, tmp_path: Path):
+    pixels, groups = functional_frames(phases=2)
+    source = enhanced(pixels, groups, common())
+    save(source, tmp_path / "export/cine.dcm")
+    record, faults = predicted(model, tmp_path / "export", tmp_path / "out")
+    assert not faults
+    assert [[number for _, number in stack["sources"]] for stack in record["stacks"]] == [[2, 4, 5, 1, 3], [7, 9, 10, 6, 8]]
+    for n in (1, 2):
+        assert {number for _, number in planes_of(tmp_path / f"out/00{n}/segmentation.dcm")} <= set(range(5 * n - 4, 5 * n + 1))
+
+
+def test_axes_that_each_frame_names_for_itself_are_taken_from_there(model: Path, tmp_path: Path):
+    pixels, groups = functional_frames()
+    shared = common()
+    for group in groups:
+        group.PlaneOrientationSequence, group.PixelMeasuresSequence = (
+            shared.PlaneOrientationSequence,
+            shared.PixelMeasuresSequence,
+        )
+    save(enhanced(pixels, groups, Dataset()), tmp_path / "export/own.dcm")
+    _, faults = predicted(model, tmp_path / "export", tmp_path / "out")
+    assert not faults
+    assert next(iter(planes_of(tmp_path / "out/001/segmentation.dcm").values()))[3:] == (*AXIAL, 1.0, 1.5)
+
+
+def test_views_of_several_directions_become_a_segmentation_each(model: Path, tmp_path: Path):
+    one = volume(BLOBS[:2])
+    ids = {"SeriesInstanceUID": one[0].SeriesInstanceUID, "StudyInstanceUID": one[0].StudyInstanceUID}
+    put(tmp_path, [*one, *volume(BLOBS[2:], axes=(1, 0, 0, 0, 0, -1), **ids)])
+    record, faults = predicted(model, tmp_path / "export", tmp_path / "out")
+    assert not faults
+    assert sorted(stack["frames"] for stack in record["stacks"]) == [2, 3]
+
+
+def test_a_nifti_of_a_dicom_series_has_its_voxels_where_the_slices_lie(model: Path, tmp_path: Path):
+    for name in SERIES:
+        if name == "uneven":
+            continue
+        place_ = tmp_path / name
+        put(place_, slices(name))
+        record, faults = predicted(model, place_ / "export", place_ / "seg")
+        again, more = predicted(model, place_ / "export", place_ / "nii", "nifti")
+        assert not faults + more
+        image = nibabel.load(place_ / "nii/001/segmentation.nii.gz")
+        by_path = {path: pydicom.dcmread(place_ / "export" / path) for path, _ in record["stacks"][0]["sources"]}
+        ordered = list(by_path.values())
+        found = read_back(place_ / "seg/001/segmentation.dcm", ordered)
+        assert np.array_equal(np.asarray(image.dataobj).transpose(2, 1, 0), found)
+        assert again["stacks"][0]["pixels"] == record["stacks"][0]["pixels"] == {"lesion": int(found.sum())}
+        for index in ((0, 0, 0), (3, 7, 2), (24, 23, 4)):
+            source = ordered[index[2]]
+            want = plane_matrix(plane(source)) @ [index[1], index[0], 0, 1]
+            assert (image.affine @ [*index, 1])[:3] == pytest.approx(want[:3] * [-1, -1, 1], abs=1e-4)
+
+
+def test_a_nifti_volume_comes_back_on_its_own_grid(model: Path, tmp_path: Path):
+    affine = np.array([[0.0, 0.0, -1.5, 10.0], [2.0, 0.1, 0.0, -20.0], [0.0, -4.0, 0.0, 30.0], [0, 0, 0, 1]])
+    nibabel.save(nibabel.Nifti1Image(BLOBS.transpose(1, 0, 2).astype(np.int16), affine), tmp_path / "scan.nii.gz")
+    _, faults = predicted(model, tmp_path / "scan.nii.gz", tmp_path / "out", "nifti")
+    assert not faults
+    image = nibabel.load(tmp_path / "out/001/segmentation.nii.gz")
+    assert image.shape == (24, 5, 25)
+    assert image.affine == pytest.approx(affine, abs=1e-5)
+    assert set(np.unique(image.dataobj)) == {0, 1}
+
+
+def test_png_masks_hold_the_values_of_the_study(make_study, tmp_path: Path):
+    labels = [{"name": "background", "values": [7]}, {"name": "lesion", "values": [200]}]
+    model = write_random_model(tmp_path / "m.safetensors", make_study(labels=labels))
+    for number, grey in enumerate(BLOBS):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.fromarray(grey + RNG.integers(0, 50, grey.shape).astype(np.uint16)).save(tmp_path / "in" / f"{number}.png")
+    record, faults = predicted(model, tmp_path / "in", tmp_path / "out", "png")
+    assert not faults
+    assert record["stacks"][0]["frames"] == 5
+    values = {int(v) for path in (tmp_path / "out/001/mask").iterdir() for v in np.unique(np.asarray(Image.open(path)))}
+    assert values == {7, 200}
+
+
+def test_maps_are_written_on_the_pixels_of_the_source_for_the_owner_alone(model: Path, tmp_path: Path):
+    put(tmp_path, slices("turned"))
+    record, _ = predicted(model, tmp_path / "export", tmp_path / "out", maps=True)
+    kinds = {name: [Image.open(path) for path in sorted((tmp_path / "out/001" / name).iterdir())] for name in MAPS}
+    assert {name: {(one.mode, one.size) for one in found} for name, found in kinds.items()} == {
+        name: {(mode, (25, 24))} for name, mode in MAPS.items()
+    }
+    deciding = {int(v) for one in kinds["expert"] for v in np.unique(np.asarray(one))}
+    assert len(deciding) > 1
+    assert deciding <= set(range(len(record["experts"])))
+    assert any(np.asarray(one).any() for one in kinds["disagreement"])
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in files)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o700
+
+
+MAPS = {"overlay": "RGB", "disagreement": "L", "expert": "P"}
+
+
+def test_a_blank_slice_is_background_and_does_not_move_the_window(model: Path, tmp_path: Path):
+    sources = slices("axial")
+    put(tmp_path / "whole", sources)
+    whole, _ = predicted(model, tmp_path / "whole/export", tmp_path / "a", "png")
+    blank = volume(np.concatenate([BLOBS, np.full_like(BLOBS[:1], 60000)]))
+    put(tmp_path / "blank", blank)
+    record, faults = predicted(model, tmp_path / "blank/export", tmp_path / "b", "png")
+    assert not faults
+    assert record["stacks"][0]["blank_frames"] == 1
+    assert record["stacks"][0]["pixels"] == whole["stacks"][0]["pixels"]
+
+
+def test_the_segments_say_what_they_are_and_which_model_made_them(make_study, tmp_path: Path):
+    code = {"scheme": "SCT", "value": "108369006", "meaning": "Neoplasm"}
+    labels = [
+        {"name": "background", "values": [0]},
+        {"name": "lesion", "values": [1], "kind": code, "category": {**code, "value": "49755003", "meaning": "Abnormal"}},
+        {"name": "edema", "values": [2]},
+    ]
+    model = write_random_model(tmp_path / "m.safetensors", make_study(labels=labels))
+    put(tmp_path, slices("axial"))
+    record, _ = predicted(model, tmp_path / "export", tmp_path / "out")
+    seg = pydicom.dcmread(tmp_path / "out/001/segmentation.dcm")
+    lesion, edema = seg.SegmentSequence
+    assert (lesion.SegmentLabel, edema.SegmentLabel) == ("lesion", "edema")
+    assert lesion.SegmentedPropertyTypeCodeSequence[0].CodeValue == "108369006"
+    assert lesion.SegmentedPropertyCategoryCodeSequence[0].CodeMeaning == "Abnormal"
+    assert edema.SegmentedPropertyTypeCodeSequence[0].CodeMeaning == "Tissue"
+    about = lesion.SegmentationAlgorithmIdentificationSequence[0]
+    assert f"model_sha256={record['model']['digest']}" in about.AlgorithmParameters
+    assert seg.SeriesDescription.startswith("TEST ONLY")
+    referred = {item.ReferencedSOPInstanceUID for item in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence}
+    assert referred == {pydicom.dcmread(path).SOPInstanceUID for path in (tmp_path / "export").iterdir()}
+
+
+def test_labels_without_codes_leave_the_digest_of_a_study_as_it_was(make_study):
+    assert Label(name="lesion", values=(1,)).model_dump(mode="json") == {"name": "lesion", "values": [1]}
+    assert "kind" not in json.dumps(make_study().model_dump(mode="json"))
+
+
+@pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="dciodvfy is not installed (Debian's dicom3tools)")
+@pytest.mark.parametrize("name", ["oblique", "multi-frame"])
+def test_dciodvfy_finds_no_error(name: str, model: Path, tmp_path: Path):
+    if name == "oblique":
+        put(tmp_path, slices(name))
+    else:
+        save(enhanced(*functional_frames(), common()), tmp_path / "export/multi.dcm")
+    predicted(model, tmp_path / "export", tmp_path / "out")
+    told = subprocess.run(["dciodvfy", "-new", tmp_path / "out/001/segmentation.dcm"], capture_output=True, text=True, timeout=60)
+    assert "Segmentation" in told.stderr
+    assert not [line for line in told.stderr.splitlines() if line.startswith("Error")], told.stderr
+
+
+def refusal(*arguments: object, **options: object) -> IcmoeError:
+    with pytest.raises(IcmoeError) as caught:
+        predicted(*arguments, **options)  # type: ignore[arg-type]
+    return caught.value
+
+
+def numbers(error: IcmoeError) -> list[int]:
+    return [fault.number for fault in error.faults]
+
+
+def test_what_is_there_is_not_overwritten(model: Path, tmp_path: Path):
+    put(tmp_path, slices("axial"))
+    source, out = tmp_path / "export", tmp_path / "out"
+    predicted(model, source, out, "png")
+    before = (out / "prediction.json").read_bytes()
+    assert numbers(refusal(model, source, out)) == [141]
+    assert (out / "prediction.json").read_bytes() == before
+    predicted(model, source, out, "nifti", force=True)
+    assert sorted(path.name for path in (out / "001").iterdir()) == ["segmentation.nii.gz"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("mine")
+    assert numbers(refusal(model, source, tmp_path / "mine", force=True)) == [141]
+    assert numbers(refusal(model, source, source / "out")) == [210]
+    assert numbers(refusal(model, source, source)) == [210]
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    assert not list(tmp_path.glob(".*")), "nothing is left beside the output"
+
+
+def test_input_without_images(model: Path, tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/readme.txt").write_text("no image")
+    assert numbers(refusal(model, tmp_path / "in", tmp_path / "out")) == [140]
+    assert numbers(refusal(model, tmp_path / "absent", tmp_path / "out")) == [109]
+    assert numbers(refusal(model, tmp_path / "in", tmp_path / "out", "tiff")) == [210]
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_cannot_be_used(model: Path, make_study, tmp_path: Path):
+    put(tmp_path, slices("axial"))
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(model.read_bytes()[:-5])
+    assert numbers(refusal(broken, tmp_path / "export", tmp_path / "out")) == [209]
+    other = write_random_model(tmp_path / "o.safetensors", make_study(backbone={"digest": "0" * 64}))
+    assert numbers(refusal(other, tmp_path / "export", tmp_path / "out")) == [206]
+
+
+def test_a_series_with_a_lost_slice_is_left_out_and_the_others_are_not(model: Path, tmp_path: Path):
+    put(tmp_path, slices("axial"))
+    bad = slices("coronal")
+    for number, data in enumerate(bad):
+        save(data, tmp_path / "export" / f"bad{number}")
+    path = tmp_path / "export/bad2"
+    path.write_bytes(path.read_bytes()[:-200])
+    record, faults = predicted(model, tmp_path / "export", tmp_path / "out", "png")
+    assert [stack["frames"] for stack in record["stacks"]] == [5]
+    assert [fault.number for fault in faults] == [142]
+    assert "1 of 5 frames" in str(faults[0])
+
+
+def test_what_a_format_cannot_hold_is_said_and_png_holds_it(model: Path, tmp_path: Path):
+    put(tmp_path, slices("uneven"))
+    assert numbers(refusal(model, tmp_path / "export", tmp_path / "out", "nifti")) == [143]
+    _, faults = predicted(model, tmp_path / "export", tmp_path / "out", "png")
+    assert not faults
+    flat = image(BLOBS, SOPClassUID="1.2.840.10008.5.1.4.1.1.7.2", Modality="OT")
+    save(flat, tmp_path / "flat.dcm")
+    assert numbers(refusal(model, tmp_path / "flat.dcm", tmp_path / "other")) == [143], "frames without planes"
+    nibabel.save(nibabel.Nifti1Image(BLOBS.astype(np.int16), np.eye(4)), tmp_path / "a.nii")
+    assert numbers(refusal(model, tmp_path / "a.nii", tmp_path / "other")) == [143]
+
+
+ANONYMISED = {
+    "no frame of reference": {"FrameOfReferenceUID": None},
+    "dates of zeros": {"StudyDate": "20120000", "PatientBirthDate": "00000000", "PatientSex": "unknown"},
+    "no names": {"PatientName": None, "PatientID": None, "AccessionNumber": None, "StudyID": None, "PatientSex": None},
+}
+
+
+@pytest.mark.parametrize("change", ANONYMISED)
+def test_what_anonymisers_leave_behind_is_no_obstacle(change: str, model: Path, tmp_path: Path):
+    sources = volume(BLOBS)
+    for source in sources:
+        for name, value in ANONYMISED[change].items():
+            if value is None:
+                del source[name]
+            else:
+                source[name] = DataElement(name, dictionary_VR(name), value, validation_mode=IGNORE)
+    put(tmp_path, sources)
+    _, faults = predicted(model, tmp_path / "export", tmp_path / "out")
+    assert not faults
+    assert read_back(tmp_path / "out/001/segmentation.dcm", sources).any()
+    made = pydicom.dcmread(tmp_path / "out/001/segmentation.dcm")
+    assert {name: made.get(name) or None for name in ANONYMISED[change] if "UID" not in name} == {
+        name: value for name, value in ANONYMISED[change].items() if "UID" not in name
+    }, "a viewer joins the object to its patient and study by these"
+
+
+def test_images_in_a_frame_of_reference_each_are_joined_by_reference(model: Path, tmp_path: Path):
+    sources = volume(BLOBS)
+    for source in sources:
+        source.FrameOfReferenceUID = generate_uid()
+    put(tmp_path, sources)
+    _, faults = predicted(model, tmp_path / "export", tmp_path / "out")
+    assert not faults
+    assert read_back(tmp_path / "out/001/segmentation.dcm", sources).any()
+    space = pydicom.dcmread(tmp_path / "out/001/segmentation.dcm").FrameOfReferenceUID
+    assert space not in {source.FrameOfReferenceUID for source in sources}
+
+
+def test_masks_and_copies_are_no_input(model: Path, tmp_path: Path):
+    sources = slices("axial")
+    put(tmp_path, sources)
+    put(tmp_path, sources, "copy{}")
+    save(segmentation(sources, MARKED, "BINARY"), tmp_path / "export" / "mask.dcm")
+    found, faults = find_series(
+        tmp_path / "export", sorted(path.name for path in (tmp_path / "export").iterdir()), (Label(name="x", values=(0,)),)
+    )
+    assert [[len(stack.frames) for stack in series.stacks] for series in found] == [[5]]
+    assert not faults
+
+
+def test_the_command_prints_json_and_exits_with_one_where_something_was_left_out(model: Path, tmp_path: Path):
+    put(tmp_path, slices("axial"))
+    bad = save(slices("coronal")[0], tmp_path / "export" / "bad")
+    bad.write_bytes(bad.read_bytes()[:-200])
+    command = [sys.executable, "-m", "icmoe", "predict", "--model", model, "--input", tmp_path / "export", "--json"]
+    done = subprocess.run(
+        [*map(str, command), "--output", str(tmp_path / "out"), "--format", "png"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "ICM142" in done.stderr
+    record = json.loads(done.stdout)
+    assert record["stacks"][0]["frames"] == 5
+    assert (tmp_path / "out/001/overlay/0001.png").is_file()
+    assert json.loads((tmp_path / "out/prediction.json").read_text()) == record
