@@ -13,11 +13,11 @@ import numpy.typing as npt
 
 from icmoe.data.images import read_classes, read_grey
 from icmoe.data.ingest.burned_in import holds_text
+from icmoe.data.ingest.catalogue import Use
 from icmoe.data.ingest.contours import fill, read_contours
 from icmoe.data.ingest.geometry import share_within, upright
 from icmoe.data.ingest.jobs import SeriesJob, Wanted
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
-from icmoe.data.ingest.pairing import Use
 from icmoe.data.ingest.pixels import Shown, read_pictures
 from icmoe.data.ingest.records import FrameResult, Plane
 from icmoe.data.ingest.segmentations import read_patch
@@ -99,8 +99,8 @@ def _first_pass(
 
 def _class_px(classes: Classes, labels: int) -> tuple[int, ...]:
     """Return the pixels of each class; most frames have no mark."""
-    marked = [int(np.count_nonzero(classes == label)) if label else 0 for label in range(labels)] if classes.any() else [0] * labels
-    return (classes.size - sum(marked), *marked[1:])
+    marked = [int(np.count_nonzero(classes == label)) for label in range(1, labels)] if classes.any() else [0] * (labels - 1)
+    return (classes.size - sum(marked), *marked)
 
 
 def _lettered(picture: Picture, kind: str) -> bool:
