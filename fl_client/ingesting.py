@@ -49,7 +49,6 @@ def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]
         2xx for the site file, 316 where no study is approved, 109, 110, 129, 130 for the ingest.
     """
     settings, studies = _approved(path, name)
-    _require_apart(path, settings)
     with _numbered_os_errors():
         return [_ingest_study(path, settings, study, dry_run=dry_run) for study in studies]
 
@@ -67,24 +66,6 @@ def _ingest_study(path: Path, settings: SiteFile, study: Study, *, dry_run: bool
     names = {row["series"] for row in record["series"]}
     unknown = sorted(set(export.settings.allow) - names)
     return {"study": study.name, "changed": changed, "allowed_but_not_found": unknown, "hashes_will_change": passing, **record}
-
-
-def _require_apart(path: Path, settings: SiteFile) -> None:
-    """Refuse to keep the ingest within the export: it would read what it wrote."""
-    chosen = settings.ingest
-    if chosen is None:
-        return
-    store, root = path.parent / chosen.store, path.parent / chosen.folder
-    if store.resolve().is_relative_to(root.resolve()):
-        fault = Fault(
-            number=210,
-            where=str(path),
-            what="the ingest would be kept inside the export",
-            value=f"store = {chosen.store}",
-            did="Nothing was read.",
-            todo="Name a store outside folder, or a folder without it.",
-        )
-        raise IcmoeError(fault)
 
 
 @contextmanager

@@ -50,7 +50,10 @@ CATALOGUE: dict[int, Entry] = {
     119: Entry("object holds no picture", "Nothing: such objects are passed over."),
     120: Entry("mask names no class of the study", "Name its segments under [ingest.labels] in the site file."),
     121: Entry("mask does not fit its image", "Draw or export the mask on the image's own grid."),
-    122: Entry("mask fits several images", "Let it refer to its image, or put it beside it under the same name."),
+    122: Entry(
+        "mask and image are not one to one",
+        "Let the mask refer to its image, or put it beside it under the same name; exclude copies and second readings.",
+    ),
     123: Entry("mask has no image", "Export the images that it was drawn on into the same folder."),
     124: Entry("image has no mask", "Nothing, or add its mask: without one it cannot be trained on."),
     125: Entry("picture is there twice", "Nothing: one of them is used."),

@@ -189,11 +189,14 @@ def test_contours_without_images_are_refused_where_two_frames_of_reference_are_l
     assert 122 in numbers(data)
 
 
-def test_links_are_told_and_what_ingest_wrote_into_the_export_is_not_read(tmp_path: Path):
+def test_links_are_told_and_nothing_is_kept_inside_the_export(tmp_path: Path):
     write_series(tmp_path / "export/a", "one", 2, seed=1)
     (tmp_path / "export/link").symlink_to(tmp_path / "export/a/x1.dcm")
     (tmp_path / "export/round").symlink_to(tmp_path / "export")
-    export = export_of(tmp_path / "export", tmp_path / "export/own")
+    with pytest.raises(IcmoeError, match="ICM210"):
+        ingest(export_of(tmp_path / "export", tmp_path / "export/own"))
+    assert not (tmp_path / "export/own").exists()
+    export = export_of(tmp_path / "export", tmp_path / "place")
     assert ingest(export)
     assert not ingest(export)
     data = index.read_index(export.store)

@@ -24,7 +24,9 @@ from pydicom.data import get_testdata_file
 from pydicom.pixels import apply_modality_lut
 
 from icmoe.data.ingest import index
-from icmoe.data.ingest.planning import Site, plan
+from icmoe.data.ingest.catalogue import Catalogue
+from icmoe.data.ingest.pairing import pair
+from icmoe.data.ingest.planning import Planned, Site, plan
 from icmoe.data.ingest.pseudonyms import site_pseudonyms
 from icmoe.data.ingest.run import Export, ingest, store_of
 from icmoe.data.ingest.walking import walk
@@ -47,18 +49,19 @@ def frames_of(export: Export) -> Frames:
     """Ingest an export and match its frames with its files again: only who has the export and the secret can."""
     ingest(export)
     hashes = site_pseudonyms(export.secret_folder)
-    paths = {hashes.of("file", path): path for path, _, _ in walk(export.root, export.settings.exclude)}
+    walked = walk(export.root, export.settings.exclude)
+    site = Site(export.root, export.store, hashes, export.labels, export.settings.allow, ())
     with index.claimed(export.store) as connection:
-        states, records = index.files(connection), index.records(connection)
+        files = Catalogue(connection, ((path, hashes.of("file", path), *state) for path, *state in walked))
+        files.sort(hashes)
+        pair(files)
+        made = [item for item in plan(files, site) if isinstance(item, Planned)]
         results = index.series_results(connection)
-    marks = {paths[key]: f"{key}:{size}:{changed}" for key, (size, changed) in states.items()}
-    by_path = {path: records[key] for key, path in sorted(paths.items(), key=lambda item: item[1])}
-    made = plan(by_path, marks, Site(export.root, export.store, hashes, export.labels, export.settings.allow, ()))
     found: Frames = {}
-    for series, (mark, job) in made.jobs.items():
-        known, answers = results[series]
-        assert known == mark
-        for frame, answer in zip(job.frames, answers, strict=True):
+    for planned in made:
+        known, answers = results[planned.job.series]
+        assert known == planned.mark
+        for frame, answer in zip(planned.job.frames, answers, strict=True):
             stored = answer.fault or read_stored(entry_path(export.store, answer.entry))
             found[frame.path, frame.number] = stored
     used = {item.image for item in index.read_index(export.store).slices}

@@ -28,7 +28,7 @@ from icmoe.data.ingest.index import FrameRow
 from icmoe.data.ingest.page import LABEL_COLOURS, PAGE, RECORD, THUMBNAIL_PIXELS, quality_page, quality_report, thumbnail
 from icmoe.data.ingest.quality import quality_record
 from icmoe.data.ingest.records import FrameResult
-from icmoe.data.ingest.run import Export, ingest, write_frames
+from icmoe.data.ingest.run import Export, ingest
 from icmoe.data.ingest.settings import IngestSettings
 from icmoe.errors import CATALOGUE
 from icmoe.study import Label, read_study
@@ -351,7 +351,7 @@ def seconds_for(store: Path, series: int) -> float:
         for n in range(series)
     ]
     with index.claimed(store) as connection, index.transaction(connection):
-        write_frames(connection, rows, [])
+        index.write_frames(connection, rows, [])
     gc.disable()  # its pauses grow with all that other tests left
     try:
         started = time.perf_counter()

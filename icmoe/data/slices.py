@@ -106,8 +106,7 @@ def load_image(item: Slice) -> npt.NDArray[np.float32]:
         101 or 102 where the file is gone, unreadable or no longer the one that was read at the start.
     """
     where = f"{item.site}/{item.image.name}"
-    grey_HW = read_stored(item.image).grey_HW if item.image.suffix == SUFFIX else read_grey(item.image, where=where)
-    picture = picture_of(grey_HW)
+    picture = read_stored(item.image) if item.image.suffix == SUFFIX else picture_of(read_grey(item.image, where=where))
     if picture_digest(ranks_digest(picture.ranks_HW), picture.values_V, item.window) != item.image_digest:
         todo = "Start again: features, window and digest belong to the former image."
         raise IcmoeError(

@@ -1,5 +1,6 @@
 """The pixels that a site ingested: one safetensors file per frame with grey values and class indices, nothing else.
 
+Grey values are kept as `icmoe.data.picture` has them, values and ranks, since all that is done to a frame begins with these.
 Frames are patient data: the folder has the images' access and deletion rules. Names are keyed hashes.
 """
 
@@ -18,20 +19,28 @@ from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError
 
 SUFFIX = ".safetensors"
-GREY, CLASSES = "grey", "classes"
+VALUES, RANKS, CLASSES = "values", "ranks", "classes"
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One frame: grey values in the smallest type that holds them, and class indices of the same shape."""
+    """One frame: its distinct grey values in rising order, each pixel's place among them, and its class index."""
 
-    grey_HW: npt.NDArray[Any]
+    values_V: npt.NDArray[Any]
+    ranks_HW: npt.NDArray[np.unsignedinteger[Any]]
     classes_HW: npt.NDArray[np.uint8]
 
+    @property
+    def grey_HW(self) -> npt.NDArray[Any]:
+        """The pixels, in the smallest type that holds them."""
+        return self.values_V.take(self.ranks_HW)
 
-def write_stored(path: Path, grey_HW: npt.NDArray[Any], classes_HW: npt.NDArray[np.uint8]) -> None:
-    """Write a frame atomically, readable by its owner alone; equal frames give equal bytes."""
-    tensors = {GREY: np.ascontiguousarray(grey_HW), CLASSES: np.ascontiguousarray(classes_HW)}
+
+def write_stored(path: Path, frame: Stored) -> None:
+    """Write a frame atomically, readable by its owner alone; equal frames give equal bytes, and no mark takes no room."""
+    tensors = {VALUES: frame.values_V, RANKS: np.ascontiguousarray(frame.ranks_HW)}
+    if frame.classes_HW.any():
+        tensors[CLASSES] = np.ascontiguousarray(frame.classes_HW)
     write_atomically(path, save(tensors), durable=False, private=True)
 
 
@@ -46,14 +55,16 @@ def read_stored(path: Path) -> Stored:
     todo = "Run ingest again."
     try:
         tensors = load(path.read_bytes())
-        stored = Stored(tensors[GREY], tensors[CLASSES])
+        values_V, ranks_HW = tensors[VALUES], tensors[RANKS]
+        classes_HW = tensors[CLASSES] if CLASSES in tensors else np.zeros(ranks_HW.shape, dtype=np.uint8)
     except FileNotFoundError:
         raise IcmoeError(Fault(number=101, where=path.name, todo=todo)) from None
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise IcmoeError(Fault(number=102, where=path.name, value=type(error).__name__, todo=todo)) from None
-    if stored.grey_HW.ndim != 2 or stored.classes_HW.dtype != np.uint8 or stored.grey_HW.shape != stored.classes_HW.shape:
+    known = values_V.ndim == 1 and ranks_HW.dtype.kind == "u" and int(ranks_HW.max(initial=0)) < len(values_V)
+    if not known or ranks_HW.ndim != 2 or classes_HW.dtype != np.uint8 or classes_HW.shape != ranks_HW.shape:
         raise IcmoeError(Fault(number=102, where=path.name, what="stored frame has another form", todo=todo))
-    return stored
+    return Stored(values_V, ranks_HW, classes_HW)
 
 
 def entry_path(store: Path, entry: str) -> Path:

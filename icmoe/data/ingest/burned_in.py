@@ -15,7 +15,9 @@ on one row with nothing above and below.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,14 +34,14 @@ LEVEL_ROWS = 3
 """Letters whose lowest rows lie within as many rows are one line's: round letters and noise reach lower."""
 LETTERS, STANDING = 5, 4
 """Least letters of a line, and how many of them stand on exactly one row."""
+TILE_PX = 4
+"""Side of the tiles whose extremes tell where nothing is drawn: twice it is more than a square of surroundings."""
 GAP, BLANK = 0.6, 1.6
 """Median distance of neighbours, and the largest between words, in heights."""
 ABOVE, BELOW = 0.1, 0.2
 """Share of a line's columns that may be drawn upon just above and just below it: commas, and letters that hang down."""
 
 Levels = npt.NDArray[np.uint8]
-LIGHT = 3 * 255 // 5
-"""Least level of what is drawn: a stroke is more than half-way, three fifths of it, from its surroundings to the extreme."""
 Numbers = npt.NDArray[np.int64]
 
 
@@ -80,8 +82,48 @@ def holds_text(picture: Picture) -> bool:
     low, high = float(finite_V[0]), float(finite_V[-1])
     values_V = np.where(picture.finite_V, picture.values_V, finite_V[0])
     levels_V = ((values_V - np.float32(low)) * np.float32(255.0 / (high - low)) + np.float32(0.5)).astype(np.uint8)
-    levels_HW = levels_V.take(picture.ranks_HW)
-    return any(_holds_light_text(form_HW) for form_HW in (levels_HW, 255 - levels_HW))
+    least_hw, most_hw = _tiled(np.minimum, picture.ranks_HW), _tiled(np.maximum, picture.ranks_HW)
+    for table_V, low_hw, high_hw in ((levels_V, least_hw, most_hw), (255 - levels_V, most_hw, least_hw)):
+        for part in _parts(table_V.take(low_hw), table_V.take(high_hw)):
+            if _holds_light_text(table_V.take(picture.ranks_HW[part])):
+                return True
+    return False
+
+
+def _tiled(extreme: np.ufunc, ranks_HW: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the least or the greatest rank of each tile; those at the lower and right ends may be smaller."""
+    for axis in (0, 1):
+        short = -ranks_HW.shape[axis] % TILE_PX
+        if short:
+            last = ranks_HW.take([-1] * short, axis=axis)
+            ranks_HW = np.concatenate([ranks_HW, last], axis=axis)
+        lines = ranks_HW if axis == 0 else ranks_HW.T
+        tiled = extreme(extreme(lines[0::4], lines[1::4]), extreme(lines[2::4], lines[3::4]))
+        ranks_HW = tiled if axis == 0 else tiled.T
+    return ranks_HW
+
+
+def _parts(least_hw: Levels, most_hw: Levels) -> Iterator[tuple[slice, slice]]:
+    """Yield bands of rows, with the squares of surroundings about them, outside which no line is drawn.
+
+    Any square of surroundings about a pixel lies within some three by three tiles, so that the surroundings are at least as
+    light as the least of these, and a pixel at most as light as the greatest of its tile. A band ends where a row of tiles
+    has nothing drawn, which no letter crosses.
+    """
+    around_hw = _opened(least_hw, 3)
+    drawn_hw = _drawn(most_hw, around_hw)
+    counts_h = np.count_nonzero(drawn_hw, axis=1)
+    edges = np.flatnonzero(np.diff(counts_h > 0, prepend=False, append=False))
+    for top, bottom in zip(edges[::2], edges[1::2], strict=True):
+        if 2 * int(counts_h[top:bottom].max()) < LETTERS:  # a tile has room for two letters beside each other
+            continue
+        columns = np.flatnonzero(drawn_hw[top:bottom].any(axis=0))
+        yield _reached(top, bottom), _reached(columns[0], columns[-1] + 1)
+
+
+def _reached(first: int, end: int) -> slice:
+    """Return the pixels of tiles with the squares of surroundings about them."""
+    return slice(max(int(first) * TILE_PX - STROKE_PX, 0), int(end) * TILE_PX + STROKE_PX)
 
 
 def _holds_light_text(levels_HW: Levels) -> bool:
@@ -103,9 +145,6 @@ def _holds_light_text(levels_HW: Levels) -> bool:
 
 def _strokes(levels_HW: Levels) -> _Strokes | None:
     """Return what is drawn in the lightest value, as light strokes more than half-way from their surroundings to it."""
-    levels_HW = _around_light(levels_HW)
-    if levels_HW.size == 0:
-        return None
     around_HW = _opened(levels_HW, STROKE_PX + 1)
     drawn_HW = _drawn(levels_HW, around_HW)
     # Letters of a line are at least as high as its lowest rows differ, so that one row crosses all of them.
@@ -126,15 +165,6 @@ def _strokes(levels_HW: Levels) -> _Strokes | None:
     height_N, width_N = boxes_N4[:, 1] - boxes_N4[:, 0], boxes_N4[:, 3] - boxes_N4[:, 2]
     fits = (height_N >= HEIGHT_PX[0]) & (height_N <= HEIGHT_PX[1]) & (width_N <= 4 * height_N) & (5 * area_N >= 4 * height_N)
     return _Strokes(boxes_N4, full_N > 0, drawn_HW).of(fits)
-
-
-def _around_light(levels_HW: Levels) -> Levels:
-    """Return the part of a picture that decides what is drawn: the light pixels and all squares of surroundings about them."""
-    ends = []
-    for axis in (1, 0):
-        found = np.flatnonzero(levels_HW.max(axis=axis) >= LIGHT)
-        ends.append(slice(max(int(found[0]) - STROKE_PX, 0), int(found[-1]) + STROKE_PX + 1) if len(found) else slice(0))
-    return levels_HW[ends[0], ends[1]]
 
 
 def _drawn(levels_HW: Levels, around_HW: Levels) -> npt.NDArray[np.bool_]:

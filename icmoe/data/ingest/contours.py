@@ -43,7 +43,7 @@ def contours_record(data: Dataset, names: LabelNames, hashes: Pseudonyms) -> Fil
     with refusing(117, "contours cannot be parsed"):
         labels = {number: names.index(called) for number, called in _regions(data).items()}
         if not any(label is not None for label in labels.values()):
-            raise Refusal(120, f"none of its {len(labels)} regions is called like a class of the study")
+            raise Refusal(120, f"no region is called like a class of the study (it has {len(labels)})")
         patches = []
         for number, (region, item) in enumerate(_contours(data)):
             label = labels.get(region)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from icmoe.data.ingest.index import FrameRow, LeftOut
 from icmoe.data.ingest.refusals import Refusal
 from icmoe.data.ingest.run import SPLITS
 
@@ -12,8 +11,8 @@ COMMON = 5
 """Patients from whom on an equal picture says nothing about a person: a logo, a test pattern, an empty report."""
 
 
-def without_copies(rows: Sequence[FrameRow]) -> tuple[list[FrameRow], list[LeftOut]]:
-    """Return the frames to use in their order, and one reason per frame that is not.
+class Copies:
+    """Which frames are not used because of equal pictures, told in the order in which frames are published.
 
     Patients who share a picture count as one person, and so do those whom a third one links. Where such a person stands in
     several splits, only the patients of the best one stay, test before val before train: otherwise pictures of a person in
@@ -21,39 +20,38 @@ def without_copies(rows: Sequence[FrameRow]) -> tuple[list[FrameRow], list[LeftO
 
     Parameters
     ----------
-    rows
-        Frames that may be used, in the order in which they are published.
+    splits
+        By patient, of all who have frames that may be used.
+    repeated
+        Picture and patient of every frame whose picture occurs more than once.
     """
-    owners: dict[str, set[str]] = {}
-    for row in rows:
-        owners.setdefault(row.result.picture, set()).add(row.patient)
-    persons = _persons([sorted(patients) for patients in owners.values() if len(patients) < COMMON])
-    best: dict[str, int] = {}
-    for row in rows:
-        person = persons.get(row.patient, row.patient)
-        best[person] = max(best.get(person, 0), SPLITS.index(row.split))
-    kept: dict[str, FrameRow] = {}
-    out = []
-    for row in rows:
-        reason = _reason(row, persons, best, kept, common=len(owners[row.result.picture]) >= COMMON)
-        if reason is None:
-            kept[row.result.picture] = row
-        else:
-            out.append(LeftOut(subject=row.series, number=reason.number, why=reason.why, patient=row.patient, series=row.series))
-    return list(kept.values()), out
 
+    def __init__(self, splits: Mapping[str, str], repeated: Iterable[tuple[str, str]]) -> None:
+        self._splits = splits
+        self._owners: dict[str, set[str]] = {}
+        for picture, patient in repeated:
+            self._owners.setdefault(picture, set()).add(patient)
+        self._kept: dict[str, str] = {}
+        self._persons = _persons([sorted(patients) for patients in self._owners.values() if len(patients) < COMMON])
+        self._best: dict[str, int] = {}
+        for patient, split in splits.items():
+            person = self._persons.get(patient, patient)
+            self._best[person] = max(self._best.get(person, 0), SPLITS.index(split))
 
-def _reason(
-    row: FrameRow, persons: Mapping[str, str], best: Mapping[str, int], kept: Mapping[str, FrameRow], *, common: bool
-) -> Refusal | None:
-    if SPLITS.index(row.split) < best[persons.get(row.patient, row.patient)]:
-        return Refusal(127, "it shares pictures with a patient of another split")
-    if common:
-        return Refusal(125, f"{COMMON} or more patients have the same picture")
-    other = kept.get(row.result.picture)
-    if other is None:
-        return None
-    return Refusal(125, "a copy of it is used" if other.patient == row.patient else f"{other.patient} has the same picture")
+    def reason(self, patient: str, picture: str) -> Refusal | None:
+        """Return why the next frame is not used, None where it is."""
+        if SPLITS.index(self._splits[patient]) < self._best[self._persons.get(patient, patient)]:
+            return Refusal(127, "it shares pictures with a patient of another split")
+        owners = self._owners.get(picture)
+        if owners is None:
+            return None
+        if len(owners) >= COMMON:
+            return Refusal(125, f"{COMMON} or more patients have the same picture")
+        if picture not in self._kept:
+            self._kept[picture] = patient
+            return None
+        other = self._kept[picture]
+        return Refusal(125, "a copy of it is used" if other == patient else f"{other} has the same picture")
 
 
 def _persons(groups: Sequence[Sequence[str]]) -> dict[str, str]:

@@ -13,17 +13,17 @@ import numpy.typing as npt
 
 from icmoe.data.images import read_classes, read_grey
 from icmoe.data.ingest.burned_in import holds_text
+from icmoe.data.ingest.catalogue import Use
 from icmoe.data.ingest.contours import fill, read_contours
 from icmoe.data.ingest.geometry import share_within, upright
 from icmoe.data.ingest.jobs import SeriesJob, Wanted
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
-from icmoe.data.ingest.pairing import Use
 from icmoe.data.ingest.pixels import Shown, read_pictures
 from icmoe.data.ingest.records import FrameResult, Kind, Plane
 from icmoe.data.ingest.segmentations import read_patch
 from icmoe.data.ingest.volumes import SCALING_ERROR, read_volume, through_axis
 from icmoe.data.picture import Picture, picture_digest, picture_of, ranks_digest
-from icmoe.data.store import entry_path, read_stored, smallest, write_stored
+from icmoe.data.store import Stored, entry_path, read_stored, smallest, write_stored
 from icmoe.errors import IcmoeError
 from icmoe.window import ValueCounts, Window
 
@@ -85,16 +85,22 @@ def _first_pass(
     ranks_HW = turn.turn(picture.ranks_HW)
     ranks = ranks_digest(ranks_HW)
     kept.add(frame.entry, ranks, values_V)
-    write_stored(_path(job, frame.entry), values_V.take(ranks_HW), classes)
+    write_stored(_path(job, frame.entry), Stored(values_V, ranks_HW, classes))
     return FrameResult(
         entry=frame.entry,
         picture=picture_digest(ranks, values_V, Window(float(finite_V[0]), float(finite_V[-1]))),
         rows=ranks_HW.shape[0],
         columns=ranks_HW.shape[1],
         mean=picture.mean,
-        class_px=tuple(int(np.count_nonzero(classes == label)) for label in range(len(job.labels))),
+        class_px=_class_px(classes, len(job.labels)),
         lettered=lettered,
     )
+
+
+def _class_px(classes: Classes, labels: int) -> tuple[int, ...]:
+    """Return the pixels of each class; most frames have no mark."""
+    marked = [int(np.count_nonzero(classes == label)) for label in range(1, labels)] if classes.any() else [0] * (labels - 1)
+    return (classes.size - sum(marked), *marked)
 
 
 def _lettered(picture: Picture, kind: str) -> bool:
@@ -107,7 +113,7 @@ def _second_pass(job: SeriesJob, result: FrameResult, window: Window | None, kep
         return result
     ranks, values_V = kept.of[result.entry]
     if values_V is None:
-        values_V = picture_of(read_stored(_path(job, result.entry)).grey_HW).values_V
+        values_V = read_stored(_path(job, result.entry)).values_V
     digest = picture_digest(ranks, values_V, window)
     return result.model_copy(update={"digest": digest, "low": window.low, "high": window.high})
 

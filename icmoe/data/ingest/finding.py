@@ -19,12 +19,11 @@ def files_of(export: Export, name: str) -> list[str]:
     """
     hashes = site_pseudonyms(export.secret_folder)
     with index.claimed(export.store) as connection:
-        records = index.records(connection)
+        wanted = {key for key, record in index.records(connection) if name in {f"S-{record.series}", record.patient}}
     found = []
     for path, _, _ in walk(export.root, export.settings.exclude):
         key = hashes.of("file", path)
-        record = records.get(key)
-        if name == f"F-{key}" or (record is not None and name in {f"S-{record.series}", record.patient}):
+        if name == f"F-{key}" or key in wanted:
             found.append(path)
     if not found:
         what, todo = "nothing in the export has this name", "Copy it from the report, and run ingest first."

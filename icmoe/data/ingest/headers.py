@@ -17,6 +17,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.tag import BaseTag, Tag
 
+from icmoe.data.ingest.geometry import normal
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import MODALITIES, SAFE_MODALITIES, FileRecord, FramePlace, Plane
@@ -43,7 +44,8 @@ NO_PICTURE = {
     "1.2.840.10008.5.1.4.1.1.66.5": "a surface segmentation, not on a pixel grid",
 }
 
-IDENTITY = ["PatientID", "PatientName", "PatientBirthDate", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"]
+PERSON = ["PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate"]
+BELONGING = ["StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"]
 PICTURE = ["Modality", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BurnedInAnnotation"]
 WRITING = ["RecognizableVisualFeatures", "ConversionType", "ImageType"]
 PLACE = ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "ImagerPixelSpacing"]
@@ -55,7 +57,22 @@ PLAIN_NUMBERS = {"IS": re.compile(rb" *[+-]?\d+ *"), "DS": re.compile(rb"(?:(?:^
 GREY = ["BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept"]
 SHOWN = ["WindowCenter", "WindowWidth", "PixelPaddingValue", "PixelPaddingRangeLimit"]
 MEANING = ["PhotometricInterpretation", "VOILUTFunction", "ModalityLUTSequence", "VOILUTSequence"]
-KEYWORDS = (*IDENTITY, *PICTURE, *WRITING, *GREY, *SHOWN, *MEANING, *PLACE, *ORDER, *FRAMES, *SEGMENTS, *CONTOURS)
+DETECTORS = ["DetectorInformationSequence", "SliceVector", "SpacingBetweenSlices"]
+KEYWORDS = (
+    *PERSON,
+    *BELONGING,
+    *DETECTORS,
+    *PICTURE,
+    *WRITING,
+    *GREY,
+    *SHOWN,
+    *MEANING,
+    *PLACE,
+    *ORDER,
+    *FRAMES,
+    *SEGMENTS,
+    *CONTOURS,
+)
 TAGS = [Tag(name) for name in KEYWORDS]
 
 Header = Dataset | Mapping[str, Any]
@@ -116,12 +133,12 @@ def identity(data: Dataset, hashes: Pseudonyms) -> dict[str, str]:
 
     A patient without number is known by name and birth date, without these by the study.
     """
-    number, study = text(data, "PatientID"), text(data, "StudyInstanceUID")
-    name = "" if number else text(data, "PatientName")
-    person = number or (f"{name}\0{text(data, 'PatientBirthDate')}" if name else study)
+    study, name = text(data, "StudyInstanceUID"), text(data, "PatientName")
+    person = f"{name}\0{text(data, 'PatientBirthDate')}" if name else study
     image, space = text(data, "SOPInstanceUID"), text(data, "FrameOfReferenceUID")
     return {
         "patient": hashes.patient(person) if person else "",
+        **{key: value for key, value in named_patient(data, hashes).items() if value},
         "study": hashes.of("uid", study) if study else "",
         "series": hashes.of("uid", text(data, "SeriesInstanceUID") or image),
         "image": hashes.of("uid", image),
@@ -130,9 +147,18 @@ def identity(data: Dataset, hashes: Pseudonyms) -> dict[str, str]:
 
 
 def named_patient(data: Dataset, hashes: Pseudonyms) -> dict[str, str]:
-    """Return the keyed hash of the patient's number, empty where there is none: who a mask says that it belongs to."""
-    number = text(data, "PatientID")
-    return {"patient": hashes.patient(number) if number else ""}
+    """Return the keyed hash of the patient's number, empty where there is none: who a mask says that it belongs to.
+
+    Numbers are an issuer's own. Where one is named it is hashed too, as `issued` writes it, and `number` is the bare number's.
+    """
+    number, issuer = text(data, "PatientID"), text(data, "IssuerOfPatientID")
+    bare = hashes.patient(number) if number else ""
+    return {"patient": hashes.patient(issued(number, issuer)), "number": bare} if number and issuer else {"patient": bare}
+
+
+def issued(number: str, issuer: str) -> str:
+    """Return a patient's number with who gave it, as HL7 writes them."""
+    return f"{number}^^^{issuer}"
 
 
 def modality(data: Dataset) -> str:
@@ -153,6 +179,7 @@ def frame_places(data: Dataset, count: int) -> Iterable[FramePlace]:
     """
     groups = sequence(data, "PerFrameFunctionalGroupsSequence")
     shared = (sequence(data, "SharedFunctionalGroupsSequence") or [Dataset()])[0]
+    detected = _detected_planes(data, count)
     for number in range(count):
         if groups or "SharedFunctionalGroupsSequence" in data:
             own = groups[number] if number < len(groups) else Dataset()
@@ -165,7 +192,26 @@ def frame_places(data: Dataset, count: int) -> Iterable[FramePlace]:
             yield FramePlace(plane=group_plane(own, shared), order=order)
         else:
             order = tuple(numeric(data, name) for name in ORDER)
-            yield FramePlace(plane=plane_of(data, data, data) if count == 1 else None, order=(*order, float(number)))
+            plane = plane_of(data, data, data) if count == 1 else None
+            yield FramePlace(plane=plane or detected.get(number), order=(*order, float(number)))
+
+
+def _detected_planes(data: Dataset, count: int) -> dict[int, Plane]:
+    """Return the planes of a nuclear medicine object by frame, none where it does not say.
+
+    Where its first slice lies is said of its detector (PS3.3 C.8.4.9); the others of a reconstruction follow along the normal,
+    against it where the distance is negative, each as far as its slice number says (C.8.4.8, C.8.4.15).
+    """
+    detector = (sequence(data, "DetectorInformationSequence") or [Dataset()])[0]
+    first = plane_of(detector, detector, data)
+    if first is None or count == 1:
+        return {0: first} if first else {}
+    slices, distance_mm = all_numbers(data, "SliceVector"), numeric(data, "SpacingBetweenSlices")
+    if not distance_mm or len(slices) != count or not any(term.startswith("RECON") for term in terms(data, "ImageType")):
+        return {}
+    step = [distance_mm * along for along in normal(first)]
+    starts = [[at + (number - 1.0) * by for at, by in zip(first[:3], step, strict=True)] for number in slices]
+    return {frame: cast(Plane, (*start, *first[3:])) for frame, start in enumerate(starts)}
 
 
 def group_plane(own: Dataset, shared: Dataset) -> Plane | None:

@@ -85,7 +85,7 @@ def claimed(folder: Path) -> Iterator[sqlite3.Connection]:
             connection.execute("pragma synchronous = normal")
             connection.executescript(SCHEMA)
             yield connection
-            connection.execute("pragma journal_mode = delete")  # a copy on a disk that is not to be written can be read
+            connection.execute("pragma main.journal_mode = delete")  # a copy on a disk that is not to be written can be read
 
 
 @contextmanager
@@ -132,14 +132,10 @@ def put_meta(connection: sqlite3.Connection, values: Mapping[str, str]) -> None:
     connection.executemany("insert or replace into meta values (?, ?)", values.items())
 
 
-def files(connection: sqlite3.Connection) -> dict[str, tuple[int, int]]:
-    """Return size and time of change of every file that was read, by keyed hash of its path."""
-    return {key: (size, changed) for key, size, changed in connection.execute("select id, size, changed from file")}
-
-
-def records(connection: sqlite3.Connection) -> dict[str, FileRecord]:
-    """Return the record of every file by the keyed hash of its path."""
-    return {key: FileRecord.model_validate_json(text) for key, text in connection.execute("select id, record from file")}
+def records(connection: sqlite3.Connection) -> Iterator[tuple[str, FileRecord]]:
+    """Yield the keyed hash of every file's path with its record."""
+    for key, text in connection.execute("select id, record from file"):
+        yield key, FileRecord.model_validate_json(text)
 
 
 def series_results(connection: sqlite3.Connection) -> dict[str, tuple[str, list[FrameResult]]]:
@@ -152,6 +148,14 @@ def put_series(connection: sqlite3.Connection, series: str, fingerprint: str, re
     """Write the results of one series."""
     text = json.dumps([result.model_dump(mode="json", exclude_defaults=True) for result in results])
     connection.execute("insert or replace into series values (?, ?, ?)", (series, fingerprint, text))
+
+
+def write_frames(connection: sqlite3.Connection, rows: Iterable[FrameRow], out: Iterable[LeftOut]) -> None:
+    """Replace what readers of the index see; `out` is gone through after `rows`."""
+    for table, items in (("frame", rows), ("left_out", out)):
+        connection.execute(f"delete from {table}")  # noqa: S608  # fixed names
+        texts = ((place, item.model_dump_json()) for place, item in enumerate(items))
+        connection.executemany(f"insert into {table} (place, record) values (?, ?)", texts)  # noqa: S608
 
 
 def frame_rows(connection: sqlite3.Connection) -> list[FrameRow]:

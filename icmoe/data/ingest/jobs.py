@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from icmoe.data.ingest.catalogue import Use
 from icmoe.data.ingest.labels import LabelNames
-from icmoe.data.ingest.pairing import Use
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, FrameResult, Kind, Plane
 from icmoe.study import Label

@@ -2,99 +2,54 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
 
+from icmoe.data.ingest.catalogue import Catalogue, Key, Use
 from icmoe.data.ingest.geometry import OFF_GRID_PX, Grid, grid_between, height_mm, matrix_of, parallel, plane_matrix
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.refusals import Refusal
 from icmoe.data.ingest.walking import case, own_folders, stem
 
 OFF_PLANE_MM = 0.5
-FORMS = ("seg", "contours", "volume", "picture")
-"""Kinds of masks, the one that says most about its image first."""
-
-Key = tuple[str, int]
-"""A frame: path of its file below the export, frame number from 0."""
-
-
-@dataclass(frozen=True, slots=True)
-class Use:
-    """What one mask file says about one frame; with no patch and no grid that there is nothing on it.
-
-    Parameters
-    ----------
-    path
-        Mask file below the export.
-    form
-        One of `FORMS`.
-    patches
-        Of a SEG object or an RTSTRUCT.
-    grids
-        Per patch, or one for a volume: where its pixels lie; None for pixel by pixel.
-    """
-
-    path: str
-    form: str
-    patches: tuple[Patch, ...] = ()
-    grids: tuple[Grid | None, ...] = ()
-
-
-@dataclass(slots=True)
-class Pairing:
-    """Which masks belong to which frames.
-
-    Parameters
-    ----------
-    uses
-        By frame, of the form that was preferred there.
-    refusals
-        By path of a mask that is not used.
-    """
-
-    uses: dict[Key, list[Use]] = field(default_factory=dict)
-    refusals: dict[str, Refusal] = field(default_factory=dict)
 
 
 class Images:
-    """The images of an export, found by path, instance, name, frame of reference or place.
+    """The images of an export, found by instance, frame of reference, name or place.
 
     Parameters
     ----------
     files
-        Records by path.
+        Sorted.
     """
 
-    def __init__(self, files: Mapping[str, FileRecord]) -> None:
-        self.records = {path: record for path, record in files.items() if is_image(record)}
-        self.by_uid: dict[str, str] = {}
-        self.of_several: set[str] = set()
-        self.by_stem: dict[str, list[str]] = {}
-        self.by_space: dict[str, list[str]] = {}
-        planes: dict[Key, Plane] = {}
-        for path, record in self.records.items():
-            other = self.by_uid.setdefault(record.image, path)
-            if record.image and self.records[other].patient != record.patient:
-                self.of_several.add(record.image)
-            self.by_stem.setdefault(stem(path), []).append(path)
-            self.by_space.setdefault(record.space, []).append(path)
-            known = ((frame, place.plane) for frame, place in enumerate(record.frames))
-            planes |= {(path, frame): plane for frame, plane in known if plane is not None and plane[9]}
-        self._owners: dict[str, set[str]] = {}
-        for path, record in self.records.items():
-            self._owners.setdefault(str(PurePosixPath(path).parent), set()).add(record.patient)
+    def __init__(self, files: Catalogue) -> None:
+        self._files = files
+        self.of_several = files.of_several_patients()
+        self._owners = files.owners_by_folder()
         self._closest: dict[str, set[str]] = {}
-        self._keys = list(planes)
-        self._points_N4 = np.asarray([[*plane[:3], 1.0] for plane in planes.values()]).reshape(-1, 4)
 
     def __getitem__(self, path: str) -> FileRecord:
         """Return the record of an image."""
-        return self.records[path]
+        return self._files.record(path)
+
+    def by_uid(self, uid: str) -> list[str]:
+        """Return the first image that has an instance UID, none where there is none."""
+        return self._files.images("uid", uid)[:1]
+
+    def by_stem(self, name: str) -> list[str]:
+        """Return the images of a `stem`."""
+        return self._files.images("stem", name)
+
+    def by_space(self, space: str) -> list[str]:
+        """Return the images of a frame of reference."""
+        return self._files.images("space", space)
 
     def closest_owners(self, path: str) -> set[str]:
         """Return the patients of the images in the folders that are closest to a mask's, whatever their names."""
@@ -108,33 +63,38 @@ class Images:
         """Return the frames whose first pixel lies on a voxel of the mask's grid, continued beyond its ends."""
         where_N3 = (self._points_N4 @ np.linalg.inv(mask_matrix).T)[:, :3]
         near = (np.abs(where_N3 - np.rint(where_N3)) <= OFF_GRID_PX).all(axis=1)
-        return [self._keys[place] for place in np.flatnonzero(near)]
+        return [(self._placed[file], int(frame)) for file, frame in self._keys_N2[near]]
+
+    @cached_property
+    def _points_N4(self) -> npt.NDArray[np.float64]:
+        """First pixels of all frames, with numbers of file and frame in `_keys_N2` and the files in `_placed`."""
+        points, keys = array("d"), array("q")
+        self._placed: list[str] = []
+        for path, record in self._files.all_images():
+            self._placed.append(path)
+            for frame, place in enumerate(record.frames):
+                if place.plane is not None and place.plane[9]:
+                    points.extend((*place.plane[:3], 1.0))
+                    keys.extend((len(self._placed) - 1, frame))
+        self._keys_N2 = np.asarray(keys, dtype=np.int64).reshape(-1, 2)
+        return np.asarray(points, dtype=np.float64).reshape(-1, 4)
 
 
-def pair(files: Mapping[str, FileRecord]) -> Pairing:
-    """Return which masks belong to which frames.
+def pair(files: Catalogue) -> None:
+    """Note in the catalogue which masks belong to which frames, and which to none.
 
     Parameters
     ----------
     files
-        Records by path below the export.
+        Sorted.
     """
-    pairing, images = Pairing(), Images(files)
-    found: dict[str, dict[Key, Use]] = {}
-    for path, record in files.items():
-        if record.fault or is_image(record) or record.kind == "none":
-            continue
+    images = Images(files)
+    for path in files.masks():
         try:
-            found[path] = _uses(path, record, images)
+            files.add_uses(_uses(path, files.record(path), images))
         except Refusal as refusal:
-            pairing.refusals[path] = refusal
-    _prefer(found, pairing)
-    return pairing
-
-
-def is_image(record: FileRecord) -> bool:
-    """Return whether a record is of a picture that a model may see."""
-    return not record.fault and (record.kind == "image" or (record.kind in {"volume", "picture"} and not record.mask))
+            files.refuse(path, refusal)
+    files.prefer()
 
 
 def _uses(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
@@ -149,10 +109,9 @@ def _uses(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
 
 def _by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     """Match by the instances that the parts of a mask name; parts that name none lie on a listed image in their plane."""
-    by_uid = images.by_uid
     if images.of_several & {*record.listed, *(patch.image for patch in record.patches)}:
         raise Refusal(122, "images of several patients have the instance UID that it refers to")
-    listed = [by_uid[uid] for uid in record.listed if uid in by_uid]
+    listed = [target for uid in record.listed for target in images.by_uid(uid)]
     found: dict[Key, list[tuple[Patch, Grid | None]]] = {
         (target, frame): [] for target in listed if _is_stack(images[target]) for frame in range(len(images[target].frames))
     }
@@ -161,7 +120,7 @@ def _by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Us
     sources = Counter((patch.number, patch.label) for patch in record.patches)
     placed, off = False, False
     for patch in record.patches:
-        targets = listed if not patch.image else [by_uid[patch.image]] if patch.image in by_uid else []
+        targets = images.by_uid(patch.image) if patch.image else listed
         sure = bool(patch.image) and sources[patch.number, patch.label] == 1
         marked = [(target, frame) for target in targets for frame in _marked_frames(record, patch, images[target], sure=sure)]
         for target, frame in marked:
@@ -177,8 +136,14 @@ def _by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Us
 
 def _same_patient(record: FileRecord, images: Images, found: Iterable[Key]) -> None:
     """Refuse a mask that names another patient than its images, as after two exports that were numbered alike."""
-    if record.patient and any(images[target].patient not in {record.patient, ""} for target, _ in found):
+    if record.patient and any(images[target].patient and not _may_be_one(record, images[target]) for target, _ in found):
         raise Refusal(121, "it refers to images of another patient than its own")
+
+
+def _may_be_one(one: FileRecord, other: FileRecord) -> bool:
+    """Return whether two files may be one patient's: who gave the number counts where both say it."""
+    bare = (one.number or one.patient) == (other.number or other.patient)
+    return one.patient == other.patient or (bare and not (one.number and other.number))
 
 
 def _spaces(targets: Iterable[str], images: Images) -> set[str]:
@@ -214,7 +179,7 @@ def _by_space(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     """Match by plane among the images of the same frame of reference, series by series."""
     series: dict[str, dict[Key, list[tuple[Patch, Grid | None]]]] = {}
     folders: dict[str, str] = {}
-    for target in images.by_space.get(record.space, []) if record.space else []:
+    for target in images.by_space(record.space) if record.space else []:
         image = images[target]
         for frame, place in enumerate(image.frames):
             for patch in record.patches:
@@ -260,7 +225,7 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
 
 def _by_name(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     """Match a picture with the closest of the images of its name."""
-    same = {target: target for target in images.by_stem.get(stem(path), []) if len(images[target].frames) == 1}
+    same = {target: target for target in images.by_stem(stem(path)) if len(images[target].frames) == 1}
     best = _closest(path, same)
     if not best:
         raise Refusal(123, "no image of one frame has its name")
@@ -339,21 +304,5 @@ def _closest(path: str, targets: Mapping[str, str]) -> list[str]:
         return shared(folders, other), shared(folders[::-1], other[::-1])
 
     depths = {name: depth(target) for name, target in targets.items()}
-    return [name for name, found in depths.items() if found == max(depths.values())]
-
-
-def _prefer(found: Mapping[str, dict[Key, Use]], pairing: Pairing) -> None:
-    """Keep on each frame the masks of the best form."""
-    frames: dict[Key, list[Use]] = {}
-    for by_key in found.values():
-        for key, use in by_key.items():
-            frames.setdefault(key, []).append(use)
-    used: set[str] = set()
-    for key, uses in frames.items():
-        form = min((use.form for use in uses), key=FORMS.index)
-        chosen = [use for use in uses if use.form == form]
-        pairing.uses[key] = chosen
-        used |= {use.path for use in chosen}
-    for path in found:
-        if path not in used:
-            pairing.refusals[path] = Refusal(128, "a mask that refers to these images by instance is used instead")
+    deepest = max(depths.values(), default=None)
+    return [name for name, found in depths.items() if found == deepest]

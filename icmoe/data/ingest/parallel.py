@@ -5,9 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
 from multiprocessing import forkserver
 from typing import TypeVar
 
@@ -19,7 +20,7 @@ PRELOAD = ["icmoe.data.ingest.preloaded"]
 
 
 def in_processes(
-    function: Callable[[Item], Answer], items: Sequence[Item], processes: int, *, deadline_s: float
+    function: Callable[[Item], Answer], items: Iterable[Item], processes: int, *, deadline_s: float
 ) -> Iterator[tuple[Item, Answer | None]]:
     """Yield each item with its answer as it comes, or with None where the process that worked on it died or hung.
 
@@ -28,19 +29,21 @@ def in_processes(
     function
         Picklable, and so are items and answers.
     items
-        At least none.
+        Made as they are needed.
     processes
         0 is one per core.
     deadline_s
         Seconds without any answer after which the items at work count as hung.
     """
-    if not items:
-        return
     unsure: list[Item] = []
-    waiting = list(items)
-    with _pool(min(processes or os.cpu_count() or 1, len(items))) as pool:
+    waiting = iter(items)
+    first = list(islice(waiting, 1))
+    if not first:
+        return
+    waiting = chain(first, waiting)
+    with _pool(processes or os.cpu_count() or 1) as pool:
         yield from _drain(pool, function, waiting, unsure, deadline_s)
-    for item in [*unsure, *waiting]:
+    for item in chain(unsure, waiting):
         with _pool(1) as pool:
             job = pool.submit(function, item)
             answer = None
@@ -54,7 +57,7 @@ def in_processes(
 def _drain(
     pool: ProcessPoolExecutor,
     function: Callable[[Item], Answer],
-    waiting: list[Item],
+    waiting: Iterator[Item],
     unsure: list[Item],
     deadline_s: float,
 ) -> Iterator[tuple[Item, Answer | None]]:
@@ -64,10 +67,13 @@ def _drain(
     """
     jobs: dict[Future[Answer], Item] = {}
     try:
-        while waiting or jobs:
-            while waiting and len(jobs) < 4 * (os.cpu_count() or 1):
-                item = waiting.pop(0)
+        while True:
+            for item in islice(waiting, 4 * (os.cpu_count() or 1) - len(jobs)):
+                unsure.append(item)  # until it is submitted
                 jobs[pool.submit(function, item)] = item
+                unsure.pop()
+            if not jobs:
+                break
             done = wait(jobs, timeout=deadline_s, return_when="FIRST_COMPLETED").done
             if not done:
                 _kill(pool)

@@ -3,44 +3,44 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from icmoe.data.ingest.catalogue import Catalogue, Key, Use
 from icmoe.data.ingest.geometry import height_mm, normal, parallel, slice_distance_mm, upright
 from icmoe.data.ingest.index import LeftOut
 from icmoe.data.ingest.jobs import SeriesJob, Wanted
-from icmoe.data.ingest.pairing import Key, Use, is_image, pair
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import RECIPE_VERSION, FileRecord, FramePlace, Plane
 from icmoe.data.ingest.refusals import Refusal
-from icmoe.data.ingest.walking import case, stem
 from icmoe.study import Label
 
 
-@dataclass(slots=True)
-class Plan:
-    """What there is to decode.
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A series to decode.
 
     Parameters
     ----------
-    jobs
-        By series, with the fingerprint of all that goes into its result.
-    patients
-        By series.
-    modalities
-        By series.
+    mark
+        Fingerprint of all that goes into its result.
+    patient, number
+        Whose it is, and the hash of the bare number where its issuer is named.
+    modality
+        Of its first file.
     planes
-        By series, in the order of its frames.
-    left_out
-        What is not decoded at all.
+        In the order of its frames.
+    job
+        What is decoded.
     """
 
-    jobs: dict[str, tuple[str, SeriesJob]] = field(default_factory=dict)
-    patients: dict[str, str] = field(default_factory=dict)
-    modalities: dict[str, str] = field(default_factory=dict)
-    planes: dict[str, list[Plane | None]] = field(default_factory=dict)
-    left_out: list[LeftOut] = field(default_factory=list)
+    mark: str
+    patient: str
+    number: str
+    modality: str
+    planes: tuple[Plane | None, ...]
+    job: SeriesJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,89 +69,64 @@ class Site:
     forgotten: Collection[str]
 
 
-def plan(files: Mapping[str, FileRecord], marks: Mapping[str, str], site: Site) -> Plan:
-    """Return what there is to decode.
+def plan(files: Catalogue, site: Site) -> Iterator[Planned | LeftOut]:
+    """Yield what there is to decode series by series, and what is left out before that.
 
     Parameters
     ----------
     files
-        Records by path below the export.
-    marks
-        Keyed hash, size and time of change of each file as one text.
+        With what masks say about frames.
     site
         Where and for whom.
     """
-    made, files = Plan(), _with_case_owners(files, site.hashes)
-    pairing = pair(files)
-    grouped: dict[str, list[tuple[str, FileRecord]]] = {}
-    for path, record in files.items():
-        refusal = pairing.refusals.get(path)
-        number, why = (refusal.number, refusal.why) if refusal else (record.fault, record.why)
-        if number:
-            made.left_out.append(LeftOut(subject=f"F-{site.hashes.of('file', path)}", number=number, why=why))
-        elif is_image(record):
-            grouped.setdefault(f"S-{record.series}", []).append((path, record))
-    for series, members in sorted(grouped.items()):
-        _series(series, members, marks, site, pairing.uses, made)
-    return made
+    yield from files.set_aside()
+    for series in files.series():
+        yield from _series(f"S-{series}", [(path, files.record(path)) for path in files.images("series", series)], files, site)
 
 
-def _with_case_owners(files: Mapping[str, FileRecord], hashes: Pseudonyms) -> dict[str, FileRecord]:
-    """Return records in which the channels of one case (case_0000, case_0001) are one patient, named like their mask."""
-    volumes = {path: record for path, record in files.items() if record.kind == "volume"}
-    cases = {stem(path) for path in volumes}
-    channels = {
-        path: record.model_copy(update={"patient": hashes.patient(case(path))})
-        for path, record in volumes.items()
-        if stem(path) != case(path) in cases and record.patient == hashes.patient(stem(path))
-    }
-    return {**files, **channels}
-
-
-def _series(
-    series: str,
-    members: list[tuple[str, FileRecord]],
-    marks: Mapping[str, str],
-    site: Site,
-    uses: Mapping[Key, list[Use]],
-    made: Plan,
-) -> None:
+def _series(series: str, members: list[tuple[str, FileRecord]], files: Catalogue, site: Site) -> Iterator[Planned | LeftOut]:
     patients = {record.patient for _, record in members}
-    owner = patients.pop() if len(patients) == 1 else ""
+    owner, first = patients.pop() if len(patients) == 1 else "", members[0][1]
     held = next((record.held for _, record in members if record.held), "")
-    fault = _whole(owner, held if series not in site.allow else "", site)
+    fault = _whole(owner, first.number, held if series not in site.allow else "", site)
     total = sum(len(record.frames) for _, record in members)
     if fault:
-        made.left_out.append(
-            LeftOut(subject=series, number=fault.number, why=fault.why, patient=owner, series=series, frames=total)
-        )
+        yield LeftOut(subject=series, number=fault.number, why=fault.why, patient=owner, series=series, frames=total)
         return
+    uses = {key: listed for path, _ in members for key, listed in files.uses(path).items()}
     frames = [(path, n, place) for path, record in members for n, place in enumerate(record.frames) if (path, n) in uses]
     paths = {path for path, _, _ in frames}
     taken = {record.image for path, record in members if path in paths} - {""}
     copies = sum(len(record.frames) for path, record in members if path not in paths and record.image in taken)
     gaps = (Refusal(125, "a copy of it is used"), copies), (Refusal(124, "no mask speaks of it"), total - len(frames) - copies)
-    made.left_out += [
-        LeftOut(subject=series, number=gap.number, why=gap.why, patient=owner, series=series, frames=count)
-        for gap, count in gaps
-        if count
-    ]
-    if not frames:
-        return
-    frames = ordered(frames)
+    for gap, count in gaps:
+        if count:
+            yield LeftOut(subject=series, number=gap.number, why=gap.why, patient=owner, series=series, frames=count)
+    if frames:
+        frames = ordered(frames)
+        mark, job = _job(series, frames, dict(members), uses, files, site)
+        yield Planned(mark, owner, first.number, first.modality, tuple(place.plane for _, _, place in frames), job)
+
+
+def _job(
+    series: str,
+    frames: Sequence[tuple[str, int, FramePlace]],
+    members: Mapping[str, FileRecord],
+    uses: Mapping[Key, list[Use]],
+    files: Catalogue,
+    site: Site,
+) -> tuple[str, SeriesJob]:
     involved = sorted({path for path, _, _ in frames} | {use.path for path, n, _ in frames for use in uses[path, n]})
-    said = [f"{path}#{n}:{[(use.form, marks[use.path], _meant(use)) for use in uses[path, n]]}" for path, n, _ in frames]
-    text = "\n".join([RECIPE_VERSION, series, *(marks[path] for path in involved), *said])
+    said = [f"{path}#{n}:{[(use.form, files.mark(use.path), _meant(use)) for use in uses[path, n]]}" for path, n, _ in frames]
+    text = "\n".join([RECIPE_VERSION, series, *map(files.mark, involved), *said])
     mark = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-    plain = {path: (record.plain, record.pixels_at) for path, record in members}
+    plain = {path: (record.plain, record.pixels_at) for path, record in members.items()}
     wanted = tuple(
         Wanted(path, n, place.plane, tuple(uses[path, n]), site.hashes.of("frame", f"{mark}\0{path}\0{n}"), plain[path])
         for path, n, place in frames
     )
-    kinds = {path: record.kind for path, record in members}
-    made.jobs[series] = (mark, SeriesJob(series, site.root, site.store, site.labels, kinds, wanted))
-    made.patients[series], made.modalities[series] = owner, members[0][1].modality
-    made.planes[series] = [place.plane for _, _, place in frames]
+    kinds = {path: record.kind for path, record in members.items()}
+    return mark, SeriesJob(series, site.root, site.store, site.labels, kinds, wanted)
 
 
 def _meant(use: Use) -> list[tuple[int, int, int]]:
@@ -159,11 +134,11 @@ def _meant(use: Use) -> list[tuple[int, int, int]]:
     return [(patch.number, patch.value, patch.label) for patch in use.patches]
 
 
-def _whole(owner: str, held: str, site: Site) -> Refusal | None:
+def _whole(owner: str, number: str, held: str, site: Site) -> Refusal | None:
     """Return why no frame of a series may be used."""
     if not owner:
         return Refusal(117, "its files name no patient, or several")
-    if owner in site.forgotten:
+    if owner in site.forgotten or number in site.forgotten:
         return Refusal(132, "its patient was forgotten on request")
     return Refusal(126, held) if held else None
 
@@ -189,7 +164,7 @@ def _points_up(plane: Plane) -> bool:
     return max(normal(plane), key=abs) > 0.0
 
 
-def spacing_of(planes: list[Plane | None]) -> tuple[float, float, float] | None:
+def spacing_of(planes: Sequence[Plane | None]) -> tuple[float, float, float] | None:
     """Return the distances of slices, rows and columns of a series turned upright, None where they are not regular."""
     distance, first = slice_distance_mm(planes), planes[0]
     if distance is None or first is None or not first[9]:

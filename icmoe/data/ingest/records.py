@@ -11,7 +11,7 @@ Plane = tuple[float, float, float, float, float, float, float, float, float, flo
 """Position of the first pixel's centre (3), direction along a row (3), along a column (3), distance of rows and of
 columns, in mm and in DICOM's axes (x to the left, y to the back, z to the head)."""
 
-RECIPE_VERSION = "4"
+RECIPE_VERSION = "5"
 """Raised whenever equal files give other records or frames; every file is read and every series decoded again then."""
 SAFE_MODALITIES = frozenset({"CT", "MR", "PT", "NM", "CR", "DX", "MG"})
 """Scanners that do not write into the picture; from any other source an image is held back."""
@@ -70,6 +70,8 @@ class FileRecord(Record):
     """The reason in fixed words and numbers; never a text from the file."""
     patient: Shared = ""
     """Keyed hash, empty where the file names no patient."""
+    number: Shared = ""
+    """Where the file names who gave the patient's number: keyed hash of the number alone, which others may have given too."""
     study: Shared = ""
     """Keyed hash of the study instance UID."""
     series: Shared = ""
@@ -103,6 +105,11 @@ class FileRecord(Record):
     """Of a SEG object or an RTSTRUCT."""
     listed: tuple[str, ...] = ()
     """Keyed hashes of the instances that a mask says it was drawn on: without a patch they are background."""
+
+
+def is_image(record: FileRecord) -> bool:
+    """Return whether a record is of a picture that a model may see."""
+    return not record.fault and (record.kind == "image" or (record.kind in {"volume", "picture"} and not record.mask))
 
 
 def refused(number: int, why: str, kind: Kind = "none") -> FileRecord:

@@ -7,7 +7,6 @@ and what readers see changes only in the last one. Unchanged data need no work.
 from __future__ import annotations
 
 import csv
-import glob
 import hashlib
 import importlib.util
 import json
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icmoe.data.ingest import index
-from icmoe.data.ingest.index import FrameRow, LeftOut
 from icmoe.data.ingest.parallel import preload
 from icmoe.data.ingest.records import RECIPE_VERSION
 from icmoe.data.ingest.settings import IngestSettings
@@ -77,16 +75,18 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
     Raises
     ------
     IcmoeError
-        109 where the export is not there; 129, 130 for the store; 210 for synonyms; 110 for the split file; 213 where the
-        packages that read images are not installed.
+        109 where the export is not there; 129, 130 for the store; 210 for synonyms, and for a store inside the export; 110 for
+        the split file; 213 where the packages that read images are not installed.
     """
     require_packages()
+    from icmoe.data.ingest.catalogue import Catalogue
     from icmoe.data.ingest.pseudonyms import forgotten, site_pseudonyms
     from icmoe.data.ingest.walking import walk
 
     if not export.root.is_dir():
         what = "export is not a folder" if export.root.exists() else "export is not there"
         raise IcmoeError(_no_export(export, what, "Correct folder under [ingest]."))
+    _require_apart(export)
     if not index.is_index(export.store):
         preload()  # all files are new: workers get ready while these are listed
     hashes = site_pseudonyms(export.secret_folder)
@@ -95,17 +95,16 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
         connection.executemany(
             "insert or ignore into forgotten values (?)", [(name,) for name in forgotten(export.secret_folder)]
         )
-        found = {path: (size, changed) for path, size, changed in walk(export.root, _passed_over(export))}
-        if not found:  # a share that is not mounted looks like this, and must not empty the index
+        walked = walk(export.root, export.settings.exclude)
+        files = Catalogue(connection, ((path, hashes.of("file", path), size, changed) for path, size, changed in walked))
+        if not len(files):  # a share that is not mounted looks like this, and must not empty the index
             todo = "Check that it is mounted and that folder and exclude under [ingest] are right."
             raise IcmoeError(_no_export(export, "export holds no file", todo))
-        ids = {path: hashes.of("file", path) for path in found}
         basis = _basis(export, splits, connection)
         if index.meta(connection, "recipe") != _recipe(export):
             _start_over(connection, export)
-        known = index.files(connection)
-        new = [path for path, state in found.items() if known.get(ids[path]) != state]
-        if not new and known.keys() == set(ids.values()) and index.meta(connection, "complete") == basis:
+        new = files.new()
+        if not new and not files.gone() and index.meta(connection, "complete") == basis:
             _clean(connection, export.store)
             return False
         if new:
@@ -113,11 +112,9 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
         from icmoe.data.ingest.work import publish, read_files
 
         index.put_meta(connection, {"complete": "", "cleaned": "", "site": export.site})
-        read_files(connection, export, hashes, {path: (ids[path], found[path]) for path in new}, on_progress)
-        with index.transaction(connection):
-            gone = index.files(connection).keys() - set(ids.values())
-            connection.executemany("delete from file where id = ?", [(key,) for key in gone])
-        publish(connection, export, hashes, {ids[path]: path for path in found}, splits, on_progress)
+        read_files(connection, export, hashes, files, on_progress)
+        files.drop_gone()
+        publish(connection, export, hashes, files, splits, on_progress)
         index.put_meta(connection, {"complete": basis})
         _clean(connection, export.store)
         return True
@@ -125,6 +122,14 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
 
 def _no_export(export: Export, what: str, todo: str) -> Fault:
     return Fault(number=109, where=str(export.root), what=what, did="Nothing was read.", todo=todo)
+
+
+def _require_apart(export: Export) -> None:
+    """Refuse to keep the ingest within the export, which is only read: it would find what it wrote."""
+    if export.secret_folder.resolve().is_relative_to(export.root.resolve()):
+        what, value = "the ingest would be kept inside the export", str(export.secret_folder)
+        did, todo = "Nothing was read.", "Name a store outside folder, or a folder without it."
+        raise IcmoeError(Fault(number=210, where=str(export.root), what=what, value=value, did=did, todo=todo))
 
 
 def require_packages() -> None:
@@ -159,12 +164,12 @@ def forget(export: Export, patient: str) -> int:
         out = index.left_out(connection)
         series = {row.series for row in rows} | {item.series for item in out if item.patient == name}
         # An ingest that was stopped has decoded series that are in neither.
-        series |= {f"S-{record.series}" for record in index.records(connection).values() if record.patient == name}
+        series |= {f"S-{record.series}" for _, record in index.records(connection) if record.patient == name}
         with index.transaction(connection):
             connection.execute("insert or ignore into forgotten values (?)", (name,))
             connection.executemany("delete from series where id = ?", [(key,) for key in series])
             connection.executemany("insert or ignore into gone values (?)", [(row.result.digest,) for row in rows])
-            write_frames(
+            index.write_frames(
                 connection,
                 [row for row in index.frame_rows(connection) if row.patient != name],
                 [item for item in out if item.patient != name],
@@ -190,29 +195,10 @@ def gone_digests(store: Path) -> Iterator[list[str]]:
         connection.executemany("delete from gone where digest = ?", [(digest,) for digest in listed])
 
 
-def write_frames(connection: sqlite3.Connection, rows: Sequence[FrameRow], out: Sequence[LeftOut]) -> None:
-    """Replace what readers of the index see."""
-    connection.execute("delete from frame")
-    connection.execute("delete from left_out")
-    connection.executemany(
-        "insert into frame (place, record) values (?, ?)", [(n, row.model_dump_json()) for n, row in enumerate(rows)]
-    )
-    connection.executemany(
-        "insert into left_out (place, record) values (?, ?)", [(n, item.model_dump_json()) for n, item in enumerate(out)]
-    )
-
-
 def _recipe(export: Export) -> str:
     """Return what the records of files depend on besides the files."""
     settings = export.settings
     return json.dumps([RECIPE_VERSION, {k: list(v) for k, v in sorted(settings.labels.items())}, settings.patient_pattern])
-
-
-def _passed_over(export: Export) -> list[str]:
-    """Return the patterns of paths below the export that are not read: the site's, and what ingest itself writes there."""
-    root, own = export.root.resolve(), export.secret_folder.resolve()
-    inside = [f"{glob.escape(str(own.relative_to(root)))}/*"] if root in own.parents else []
-    return [*export.settings.exclude, *inside]
 
 
 def _start_over(connection: sqlite3.Connection, export: Export) -> None:
@@ -270,8 +256,9 @@ def _clean(connection: sqlite3.Connection, store: Path) -> None:
     """Remove frames that no series holds any more; done again after a kill, because the list is in the index."""
     if index.meta(connection, "cleaned") == index.meta(connection, "complete") != "":
         return
-    held = {result.entry for _, results in index.series_results(connection).values() for result in results}
+    results = (json.loads(text) for (text,) in connection.execute("select results from series"))
+    held = {result["entry"].encode() for series in results for result in series if "entry" in result}
     for path in (store / "frames").glob("*/*"):
-        if path.name.removesuffix(".safetensors") not in held:
+        if path.name.removesuffix(".safetensors").encode() not in held:
             path.unlink(missing_ok=True)
     index.put_meta(connection, {"cleaned": index.meta(connection, "complete")})

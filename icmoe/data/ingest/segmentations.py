@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from highdicom.seg import SegmentDescription
 from pydicom.dataset import Dataset
 from pydicom.pixels import pixel_array
 
@@ -16,6 +16,9 @@ from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, Patch
+
+if TYPE_CHECKING:
+    from highdicom.seg import SegmentDescription
 
 BROKEN = "segmentation object does not follow the standard"
 
@@ -37,12 +40,14 @@ def segmentation_record(path: Path, names: LabelNames, hashes: Pseudonyms) -> Fi
     Refusal
         116 or 117; 120 where no segment names a class of the study.
     """
+    from highdicom.seg import SegmentDescription  # a third of a second with the first description, which it checks by tables
+
     seg = open_dicom(path, pixels=False)
     with refusing(117, BROKEN):
         described = [SegmentDescription.from_dataset(item, copy=False) for item in seg.SegmentSequence]
         labels = {item.segment_number: names.index(_names_of(item)) for item in described if item.segment_number}
         if not any(label is not None for label in labels.values()):
-            raise Refusal(120, f"none of its {len(labels)} segments is called like a class of the study")
+            raise Refusal(120, f"no segment is called like a class of the study (it has {len(labels)})")
         known = {number: label for number, label in labels.items() if label is not None}
         return FileRecord(
             kind="seg",

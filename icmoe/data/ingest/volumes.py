@@ -6,7 +6,6 @@ import gzip
 from pathlib import Path
 from typing import Any, cast
 
-import nibabel
 import numpy as np
 import numpy.typing as npt
 
@@ -99,6 +98,8 @@ def looks_like_classes(values: npt.NDArray[Any]) -> bool:
 
 
 def _image(stream: Any) -> Any:  # noqa: ANN401  # nibabel carries no types
+    import nibabel  # most exports hold no volume
+
     start = stream.read(4)
     stream.seek(0)
     kind = nibabel.Nifti2Image if start in {b"\x1c\x02\0\0", b"\0\0\x02\x1c"} else nibabel.Nifti1Image

@@ -1,0 +1,257 @@
+"""What one run finds out beside the index: which files there are, and which mask speaks of which frame.
+
+SQLite keeps it in a few megabytes of memory and in a file without a name, which is gone when the run ends, however it ends:
+paths of the export never enter the index, and nothing that grows with the export is held in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from icmoe.data.ingest.index import LeftOut
+from icmoe.data.ingest.pseudonyms import Pseudonyms
+from icmoe.data.ingest.records import FileRecord, Patch, is_image
+from icmoe.data.ingest.refusals import Refusal
+from icmoe.data.ingest.walking import case, stem
+
+if TYPE_CHECKING:
+    from icmoe.data.ingest.geometry import Grid
+
+FORMS = ("seg", "contours", "volume", "picture")
+"""Kinds of masks, the one that says most about its image first."""
+KEPT = 1024
+"""Records that are held in memory."""
+SCHEMA = """
+create table run.image (path blob primary key, uid, series, patient, space, stem, folder) without rowid;
+create table run.mask (path blob primary key) without rowid;
+create table run.use (path blob, frame integer, form integer, mask blob, said text);
+create table run.refusal (path blob primary key, number integer, why text) without rowid;
+"""
+NEW = """
+create temp view new as select path from run.found now left join file on file.id = now.id
+    where file.size is not now.size or file.changed is not now.changed;
+"""
+INDEXES = """
+create index run.image_uid on image (uid);
+create index run.image_series on image (series);
+create index run.image_space on image (space);
+create index run.image_stem on image (stem);
+"""
+PREFER = """
+create index run.use_frame on use (path, frame);
+delete from run.use where form >
+    (select min(other.form) from run.use other where other.path = use.path and other.frame = use.frame);
+insert into run.refusal
+    select path, 128, 'a mask that refers to these images by instance is used instead' from run.mask
+    where path not in (select mask from run.use) and path not in (select path from run.refusal);
+"""
+
+Key = tuple[str, int]
+"""A frame: path of its file below the export, frame number from 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What one mask file says about one frame; with no patch and no grid that there is nothing on it.
+
+    Parameters
+    ----------
+    path
+        Mask file below the export.
+    form
+        One of `FORMS`.
+    patches
+        Of a SEG object or an RTSTRUCT.
+    grids
+        Per patch, or one for a volume: where its pixels lie; None for pixel by pixel.
+    """
+
+    path: str
+    form: str
+    patches: tuple[Patch, ...] = ()
+    grids: tuple[Grid | None, ...] = ()
+
+
+class Catalogue:
+    """The files of an export with their records, and what belongs together.
+
+    Parameters
+    ----------
+    connection
+        Of the index, which holds the records.
+    found
+        Keyed hash, size in bytes and time of change in ns of each file, by path below the export.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, found: Iterable[tuple[str, str, int, int]]) -> None:
+        self._run = connection
+        self._owners: dict[str, str] = {}
+        self.record = lru_cache(KEPT)(self._record)
+        self.mark = lru_cache(KEPT)(self._mark)
+        connection.execute("attach '' as run")
+        connection.execute("pragma run.journal_mode = off")
+        connection.execute("create table run.found (path blob primary key, id text, size integer, changed integer) without rowid")
+        connection.execute(NEW)
+        rows = ((os.fsencode(path), *state) for path, *state in found)
+        connection.executemany("insert into run.found values (?, ?, ?, ?)", rows)
+
+    def __len__(self) -> int:
+        """Return the number of files."""
+        return int(self._one("select count(*) from run.found")[0])
+
+    def new(self) -> int:
+        """Return how many files the index does not know as they are."""
+        return int(self._one("select count(*) from new")[0])
+
+    def new_paths(self, count: int) -> Iterator[list[str]]:
+        """Yield the paths of files that the index does not know as they are, some at a time; they may enter it meanwhile."""
+        query, last = "select path from new where path > ? order by path limit ?", b""
+        while rows := self._run.execute(query, (last, count)).fetchall():
+            last = rows[-1][0]
+            yield [os.fsdecode(path) for (path,) in rows]
+
+    def state(self, path: str) -> tuple[str, int, int]:
+        """Return keyed hash, size in bytes and time of change in ns of a file."""
+        key, size, changed = self._one("select id, size, changed from run.found where path = ?", os.fsencode(path))
+        return key, size, changed
+
+    def _mark(self, path: str) -> str:
+        """Return the state of a file as one text."""
+        return ":".join(map(str, self.state(path)))
+
+    def gone(self) -> bool:
+        """Return whether the index knows files that are not there."""
+        return bool(self._one("select exists (select 1 from file where id not in (select id from run.found))")[0])
+
+    def drop_gone(self) -> None:
+        """Take files that are not there out of the index."""
+        self._run.execute("delete from file where id not in (select id from run.found)")
+
+    def sort(self, hashes: Pseudonyms) -> None:
+        """Note which files are images, which are masks and which are neither; all of them must have been read.
+
+        The channels of one case (case_0000, case_0001) are one patient, named like their mask.
+        """
+        volumes = self._paths("select path from run.found join file using (id) where json_extract(record, '$.kind') = 'volume'")
+        cases = {stem(path) for path in volumes}
+        channels = [path for path in volumes if stem(path) != case(path) in cases]
+        own = {path: self._record(path).patient for path in channels}
+        self._owners = {path: hashes.patient(case(path)) for path in channels if own[path] == hashes.patient(stem(path))}
+        self._run.executescript(SCHEMA)
+        for path, text in self._run.execute("select path, record from run.found join file using (id) order by path"):
+            name = os.fsdecode(path)
+            record = self._owned(name, FileRecord.model_validate_json(text))
+            if record.fault:
+                self.refuse(name, Refusal(record.fault, record.why))
+            elif is_image(record):
+                row = record.image, record.series, record.patient, record.space, stem(name), str(PurePosixPath(name).parent)
+                self._run.execute("insert into run.image values (?, ?, ?, ?, ?, ?, ?)", (path, *row))
+            else:
+                self._run.execute("insert into run.mask values (?)", (path,))
+        self._run.executescript(INDEXES)
+
+    def masks(self) -> list[str]:
+        """Return the paths of masks, in order."""
+        return self._paths("select path from run.mask order by path")
+
+    def images(self, column: str, value: str) -> list[str]:
+        """Return the paths of images that have this in a column (`uid`, `series`, `space` or `stem`), in order."""
+        return self._paths(f"select path from run.image where {column} = ? order by path", value)  # noqa: S608  # fixed names
+
+    def all_images(self) -> Iterator[tuple[str, FileRecord]]:
+        """Yield every image with its record."""
+        for path in self._paths("select path from run.image order by path"):
+            yield path, self._record(path)
+
+    def series(self) -> list[str]:
+        """Return the keyed hashes of the series of images, in order."""
+        return [name for (name,) in self._run.execute("select distinct series from run.image order by series")]
+
+    def of_several_patients(self) -> set[str]:
+        """Return the instances that images of several patients claim to be."""
+        query = "select uid from run.image where uid <> '' group by uid having count(distinct patient) > 1"
+        return {uid for (uid,) in self._run.execute(query)}
+
+    def owners_by_folder(self) -> dict[str, set[str]]:
+        """Return the patients of the images in each folder."""
+        owners: dict[str, set[str]] = {}
+        for folder, patient in self._run.execute("select distinct folder, patient from run.image order by folder"):
+            owners.setdefault(folder, set()).add(patient)
+        return owners
+
+    def refuse(self, path: str, refusal: Refusal) -> None:
+        """Note why a file is not used."""
+        self._run.execute("insert into run.refusal values (?, ?, ?)", (os.fsencode(path), refusal.number, refusal.why))
+
+    def add_uses(self, uses: Mapping[Key, Use]) -> None:
+        """Note what a mask says about frames."""
+        rows = (
+            (os.fsencode(path), frame, FORMS.index(use.form), os.fsencode(use.path), _said(use))
+            for (path, frame), use in uses.items()
+        )
+        self._run.executemany("insert into run.use values (?, ?, ?, ?, ?)", rows)
+
+    def prefer(self) -> None:
+        """Keep on each frame the masks of the best form, and refuse those that are then of no use."""
+        self._run.executescript(PREFER)
+
+    def used_frames(self) -> int:
+        """Return the number of frames that a mask speaks of."""
+        return int(self._one("select count(*) from (select distinct path, frame from run.use)")[0])
+
+    def uses(self, path: str) -> dict[Key, list[Use]]:
+        """Return what masks say about the frames of a file, in the order of the masks."""
+        found: dict[Key, list[Use]] = {}
+        query = "select frame, form, mask, said from run.use where path = ? order by frame, mask"
+        for frame, form, mask, said in self._run.execute(query, (os.fsencode(path),)):
+            found.setdefault((path, frame), []).append(_use(os.fsdecode(mask), FORMS[form], said))
+        return found
+
+    def set_aside(self) -> Iterator[LeftOut]:
+        """Yield the files that are not used, each with its reason."""
+        for key, number, why in self._run.execute(
+            "select id, number, why from run.refusal join run.found using (path) order by path"
+        ):
+            yield LeftOut(subject=f"F-{key}", number=number, why=why)
+
+    def _record(self, path: str) -> FileRecord:
+        """Return the record of a file."""
+        (text,) = self._one("select record from run.found join file using (id) where path = ?", os.fsencode(path))
+        return self._owned(path, FileRecord.model_validate_json(text))
+
+    def _owned(self, path: str, record: FileRecord) -> FileRecord:
+        owner = self._owners.get(path)
+        return record.model_copy(update={"patient": owner}) if owner else record
+
+    def _paths(self, query: str, *values: str) -> list[str]:
+        return [os.fsdecode(path) for (path,) in self._run.execute(query, values)]
+
+    def _one(self, query: str, *values: object) -> tuple[Any, ...]:
+        row: tuple[Any, ...] = self._run.execute(query, values).fetchone()
+        return row
+
+
+def _said(use: Use) -> str:
+    patches = [patch.model_dump(mode="json", exclude_defaults=True) for patch in use.patches]
+    return json.dumps([patches, [None if grid is None else grid.steps_33.tolist() for grid in use.grids]])
+
+
+def _use(path: str, form: str, said: str) -> Use:
+    import numpy as np  # a run on unchanged data comes without arrays
+
+    from icmoe.data.ingest.geometry import Grid
+
+    patches, grids = json.loads(said)
+    return Use(
+        path,
+        form,
+        tuple(Patch.model_validate(patch) for patch in patches),
+        tuple(None if steps is None else Grid(np.asarray(steps, dtype=np.int64)) for steps in grids),
+    )
