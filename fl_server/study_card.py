@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fl_server.rounds import RoundRecord
+from fl_server.run_state import RoundRecord
 from icmoe.modelcard import SiteLine, write_card
 from icmoe.modelfile import ModelHeader
 

@@ -20,6 +20,7 @@ from icmoe.atomic import write_atomically
 from icmoe.backbone import grid_of, widths
 from icmoe.errors import Fault, IcmoeError
 from icmoe.features import Features
+from icmoe.mixture import Mixture
 from icmoe.model import ICMoE
 from icmoe.modelfile import METADATA_KEY, ModelHeader, read_model
 from icmoe.study import Study
@@ -42,7 +43,7 @@ class Head(nn.Module):
         In evaluation mode.
     """
 
-    def __init__(self, model: ICMoE) -> None:
+    def __init__(self, model: ICMoE | Mixture) -> None:
         super().__init__()
         self.model = model
 

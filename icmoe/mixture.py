@@ -24,6 +24,8 @@ class MixedOutput(NamedTuple):
 
     logits_BKhw: Tensor
     """Logarithm of the mean class probabilities."""
+    experts: None = None
+    """Each member has experts of its own; their maps are not mixed."""
 
 
 class Mixture(nn.Module):
@@ -44,6 +46,11 @@ class Mixture(nn.Module):
         self.names = tuple(sorted(members))
         self.members = nn.ModuleList(members[name] for name in self.names)
         self.log_weight_P = [torch.tensor(weights[name]).log().item() for name in self.names]
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """None: see `MixedOutput.experts`."""
+        return ()
 
     def forward(self, features: Features) -> MixedOutput:
         """Return the logarithm of sum_p w_p softmax(logits_p)."""

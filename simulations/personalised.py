@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fl_server.rounds import RunState
+from fl_server.run_state import RunState
 from icmoe.exchange import State
 from icmoe.mixture import joined, mixture_of
 from icmoe.modelfile import ModelHeader, read_model, write_model

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from icmoe.backbone import Backbone
 from icmoe.features import Features
+from icmoe.mixture import Mixture
 from icmoe.model import ICMoE
 from icmoe.preprocess import prepare, restore
 from icmoe.voting import disagreement
@@ -36,7 +37,7 @@ class Maps:
 
 
 @torch.no_grad()
-def maps_of(model: ICMoE, backbone: Backbone, image_HW: npt.NDArray[np.float32]) -> Maps:
+def maps_of(model: ICMoE | Mixture, backbone: Backbone, image_HW: npt.NDArray[np.float32]) -> Maps:
     """Return the maps of one picture: probabilities are interpolated to its pixels, then the largest is taken.
 
     Parameters

@@ -31,6 +31,7 @@ from icmoe.data.ingest.walking import walk
 from icmoe.data.picture import Picture
 from icmoe.device import available_device
 from icmoe.errors import Fault, IcmoeError
+from icmoe.mixture import Mixture
 from icmoe.model import ICMoE
 from icmoe.modelfile import ModelHeader, read_model
 from icmoe.predict import dicom_seg, nifti, pictures
@@ -62,7 +63,7 @@ class Prediction:
     """
 
     root: Path
-    model: ICMoE
+    model: ICMoE | Mixture
     header: ModelHeader
     digest: str
     backbone: Backbone

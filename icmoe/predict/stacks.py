@@ -13,11 +13,10 @@ from pathlib import Path
 
 from icmoe.data.ingest.geometry import height_mm
 from icmoe.data.ingest.labels import LabelNames
-from icmoe.data.ingest.pairing import is_image
 from icmoe.data.ingest.planning import ordered
 from icmoe.data.ingest.pseudonyms import SECRET_BYTES, Pseudonyms
 from icmoe.data.ingest.reading import Reader
-from icmoe.data.ingest.records import FileRecord, Plane
+from icmoe.data.ingest.records import FileRecord, Plane, is_image
 from icmoe.errors import Fault
 from icmoe.study import Label
 

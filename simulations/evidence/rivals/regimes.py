@@ -6,6 +6,7 @@ The rounds are those of the rehearsal: `icmoe.training.train_round` at every sit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
@@ -157,7 +158,8 @@ class Trainer:
             steps=self.steps[site],
             pull_to=anchors,
         )
-        return trained_state(self.model), result.loss
+        loss = math.nan if result.loss is None else result.loss  # withheld only under privacy
+        return trained_state(self.model), loss
 
 
 __all__ = ["POOLED", "REGIMES", "SHARED", "Progress", "Regime", "Trainer", "start"]
