@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from icmoe.atomic import write_atomically
 from icmoe.config import Section
 from icmoe.errors import Fault, IcmoeError
-from icmoe.study import Study, canonical_json
+from icmoe.study import Study, canonical, canonical_json
 
 FOLDER = "approvals"
 
@@ -162,4 +162,5 @@ def _begins(approval: Approval, which: str) -> bool:
 
 def _keep(state: Path, approval: Approval) -> None:
     path = state / FOLDER / f"{approval.digest}.json"
-    write_atomically(path, approval.model_dump_json(indent=1).encode(), private=True)
+    values = {**approval.model_dump(mode="json"), "study": json.loads(canonical(approval.study))}  # what the digest is of
+    write_atomically(path, json.dumps(values, indent=1).encode(), private=True)
