@@ -8,12 +8,12 @@ what the peak resident set grew by. Features are random: the cost does not depen
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -144,7 +144,9 @@ def _now(device: torch.device) -> float:
 
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cpu":
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # Not ru_maxrss, which a new process takes over from the one that started it.
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
     return torch.cuda.max_memory_allocated(device)
 
 
