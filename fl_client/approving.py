@@ -24,8 +24,12 @@ from icmoe.study import Study, read_study
 
 LEAVES = (
     "trained tensors minus the round's global ones; number of slices rounded up to ten; share of pixels per expert; "
-    "mean loss; validation Dice and its number of patients; steps and seconds of training; the site's name"
+    "mean loss; validation Dice and its number of patients; steps and seconds of training; "
 )
+LEAVES_NOISED = (
+    "trained tensors minus the round's global ones and share of pixels per expert, both noised; constants of the study; "
+)
+LEAVES_ALWAYS = "the site's name; count and digest of its ledger and audit log"
 
 
 def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> None:
@@ -140,9 +144,17 @@ def _terms(study: Study) -> dict[str, str]:
         "quorum": f"{study.quorum} (the coordinator's word)",
         "deadline": f"{study.deadline_s:g} s per round; training that takes longer is ended",
         "bytes": f"{down:,} in and {up:,} out per round",
-        "what leaves": LEAVES,
+        "what leaves": _leaves(study),
         "test": "yes: the backbone may be untrained, results say nothing" if study.test_only else "no",
     }
+
+
+def _leaves(study: Study) -> str:
+    privacy = study.privacy.site
+    if privacy is None:
+        return LEAVES + LEAVES_ALWAYS
+    scores = "validation Dice and its number of patients, noised; " if privacy.scores == "noised" else ""
+    return LEAVES_NOISED + scores + LEAVES_ALWAYS
 
 
 def _privacy(study: Study) -> str:
