@@ -15,21 +15,22 @@ from rich.text import Text
 from fl_client.approval import approve, changes, read_approvals, withdraw
 from fl_client.audit import START, digests_of_round, read_log
 from fl_client.budget import budget_faults, prospect
+from fl_client.policy import epsilon_of
 from fl_client.site import SiteFile, read_named, records_of, site_data, study_faults
 from icmoe.bundle import bundle_digest, bundle_files
+from icmoe.data.slices import SiteData
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import global_state, update_of
 from icmoe.model import build_model
+from icmoe.privacy import patient_faults
 from icmoe.study import Study, read_study
+from icmoe.study_privacy import SitePrivacy
 
 LEAVES = (
     "trained tensors minus the round's global ones; number of slices rounded up to ten; share of pixels per expert; "
-    "mean loss; validation Dice and its number of patients; steps and seconds of training; "
+    "mean loss; validation Dice and its number of patients; steps and seconds of training; the site's name"
 )
-LEAVES_NOISED = (
-    "trained tensors minus the round's global ones and share of pixels per expert, both noised; constants of the study; "
-)
-LEAVES_ALWAYS = "the site's name; count and digest of its ledger and audit log"
+RECORDS = "; number and digest of the last entries of its ledger and audit log"
 
 
 def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> None:
@@ -49,8 +50,8 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
     Raises
     ------
     IcmoeError
-        2xx for the files, 212 and 319 where site file or policy exclude the study, 410, 411 and 417 where the budget does,
-        321 and 412 to 415 where the records are damaged.
+        2xx for the files, 212 and 319 where site file or policy exclude the study, 402 where the site's patients do not
+        fit its privacy, 410, 411 and 417 where the budget excludes it, 321 and 412 to 415 where the records are damaged.
     """
     settings = read_named(path, name)
     study = read_study(study_file)
@@ -140,38 +141,58 @@ def _terms(study: Study) -> dict[str, str]:
         "labels": labels,
         "backbone": f"{backbone.name} {backbone.digest[:12]}, {backbone.image_size} px",
         "privacy": _privacy(study),
-        "rounds": f"{study.rounds} of {study.training.local_epochs} passes over the training slices",
+        "rounds": f"{study.rounds} of {_work(study)}",
         "quorum": f"{study.quorum} (the coordinator's word)",
         "deadline": f"{study.deadline_s:g} s per round; training that takes longer is ended",
         "bytes": f"{down:,} in and {up:,} out per round",
-        "what leaves": _leaves(study),
+        "what leaves": (LEAVES if study.privacy.site is None else _leaves(study.privacy.site)) + RECORDS,
         "test": "yes: the backbone may be untrained, results say nothing" if study.test_only else "no",
     }
-
-
-def _leaves(study: Study) -> str:
-    privacy = study.privacy.site
-    if privacy is None:
-        return LEAVES + LEAVES_ALWAYS
-    scores = "validation Dice and its number of patients, noised; " if privacy.scores == "noised" else ""
-    return LEAVES_NOISED + scores + LEAVES_ALWAYS
 
 
 def _privacy(study: Study) -> str:
     privacy = study.privacy.site
     if privacy is None:
         return "no differential privacy: updates can leak about training data"
-    noise = f"epsilon {privacy.epsilon:g}" if privacy.epsilon is not None else f"noise {privacy.noise_multiplier:g}"
-    return f"{noise}, delta {privacy.delta:g}, per patient; scores {privacy.scores}; accountant {privacy.accountant}"
+    return (
+        f"epsilon {epsilon_of(study):.3g} for the whole study at delta {privacy.delta:g}; "
+        f"unit: the {privacy.unit} with all slices; adjacency: add or remove one patient; accountant: {privacy.accountant}; "
+        f"public number of patients {privacy.patients}, {privacy.sample_rate:g} of them per step"
+    )
+
+
+def _work(study: Study) -> str:
+    privacy = study.privacy.site
+    if privacy is None:
+        return f"{study.training.local_epochs} passes over the training slices"
+    return f"{privacy.steps} steps of {privacy.expected_batch:g} patients expected"
+
+
+def _leaves(privacy: SitePrivacy) -> str:
+    scores = "noised validation Dice and number of patients; " if privacy.scores == "noised" else ""
+    return (
+        "trained tensors minus the round's global ones and share of pixels per expert, both noised; "
+        f"{scores}the public number of patients; the number of steps; the site's name"
+    )
+
+
+def _require_patients(study: Study, data: SiteData | None) -> None:
+    privacy = study.privacy.site
+    if privacy is not None and data is not None:
+        patients = len({item.patient for item in data.of("train")})
+        if faults := patient_faults(privacy, patients):
+            raise IcmoeError(*faults)
 
 
 def _site_terms(path: Path, settings: SiteFile, study: Study) -> dict[str, str]:
     """Return with which data; where they have not been read yet, why."""
     try:
         data = site_data(path, settings, study)
-        used = f"{data.images_used} of {data.images_found} images used, {len(data.of('train'))} for training" if data else "none"
     except IcmoeError as error:
         used = f"not read yet ({error.faults[0]})"
+    else:
+        _require_patients(study, data)
+        used = f"{data.images_used} of {data.images_found} images used, {len(data.of('train'))} for training" if data else "none"
     limits = {key: value for key, value in settings.policy.model_dump().items() if value}
     policy = ", ".join(f"{key} = {value}" for key, value in limits.items())
     return {"data": used, "site's policy": policy}

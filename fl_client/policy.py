@@ -52,10 +52,13 @@ class Policy(Section):
 
 
 def epsilon_of(study: Study) -> float:
-    """Return the epsilon that a study declares or that its noise gives; infinite without privacy at the site."""
-    privacy = study.privacy.site
-    if privacy is not None and privacy.epsilon is not None:
-        return privacy.epsilon
+    """Return the epsilon of the whole study for each patient of the site; infinite without privacy at the site.
+
+    Raises
+    ------
+    IcmoeError
+        213 where Opacus is not installed, 403 where no noise keeps the study's target.
+    """
     return study_epsilon(study)
 
 
@@ -67,7 +70,7 @@ def policy_faults(policy: Policy, study: Study) -> list[Fault]:
     if policy.require_dp and study.privacy.site is None:
         faults.append(_fault(study, "study has no differential privacy", "none", "require_dp"))
     if policy.max_epsilon is not None and (epsilon := epsilon_of(study)) > policy.max_epsilon:
-        faults.append(_fault(study, "epsilon is above the site's", f"{epsilon:g}", f"at most {policy.max_epsilon:g}"))
+        faults.append(_fault(study, "epsilon is above the site's", f"{epsilon:.3g}", f"at most {policy.max_epsilon:g}"))
     foreign = [label.name for label in study.labels[1:] if policy.labels and label.name not in policy.labels]
     if foreign:
         faults.append(_fault(study, "label is not allowed", ", ".join(foreign), ", ".join(policy.labels)))

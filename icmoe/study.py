@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from icmoe.config import Section, parse, read_toml
 from icmoe.profiles import spelled_out
@@ -190,6 +190,14 @@ class Study(Section):
             raise ValueError("sam-vit-test only with test_only = true")
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_empty_privacy(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave an empty [privacy] out: such a study keeps the digest under which sites approved it before there was one."""
+        values: dict[str, Any] = write(self)
+        if self.privacy == Privacy():
+            values.pop("privacy", None)
+        return values
+
     @property
     def classes(self) -> int:
         """Number of classes K, the background counted."""
@@ -202,12 +210,8 @@ class Study(Section):
 
 
 def canonical(study: Study) -> str:
-    """Return the study as JSON with sorted keys, no white space and every default spelled out.
-
-    A study without privacy has no such section: it keeps the digest under which sites approved it before there was one.
-    """
-    without = {"privacy"} if study.privacy == Privacy() else None
-    return canonical_json(study.model_dump(mode="json", exclude=without))
+    """Return the study as JSON with sorted keys, no white space and every default but an empty [privacy] spelled out."""
+    return canonical_json(study.model_dump(mode="json"))
 
 
 def canonical_json(values: dict[str, Any]) -> str:

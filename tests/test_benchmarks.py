@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from simulations.benchmarks.federated_round import figures, ratio_interval, timings
+from simulations.benchmarks.private_step import BACK_ENDS, measure
 
 SCRIPT = Path(__file__).parents[1] / "simulations" / "benchmarks" / "training_step.py"
 
@@ -47,3 +48,10 @@ def test_rounds_are_timed_from_end_to_end_and_compared_by_their_medians() -> Non
     assert low <= ratio <= high
     found = figures(timings(rows), timings(rows))
     assert found["product"] == {"whole": 2500.0, "training": 500.0, "aggregation": 100.0, "rest": 1900.0} == found["bare"]
+
+
+def test_a_private_step_is_measured_beside_the_plain_one() -> None:
+    rows = measure(2, 1, 1, "cpu")
+    assert [row.what for row in rows] == list(BACK_ENDS)
+    assert (rows[0].time_ratio, rows[0].memory_ratio) == (1.0, 1.0)
+    assert all(row.seconds > 0.0 and row.time_ratio == pytest.approx(row.seconds / rows[0].seconds) for row in rows)

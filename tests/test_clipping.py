@@ -16,6 +16,7 @@ from icmoe import os_random
 from icmoe.clipping import clipped, clipped_sum, noised, usage_of
 from icmoe.patient_batches import Sample, draw_patients, draw_samples, grouped
 from icmoe.study_privacy import SitePrivacy
+from tests.private_data import correlation
 
 PRIVACY = SitePrivacy(noise_multiplier=1.5, delta=1e-3, patients=100, sample_rate=0.25, steps=4, clip_norm=2.0, usage_clip=0.5)
 VALUES = st.floats(-(2.0**100), 2.0**100, width=32)
@@ -79,7 +80,13 @@ def test_equal_seeds_do_not_give_equal_noise_and_steps_are_uncorrelated() -> Non
 
     first, second = noise(), noise()
     assert not torch.equal(first, second)
-    assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 0.09  # six standard errors
+    assert abs(correlation(first, second)) < 0.09  # six standard errors
+
+
+def test_the_same_noise_every_round_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("icmoe.clipping.gaussian", lambda count: np.random.default_rng(1).standard_normal(count))
+    first, second = (noised(torch.zeros(5000), PRIVACY, 1.5) for _ in range(2))
+    assert correlation(first, second) > 0.99
 
 
 def test_draws_come_from_the_kernel_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from icmoe.patient_batches import Sample
 from icmoe.patient_gradients import Objective, all_at_once, one_by_one
 from icmoe.privacy import noised_score, only_trained, patient_faults, private_round, private_sum
 from icmoe.training import anchor_of
-from tests.private_data import FeatureRows, settled
+from tests.private_data import FeatureRows, changes, settled, whole
 
 CPU = torch.device("cpu")
 SITE = {
@@ -81,12 +81,30 @@ def test_leaving_one_patient_out_changes_the_sum_by_at_most_the_sensitivity(back
 def test_in_one_batch_one_patient_changes_the_sum_by_at_most_the_sensitivity(back_end, make_study, make_features) -> None:
     study = make_study(privacy={"site": SITE}, **EVERY_TERM, **NO_NOISE)
     data = FeatureRows(study, make_features, [1, 3, 6, 2])
-    setting, everyone = study.privacy.site, each(data)
-    whole = private_sum(objective_of(study), data, everyone, setting, CPU, back_end)
-    for left_out in range(4):
-        rest = [sample for index, sample in enumerate(everyone) if index != left_out]
-        change = (whole - private_sum(objective_of(study), data, rest, setting, CPU, back_end)).double()
-        assert 0.9 * setting.clip_norm <= change.norm() <= setting.sensitivity * (1 + 1e-5)
+    found = changes(lambda: objective_of(study), data, study.privacy.site, back_end)
+    assert max(found) <= 1 + 1e-5
+    assert min(found) >= 0.8
+
+
+@pytest.mark.parametrize("broken", ["clipping is off", "slices are clipped while patients are promised"])
+def test_leaving_one_patient_out_finds_a_broken_step(broken, make_study, make_features, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = make_study(privacy={"site": SITE}, **EVERY_TERM, **NO_NOISE)
+    data = FeatureRows(study, make_features, [1, 3, 6, 2])
+    samples_of = whole
+    if broken == "clipping is off":
+        monkeypatch.setattr("icmoe.clipping.clipped", lambda vector_PX, bound: vector_PX)
+    else:
+        samples_of = lambda rows: [Sample((row,), (0,)) for row in rows]  # noqa: E731
+    found = changes(lambda: objective_of(study), data, study.privacy.site, one_by_one, samples_of)
+    assert max(found) > 1.5
+
+
+def test_opacus_hooks_refuse_the_model(study) -> None:
+    """Why the batched back end maps the gradient instead; where this changes, hooks are worth another look."""
+    from opacus import GradSampleModule
+
+    with pytest.raises(NotImplementedError, match="buffers"):
+        GradSampleModule(build_model(study, seed=1).train())
 
 
 def test_back_ends_agree_whatever_fits_into_memory(make_study, make_features) -> None:

@@ -35,6 +35,13 @@ def test_methods_differ_in_what_they_say_and_in_nothing_else(make_study) -> None
     assert studies["router-aware"].aggregation == base.aggregation
 
 
+def test_references_that_never_leave_a_site_have_no_privacy(make_study) -> None:
+    promise = {"site": {"epsilon": 3.0, "delta": 1e-2, "patients": 20, "sample_rate": 0.2, "steps": 10}}
+    base = make_study(privacy=promise)
+    assert study_for("fedavg", base, seed=5).privacy == base.privacy
+    assert study_for("local", base, seed=5).privacy.site is None
+
+
 def test_a_scenario_is_read_with_the_command_line_on_top(tmp_path: Path) -> None:
     path = tmp_path / "s.toml"
     path.write_text(
