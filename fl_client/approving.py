@@ -15,7 +15,7 @@ from rich.text import Text
 from fl_client.approval import approve, changes, read_approvals, withdraw
 from fl_client.audit import START, digests_of_round, read_log
 from fl_client.budget import budget_faults, prospect
-from fl_client.leaves import LEAVES
+from fl_client.leaves import LEAVES, RECORDS
 from fl_client.policy import epsilon_of
 from fl_client.site import SiteFile, read_named, records_of, site_data, study_faults
 from icmoe.bundle import bundle_digest, bundle_files
@@ -46,7 +46,7 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
     ------
     IcmoeError
         2xx for the files, 212 and 319 where site file or policy exclude the study, 402 where the site's patients do not
-        fit its privacy, 410, 411 and 417 where the budget does not, 321 and 412 to 415 where the records are damaged.
+        fit its privacy, 410, 411 and 417 where the budget excludes it, 321 and 412 to 415 where the records are damaged.
     """
     settings = read_named(path, name)
     study = read_study(study_file)
@@ -167,7 +167,7 @@ def _leaves(privacy: SitePrivacy) -> str:
     scores = "noised validation Dice and number of patients; " if privacy.scores == "noised" else ""
     return (
         "trained tensors minus the round's global ones and share of pixels per expert, both noised; "
-        f"{scores}the public number of patients; the number of steps; the site's name"
+        f"{scores}the public number of patients; the number of steps; {RECORDS}; the site's name"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from fl_client.ledger import Book, Entry, Releases
-from icmoe.accounting import Spending, epsilon, score_spending, study_epsilon, study_spending, training_spending
+from icmoe.accounting import Spending, epsilon, score_spending, study_spending, training_spending
 from icmoe.config import Section
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Study
@@ -132,16 +132,12 @@ def budget_faults(budget: Budget | None, book: Book, study: Study, *, patients: 
 
 def prospect(budget: Budget | None, book: Book, study: Study) -> str:
     """Return in words what a study would spend of the budget, for whoever approves it."""
-    if study.privacy.site is None:
+    if budget is None or study.privacy.site is None:
         return "none: nothing is promised to patients"
-    by_itself = f"epsilon {study_epsilon(study):.3g} at delta {study.privacy.site.delta:g} for the study by itself"
-    if budget is None:
-        return by_itself
     history = history_of(book.entries)
-    before = epsilon_of_history(budget, history)
-    after = epsilon_of_history(budget, [*history, *study_spending(study)])
-    limit = f"epsilon {budget.epsilon:g} at delta {budget.delta:g}"
-    return f"{by_itself}; of the budget, {limit}, {before:.3g} is spent, {after:.3g} after the study"
+    before, after = (epsilon_of_history(budget, [*history, *more]) for more in ((), study_spending(study)))
+    limit = f"epsilon {budget.epsilon:g} at delta {budget.delta:g} per patient, all studies together"
+    return f"{limit}: {before:.3g} is spent, {after:.3g} after this study"
 
 
 def releases_of(spending: Sequence[Spending] | None) -> Releases:

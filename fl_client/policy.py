@@ -52,16 +52,13 @@ class Policy(Section):
 
 
 def epsilon_of(study: Study) -> float:
-    """Return the whole study's epsilon for each patient, declared or from its noise; infinite without privacy at the site.
+    """Return the epsilon of the whole study for each patient of the site; infinite without privacy at the site.
 
     Raises
     ------
     IcmoeError
         213 where Opacus is not installed, 403 where the noise cannot be accounted for.
     """
-    privacy = study.privacy.site
-    if privacy is not None and privacy.epsilon is not None:
-        return privacy.epsilon
     return study_epsilon(study)
 
 

@@ -21,7 +21,7 @@ from icmoe.errors import CATALOGUE, Fault, print_faults
 from icmoe.exchange import CONFIG, NUMBERS
 from icmoe.receipts import EMPTY, LEDGER_KEY, RECEIPT_KEY, Head, head_of, receipt_of, receipt_text
 
-WENT_BACK = 418
+_WENT_BACK = 418
 _ERROR_CODE = 1000
 
 
@@ -96,10 +96,9 @@ class Receipted(Grid):
             return reply
         if behind(head, given):
             value = f"{head.count} entries" if head is not None else "no ledger"
-            print_faults(
-                [Fault(number=WENT_BACK, where=site, value=value, limit=f"at least {given.count}", did="Its answer was refused.")]
-            )
-            return Message(Error(_ERROR_CODE + WENT_BACK, f"ICM{WENT_BACK} {CATALOGUE[WENT_BACK].title}"), reply_to=asked)
+            did = "Its answer was refused."
+            print_faults([Fault(number=418, where=site, value=value, limit=f"at least {given.count}", did=did)])
+            return Message(Error(_ERROR_CODE + _WENT_BACK, f"ICM{_WENT_BACK} {CATALOGUE[_WENT_BACK].title}"), reply_to=asked)
         if head is not None:
             keep_receipt(self._folder, site, head)
         return reply

@@ -65,8 +65,8 @@ def ask(site: Participant, content: RecordDict, kind: str = "train") -> Message:
     return reply
 
 
-def request(study: Study, round_number: int = 1, **extra: object) -> RecordDict:
-    arrays = ArrayRecord({name: Array(t.numpy()) for name, t in global_state(build_model(study, seed=1)).items()})
+def request(study: Study, round_number: int = 1, seed: int = 1, **extra: object) -> RecordDict:
+    arrays = ArrayRecord({name: Array(t.numpy()) for name, t in global_state(build_model(study, seed=seed)).items()})
     return RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord({STUDY_KEY: study.digest, ROUND_KEY: round_number, **extra})})
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from test_client import ask, hospital, request, site
 
 from fl_client import local_round
@@ -15,8 +15,7 @@ from fl_client.audit import read_log
 from fl_client.finished import KEPT
 from fl_client.ledger import read_ledger
 from fl_client.participant import Participant
-from icmoe.exchange import ARRAYS, NUMBERS, UPDATE, global_state
-from icmoe.model import build_model
+from icmoe.exchange import NUMBERS, UPDATE
 
 __all__ = ["hospital", "site"]
 
@@ -40,12 +39,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rounds
 
 
-def content(site: Participant, number: int = 1, seed: int = 1, study: int = 0):
-    chosen = site.studies[study]
-    asked = request(chosen, number)
-    for name, tensor in global_state(build_model(chosen, seed=seed)).items():
-        asked[ARRAYS][name] = type(asked[ARRAYS][name])(tensor.numpy())
-    return asked
+def content(site: Participant, number: int = 1, seed: int = 1, study: int = 0) -> RecordDict:
+    return request(site.studies[study], number, seed)
 
 
 def sent(reply: Message) -> tuple[dict[str, bytes], dict[str, object]]:

@@ -95,7 +95,17 @@ def test_no_marker_is_in_logs_report_cache_update_or_on_the_wire(tmp_path: Path)
     assert len(wire) > 100_000, "the update itself is in the record"
     kept = [path for name in ("hospital", "home") for path in (tmp_path / name).rglob("*") if path.is_file()]
     names = {path.name for path in kept}
-    assert {"index.sqlite", "quality.json", "superlink.log", "supernode.log", "audit.jsonl", "state.db", model.name} <= names
+    assert {
+        "index.sqlite",
+        "quality.json",
+        "superlink.log",
+        "supernode.log",
+        "audit.jsonl",
+        "ledger.sqlite",
+        "Elm.receipt",
+        "state.db",
+        model.name,
+    } <= names
     assert any("cache" in path.parts for path in kept)
     for token in tokens:
         search(token, "what the commands print", said.encode())

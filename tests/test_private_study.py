@@ -12,8 +12,11 @@ from test_client import ask, command, hospital, number_of, request, site, write_
 from test_run_sim import RUN_SIM, environment, run
 
 from fl_client.approval import read_approvals
+from fl_client.budget import Budget
+from fl_client.ledger import read_ledger
 from fl_client.policy import Policy, policy_faults
 from fl_server.replies import parse_replies
+from icmoe.accounting import Spending, epsilon
 from icmoe.config import parse
 from icmoe.errors import IcmoeError
 from icmoe.exchange import CONFIG, NUMBERS, STUDY_KEY, UPDATE
@@ -22,6 +25,9 @@ from icmoe.study import Study, read_study
 
 __all__ = ["environment", "hospital", "site"]
 SITE = {"noise_multiplier": 2.0, "delta": 0.1, "patients": 4, "sample_rate": 0.5, "steps": 2, "accountant": "rdp"}
+
+
+BUDGET = '{epsilon = 1000.0, delta = 0.1, accountant = "rdp"}'
 
 
 def private_file(path: Path, make_study, **changes: object) -> Path:
@@ -103,7 +109,7 @@ def test_the_server_takes_what_a_private_site_sends_and_nothing_else(site, withh
 
 
 def test_approval_shows_epsilon_with_all_that_it_means(hospital: Path, make_study, tmp_path: Path) -> None:
-    path = write_site_file(tmp_path, hospital)
+    path = write_site_file(tmp_path, hospital, budget=BUDGET)
     shown = command(path, "approve", str(private_file(tmp_path / "study.toml", make_study)), "--yes")
     assert shown.exit_code == 0, shown.output + shown.stderr
     text = " ".join(shown.output.replace("│", " ").split())
@@ -116,13 +122,14 @@ def test_approval_shows_epsilon_with_all_that_it_means(hospital: Path, make_stud
         "public number of patients 4",
         "2 of 2 steps of 2 patients expected",
         "both noised",
+        "epsilon 1000 at delta 0.1 per patient, all studies together: 0 is spent",
     ):
         assert said in text, text
     assert "mean loss" not in text
 
 
 def test_approval_is_refused_where_the_patients_do_not_fit(hospital: Path, make_study, tmp_path: Path) -> None:
-    path = write_site_file(tmp_path, hospital)
+    path = write_site_file(tmp_path, hospital, budget=BUDGET)
     done = command(path, "approve", str(private_file(tmp_path / "study.toml", make_study, patients=8)), "--yes")
     assert done.exit_code == 1
     assert "ICM402" in done.stderr
@@ -202,3 +209,50 @@ def test_the_evidence_asks_for_what_its_table_says() -> None:
     assert len(set(keys)) == len(keys) == 2 * (4 * 3 + 3)
     runs = [Run(100, 8.0, "base", seed, 0.1 * seed, 7.9, 3.5, 60.0, 800.0) for seed in (1, 2, 3)]
     assert table_of(runs).row_count == 1
+
+
+@pytest.mark.parametrize(("budget", "number"), [("", 410), ('{epsilon = 0.5, delta = 0.1, accountant = "rdp"}', 411)])
+def test_approval_is_refused_where_the_budget_does_not_allow_it(
+    budget: str, number: int, hospital: Path, make_study, tmp_path: Path
+) -> None:
+    path = write_site_file(tmp_path, hospital, **({"budget": budget} if budget else {}))
+    done = command(path, "approve", str(private_file(tmp_path / "study.toml", make_study)), "--yes")
+    assert (done.exit_code, f"ICM{number}" in done.stderr) == (1, True)
+    assert read_approvals(tmp_path / "state") == ()
+
+
+def test_a_study_without_privacy_is_not_approved_where_there_is_a_budget(hospital: Path, make_study, tmp_path: Path) -> None:
+    path = write_site_file(tmp_path, hospital, budget=BUDGET)
+    done = command(path, "approve", str(write_study_file(tmp_path / "study.toml", make_study())), "--yes")
+    assert (done.exit_code, "ICM417" in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "budget", ["{epsilon = 0.0, delta = 0.1}", "{epsilon = -1.0, delta = 0.1}", "{epsilon = 1.0, delta = 1.0}"]
+)
+def test_a_budget_that_is_none_is_refused_by_number(budget: str, hospital: Path, tmp_path: Path) -> None:
+    done = command(write_site_file(tmp_path, hospital, budget=budget), "ledger")
+    assert (done.exit_code, "ICM202" in done.stderr) == (1, True)
+
+
+def test_a_private_round_is_paid_for_before_and_refused_when_the_budget_is_used_up(site, withheld: Study, tmp_path: Path) -> None:
+    one = epsilon([Spending(2.0, 0.5, 2)], delta=0.1, accountant="rdp")
+    whole = epsilon([Spending(2.0, 0.5, 4)], delta=0.1, accountant="rdp")
+    audited = replace(site, studies=(withheld,), audited=True, state_folder=tmp_path / "state")
+    for budget, number in ((None, 410), (Budget(epsilon=0.5 * (one + whole), delta=0.1, accountant="rdp"), 411)):
+        assert number_of(ask(replace(audited, budget=budget), request(withheld))) == number
+    paying = replace(audited, budget=Budget(epsilon=whole, delta=0.1, accountant="rdp"))
+    replies = [ask(paying, request(withheld, number)) for number in (1, 2, 2)]
+    assert [reply.has_content() for reply in replies] == [True, True, True]
+    assert all(replies[2].content[UPDATE][name].data == array.data for name, array in replies[1].content[UPDATE].items())
+    assert number_of(ask(paying, request(withheld, 2, seed=2))) == 411  # another model is another round
+    assert number_of(ask(replace(paying, budget=None), request(withheld, 1, seed=2))) == 410
+    assert [entry.releases for entry in read_ledger(paying.state_folder, "Alder").entries] == [((2.0, 0.5, 2),)] * 2
+
+
+def test_what_mixes_samples_or_lacks_patients_is_refused_before_anything_is_spent(site, make_study, tmp_path: Path) -> None:
+    study = make_study(privacy={"site": {**SITE, "patients": 8}})
+    budget = Budget(epsilon=1000.0, delta=0.1, accountant="rdp")
+    audited = replace(site, studies=(study,), audited=True, state_folder=tmp_path / "state", budget=budget)
+    assert number_of(ask(audited, request(study))) == 402
+    assert read_ledger(audited.state_folder, "Alder").entries == ()
