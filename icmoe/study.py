@@ -23,6 +23,15 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 BackboneName = Literal["lite-medsam", "sam-vit-b", "sam-vit-l", "sam-vit-h", "sam-vit-test"]
 View = Literal["identity", "flip", "dark", "bright"]
 ServerOptimizer = Literal["none", "adam", "yogi"]
+RobustRule = Literal["none", "trimmed-mean", "median", "multi-krum", "bulyan"]
+# Sites that each rule needs for f malicious ones, as factor of f and constant.
+_ROBUST: dict[str, tuple[int, int]] = {
+    "none": (0, 1),
+    "trimmed-mean": (2, 1),
+    "median": (2, 1),
+    "multi-krum": (2, 3),
+    "bulyan": (4, 3),
+}
 
 
 class Label(Section):
@@ -144,10 +153,22 @@ class Aggregation(Section):
     """Adaptive server optimiser (Reddi et al., arXiv 2003.00295)."""
     server_learning_rate: Annotated[float, Field(gt=0.0, le=10.0)] = 0.01
     """eta of the adaptive server optimiser; unused for "none"."""
+    robust: RobustRule = "none"
+    """Rule that bears malicious sites, applied to each expert and to the rest by itself, in place of the mean."""
+    malicious_sites: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Sites that the robust rule bears; unused for "none"."""
+
+    @property
+    def least_sites(self) -> int:
+        """Updates that the robust rule needs."""
+        factor, more = _ROBUST[self.robust]
+        return factor * self.malicious_sites + more
 
     @model_validator(mode="after")
     def _sums_know_no_single_site(self) -> Aggregation:
         if self.form == "sums":
+            if self.robust != "none":
+                raise ValueError('form = "sums" shows no single update, which robust needs')
             if self.cap < 1.0 or (self.starved == "plain" and self.min_contributors > 1):
                 raise ValueError('form = "sums" needs cap = 1.0 and starved = "keep": nobody sees one site\'s share')
             if self.usage_exponent != 1.0 and (self.shrinkage or self.balance_step > 0.0):
@@ -225,6 +246,16 @@ class Study(Section):
             raise ValueError(f"[privacy.server] needs {wanted}: nothing may depend on the sites together")
         return self
 
+    @model_validator(mode="after")
+    def _robust_rule_has_its_sites(self) -> Study:
+        rule = self.aggregation
+        if rule.robust != "none" and self.quorum < rule.least_sites:
+            what = f'robust = "{rule.robust}" with malicious_sites = {rule.malicious_sites}'
+            raise ValueError(f"{what} needs a quorum of {rule.least_sites}")
+        if rule.robust != "none" and self.privacy.server is not None:
+            raise ValueError("either [privacy.server] or aggregation.robust: a robust rule compares the sites")
+        return self
+
     @property
     def classes(self) -> int:
         """Number of classes K, the background counted."""
@@ -237,7 +268,7 @@ class Study(Section):
 
 
 # What came after the first studies were approved, by the section that holds it; "" is the study itself.
-_LATER = {"": ("privacy", "guard", "retries"), "aggregation": ("form", "largest_size")}
+_LATER = {"": ("privacy", "guard", "retries"), "aggregation": ("form", "largest_size", "robust", "malicious_sites")}
 
 
 def canonical(study: Study) -> str:
