@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping
 
@@ -19,45 +18,35 @@ from flwr.clientapp import ClientApp
 
 from fl_client.audit import record
 from fl_client.incoming import accept
+from fl_client.local_round import size_of, train_here, validation_numbers
 from fl_client.participant import Participant, site_from_environment
 from fl_client.personal import keep_personal, with_personal
 from fl_client.watchdog import START_S, end_after, end_with_parent
-from icmoe.dataset import TrainingSet
 from icmoe.errors import CATALOGUE, Fault, IcmoeError
-from icmoe.evaluation import score_slices
 from icmoe.exchange import (
     ARRAYS,
     CONFIG,
-    DICE_KEY,
-    LOSS_KEY,
     NUMBERS,
-    PATIENTS_KEY,
     ROUND_KEY,
-    SECONDS_KEY,
     SITE_KEY,
     SLICES_KEY,
-    STEPS_KEY,
     STUDY_KEY,
     SUMMARY_KEY,
     UPDATE,
-    USAGE_KEY,
     State,
-    announced_size,
     global_state,
     load_state,
     state_digest,
     update_of,
 )
 from icmoe.model import ICMoE, build_model
-from icmoe.study import Study, derived_seed
+from icmoe.study import Study
 from icmoe.summary import summarise
-from icmoe.training import train_round
 
 log = logging.getLogger("fl_client")
 
 Answer = Callable[[Message, Context], Message]
 SiteOf = Callable[[Context, str], Participant]
-Numbers = dict[str, int | float | list[int] | list[float]]
 
 ERROR_CODE = 1000
 
@@ -82,15 +71,18 @@ def make_client_app(site_of: SiteOf) -> ClientApp:
 def introduce(site_of: SiteOf, message: Message, context: Context) -> Message:
     """Answer with the site's name and announced size. The name is for people: the server knows it by the node's key."""
     site, study, _ = _request(site_of, message, context, records={CONFIG}, keys={STUDY_KEY})
-    answer: dict[str, str | int] = {SITE_KEY: site.name, SLICES_KEY: announced_size(len(site.train), exact=site.exact_counts)}
+    answer: dict[str, str | int] = {SITE_KEY: site.name, SLICES_KEY: size_of(site, study)}
     _note_sent(site, study, "query", 0, answer)
     return Message(RecordDict({CONFIG: ConfigRecord({**answer})}), reply_to=message)
 
 
 def describe(site_of: SiteOf, message: Message, context: Context) -> Message:
-    """Answer with the summary of the site's training images, or decline by number 214 where the site file does not allow it."""
+    """Answer with the summary of the site's training images, or decline by number 214.
+
+    It is declined where the site file does not allow it, and under privacy at the site, whose budget does not know it.
+    """
     site, study, _ = _request(site_of, message, context, records={CONFIG}, keys={STUDY_KEY})
-    if not site.share_summary:
+    if not site.share_summary or study.privacy.site is not None:
         raise IcmoeError(Fault(number=214, where=site.name, did="Nothing was sent."))
     answer: dict[str, str | int] = {SUMMARY_KEY: summarise(site.train, study.classes).text()}
     _note_sent(site, study, "query", 0, answer)
@@ -102,27 +94,11 @@ def train(site_of: SiteOf, message: Message, context: Context) -> Message:
     site, study, round_number = _request(site_of, message, context, records={ARRAYS, CONFIG}, keys={STUDY_KEY, ROUND_KEY})
     start = _incoming(message)
     model = _model(site, study, start, "train", round_number)
-    numbers = _validation(site, study, model)
-    data = TrainingSet(site.train, study, site.cache(study))
-    result = train_round(
-        model,
-        data,
-        study,
-        round_number=round_number,
-        seed=derived_seed(study, "train", site.name, round_number),
-        device=site.torch_device(),
-        steps=site.steps_per_round,
-    )
+    numbers = validation_numbers(site, study, model)
+    numbers |= train_here(site, study, model, round_number)
     trained = global_state(model)
     keep_personal(trained, site.state_folder, study, site.name, round_number)
     update = update_of(model, start, personal=study.aggregation.personal, shape=study.model)
-    numbers |= {
-        SLICES_KEY: announced_size(len(site.train), exact=site.exact_counts),
-        USAGE_KEY: list(result.usage_M),
-        LOSS_KEY: result.loss,
-        STEPS_KEY: result.steps,
-        SECONDS_KEY: result.train_s,
-    }
     arrays = ArrayRecord({name: Array(tensor.numpy()) for name, tensor in update.items()})
     _note_sent(site, study, "train", round_number, numbers, digest=state_digest(update))
     return Message(RecordDict({UPDATE: arrays, NUMBERS: MetricRecord(numbers)}), reply_to=message)
@@ -131,7 +107,7 @@ def train(site_of: SiteOf, message: Message, context: Context) -> Message:
 def evaluate(site_of: SiteOf, message: Message, context: Context) -> Message:
     """Score the incoming model on the site's validation patients."""
     site, study, round_number = _request(site_of, message, context, records={ARRAYS, CONFIG}, keys={STUDY_KEY, ROUND_KEY})
-    numbers = _validation(site, study, _model(site, study, _incoming(message), "evaluate", round_number))
+    numbers = validation_numbers(site, study, _model(site, study, _incoming(message), "evaluate", round_number))
     _note_sent(site, study, "evaluate", round_number, numbers)
     return Message(RecordDict({NUMBERS: MetricRecord(numbers)}), reply_to=message)
 
@@ -179,12 +155,6 @@ def _note_sent(
     if site.audited:
         about = {"study": study.digest, "name": study.name, "kind": kind, "round": round_number}
         record(site.state_folder, "sent", {**about, "digest": digest, "numbers": dict(numbers)})
-
-
-def _validation(site: Participant, study: Study, model: ICMoE) -> Numbers:
-    scores = score_slices(model, site.val, study.labels, site.cache(study), site.torch_device(), surfaces=False)
-    dice = math.fsum(score.dice for score in scores) / len(scores) if scores else 0.0
-    return {DICE_KEY: dice, PATIENTS_KEY: len(scores)}
 
 
 def _numbers_only(answer: Answer) -> Answer:

@@ -17,10 +17,13 @@ from fl_client.audit import START, digests_of_round, read_log, record
 from fl_client.policy import epsilon_of
 from fl_client.site import SiteFile, read_named, site_data, study_faults
 from icmoe.bundle import bundle_digest, bundle_files
+from icmoe.data.slices import SiteData
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import global_state, update_of
 from icmoe.model import build_model
+from icmoe.privacy import patient_faults
 from icmoe.study import Study, read_study
+from icmoe.study_privacy import SitePrivacy
 
 LEAVES = (
     "trained tensors minus the round's global ones; number of slices rounded up to ten; share of pixels per expert; "
@@ -45,7 +48,8 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
     Raises
     ------
     IcmoeError
-        2xx for the files, 212 and 319 where site file or policy exclude the study, 321 where the records are damaged.
+        2xx for the files, 212 and 319 where site file or policy exclude the study, 402 where the site's patients do not
+        fit its privacy, 321 where the records are damaged.
     """
     settings = read_named(path, name)
     study = read_study(study_file)
@@ -131,23 +135,59 @@ def _terms(study: Study) -> dict[str, str]:
     return {
         "labels": labels,
         "backbone": f"{backbone.name} {backbone.digest[:12]}, {backbone.image_size} px",
-        "privacy": "no differential privacy: updates can leak about training data" if epsilon_of(study) == float("inf") else "",
-        "rounds": f"{study.rounds} of {study.training.local_epochs} passes over the training slices",
+        "privacy": _privacy(study),
+        "rounds": f"{study.rounds} of {_work(study)}",
         "quorum": f"{study.quorum} (the coordinator's word)",
         "deadline": f"{study.deadline_s:g} s per round; training that takes longer is ended",
         "bytes": f"{down:,} in and {up:,} out per round",
-        "what leaves": LEAVES,
+        "what leaves": LEAVES if study.privacy.site is None else _leaves(study.privacy.site),
         "test": "yes: the backbone may be untrained, results say nothing" if study.test_only else "no",
     }
+
+
+def _privacy(study: Study) -> str:
+    privacy = study.privacy.site
+    if privacy is None:
+        return "no differential privacy: updates can leak about training data"
+    return (
+        f"epsilon {epsilon_of(study):.3g} for the whole study at delta {privacy.delta:g}; "
+        f"unit: the {privacy.unit} with all slices; adjacency: add or remove one patient; accountant: {privacy.accountant}; "
+        f"public number of patients {privacy.patients}, {privacy.sample_rate:g} of them per step"
+    )
+
+
+def _work(study: Study) -> str:
+    privacy = study.privacy.site
+    if privacy is None:
+        return f"{study.training.local_epochs} passes over the training slices"
+    return f"{privacy.steps} steps of {privacy.expected_batch:g} patients expected"
+
+
+def _leaves(privacy: SitePrivacy) -> str:
+    scores = "noised validation Dice and number of patients; " if privacy.scores == "noised" else ""
+    return (
+        "trained tensors minus the round's global ones and share of pixels per expert, both noised; "
+        f"{scores}the public number of patients; the number of steps; the site's name"
+    )
+
+
+def _require_patients(study: Study, data: SiteData | None) -> None:
+    privacy = study.privacy.site
+    if privacy is not None and data is not None:
+        patients = len({item.patient for item in data.of("train")})
+        if faults := patient_faults(privacy, patients):
+            raise IcmoeError(*faults)
 
 
 def _site_terms(path: Path, settings: SiteFile, study: Study) -> dict[str, str]:
     """Return with which data; where they have not been read yet, why."""
     try:
         data = site_data(path, settings, study)
-        used = f"{data.images_used} of {data.images_found} images used, {len(data.of('train'))} for training" if data else "none"
     except IcmoeError as error:
         used = f"not read yet ({error.faults[0]})"
+    else:
+        _require_patients(study, data)
+        used = f"{data.images_used} of {data.images_found} images used, {len(data.of('train'))} for training" if data else "none"
     limits = {key: value for key, value in settings.policy.model_dump().items() if value}
     policy = ", ".join(f"{key} = {value}" for key, value in limits.items())
     return {"data": used, "site's policy": policy}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from datetime import datetime, time
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, field_validator
 
+from icmoe.accounting import study_epsilon
 from icmoe.config import Section
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Study
@@ -47,9 +47,14 @@ class Policy(Section):
 
 
 def epsilon_of(study: Study) -> float:
-    """Return the epsilon that a study declares: infinite, since schema 1 has no differential privacy."""
-    del study
-    return math.inf
+    """Return the epsilon of the whole study for each patient of the site; infinite without privacy at the site.
+
+    Raises
+    ------
+    IcmoeError
+        213 where Opacus is not installed, 403 where no noise keeps the study's target.
+    """
+    return study_epsilon(study)
 
 
 def policy_faults(policy: Policy, study: Study) -> list[Fault]:
@@ -57,11 +62,10 @@ def policy_faults(policy: Policy, study: Study) -> list[Fault]:
     faults = []
     if study.quorum < policy.min_quorum:
         faults.append(_fault(study, "quorum is below the site's", str(study.quorum), f"at least {policy.min_quorum}"))
-    epsilon = epsilon_of(study)
-    if policy.require_dp and math.isinf(epsilon):
+    if policy.require_dp and study.privacy.site is None:
         faults.append(_fault(study, "study has no differential privacy", "none", "require_dp"))
-    if policy.max_epsilon is not None and epsilon > policy.max_epsilon:
-        faults.append(_fault(study, "epsilon is above the site's", str(epsilon), f"at most {policy.max_epsilon:g}"))
+    if policy.max_epsilon is not None and (epsilon := epsilon_of(study)) > policy.max_epsilon:
+        faults.append(_fault(study, "epsilon is above the site's", f"{epsilon:.3g}", f"at most {policy.max_epsilon:g}"))
     foreign = [label.name for label in study.labels[1:] if policy.labels and label.name not in policy.labels]
     if foreign:
         faults.append(_fault(study, "label is not allowed", ", ".join(foreign), ", ".join(policy.labels)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from icmoe.errors import CATALOGUE, Fault
 from icmoe.exchange import LOSS_KEY, NUMBERS, SECONDS_KEY, SLICES_KEY, STEPS_KEY, UPDATE, USAGE_KEY, is_personal
 from icmoe.study import Study
+from icmoe.study_privacy import SitePrivacy
 
 SIMPLEX_TOLERANCE = 1e-3
 
@@ -31,11 +32,11 @@ class Update:
     usage_M
         On the simplex; empty without experts.
     loss
-        Mean training loss.
+        Mean training loss; None where privacy at the site withholds it.
     steps
         Training steps.
     train_s
-        Seconds of training.
+        Seconds of training; None where privacy at the site withholds them.
     size_bytes
         Bytes of the tensors as sent.
     tensors
@@ -45,15 +46,24 @@ class Update:
     site: str
     size: int
     usage_M: tuple[float, ...]
-    loss: float
+    loss: float | None
     steps: int
-    train_s: float
+    train_s: float | None
     size_bytes: int
     tensors: Mapping[str, npt.NDArray[np.float32]]
 
     def without_tensors(self) -> Update:
         """Return the numbers alone, for the record."""
         return replace(self, tensors={})
+
+
+def mean_loss(updates: Sequence[Update]) -> float | None:
+    """Return the mean training loss, each site by its size; None where a site withholds it."""
+    losses = [update.loss for update in updates if update.loss is not None]
+    if len(losses) < len(updates) or not updates:
+        return None
+    size_S = np.array([update.size for update in updates], dtype=np.float64)
+    return float(size_S @ np.array(losses) / size_S.sum())
 
 
 class Refusal(Exception):
@@ -130,16 +140,27 @@ def parse_update(reply: Message, site: str, study: Study, current: Mapping[str, 
     arrays, numbers = content[UPDATE], content[NUMBERS]
     if not isinstance(arrays, ArrayRecord) or not isinstance(numbers, MetricRecord):
         raise Refusal("its records have another type", f"{type(arrays).__name__} and {type(numbers).__name__}")
+    privacy = study.privacy.site
+    if privacy is not None:
+        _require_private(numbers, privacy)
     return Update(
         site=site,
         size=_whole(numbers, SLICES_KEY),
         usage_M=_usage(numbers, study.model.experts),
-        loss=_number(numbers, LOSS_KEY),
+        loss=_number(numbers, LOSS_KEY) if privacy is None else None,
         steps=_whole(numbers, STEPS_KEY),
-        train_s=_number(numbers, SECONDS_KEY),
+        train_s=_number(numbers, SECONDS_KEY) if privacy is None else None,
         size_bytes=sum(len(array.data) for array in arrays.values()),
         tensors=_tensors(arrays, study, current),
     )
+
+
+def _require_private(numbers: MetricRecord, privacy: SitePrivacy) -> None:
+    """Refuse what a site under privacy would not have sent: it did not follow the study."""
+    if withheld := sorted({LOSS_KEY, SECONDS_KEY} & set(numbers)):
+        raise Refusal("it tells what a private study withholds", ", ".join(withheld), "nothing of it")
+    if numbers.get(SLICES_KEY) != privacy.patients:
+        raise Refusal("its size is not the study's public one", repr(numbers.get(SLICES_KEY))[:40], str(privacy.patients))
 
 
 def _tensors(

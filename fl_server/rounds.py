@@ -12,11 +12,11 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from fl_server.exchanging import ask
+from fl_server.replies import mean_loss
 from fl_server.roster import await_online, online
 from fl_server.round_strategy import RoundReport, RoundStrategy, Tensors, unheard
 from fl_server.run_state import RoundRecord, RunState
@@ -273,12 +273,10 @@ def round_record(number: int, report: RoundReport, study: Study, outcome: Outcom
             expert: dict(zip(names, report.weights.share_SM[:, index].tolist(), strict=True))
             for index, expert in enumerate(experts)
         }
-    sizes = np.array([update.size for update in report.updates], dtype=np.float64)
-    losses = np.array([update.loss for update in report.updates])
     return {
         "round": number,
         "sites": sites,
-        LOSS_KEY: float(sizes @ losses / sizes.sum()),
+        LOSS_KEY: mean_loss(report.updates),
         "val_dice": None,
         "usage_spread": report.spread,
         "expert_weights": shares,

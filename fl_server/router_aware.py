@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fl_server.replies import Update, parse_replies
+from fl_server.replies import Update, mean_loss, parse_replies
 from fl_server.round_strategy import RoundReport, State, Tensors
 from fl_server.weights import balance_step, expert_weights, plain_share
 from icmoe.exchange import (
@@ -94,9 +94,8 @@ class RouterAware(Strategy):
         if not updates:
             return None, None
         moved = self._moved(updates)
-        size_S = np.array([update.size for update in updates], dtype=np.float64)
-        loss = float(plain_share(size_S) @ np.array([update.loss for update in updates]))
-        return ArrayRecord({name: Array(tensor) for name, tensor in moved.items()}), MetricRecord({LOSS_KEY: loss})
+        metrics = MetricRecord() if (loss := mean_loss(updates)) is None else MetricRecord({LOSS_KEY: loss})
+        return ArrayRecord({name: Array(tensor) for name, tensor in moved.items()}), metrics
 
     def _moved(self, updates: Sequence[Update]) -> Tensors:
         """Return the global tensors after the round; at least one update."""

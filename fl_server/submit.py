@@ -211,9 +211,8 @@ def _completed(home: Home, folder: StudyFolder) -> bool:
 def sentence(record: RoundRecord, study: Study) -> str:
     """Return a round in one line: sites used of those found, loss, who was missing."""
     used, missing = sorted(record["sites"]), sorted({fault["where"] for fault in record["faults"]} - set(record["sites"]))
-    line = (
-        f"round {record['round']} of {study.rounds}: {len(used)} of {len(used) + len(missing)} sites, loss {record['loss']:.4f}"
-    )
+    loss = "loss withheld" if record["loss"] is None else f"loss {record['loss']:.4f}"
+    line = f"round {record['round']} of {study.rounds}: {len(used)} of {len(used) + len(missing)} sites, {loss}"
     line += f"; without {', '.join(missing)}" if missing else ""
     return line + (f"; {spending_sentence(record['privacy'])}" if record.get("privacy") else "")
 

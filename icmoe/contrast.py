@@ -87,7 +87,7 @@ def semantic_contrast(
     guide_BAC = F.normalize(frozen_BAC, dim=2)
     similar_BAA = (guide_BAC @ guide_BAC.transpose(1, 2)).clamp(min=0.0)
     same_BAA = (class_BA[:, :, None] == class_BA[:, None]) & usable_BAA
-    own_BAK = F.one_hot(class_BA, classes).to(z_BDN.dtype)
+    own_BAK = _one_hot(class_BA, classes).to(z_BDN.dtype)
     weight_BAX = torch.cat([similar_BAA * same_BAA, own_BAK], dim=2)
     # A masked pair has log share -inf and weight 0; their product must be 0, not nan.
     gain_BA = (weight_BAX * log_share_BAX.masked_fill(weight_BAX == 0, 0.0)).sum(dim=2) / weight_BAX.sum(dim=2)
@@ -109,9 +109,14 @@ def prototype_pull(z_BDN: Tensor, class_BN: Tensor, prototypes_KD: Tensor) -> Te
         Normalised class prototypes, trained.
     """
     classes = prototypes_KD.shape[0]
-    member_BKN = F.one_hot(class_BN, classes).transpose(1, 2).to(z_BDN.dtype)
+    member_BKN = _one_hot(class_BN, classes).transpose(1, 2).to(z_BDN.dtype)
     count_BK1 = member_BKN.sum(dim=2, keepdim=True)
     mean_BKD = (member_BKN / count_BK1.clamp(min=1)) @ z_BDN.detach().transpose(1, 2)
     log_BKK = (F.normalize(mean_BKD, dim=2) @ prototypes_KD.T / TEMPERATURE).log_softmax(dim=2)
     present_BK = count_BK1.squeeze(2) > 0
     return -(log_BKK.diagonal(dim1=1, dim2=2) * present_BK).sum(dim=1) / present_BK.sum(dim=1)
+
+
+def _one_hot(class_BX: Tensor, classes: int) -> Tensor:
+    """Return whether each class is meant, B X K; unlike `F.one_hot` it can be mapped over samples."""
+    return class_BX[..., None] == torch.arange(classes, device=class_BX.device)

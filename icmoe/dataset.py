@@ -46,6 +46,10 @@ class TrainingSet:
         slices = sorted(slices, key=lambda item: item.image_digest)
         self.views = study.training.views
         self.batch_size = min(study.training.batch_size, len(slices))
+        by_patient: dict[tuple[str, str], list[int]] = {}
+        for row, item in enumerate(slices):
+            by_patient.setdefault((item.site, item.patient), []).append(row)
+        self.rows_of_patients = list(by_patient.values())
         self._cache = cache
         self._keys = [[cache.key(item.image_digest, view) for view in self.views] for item in slices]
         side = 2 * grid_of(study.backbone)
@@ -73,9 +77,9 @@ class TrainingSet:
         """
         draws = self._draws(steps, seed)
         with ThreadPoolExecutor(1, thread_name_prefix="features") as reader:
-            pending = [reader.submit(self._read, *draw, device) for draw in draws[:1]]
+            pending = [reader.submit(self.read, *draw, device) for draw in draws[:1]]
             for draw in draws[1:]:
-                pending.append(reader.submit(self._read, *draw, device))
+                pending.append(reader.submit(self.read, *draw, device))
                 yield pending.pop(0).result()
             if pending:
                 yield pending.pop().result()
@@ -89,7 +93,8 @@ class TrainingSet:
         cut = range(0, wanted, self.batch_size)
         return [(order[at : at + self.batch_size].tolist(), views[at : at + self.batch_size].tolist()) for at in cut]
 
-    def _read(self, rows: list[int], views: list[int], device: torch.device) -> Batch:
+    def read(self, rows: Sequence[int], views: Sequence[int], device: torch.device) -> Batch:
+        """Return the given views of the given slices, in this order, on `device`."""
         features = self._cache.load([self._keys[row][view] for row, view in zip(rows, views, strict=True)])
         targets = [view_target(self._target_NKhw[row], self.views[view]) for row, view in zip(rows, views, strict=True)]
         return to_device(Batch(features, torch.stack(targets)), device)

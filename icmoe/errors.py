@@ -135,7 +135,11 @@ CATALOGUE: dict[int, Entry] = {
     331: Entry("site is not the one registered with its key", "Name the site in its site file as it was admitted."),
     332: Entry("site is not connected", "Ask the hospital to look at fl_client --site NAME."),
     401: Entry("frozen backbone changed during training", "Do not use the result; report the case with the two digests."),
+    402: Entry(
+        "site's patients do not fit the study's privacy", "Agree on other constants under [privacy.site], or leave the site out."
+    ),
     403: Entry("no noise keeps the study's epsilon", "Allow more epsilon, or fewer steps and rounds."),
+    404: Entry("part of the model or of the loss mixes samples", "Leave it out: clipping each patient would promise nothing."),
     420: Entry("study's privacy budget at the server would be crossed", "Give fewer rounds, more noise or a larger epsilon."),
     421: Entry("noise on the count is too small for the study's noise", "Raise count_noise, or leave out clip_quantile."),
     501: Entry("no site delivered a usable update", "Look at the sites' errors; the global model was kept."),

@@ -11,9 +11,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from icmoe.config import Section, parse, read_toml
+from icmoe.profiles import spelled_out
 from icmoe.study_privacy import Privacy
 
 Count = Annotated[int, Field(ge=0, le=64)]
@@ -124,6 +125,12 @@ class Training(Section):
     """Fixed views of each image that are encoded; one is drawn per step."""
 
 
+def _written(section: Section, values: dict[str, Any], *, later: tuple[str, ...]) -> dict[str, Any]:
+    """Leave later additions out where they have their defaults: a study keeps the digest under which sites approved it."""
+    defaults = {key: type(section).model_fields[key].default for key in later}
+    return {key: value for key, value in values.items() if key not in later or getattr(section, key) != defaults[key]}
+
+
 class Aggregation(Section):
     """Router-aware FedAvg; `usage_exponent = 0` is FedAvg."""
 
@@ -163,6 +170,10 @@ class Aggregation(Section):
         """Updates that the robust rule needs."""
         factor, more = _ROBUST[self.robust]
         return factor * self.malicious_sites + more
+
+    @model_serializer(mode="wrap")
+    def _without_later_additions(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _written(self, write(self), later=("form", "largest_size", "robust", "malicious_sites"))
 
     @model_validator(mode="after")
     def _sums_know_no_single_site(self) -> Aggregation:
@@ -256,6 +267,10 @@ class Study(Section):
             raise ValueError("either [privacy.server] or aggregation.robust: a robust rule compares the sites")
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_later_additions(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _written(self, write(self), later=("privacy", "guard", "retries"))
+
     @property
     def classes(self) -> int:
         """Number of classes K, the background counted."""
@@ -267,22 +282,9 @@ class Study(Section):
         return hashlib.sha256(canonical(self).encode()).hexdigest()
 
 
-# What came after the first studies were approved, by the section that holds it; "" is the study itself.
-_LATER = {"": ("privacy", "guard", "retries"), "aggregation": ("form", "largest_size", "robust", "malicious_sites")}
-
-
 def canonical(study: Study) -> str:
-    """Return the study as JSON with sorted keys, no white space and every default spelled out.
-
-    A later addition is left out where it has its default: a study keeps the digest under which sites approved it before.
-    """
-    values = study.model_dump(mode="json")
-    for section, keys in _LATER.items():
-        part, about = (values[section], getattr(study, section)) if section else (values, study)
-        for key in keys:
-            if getattr(about, key) == type(about).model_fields[key].default:
-                del part[key]
-    return canonical_json(values)
+    """Return the study as JSON with sorted keys, no white space and every default but those of later additions spelled out."""
+    return canonical_json(study.model_dump(mode="json"))
 
 
 def canonical_json(values: dict[str, Any]) -> str:
@@ -291,14 +293,14 @@ def canonical_json(values: dict[str, Any]) -> str:
 
 
 def read_study(path: Path) -> Study:
-    """Return the study of a TOML file.
+    """Return the study of a TOML file; `profile = "lite"` in it stands for the values of `icmoe/profiles.py`.
 
     Raises
     ------
     IcmoeError
         201-205, every fault of the file at once.
     """
-    return parse(Study, read_toml(path), where=str(path))
+    return parse(Study, spelled_out(read_toml(path), where=str(path)), where=str(path))
 
 
 def derived_seed(study: Study, *parts: str | int) -> int:

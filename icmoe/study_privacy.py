@@ -52,6 +52,12 @@ class SitePrivacy(Section):
     """Validation scores leave a site not at all, or noised out of the same budget; losses never do."""
     score_noise: Annotated[float, Field(gt=0.0, le=1000.0)] = 10.0
     """Noise multiplier of a score release, where scores are noised."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """What follows the noised gradients; sgd has a momentum of 0.9."""
+    average_last: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Share of a round's last steps whose parameters are averaged into the result; it costs no privacy."""
+    frozen_router: bool = False
+    """Whether the router stays as it is: fewer noised coordinates."""
     slices_at_once: Annotated[int, Field(ge=1, le=65536)] = 16
     """Limit of memory: slices whose gradients are computed together; it changes no result."""
 

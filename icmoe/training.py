@@ -18,6 +18,7 @@ from icmoe.dataset import TrainingSet
 from icmoe.errors import Fault, IcmoeError
 from icmoe.losses import proximal
 from icmoe.model import ICMoE, total_loss
+from icmoe.router import Router
 from icmoe.study import Study
 
 WARM_UP_STEPS = 5
@@ -31,9 +32,9 @@ class RoundResult:
     Parameters
     ----------
     loss
-        Mean weighted loss over the steps.
+        Mean weighted loss over the steps; None where differential privacy withholds it.
     terms
-        Mean of each loss term, unweighted.
+        Mean of each loss term, unweighted; empty where they are withheld.
     usage_M
         Share of gate mass each expert received, on the simplex; empty without experts.
     steps
@@ -42,7 +43,7 @@ class RoundResult:
         Seconds.
     """
 
-    loss: float
+    loss: float | None
     terms: dict[str, float]
     usage_M: tuple[float, ...]
     steps: int
@@ -110,11 +111,7 @@ def train_round(
     steps = steps or data.steps(study.training.local_epochs)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     start = [parameter.detach().clone() for parameter in trained]
-    anchor = (
-        copy.deepcopy(model.router).requires_grad_(requires_grad=False)
-        if study.loss.router_anchor and model.shape.experts
-        else None
-    )
+    anchor = anchor_of(model, study)
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(trained, weight_decay=study.training.weight_decay, fused=fused)
     generator = torch.Generator(device).manual_seed(seed)
@@ -139,6 +136,13 @@ def train_round(
             on_step(step + 1, steps)
     model.eval()
     return sums.result(steps, time.perf_counter() - began)
+
+
+def anchor_of(model: ICMoE, study: Study) -> Router | None:
+    """Return a frozen copy of the round's global router, where the loss has an anchor."""
+    if not (study.loss.router_anchor and model.shape.experts):
+        return None
+    return copy.deepcopy(model.router).requires_grad_(requires_grad=False)
 
 
 class _Sums:

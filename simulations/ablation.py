@@ -25,12 +25,13 @@ from icmoe.exchange import global_state
 from icmoe.features import FeatureCache
 from icmoe.model import build_model
 from icmoe.prepare import encode_slices
+from icmoe.profiles import merged
 from icmoe.study import Study
 from simulations.federation import Engine, Job, run_jobs, write_sites
 from simulations.folder import RunFolder
 from simulations.hospitals import find_hospitals, make_sites
 from simulations.rehearsal import report_sites
-from simulations.scenario import merged, read_scenario
+from simulations.scenario import read_scenario
 from simulations.screen import Screen
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -35,7 +35,8 @@ def study_for(method: str, base: Study, seed: int) -> Study:
     Parameters
     ----------
     method
-        A name of `METHODS`; "local" and "pooled" share one study, without any averaging.
+        A name of `METHODS`; "local" and "pooled" share one study, without any averaging and without privacy: nothing
+        leaves there.
     base
         The router-aware study.
     seed
@@ -48,4 +49,6 @@ def study_for(method: str, base: Study, seed: int) -> Study:
     values["seed"] = seed
     values["name"] = f"{base.name}-{'alone' if method in ALONE else method}"[:64]
     values["quorum"] = 1 if method in ALONE else base.quorum
+    if method in ALONE:
+        values.pop("privacy", None)
     return parse(Study, values, where=f"method {method}")

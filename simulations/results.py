@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from icmoe import __version__
+from icmoe.accounting import study_epsilon, training_spending
 from icmoe.data.slices import SiteData
 from icmoe.model import names_of
 from icmoe.study import Study
@@ -117,9 +118,36 @@ def results_record(
         "data_check": data_check,
         "methods": methods,
         "summary": summary,
-        "comparisons": comparisons(summary, methods),
+        "privacy": (promise := privacy_record(study)),
+        "comparisons": comparisons(summary, methods) + ([] if promise is None else [privacy_comparison(promise)]),
         "seconds": dict(seconds),
     }
+
+
+def privacy_record(study: Study) -> Record | None:
+    """Return what the study promises each training patient of a site; None without privacy at the site."""
+    privacy = study.privacy.site
+    if privacy is None:
+        return None
+    return {
+        "epsilon": study_epsilon(study),
+        "delta": privacy.delta,
+        "unit": privacy.unit,
+        "adjacency": "add or remove one patient",
+        "accountant": privacy.accountant,
+        "noise_multiplier": training_spending(privacy, rounds=study.rounds).noise_multiplier,
+        "expected_batch": privacy.expected_batch,
+    }
+
+
+def privacy_comparison(promise: Record) -> Record:
+    """Return the promise as a sentence among the answers; it has no bar."""
+    sentence = (
+        f"federated methods: epsilon {promise['epsilon']:.3g} at delta {promise['delta']:g} for each {promise['unit']} of a site "
+        f"(adjacency: {promise['adjacency']}; accountant {promise['accountant']}; noise multiplier "
+        f"{promise['noise_multiplier']:.3g}); local and pooled have no differential privacy, nor have the test scores shown here"
+    )
+    return {"sentence": sentence, "value": promise["epsilon"], "bar": None, "met": None}
 
 
 def summary_of(runs: Sequence[Record]) -> Record:

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 from icmoe.backbone import backbone_digest
 from icmoe.config import Section, parse, read_toml
 from icmoe.errors import Fault, IcmoeError
+from icmoe.profiles import merged, spelled_out
 from icmoe.study import BackboneName, Study
 from simulations.methods import DEFAULT_METHODS, METHODS
 
@@ -98,7 +99,7 @@ def _study(tables: Mapping[str, Any], options: Mapping[str, Any], simulation: Si
     default: dict[str, Any] = {"name": "rehearsal", "seed": simulation.seeds[0], "labels": DEFAULT_LABELS}
     if simulation.data is None:
         default = merged(default, PHANTOM_STUDY)
-    values = merged(merged(default, tables.get("study", {})), options)
+    values = spelled_out(merged(merged(default, tables.get("study", {})), options), where=where)
     return parse(Study, with_backbone(values, simulation.checkpoint), where=where)
 
 
@@ -114,12 +115,3 @@ def with_backbone(values: dict[str, Any], checkpoint: str | None) -> dict[str, A
     if name not in BackboneName.__args__:  # type: ignore[attr-defined]
         return merged(values, {"backbone": {"digest": "0" * 64}})
     return merged(values, {"backbone": {"digest": backbone_digest(name, Path(checkpoint) if checkpoint else None)}})
-
-
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `below` with the values of `above` on top, table by table."""
-    result = dict(below)
-    for key, value in above.items():
-        old = result.get(key)
-        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return result

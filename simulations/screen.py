@@ -112,7 +112,7 @@ class Screen:
 
     def _line(self, job: Job, name: str, record: RoundRecord) -> str:
         elapsed_s = time.monotonic() - self._began[name]
-        sites = "  ".join(f"{site} {row['loss']:.3f}" for site, row in record["sites"].items())
+        sites = "  ".join(f"{site} {_loss(row)}" for site, row in record["sites"].items())
         dice = self._last_dice()
         shown = "" if dice is None else f"  val Dice {dice:.3f}"
         size = f"  {record['bytes_up'] / 1e6:.1f} MB up" if job.method != "alone" else ""
@@ -133,8 +133,13 @@ class Screen:
             dice = before["sites"].get(site, {}).get("val_dice")
             usage = " ".join(_shade(share, len(row["usage"])) for share in row["usage"])
             size = "-" if job.method == "alone" else f"{row['bytes_up'] / 1e6:.2f}"
-            table.add_row(site, f"{row['loss']:.3f}", "-" if dice is None else f"{dice:.3f}", usage, str(row["steps"]), size)
+            table.add_row(site, _loss(row), "-" if dice is None else f"{dice:.3f}", usage, str(row["steps"]), size)
         return table
+
+
+def _loss(row: RoundRecord) -> str:
+    """Return a site's loss, a dash where privacy withholds it."""
+    return "-" if row["loss"] is None else f"{row['loss']:.3f}"
 
 
 def _shade(share: float, experts: int) -> str:

@@ -11,8 +11,8 @@ import torch
 from icmoe.backbone import backbone_digest, grid_of, widths
 from icmoe.config import parse
 from icmoe.features import Features
+from icmoe.profiles import merged
 from icmoe.study import Study
-from simulations.scenario import merged
 
 
 @pytest.fixture(autouse=True, scope="session")

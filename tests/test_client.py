@@ -102,7 +102,7 @@ def test_each_round_draws_anew_from_study_site_and_round(site: Participant, monk
         seeds.append(seed)
         return train_round(*arguments, seed=seed, **settings)
 
-    monkeypatch.setattr("fl_client.app.train_round", spy)
+    monkeypatch.setattr("fl_client.local_round.train_round", spy)
     study = site.studies[0]
     for number in (1, 2, 1):
         content = request(study)

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from icmoe.errors import IcmoeError
+from icmoe.profiles import merged
 from icmoe.study import derived_seed
 from simulations.folder import RunFolder
 from simulations.methods import METHODS, study_for
 from simulations.results import comparisons, summary_of
 from simulations.run_sim import _given, _seeds
-from simulations.scenario import merged, read_scenario
+from simulations.scenario import read_scenario
 from simulations.scoring import best_median_worst, mean_record, require_unchanged
 
 TEST_BACKBONE = {"test_only": True, "backbone": {"name": "sam-vit-test", "image_size": 64}}
@@ -32,6 +33,13 @@ def test_methods_differ_in_what_they_say_and_in_nothing_else(make_study) -> None
     assert studies["personal"].aggregation.personal
     assert studies["fedyogi"].aggregation.optimizer == "yogi"
     assert studies["router-aware"].aggregation == base.aggregation
+
+
+def test_references_that_never_leave_a_site_have_no_privacy(make_study) -> None:
+    promise = {"site": {"epsilon": 3.0, "delta": 1e-2, "patients": 20, "sample_rate": 0.2, "steps": 10}}
+    base = make_study(privacy=promise)
+    assert study_for("fedavg", base, seed=5).privacy == base.privacy
+    assert study_for("local", base, seed=5).privacy.site is None
 
 
 def test_a_scenario_is_read_with_the_command_line_on_top(tmp_path: Path) -> None:

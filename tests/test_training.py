@@ -126,7 +126,7 @@ def test_steps_of_an_epoch() -> None:
 def test_a_flipped_view_has_a_flipped_target(prepared) -> None:
     study, site, cache, _ = prepared
     data = TrainingSet(site.of("train")[:1], study, cache)
-    views = {view: data._read([0], [index], CPU).target_BKhw for index, view in enumerate(study.training.views)}
+    views = {view: data.read([0], [index], CPU).target_BKhw for index, view in enumerate(study.training.views)}
     assert torch.equal(views["flip"], views["identity"].flip(3))
     assert not torch.equal(views["flip"], views["identity"])
 

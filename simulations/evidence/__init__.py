@@ -1,0 +1,1 @@
+"""What the evidence for the README rests on: one command per table."""

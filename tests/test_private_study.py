@@ -1,0 +1,189 @@
+"""A private study from approval to results: what is shown, what leaves, what is refused, what the server takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from test_client import ask, command, hospital, number_of, request, site, write_site_file, write_study_file
+from test_run_sim import RUN_SIM, environment, run
+
+from fl_client.approval import read_approvals
+from fl_client.policy import Policy, policy_faults
+from fl_server.replies import parse_replies
+from icmoe.config import parse
+from icmoe.errors import IcmoeError
+from icmoe.exchange import CONFIG, NUMBERS, STUDY_KEY, UPDATE
+from icmoe.profiles import LITE, spelled_out
+from icmoe.study import Study, read_study
+
+__all__ = ["environment", "hospital", "site"]
+SITE = {"noise_multiplier": 2.0, "delta": 0.1, "patients": 4, "sample_rate": 0.5, "steps": 2, "accountant": "rdp"}
+
+
+def private_file(path: Path, make_study, **changes: object) -> Path:
+    """The study as a hospital receives it."""
+    write_study_file(path, make_study())
+    lines = [f"{key} = {json.dumps(value)}" for key, value in {**SITE, **changes}.items()]
+    path.write_text(path.read_text() + "\n".join(["", "[privacy.site]", *lines, ""]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def withheld(make_study) -> Study:
+    return make_study(privacy={"site": SITE})
+
+
+@pytest.fixture(scope="module")
+def noised(make_study) -> Study:
+    return make_study(privacy={"site": {**SITE, "scores": "noised"}})
+
+
+def test_loss_seconds_and_scores_stay_and_n_k_is_the_public_constant(site, withheld: Study) -> None:
+    reply = ask(replace(site, studies=(withheld,)), request(withheld))
+    numbers = reply.content[NUMBERS]
+    assert set(numbers) == {"slices", "usage", "steps"}
+    assert (numbers["slices"], numbers["steps"]) == (4, 2)
+    assert sum(numbers["usage"]) == pytest.approx(1.0)
+    introduction = RecordDict({CONFIG: ConfigRecord({STUDY_KEY: withheld.digest})})
+    about = ask(replace(site, studies=(withheld,)), introduction, "query.site")
+    assert about.content[CONFIG]["slices"] == 4  # two patients of three slices are there
+    evaluated = ask(replace(site, studies=(withheld,)), request(withheld), "evaluate")
+    assert dict(evaluated.content[NUMBERS]) == {}
+
+
+def test_noised_scores_leave_and_differ_each_time(site, noised: Study) -> None:
+    private = replace(site, studies=(noised,))
+    found = [ask(private, request(noised), "evaluate").content[NUMBERS] for _ in range(8)]
+    assert all(set(numbers) == {"val-dice", "val-patients"} for numbers in found)
+    assert all(0.0 <= numbers["val-dice"] <= 1.0 and numbers["val-patients"] >= 1 for numbers in found)
+    assert len({numbers["val-dice"] for numbers in found}) > 1
+    assert set(ask(private, request(noised)).content[NUMBERS]) == {"slices", "usage", "steps", "val-dice", "val-patients"}
+
+
+def test_two_equal_requests_get_different_updates(site, withheld: Study) -> None:
+    private = replace(site, studies=(withheld,))
+    first, second = (ask(private, request(withheld)).content[UPDATE] for _ in range(2))
+    assert any(first[name].data != second[name].data for name in first)
+
+
+def test_a_summary_is_outside_the_budget_and_declined(site, withheld: Study) -> None:
+    content = RecordDict({CONFIG: ConfigRecord({STUDY_KEY: withheld.digest})})
+    sharing = replace(site, share_summary=True, studies=(withheld,))
+    assert number_of(ask(sharing, content, "query.summary")) == 214
+
+
+def test_a_site_with_too_few_patients_answers_by_number_and_sends_nothing(site, make_study) -> None:
+    study = make_study(privacy={"site": {**SITE, "patients": 8}})
+    reply = ask(replace(site, studies=(study,)), request(study))
+    assert number_of(reply) == 402
+    assert not reply.has_content()
+
+
+def test_the_server_takes_what_a_private_site_sends_and_nothing_else(site, withheld: Study) -> None:
+    reply = ask(replace(site, studies=(withheld,)), request(withheld))
+    current = {name: array.numpy() for name, array in request(withheld)["arrays"].items()}
+
+    def parsed(**numbers: object):
+        content = RecordDict({UPDATE: reply.content[UPDATE], NUMBERS: MetricRecord({**reply.content[NUMBERS], **numbers})})
+        message = Message(content, dst_node_id=5, message_type="train")
+        message.metadata._src_node_id = 7  # as if it came from the node
+        return parse_replies([message], {7: "Alder"}, withheld, current)
+
+    ((update,), faults) = parsed()
+    assert faults == []
+    assert (update.size, update.loss, update.train_s, update.steps) == (4, None, None, 2)
+    for wrong, said in (({"loss": 0.5}, "loss: withheld"), ({"seconds": 1.0}, "seconds: withheld"), ({"slices": 6}, "public 4")):
+        updates, (fault,) = parsed(**wrong)
+        assert updates == []
+        assert said in str(fault)
+
+
+def test_approval_shows_epsilon_with_all_that_it_means(hospital: Path, make_study, tmp_path: Path) -> None:
+    path = write_site_file(tmp_path, hospital)
+    shown = command(path, "approve", str(private_file(tmp_path / "study.toml", make_study)), "--yes")
+    assert shown.exit_code == 0, shown.output + shown.stderr
+    text = " ".join(shown.output.replace("│", " ").split())
+    for said in (
+        "epsilon",
+        "delta 0.1",
+        "unit: the patient with all slices",
+        "adjacency: add or remove one patient",
+        "accountant: rdp",
+        "public number of patients 4",
+        "2 of 2 steps of 2 patients expected",
+        "both noised",
+    ):
+        assert said in text, text
+    assert "mean loss" not in text
+
+
+def test_approval_is_refused_where_the_patients_do_not_fit(hospital: Path, make_study, tmp_path: Path) -> None:
+    path = write_site_file(tmp_path, hospital)
+    done = command(path, "approve", str(private_file(tmp_path / "study.toml", make_study, patients=8)), "--yes")
+    assert done.exit_code == 1
+    assert "ICM402" in done.stderr
+    assert "fewer patients than the batch: 2" in done.stderr
+    assert not read_approvals(tmp_path / "state")
+
+
+def test_the_policy_knows_the_studys_epsilon(withheld: Study, make_study) -> None:
+    assert policy_faults(Policy(require_dp=True), withheld) == []
+    assert policy_faults(Policy(max_epsilon=100.0), withheld) == []
+    (fault,) = policy_faults(Policy(max_epsilon=0.5), withheld)
+    assert fault.number == 319
+    assert "epsilon is above the site's" in str(fault)
+    faults = policy_faults(Policy(require_dp=True, max_epsilon=100.0), make_study())
+    assert len(faults) == 2
+
+
+def test_the_lite_profile_is_spelled_out_and_can_be_overruled(tmp_path: Path) -> None:
+    labels = [{"name": "background", "values": [0]}, {"name": "lesion", "values": [1]}]
+    base = {"name": "x", "seed": 1, "labels": labels, "backbone": {"digest": "0" * 64}}
+    lite = parse(Study, spelled_out({**base, "profile": "lite"}, where="x"), where="x")
+    assert lite.model.bottleneck == LITE["model"]["bottleneck"]
+    assert not lite.backbone.block_features
+    assert "profile" not in lite.model_dump()
+    wider = parse(Study, spelled_out({**base, "profile": "lite", "model": {"bottleneck": 16}}, where="x"), where="x")
+    assert (wider.model.bottleneck, wider.model.semantic_experts) == (16, 1)
+    text = f'profile = "light"\nname = "x"\nseed = 1\n[backbone]\ndigest = "{"0" * 64}"\n'
+    (tmp_path / "study.toml").write_text(text)
+    with pytest.raises(IcmoeError) as caught:
+        read_study(tmp_path / "study.toml")
+    assert "profile = 'light' (allowed: lite)" in str(caught.value)
+
+
+def test_the_lite_profile_trains_about_forty_thousand_parameters() -> None:
+    from icmoe.privacy import only_trained
+    from simulations.benchmarks.private_step import build_model, lite_study
+
+    study = lite_study()
+    model = build_model(study, seed=1)
+    with only_trained(model, study):
+        assert 38_000 < sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad) < 46_000
+
+
+def test_a_private_rehearsal_prints_its_promise(environment, tmp_path: Path) -> None:
+    scenario, out = tmp_path / "private.toml", tmp_path / "out"
+    scenario.write_text(
+        '[study]\nrounds = 1\nprofile = "lite"\n[study.privacy.site]\nepsilon = 8.0\ndelta = 0.1\npatients = 2\n'
+        'sample_rate = 0.5\nsteps = 2\n[simulation]\nmethods = ["router-aware"]\n'
+    )
+    done = run(
+        [*RUN_SIM, "--scenario", str(scenario), "--backbone", "sam-vit-test", "--image-size", "64", "--out", str(out)],
+        environment,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "results.json").read_text())
+    promise = results["privacy"]
+    assert 7.8 <= promise["epsilon"] <= 8.0
+    assert (promise["delta"], promise["unit"], promise["accountant"]) == (0.1, "patient", "prv")
+    said = "at delta 0.1 for each patient of a site (adjacency: add or remove one patient; accountant prv"
+    assert said in done.stdout
+    assert said in (out / "report.html").read_text()
+    (record,) = results["methods"]["router-aware"]["1"]["rounds"]
+    assert record["loss"] is None
+    assert set(record["sites"]) == {"Alder", "Birch", "Cedar", "Dogwood"}
