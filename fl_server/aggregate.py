@@ -36,10 +36,9 @@ def in_one_reply(
     """
     arrays = {name: Array(_typed(value, current[name].dtype)) for name, value in sorted(mean.items())}
     experts = study.model.experts
-    privacy = study.privacy.site
-    numbers = {SLICES_KEY: 1 if privacy is None else privacy.patients, STEPS_KEY: 1, USAGE_KEY: [1.0 / experts] * experts}
-    if privacy is None:  # a site under privacy withholds both
-        numbers |= {LOSS_KEY: 0.0, SECONDS_KEY: 0.0}
+    private = study.privacy.site
+    numbers = {SLICES_KEY: private.patients if private else 1, STEPS_KEY: 1, USAGE_KEY: [1.0 / experts] * experts}
+    numbers |= {} if private else {LOSS_KEY: 0.0, SECONDS_KEY: 0.0}
     content = RecordDict({UPDATE: ArrayRecord(arrays), NUMBERS: MetricRecord(numbers)})  # type: ignore[arg-type]
     return Message(content, reply_to=Message(RecordDict(), dst_node_id=min(sites), message_type="train"))
 

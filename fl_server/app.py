@@ -22,6 +22,7 @@ from fl_server.data_check import check_data
 from fl_server.guard import Guard, Note
 from fl_server.private import Private
 from fl_server.receipts import Receipted
+from fl_server.robust import Robust
 from fl_server.roster import Roster, meet
 from fl_server.round_strategy import RoundStrategy, unheard
 from fl_server.rounds import clock, run_rounds
@@ -58,12 +59,14 @@ def make_strategy(
     note, lifted
         As for `Guard`.
     """
-    private = study.privacy.server is not None
+    private, robust = study.privacy.server is not None, study.aggregation.robust != "none"
     form = FromSums if study.aggregation.form == "sums" and not private else RouterAware
-    mean = form(study, roster.sites, roster.sizes, IDENTITY if private else None)
+    mean = form(study, roster.sites, roster.sizes, IDENTITY if private or robust else None)
     strategy: RoundStrategy = mean if study.aggregation.optimizer == "none" else ServerOptimized(mean)
     if private:
         strategy = Private(strategy, study, roster.sites)
+    elif robust:
+        strategy = Robust(strategy, study, roster.sites)
     return Guard(strategy, study, roster.sites, roster.sizes, note=note, lifted=lifted)
 
 

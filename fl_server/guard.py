@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 
 from fl_server.private import norm_of
 from fl_server.replies import Refusal, Update, parse_update, site_fault
-from fl_server.round_strategy import RoundReport, RoundStrategy, State, Tensors, unheard
+from fl_server.round_strategy import RoundReport, RoundStrategy, State, unheard
+from fl_server.wrapping import Wrapping
 from icmoe.errors import Fault
 from icmoe.exchange import UPDATE
 from icmoe.study import Study
@@ -110,7 +110,7 @@ def digest_of(reply: Message) -> str:
     return sha.hexdigest()
 
 
-class Guard(Strategy):
+class Guard(Wrapping):
     """Let only sound updates through to the wrapped strategy, and none below the quorum.
 
     Parameters
@@ -139,37 +139,24 @@ class Guard(Strategy):
         note: Note = unheard,
         lifted: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
-        self.inner, self.study, self.sites, self.sizes = inner, study, dict(sites), dict(sizes or {})
-        self.memory, self.report = Memory(), RoundReport()
-        self._note, self._lifted = note, lifted
-        self._current: Tensors = {}
+        super().__init__(inner)
+        self.study, self.sites, self.sizes = study, dict(sites), dict(sizes or {})
+        self.memory, self._note, self._lifted = Memory(), note, lifted
         self._round, self._asked = 0, list[Message]()
-
-    def summary(self) -> None:
-        """Print nothing: the caller shows the study."""
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
         """Return the wrapped strategy's messages without those to sites that sit out; a round may be asked more than once."""
         for site, after_round in sorted(self._lifted().items()):
             if self.memory.lift(site, after_round):
                 self._note("lifted", {"site": site, "round": server_round})
-        self._current = {name: array.numpy() for name, array in arrays.items()}
         messages = [
             message
-            for message in self.inner.configure_train(server_round, arrays, config, grid)
+            for message in super().configure_train(server_round, arrays, config, grid)
             if not self.memory.sits_out(self.sites.get(message.metadata.dst_node_id, ""))
         ]
         self._asked = [*(self._asked if server_round == self._round else []), *messages]
         self._round = server_round
         return messages
-
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """Delegate."""
-        return self.inner.configure_evaluate(server_round, arrays, config, grid)
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Delegate."""
-        return self.inner.aggregate_evaluate(server_round, replies)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return what the wrapped strategy makes of the sound updates, or None below the quorum: nothing moves then."""
@@ -256,9 +243,9 @@ class Guard(Strategy):
 
     def state(self) -> State:
         """Return the guard's memory beside the wrapped strategy's state."""
-        return {**self.inner.state(), **self.memory.packed()}
+        return {**super().state(), **self.memory.packed()}
 
     def load_state(self, state: State) -> None:
         """Take both back from a checkpoint."""
-        self.inner.load_state(state)
+        super().load_state(state)
         self.memory = Memory.unpacked(state)

@@ -29,11 +29,11 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 
 from fl_server.aggregate import in_one_reply
 from fl_server.replies import Update, parse_replies
-from fl_server.round_strategy import RoundReport, RoundStrategy, State, Tensors
+from fl_server.round_strategy import RoundReport, RoundStrategy, State
+from fl_server.wrapping import Wrapping
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import expert_of, is_usage_weighted
 from icmoe.gaussian import ACCOUNTANT, epsilon_of, noise_for, system_normal
@@ -139,7 +139,7 @@ def next_clip_norm(clip_norm: float, whole: float, settings: ServerPrivacy) -> f
     return clip_norm * math.exp(-settings.clip_rate * (share - settings.clip_quantile))
 
 
-class Private(Strategy):
+class Private(Wrapping):
     """Hand the wrapped strategy one reply: the clipped, weighted and noised mean of all.
 
     Parameters
@@ -158,12 +158,11 @@ class Private(Strategy):
     """
 
     def __init__(self, inner: RoundStrategy, study: Study, sites: Mapping[int, str]) -> None:
+        super().__init__(inner)
         assert study.privacy.server is not None
-        self.inner, self.study, self.sites, self.settings = inner, study, sites, study.privacy.server
+        self.study, self.sites, self.settings = study, sites, study.privacy.server
         self.noise = noise_of(self.settings, study.rounds)
         self.releases, self.clip_norm = 0, self.settings.clip_norm
-        self.report = RoundReport()
-        self._current: Tensors = {}
         self._afford(study.rounds)
 
     def epsilon(self, releases: int) -> float:
@@ -178,22 +177,10 @@ class Private(Strategy):
             did = f"{self.releases} rounds were done, none is begun."
             raise IcmoeError(Fault(number=420, where=self.study.name, value=value, limit=f"{limit:g}", did=did, todo=todo))
 
-    def summary(self) -> None:
-        """Print nothing: the caller shows the study."""
-
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Delegate, where the budget holds another round."""
         self._afford(self.releases + 1)
-        self._current = {name: array.numpy() for name, array in arrays.items()}
-        return self.inner.configure_train(server_round, arrays, config, grid)
-
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """Delegate."""
-        return self.inner.configure_evaluate(server_round, arrays, config, grid)
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Delegate."""
-        return self.inner.aggregate_evaluate(server_round, replies)
+        return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the global arrays after the noised step, None without any update: nothing is released then."""
@@ -233,10 +220,10 @@ class Private(Strategy):
     def state(self) -> State:
         """Return releases and C beside the wrapped strategy's state, for the checkpoint."""
         own = {"private.releases": np.array([self.releases]), "private.clip_norm": np.array([self.clip_norm])}
-        return {**self.inner.state(), **own}
+        return {**super().state(), **own}
 
     def load_state(self, state: State) -> None:
         """Take them back from a checkpoint."""
-        self.inner.load_state(state)
+        super().load_state(state)
         if "private.releases" in state:
             self.releases, self.clip_norm = int(state["private.releases"][0]), float(state["private.clip_norm"][0])

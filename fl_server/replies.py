@@ -158,9 +158,9 @@ def parse_update(reply: Message, site: str, study: Study, current: Mapping[str, 
 def _require_private(numbers: MetricRecord, privacy: SitePrivacy) -> None:
     """Refuse what a site under privacy would not have sent: it did not follow the study."""
     if withheld := sorted({LOSS_KEY, SECONDS_KEY} & set(numbers)):
-        raise Refusal("it tells what a private study withholds", ", ".join(withheld))
+        raise Refusal("it tells what a private study withholds", ", ".join(withheld), "nothing of it")
     if numbers.get(SLICES_KEY) != privacy.patients:
-        raise Refusal(f"{SLICES_KEY} is not the study's public number", repr(numbers.get(SLICES_KEY))[:40], str(privacy.patients))
+        raise Refusal("its size is not the study's public one", repr(numbers.get(SLICES_KEY))[:40], str(privacy.patients))
 
 
 def _tensors(

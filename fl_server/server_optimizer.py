@@ -12,16 +12,17 @@ from collections.abc import Iterable
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAdam, FedYogi, Strategy
+from flwr.serverapp.strategy import FedAdam, FedYogi
 
-from fl_server.round_strategy import RoundReport, State, Tensors
+from fl_server.round_strategy import State, Tensors
 from fl_server.router_aware import RouterAware
+from fl_server.wrapping import Wrapping
 from icmoe.exchange import ARRAYS, BALANCE_BIAS
 
 FLOWER_STRATEGIES: dict[str, type[FedAdam] | type[FedYogi]] = {"adam": FedAdam, "yogi": FedYogi}
 
 
-class ServerOptimized(Strategy):
+class ServerOptimized(Wrapping):
     """Take the wrapped strategy's mean update as the pseudo-gradient of an adaptive step.
 
     Parameters
@@ -31,34 +32,18 @@ class ServerOptimized(Strategy):
     """
 
     def __init__(self, inner: RouterAware) -> None:
-        self.inner = inner
+        super().__init__(inner)
         settings = inner.study.aggregation
         self._flower = FLOWER_STRATEGIES[settings.optimizer](eta=settings.server_learning_rate, tau=1e-3)
 
-    @property
-    def report(self) -> RoundReport:
-        """What the wrapped strategy saw in the round."""
-        return self.inner.report
-
-    def summary(self) -> None:
-        """Print nothing: the caller shows the study."""
-
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Remember the round's arrays for Flower's class and ask the sites."""
         self._flower.current_arrays = {name: array.numpy() for name, array in arrays.items() if name != BALANCE_BIAS}
-        return self.inner.configure_train(server_round, arrays, config, grid)
-
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
-        """Delegate."""
-        return self.inner.configure_evaluate(server_round, arrays, config, grid)
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Delegate."""
-        return self.inner.aggregate_evaluate(server_round, replies)
+        return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the arrays after the adaptive step, or None below the quorum."""
-        arrays, metrics = self.inner.aggregate_train(server_round, replies)
+        arrays, metrics = super().aggregate_train(server_round, replies)
         if arrays is None:
             return None, metrics
         trained = ArrayRecord({name: array for name, array in arrays.items() if name != BALANCE_BIAS})

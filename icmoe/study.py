@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from icmoe.config import Section, parse, read_toml
 from icmoe.profiles import spelled_out
@@ -24,6 +24,15 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 BackboneName = Literal["lite-medsam", "sam-vit-b", "sam-vit-l", "sam-vit-h", "sam-vit-test"]
 View = Literal["identity", "flip", "dark", "bright"]
 ServerOptimizer = Literal["none", "adam", "yogi"]
+RobustRule = Literal["none", "trimmed-mean", "median", "multi-krum", "bulyan"]
+# Sites that each rule needs for f malicious ones, as factor of f and constant.
+_ROBUST: dict[str, tuple[int, int]] = {
+    "none": (0, 1),
+    "trimmed-mean": (2, 1),
+    "median": (2, 1),
+    "multi-krum": (2, 3),
+    "bulyan": (4, 3),
+}
 
 
 class Code(Section):
@@ -136,6 +145,12 @@ class Training(Section):
     """Fixed views of each image that are encoded; one is drawn per step."""
 
 
+def _written(section: Section, values: dict[str, Any], *, later: tuple[str, ...]) -> dict[str, Any]:
+    """Leave later additions out where they have their defaults: a study keeps the digest under which sites approved it."""
+    defaults = {key: type(section).model_fields[key].default for key in later}
+    return {key: value for key, value in values.items() if key not in later or getattr(section, key) != defaults[key]}
+
+
 class Aggregation(Section):
     """Router-aware FedAvg; `usage_exponent = 0` is FedAvg."""
 
@@ -165,10 +180,26 @@ class Aggregation(Section):
     """Adaptive server optimiser (Reddi et al., arXiv 2003.00295)."""
     server_learning_rate: Annotated[float, Field(gt=0.0, le=10.0)] = 0.01
     """eta of the adaptive server optimiser; unused for "none"."""
+    robust: RobustRule = "none"
+    """Rule that bears malicious sites, applied to each expert and to the rest by itself, in place of the mean."""
+    malicious_sites: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Sites that the robust rule bears; unused for "none"."""
+
+    @property
+    def least_sites(self) -> int:
+        """Updates that the robust rule needs."""
+        factor, more = _ROBUST[self.robust]
+        return factor * self.malicious_sites + more
+
+    @model_serializer(mode="wrap")
+    def _without_later_additions(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _written(self, write(self), later=("form", "largest_size", "robust", "malicious_sites"))
 
     @model_validator(mode="after")
     def _sums_know_no_single_site(self) -> Aggregation:
         if self.form == "sums":
+            if self.robust != "none":
+                raise ValueError('form = "sums" shows no single update, which robust needs')
             if self.cap < 1.0 or (self.starved == "plain" and self.min_contributors > 1):
                 raise ValueError('form = "sums" needs cap = 1.0 and starved = "keep": nobody sees one site\'s share')
             if self.usage_exponent != 1.0 and (self.shrinkage or self.balance_step > 0.0):
@@ -246,6 +277,20 @@ class Study(Section):
             raise ValueError(f"[privacy.server] needs {wanted}: nothing may depend on the sites together")
         return self
 
+    @model_validator(mode="after")
+    def _robust_rule_has_its_sites(self) -> Study:
+        rule = self.aggregation
+        if rule.robust != "none" and self.quorum < rule.least_sites:
+            what = f'robust = "{rule.robust}" with malicious_sites = {rule.malicious_sites}'
+            raise ValueError(f"{what} needs a quorum of {rule.least_sites}")
+        if rule.robust != "none" and self.privacy.server is not None:
+            raise ValueError("either [privacy.server] or aggregation.robust: a robust rule compares the sites")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_later_additions(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _written(self, write(self), later=("privacy", "guard", "retries"))
+
     @property
     def classes(self) -> int:
         """Number of classes K, the background counted."""
@@ -257,22 +302,9 @@ class Study(Section):
         return hashlib.sha256(canonical(self).encode()).hexdigest()
 
 
-# What came after the first studies were approved, by the section that holds it; "" is the study itself.
-_LATER = {"": ("privacy", "guard", "retries"), "aggregation": ("form", "largest_size")}
-
-
 def canonical(study: Study) -> str:
-    """Return the study as JSON with sorted keys, no white space and every default spelled out.
-
-    A later addition is left out where it has its default: a study keeps the digest under which sites approved it before.
-    """
-    values = study.model_dump(mode="json")
-    for section, keys in _LATER.items():
-        part, about = (values[section], getattr(study, section)) if section else (values, study)
-        for key in keys:
-            if getattr(about, key) == type(about).model_fields[key].default:
-                del part[key]
-    return canonical_json(values)
+    """Return the study as JSON with sorted keys, no white space and every default but those of later additions spelled out."""
+    return canonical_json(study.model_dump(mode="json"))
 
 
 def canonical_json(values: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fl_server.run_state import RoundRecord
+from icmoe.server_privacy import spending_sentence
 from simulations.federation import Job
 from simulations.results import CHECK_COLUMNS, check_rows
 
@@ -116,7 +117,8 @@ class Screen:
         dice = self._last_dice()
         shown = "" if dice is None else f"  val Dice {dice:.3f}"
         size = f"  {record['bytes_up'] / 1e6:.1f} MB up" if job.method != "alone" else ""
-        return f"{name}  round {record['round']}/{job.study.rounds}  loss {sites}{shown}{size}  {elapsed_s:.0f} s"
+        spent = f"  {spending_sentence(record['privacy'])}" if record.get("privacy") else ""
+        return f"{name}  round {record['round']}/{job.study.rounds}  loss {sites}{shown}{size}  {elapsed_s:.0f} s{spent}"
 
     def _last_dice(self) -> float | None:
         """Return the newest validation Dice; it belongs to the round before the newest."""

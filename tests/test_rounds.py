@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +36,9 @@ def registered(node: int, name: str, status: str = "online") -> NodeInfo:
 class Wire:
     """Flower's Grid with sites that answer at once; an answer of None is a site that is silent."""
 
-    def __init__(self, answer: Answer, nodes: Iterable[NodeInfo] | None = None) -> None:
-        self.answer = answer
-        self.nodes = [registered(node, name) for node, name in SITES.items()] if nodes is None else list(nodes)
+    def __init__(self, answer: Answer, nodes: Iterable[NodeInfo] | None = None, sites: Mapping[int, str] = SITES) -> None:
+        self.answer, self.sites = answer, sites
+        self.nodes = [registered(node, name) for node, name in sites.items()] if nodes is None else list(nodes)
         self.asked: list[Message] = []
         self._replies: dict[str, Message] = {}
 
@@ -56,7 +56,7 @@ class Wire:
         return ids
 
     def deliver(self, message: Message, answer: Answer) -> None:
-        reply = answer(message, SITES[message.metadata.dst_node_id])
+        reply = answer(message, self.sites[message.metadata.dst_node_id])
         if reply is not None:
             reply.metadata.__dict__["_reply_to_message_id"] = message.metadata.message_id
             reply.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id
