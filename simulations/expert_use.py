@@ -29,8 +29,13 @@ from icmoe.voting import agreement
 Record = dict[str, Any]
 Grid = npt.NDArray[np.float64]
 
-BANDS = ((-np.inf, -2.0, "inside, 2 cells or deeper"), (-2.0, 0.0, "inside, near the border"))
-BANDS += ((0.0, 2.0, "outside, near the border"), (2.0, 6.0, "outside, 2 to 6 cells"), (6.0, np.inf, "outside, beyond 6 cells"))
+BANDS = (
+    (-np.inf, -2.0, "inside, 2 cells or deeper"),
+    (-2.0, 0.0, "inside, near the border"),
+    (0.0, 2.0, "outside, near the border"),
+    (2.0, 6.0, "outside, 2 to 6 cells"),
+    (6.0, np.inf, "outside, beyond 6 cells"),
+)
 """Cells from the border of the foreground, negative inside."""
 RELIABILITY_BINS = 10
 CLOSED = -1e4
