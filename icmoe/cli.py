@@ -38,6 +38,12 @@ def evaluate(
     checkpoint: Annotated[Path | None, typer.Option(help="Weights file, for a model over a sam-vit backbone.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     cache: Annotated[Path | None, typer.Option(help="Feature cache. Default: the user's cache folder.")] = None,
+    mirrored: Annotated[
+        bool,
+        typer.Option(
+            "--mirrored", help="Average with the prediction of the mirrored image: better, at twice the backbone's time."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Score a saved model on any folder of hospitals, also on sites it never saw."""
@@ -47,7 +53,14 @@ def evaluate(
         from icmoe.scoring import score_folder
 
         record, faults = score_folder(
-            model, data, split, checkpoint=checkpoint, device_name=device, cache_folder=cache, console=Console(stderr=True)
+            model,
+            data,
+            split,
+            checkpoint=checkpoint,
+            device_name=device,
+            cache_folder=cache,
+            mirrored=mirrored,
+            console=Console(stderr=True),
         )
         if as_json:
             sys.stdout.write(json.dumps(record, indent=1) + "\n")

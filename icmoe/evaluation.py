@@ -8,14 +8,14 @@ from itertools import groupby
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from icmoe.data.slices import Slice, load_mask
 from icmoe.dataset import Batch, to_device
 from icmoe.features import FeatureCache
 from icmoe.metrics import PatientScore, patient_scores
-from icmoe.preprocess import restore
-from icmoe.study import Label
+from icmoe.preprocess import restore, view_target
+from icmoe.study import Label, View
 
 EVALUATION_BATCH = 16
 
@@ -24,7 +24,13 @@ ClassMap = npt.NDArray[np.uint8]
 
 @torch.no_grad()
 def predict_slices(
-    model: nn.Module, slices: Sequence[Slice], cache: FeatureCache, device: torch.device, *, batch_size: int = EVALUATION_BATCH
+    model: nn.Module,
+    slices: Sequence[Slice],
+    cache: FeatureCache,
+    device: torch.device,
+    *,
+    batch_size: int = EVALUATION_BATCH,
+    views: Sequence[View] = ("identity",),
 ) -> Iterator[ClassMap]:
     """Yield the class map of each slice, H W on its own pixel grid, in the order given.
 
@@ -33,22 +39,34 @@ def predict_slices(
     model
         In evaluation mode on `device`.
     slices
-        Their identity view must be in the cache.
+        Their views must be in the cache.
     cache
         Where the features are.
     device
         CPU or CUDA.
     batch_size
         Slices per forward pass.
+    views
+        Views of each image whose class probabilities are averaged.
     """
     for at in range(0, len(slices), batch_size):
         chunk = slices[at : at + batch_size]
-        features = cache.load([cache.key(item.image_digest, "identity") for item in chunk])
-        batch = to_device(Batch(features, torch.empty(0)), device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits_BKhw = model(batch.features).logits_BKhw
-        for item, logits_Khw in zip(chunk, logits_BKhw.float().cpu(), strict=True):
+        by_view = [_log_probabilities(model, chunk, cache, device, view) for view in views]
+        # One view is left alone; of several, the logarithm of the mean probability (up to a constant).
+        logits_BKhw = by_view[0] if len(by_view) == 1 else torch.stack(by_view).logsumexp(dim=0)
+        for item, logits_Khw in zip(chunk, logits_BKhw.cpu(), strict=True):
             yield restore(logits_Khw, item.shape).argmax(dim=0).to(torch.uint8).numpy()
+
+
+def _log_probabilities(
+    model: nn.Module, slices: Sequence[Slice], cache: FeatureCache, device: torch.device, view: View
+) -> Tensor:
+    """Return log class probabilities B K h w by one view, in the position of the identity view."""
+    features = cache.load([cache.key(item.image_digest, view) for item in slices])
+    batch = to_device(Batch(features, torch.empty(0)), device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        logits_BKhw: Tensor = model(batch.features).logits_BKhw
+    return view_target(logits_BKhw.float().log_softmax(dim=1), view)
 
 
 def score_slices(
@@ -59,6 +77,7 @@ def score_slices(
     device: torch.device,
     *,
     surfaces: bool = True,
+    views: Sequence[View] = ("identity",),
     on_patient: Callable[[], None] | None = None,
 ) -> list[PatientScore]:
     """Return one score per patient: its slices of this list, stacked in slice order, are one volume.
@@ -75,11 +94,13 @@ def score_slices(
         As in `predict_slices`.
     surfaces
         Whether HD95 and surface Dice are wanted where the pixel size is known; they cost more than the prediction.
+    views
+        As in `predict_slices`.
     on_patient
         Called after each patient.
     """
     ordered = sorted(slices, key=lambda item: (item.site, item.patient, item.index))
-    predictions = predict_slices(model, ordered, cache, device)
+    predictions = predict_slices(model, ordered, cache, device, views=views)
     scores = []
     for (site, patient), group in groupby(ordered, key=lambda item: (item.site, item.patient)):
         members = list(group)

@@ -19,11 +19,16 @@ CPU_BATCH, GPU_BATCH = 1, 16
 
 
 def wanted_views(
-    slices: Sequence[Slice], training_views: tuple[View, ...], cache: FeatureCache, image_size: int
+    slices: Sequence[Slice],
+    training_views: tuple[View, ...],
+    cache: FeatureCache,
+    image_size: int,
+    *,
+    everywhere: bool = False,
 ) -> Iterator[Wanted]:
-    """Yield what has to be in the cache: every view of a training slice, the identity view of any slice."""
+    """Yield what has to be in the cache: every view of a training slice, or `everywhere`; the identity view of any slice."""
     for item in slices:
-        views: set[View] = {"identity", *training_views} if item.split == "train" else {"identity"}
+        views: set[View] = {"identity", *training_views} if everywhere or item.split == "train" else {"identity"}
         for view in sorted(views):
             yield Wanted(cache.key(item.image_digest, view), _reader(item, view, image_size))
 
@@ -42,6 +47,7 @@ def encode_slices(
     cache: FeatureCache,
     *,
     views: tuple[View, ...] | None = None,
+    everywhere: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Encode what the cache does not hold yet; return how many views were encoded.
@@ -58,10 +64,13 @@ def encode_slices(
         Where the features go.
     views
         Views of training slices where they are not the study's.
+    everywhere
+        Whether slices of the other splits get these views too.
     on_progress
         Called with (done, to do).
     """
-    unique = {item.key: item for item in wanted_views(slices, views or study.training.views, cache, backbone.image_size)}
+    wanted = wanted_views(slices, views or study.training.views, cache, backbone.image_size, everywhere=everywhere)
+    unique = {item.key: item for item in wanted}
     return encode_missing(list(unique.values()), backbone, cache, on_progress=on_progress)
 
 

@@ -21,6 +21,7 @@ from icmoe.features import FeatureCache
 from icmoe.metrics import evaluation_record
 from icmoe.modelfile import read_model
 from icmoe.prepare import encode_slices
+from icmoe.study import View
 
 
 def score_folder(
@@ -31,6 +32,7 @@ def score_folder(
     checkpoint: Path | None,
     device_name: str,
     cache_folder: Path | None,
+    mirrored: bool = False,
     console: Console,
 ) -> tuple[dict[str, Any], list[Fault]]:
     """Return the record that `--json` prints and the exclusions.
@@ -47,6 +49,8 @@ def score_folder(
         cpu, cuda or cuda:N.
     cache_folder
         Feature cache; the user's where None.
+    mirrored
+        Whether the prediction is averaged with that of the mirrored image.
     console
         For the progress bars.
 
@@ -59,6 +63,7 @@ def score_folder(
     model, header = read_model(model_path)
     study = header.study
     torch.set_num_threads(os.cpu_count() or 1)
+    views: tuple[View, ...] = ("identity", "flip") if mirrored else ("identity",)
     progress = Progress(console=console, transient=True)
     with progress if console.is_terminal else nullcontext():
         bars = {name: progress.add_task(name, total=None) for name in ("read", "encode")}
@@ -85,8 +90,9 @@ def score_folder(
             backbone,
             cache,
             on_progress=lambda done, total: progress.update(bars["encode"], completed=done, total=total),
-            views=("identity",),
+            views=views,
+            everywhere=True,
         )
-        scores = score_slices(model.to(device), slices, study.labels, cache, device)
+        scores = score_slices(model.to(device), slices, study.labels, cache, device, views=views)
     record = evaluation_record(scores, sites, [label.name for label in study.labels])
     return {**record, "split": split, "model": header.record()}, faults

@@ -20,7 +20,7 @@ from icmoe.exchange import global_state, state_digest
 from icmoe.features import FeatureCache
 from icmoe.model import build_model
 from icmoe.prepare import encode_slices
-from icmoe.preprocess import apply_view, prepare
+from icmoe.preprocess import apply_view, prepare, restore
 from icmoe.study import Study
 from icmoe.training import WARM_UP_STEPS, learning_rate, train_round
 
@@ -222,3 +222,22 @@ def test_mixed_precision_runs_the_same_code(prepared) -> None:
     assert results[0].keys() == results[1].keys()
     for name, value in results[0].items():
         assert results[1][name] == pytest.approx(value, rel=0.1, abs=0.02), name
+
+
+def test_views_are_averaged_as_probabilities_and_a_mirrored_one_is_turned_back(prepared) -> None:
+    study, site, cache, backbone = prepared
+    slices = site.of("val")
+    encode_slices(slices, study, backbone, cache, views=("identity", "flip"), everywhere=True)
+    model = build_model(study, seed=1).eval()
+    train_round(model, TrainingSet(site.of("train"), study, cache), study, round_number=1, seed=1, device=CPU)
+
+    def probabilities(view: str) -> torch.Tensor:
+        with torch.no_grad():
+            return model(cache.load([cache.key(item.image_digest, view) for item in slices])).logits_BKhw.softmax(dim=1)
+
+    mean = (probabilities("identity") + probabilities("flip").flip(-1)) / 2
+    expected = [restore(row.log(), item.shape).argmax(dim=0).numpy() for row, item in zip(mean, slices, strict=True)]
+    found = list(predict_slices(model, slices, cache, CPU, views=("identity", "flip")))
+    assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
+    alone = list(predict_slices(model, slices, cache, CPU))
+    assert any(not np.array_equal(*pair) for pair in zip(found, alone, strict=True))
