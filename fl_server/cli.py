@@ -88,11 +88,11 @@ def new_study(
 def schema(of: Annotated[str, typer.Argument(metavar="study|consortium", help="Which file.")]) -> None:
     """Print the JSON Schema of a file, for completion in editors; a hospital prints its own with fl_client schema."""
     from fl_server.consortium import Consortium
-    from icmoe.config import json_schema
+    from icmoe.config import Section, json_schema
     from icmoe.study import Study
 
     with exit_on_fault():
-        known = {"study": Study, "consortium": Consortium}
+        known: dict[str, type[Section]] = {"study": Study, "consortium": Consortium}
         if of not in known:
             raise IcmoeError(Fault(number=210, where="schema", value=of, limit=", ".join(known)))
         sys.stdout.write(json_schema(known[of]))
