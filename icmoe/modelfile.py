@@ -79,13 +79,13 @@ def read_model(path: Path) -> tuple[ICMoE | Mixture, ModelHeader]:
         tensor does not fit the study in the header.
     """
     if not path.is_file():
-        raise IcmoeError(Fault(number=205, where=str(path), what="model file is not there", did="Nothing was scored."))
+        raise IcmoeError(Fault(number=205, where=str(path), what="model file is not there", did="It was not used."))
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, OSError) as error:
-        raise IcmoeError(Fault(number=209, where=str(path), value=str(error), did="Nothing was scored.")) from None
+        raise IcmoeError(Fault(number=209, where=str(path), value=str(error), did="It was not used.")) from None
     header = _parse_header(path, metadata)
     return _model_of(header, state), header
 
@@ -100,7 +100,7 @@ def _model_of(header: ModelHeader, state: State) -> ICMoE | Mixture:
 
 def _parse_header(path: Path, metadata: dict[str, str]) -> ModelHeader:
     def refused(number: int, value: str, limit: str = "") -> IcmoeError:
-        return IcmoeError(Fault(number=number, where=str(path), value=value, limit=limit, did="Nothing was scored."))
+        return IcmoeError(Fault(number=number, where=str(path), value=value, limit=limit, did="It was not used."))
 
     try:
         found = json.loads(metadata.get(METADATA_KEY, "{}"))

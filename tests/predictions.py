@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import highdicom
 import numpy as np
 import torch
+from dicom_builders import volume
 from pydicom.dataset import Dataset
 from rich.console import Console
 
@@ -21,6 +22,23 @@ from icmoe.modelfile import ModelHeader, read_model, write_model
 from icmoe.predict.run import predict_study
 from icmoe.preprocess import prepare, restore
 from icmoe.study import Study
+
+RNG = np.random.default_rng(4)
+BLOBS = np.kron(RNG.integers(0, 3000, (5, 4, 5)), np.ones((1, 6, 5))).astype(np.uint16)  # 5 x 24 x 25
+MARKED = (BLOBS > 1500).astype(np.uint8)
+TILT = np.deg2rad(20.0)
+OBLIQUE = (0.8, 0.6, 0.0, -0.36, 0.48, 0.8)
+SERIES = {
+    "axial": {},
+    "upside down": {"axes": (-1, 0, 0, 0, -1, 0)},
+    "from the head down": {"step": (0, 0, -5.0)},
+    "coronal": {"axes": (1, 0, 0, 0, 0, -1)},
+    "sagittal": {"axes": (0, 1, 0, 0, 0, -1)},
+    "turned": {"axes": (0, 1, 0, 1, 0, 0)},
+    "oblique": {"axes": OBLIQUE},
+    "tilted gantry": {"axes": (1, 0, 0, 0, np.cos(TILT), -np.sin(TILT)), "step": (0, 0, 5.0)},
+    "uneven": {"step": None},
+}
 
 
 def write_random_model(path: Path, study: Study) -> Path:
@@ -80,4 +98,13 @@ def planes_of(path: Path) -> dict[tuple[str, int], tuple[float, ...]]:
     return found
 
 
-StudyMaker = Callable[..., Study]
+def slices(name: str) -> list[Dataset]:
+    made = volume(BLOBS, **SERIES[name])
+    if name == "uneven":
+        for data, height in zip(made, (0.0, 5.0, 12.0, 14.0, 30.0), strict=True):
+            data.ImagePositionPatient = [-20.0, -30.0, height]
+    return made
+
+
+def plane(source: Dataset) -> tuple[float, ...]:
+    return tuple(float(v) for v in (*source.ImagePositionPatient, *source.ImageOrientationPatient, *source.PixelSpacing))

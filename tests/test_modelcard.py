@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from fl_server.app import run_study, start_state
+from fl_server.new_study import study_toml
 from fl_server.study_card import write_study_card
 from icmoe.exchange import global_state
 from icmoe.model import build_model
 from icmoe.modelcard import LICENCES, PrivacySpent, SiteLine, write_card
 from icmoe.modelfile import ModelHeader, write_model
-from icmoe.study import BackboneChoice
+from icmoe.study import BackboneChoice, read_study
 
 
 @pytest.fixture
@@ -63,6 +65,20 @@ def test_a_name_cannot_break_out_of_its_cell(header: ModelHeader, model: Path):
     assert len([line for line in card.splitlines() if "evil" in line]) == 1
     assert "evil" not in rows(card)
     assert "<b>" not in card.replace("\\<b\\>", "")
+
+
+def test_a_study_that_ends_leaves_its_model_and_the_card_of_it(make_study, tmp_path: Path):
+    path = tmp_path / "study.toml"
+    path.write_text(study_toml(make_study()))
+    study = read_study(path)
+    state = start_state(study)
+    state.round, state.closed = study.rounds, True
+    state.history = [{"sites": {"Alder": {"val_dice": 0.5}}}]
+    state.commit(path.with_suffix(".state.safetensors"))
+    run_study(None, path)  # type: ignore[arg-type]  # nothing is left to ask the sites
+    found = rows((tmp_path / "study.model.md").read_text())
+    assert hashlib.sha256((tmp_path / "study.model.safetensors").read_bytes()).hexdigest() in found["model file"][0]
+    assert found["Alder"] == ["-", "0.500"]
 
 
 def test_every_backbone_has_a_licence():

@@ -6,44 +6,35 @@ import json
 import shutil
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pydicom
 import pytest
-from dicom_builders import AXIAL, common, enhanced, image, place, put, save, segmentation, used, volume
+from dicom_builders import AXIAL, common, enhanced, place, put, save, segmentation, used, volume
 from PIL import Image
-from predictions import array_prediction, loaded, planes_of, predicted, read_back, write_random_model
-from pydicom.config import IGNORE
-from pydicom.datadict import dictionary_VR
-from pydicom.dataelem import DataElement
+from predictions import (
+    BLOBS,
+    MARKED,
+    OBLIQUE,
+    RNG,
+    SERIES,
+    array_prediction,
+    loaded,
+    plane,
+    planes_of,
+    predicted,
+    read_back,
+    slices,
+    write_random_model,
+)
 from pydicom.dataset import Dataset
-from pydicom.uid import generate_uid
 
 from icmoe.data.ingest.geometry import plane_matrix, upright
-from icmoe.errors import IcmoeError
-from icmoe.predict.stacks import find_series
 from icmoe.study import Label
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
-RNG = np.random.default_rng(4)
-BLOBS = np.kron(RNG.integers(0, 3000, (5, 4, 5)), np.ones((1, 6, 5))).astype(np.uint16)  # 5 x 24 x 25
-MARKED = (BLOBS > 1500).astype(np.uint8)
-TILT = np.deg2rad(20.0)
-OBLIQUE = (0.8, 0.6, 0.0, -0.36, 0.48, 0.8)
-SERIES = {
-    "axial": {},
-    "upside down": {"axes": (-1, 0, 0, 0, -1, 0)},
-    "from the head down": {"step": (0, 0, -5.0)},
-    "coronal": {"axes": (1, 0, 0, 0, 0, -1)},
-    "sagittal": {"axes": (0, 1, 0, 0, 0, -1)},
-    "turned": {"axes": (0, 1, 0, 1, 0, 0)},
-    "oblique": {"axes": OBLIQUE},
-    "tilted gantry": {"axes": (1, 0, 0, 0, np.cos(TILT), -np.sin(TILT)), "step": (0, 0, 5.0)},
-    "uneven": {"step": None},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -54,18 +45,6 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def model(make_study, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_model(tmp_path_factory.mktemp("model") / "m.safetensors", make_study())
-
-
-def slices(name: str) -> list[Dataset]:
-    made = volume(BLOBS, **SERIES[name])
-    if name == "uneven":
-        for data, height in zip(made, (0.0, 5.0, 12.0, 14.0, 30.0), strict=True):
-            data.ImagePositionPatient = [-20.0, -30.0, height]
-    return made
-
-
-def plane(source: Dataset) -> tuple[float, ...]:
-    return tuple(float(v) for v in (*source.ImagePositionPatient, *source.ImageOrientationPatient, *source.PixelSpacing))
 
 
 @pytest.mark.parametrize("name", SERIES)
@@ -272,141 +251,3 @@ def test_dciodvfy_finds_no_error(name: str, model: Path, tmp_path: Path):
     told = subprocess.run(["dciodvfy", "-new", tmp_path / "out/001/segmentation.dcm"], capture_output=True, text=True, timeout=60)
     assert "Segmentation" in told.stderr
     assert not [line for line in told.stderr.splitlines() if line.startswith("Error")], told.stderr
-
-
-def refusal(*arguments: object, **options: object) -> IcmoeError:
-    with pytest.raises(IcmoeError) as caught:
-        predicted(*arguments, **options)  # type: ignore[arg-type]
-    return caught.value
-
-
-def numbers(error: IcmoeError) -> list[int]:
-    return [fault.number for fault in error.faults]
-
-
-def test_what_is_there_is_not_overwritten(model: Path, tmp_path: Path):
-    put(tmp_path, slices("axial"))
-    source, out = tmp_path / "export", tmp_path / "out"
-    predicted(model, source, out, "png")
-    before = (out / "prediction.json").read_bytes()
-    assert numbers(refusal(model, source, out)) == [141]
-    assert (out / "prediction.json").read_bytes() == before
-    predicted(model, source, out, "nifti", force=True)
-    assert sorted(path.name for path in (out / "001").iterdir()) == ["segmentation.nii.gz"]
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/thesis.txt").write_text("mine")
-    assert numbers(refusal(model, source, tmp_path / "mine", force=True)) == [141]
-    assert numbers(refusal(model, source, source / "out")) == [210]
-    assert numbers(refusal(model, source, source)) == [210]
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-    assert not list(tmp_path.glob(".*")), "nothing is left beside the output"
-
-
-def test_input_without_images(model: Path, tmp_path: Path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/readme.txt").write_text("no image")
-    assert numbers(refusal(model, tmp_path / "in", tmp_path / "out")) == [140]
-    assert numbers(refusal(model, tmp_path / "absent", tmp_path / "out")) == [109]
-    assert numbers(refusal(model, tmp_path / "in", tmp_path / "out", "tiff")) == [210]
-    assert not (tmp_path / "out").exists()
-
-
-def test_models_that_cannot_be_used(model: Path, make_study, tmp_path: Path):
-    put(tmp_path, slices("axial"))
-    broken = tmp_path / "broken.safetensors"
-    broken.write_bytes(model.read_bytes()[:-5])
-    assert numbers(refusal(broken, tmp_path / "export", tmp_path / "out")) == [209]
-    other = write_random_model(tmp_path / "o.safetensors", make_study(backbone={"digest": "0" * 64}))
-    assert numbers(refusal(other, tmp_path / "export", tmp_path / "out")) == [206]
-
-
-def test_a_series_with_a_lost_slice_is_left_out_and_the_others_are_not(model: Path, tmp_path: Path):
-    put(tmp_path, slices("axial"))
-    bad = slices("coronal")
-    for number, data in enumerate(bad):
-        save(data, tmp_path / "export" / f"bad{number}")
-    path = tmp_path / "export/bad2"
-    path.write_bytes(path.read_bytes()[:-200])
-    record, faults = predicted(model, tmp_path / "export", tmp_path / "out", "png")
-    assert [stack["frames"] for stack in record["stacks"]] == [5]
-    assert [fault.number for fault in faults] == [142]
-    assert "1 of 5 frames" in str(faults[0])
-
-
-def test_what_a_format_cannot_hold_is_said_and_png_holds_it(model: Path, tmp_path: Path):
-    put(tmp_path, slices("uneven"))
-    assert numbers(refusal(model, tmp_path / "export", tmp_path / "out", "nifti")) == [143]
-    _, faults = predicted(model, tmp_path / "export", tmp_path / "out", "png")
-    assert not faults
-    flat = image(BLOBS, SOPClassUID="1.2.840.10008.5.1.4.1.1.7.2", Modality="OT")
-    save(flat, tmp_path / "flat.dcm")
-    assert numbers(refusal(model, tmp_path / "flat.dcm", tmp_path / "other")) == [143], "frames without planes"
-    nibabel.save(nibabel.Nifti1Image(BLOBS.astype(np.int16), np.eye(4)), tmp_path / "a.nii")
-    assert numbers(refusal(model, tmp_path / "a.nii", tmp_path / "other")) == [143]
-
-
-ANONYMISED = {
-    "no frame of reference": {"FrameOfReferenceUID": None},
-    "dates of zeros": {"StudyDate": "20120000", "PatientBirthDate": "00000000", "PatientSex": "unknown"},
-    "no names": {"PatientName": None, "PatientID": None, "AccessionNumber": None, "StudyID": None, "PatientSex": None},
-}
-
-
-@pytest.mark.parametrize("change", ANONYMISED)
-def test_what_anonymisers_leave_behind_is_no_obstacle(change: str, model: Path, tmp_path: Path):
-    sources = volume(BLOBS)
-    for source in sources:
-        for name, value in ANONYMISED[change].items():
-            if value is None:
-                del source[name]
-            else:
-                source[name] = DataElement(name, dictionary_VR(name), value, validation_mode=IGNORE)
-    put(tmp_path, sources)
-    _, faults = predicted(model, tmp_path / "export", tmp_path / "out")
-    assert not faults
-    assert read_back(tmp_path / "out/001/segmentation.dcm", sources).any()
-    made = pydicom.dcmread(tmp_path / "out/001/segmentation.dcm")
-    assert {name: made.get(name) or None for name in ANONYMISED[change] if "UID" not in name} == {
-        name: value for name, value in ANONYMISED[change].items() if "UID" not in name
-    }, "a viewer joins the object to its patient and study by these"
-
-
-def test_images_in_a_frame_of_reference_each_are_joined_by_reference(model: Path, tmp_path: Path):
-    sources = volume(BLOBS)
-    for source in sources:
-        source.FrameOfReferenceUID = generate_uid()
-    put(tmp_path, sources)
-    _, faults = predicted(model, tmp_path / "export", tmp_path / "out")
-    assert not faults
-    assert read_back(tmp_path / "out/001/segmentation.dcm", sources).any()
-    space = pydicom.dcmread(tmp_path / "out/001/segmentation.dcm").FrameOfReferenceUID
-    assert space not in {source.FrameOfReferenceUID for source in sources}
-
-
-def test_masks_and_copies_are_no_input(model: Path, tmp_path: Path):
-    sources = slices("axial")
-    put(tmp_path, sources)
-    put(tmp_path, sources, "copy{}")
-    save(segmentation(sources, MARKED, "BINARY"), tmp_path / "export" / "mask.dcm")
-    found, faults = find_series(
-        tmp_path / "export", sorted(path.name for path in (tmp_path / "export").iterdir()), (Label(name="x", values=(0,)),)
-    )
-    assert [[len(stack.frames) for stack in series.stacks] for series in found] == [[5]]
-    assert not faults
-
-
-def test_the_command_prints_json_and_exits_with_one_where_something_was_left_out(model: Path, tmp_path: Path):
-    put(tmp_path, slices("axial"))
-    bad = save(slices("coronal")[0], tmp_path / "export" / "bad")
-    bad.write_bytes(bad.read_bytes()[:-200])
-    command = [sys.executable, "-m", "icmoe", "predict", "--model", model, "--input", tmp_path / "export", "--json"]
-    done = subprocess.run(
-        [*map(str, command), "--output", str(tmp_path / "out"), "--format", "png"], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "ICM142" in done.stderr
-    record = json.loads(done.stdout)
-    assert record["stacks"][0]["frames"] == 5
-    assert (tmp_path / "out/001/overlay/0001.png").is_file()
-    assert json.loads((tmp_path / "out/prediction.json").read_text()) == record

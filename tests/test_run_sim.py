@@ -82,6 +82,11 @@ def test_results_hold_what_the_schema_promises(rehearsed: tuple[Path, str]) -> N
         assert (rehearsed[0] / record["model"]).is_file()
         assert all(row["val_dice"] is not None for row in record["rounds"]), name
     assert set(results["methods"]["local"]["1"]["models"]) == set(results["sites"])
+    models = {path.stem for path in (rehearsed[0] / "models").glob("*.safetensors")}
+    assert {path.stem for path in (rehearsed[0] / "models").glob("*.md")} == models, "each model has its card"
+    card = (rehearsed[0] / "models" / "local-Alder-seed1.md").read_text()
+    assert "| Alder | 10 | 0." in card
+    assert "Birch" not in card
     usage = results["methods"]["router-aware"]["1"]["rounds"][0]["sites"]["Alder"]["usage"]
     assert sum(usage) == pytest.approx(1.0)
     assert len(usage) == len(results["experts"]) == 6
