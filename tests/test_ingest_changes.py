@@ -20,6 +20,7 @@ from test_quality import site_file
 from fl_client.ingesting import forget_patient, ingest_site
 from fl_client.participant import Participant
 from icmoe.data.ingest import index
+from icmoe.data.ingest.pseudonyms import pseudonym_of, site_pseudonyms
 from icmoe.data.ingest.run import Export, forget, ingest
 from icmoe.data.slices import load_mask
 from icmoe.errors import IcmoeError
@@ -267,3 +268,24 @@ def make_constant(path: Path) -> None:
     data = pydicom.dcmread(path)
     data.PixelData = bytes(len(data.PixelData))
     data.save_as(path)
+
+
+def test_equal_numbers_of_two_issuers_are_two_patients_in_one_split(tmp_path: Path):
+    for seed, issuer in enumerate(("Elm", "Oak", "")):
+        named = {"IssuerOfPatientID": issuer} if issuer else {}
+        write_series(tmp_path / f"export/{seed}", "17", 2, seed=seed, **named)
+    write_series(tmp_path / "export/other", "18", 2, seed=9, IssuerOfPatientID="Elm")
+    (tmp_path / "splits.csv").write_text("patient,split\n17,test\n17^^^Oak,test\n18,train\n")
+    export = replace(export_of(tmp_path / "export", tmp_path / "place"), split_file=tmp_path / "splits.csv")
+    data = taken(export)
+    assert len({item.patient for item in data.slices}) == 4
+    assert [len(data.of(split)) for split in ("train", "test")] == [2, 6]
+    assert b"Oak" not in (export.store / "index.sqlite").read_bytes()
+    drawn = taken(replace(export, split_file=None))
+    splits = {item.patient: item.split for item in drawn.slices}
+    hashes = site_pseudonyms(export.secret_folder)
+    assert len({splits[pseudonym_of(f"17{issuer}", hashes)] for issuer in ("", "^^^Elm", "^^^Oak")}) == 1
+    assert forget(export, "17^^^Oak") == 2
+    assert forget(export, "17") == 4, "whoever gave the number"
+    assert len(taken(export).slices) == 2
+    assert ingest(export) is False

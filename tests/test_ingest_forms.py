@@ -15,6 +15,7 @@ from dicom_builders import (
     save,
 )
 from exports import read_frames
+from jpeg_lossless import jpeg_lossless
 from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames
@@ -24,6 +25,8 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
     JPEGLSLossless,
     RLELossless,
 )
@@ -225,6 +228,15 @@ def test_lossless_compression_changes_no_grey_value(name: str, syntax: str, tmp_
         pytest.skip("these codecs hold the stored bits alone")
     data.compress(syntax, generate_instance_uid=False)
     assert np.allclose(first(save(data, tmp_path / "x")), want)
+
+
+@pytest.mark.parametrize(("syntax", "predictor"), [(JPEGLosslessSV1, 1), (JPEGLossless, 4), (JPEGLossless, 7)])
+@pytest.mark.parametrize(("stored", "bits"), [(U8, 8), (U12, 12), (U16, 16)])
+def test_jpeg_lossless_changes_no_grey_value(stored: np.ndarray, bits: int, syntax: str, predictor: int, tmp_path: Path):
+    data = image(stored, syntax, BitsStored=bits, HighBit=bits - 1)
+    data.PixelData = encapsulate([jpeg_lossless(stored, bits, predictor)])
+    data["PixelData"].is_undefined_length = True
+    assert np.array_equal(first(save(data, tmp_path / "x")), stored)
 
 
 def test_one_damaged_frame_costs_that_frame_alone(tmp_path: Path):

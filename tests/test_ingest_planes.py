@@ -15,11 +15,13 @@ from dicom_builders import (
     common,
     derived,
     enhanced,
+    image,
     item,
     place,
     plain_segmentation,
     put,
     same,
+    save,
     scaled,
     segmentation,
     used,
@@ -30,6 +32,8 @@ from pydicom.uid import (
 )
 
 from icmoe.data.ingest.geometry import Upright
+from icmoe.data.ingest.headers import image_record, read_header
+from icmoe.data.ingest.pseudonyms import Pseudonyms
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -153,3 +157,35 @@ def test_legacy_converted_objects_read_like_what_they_were_made_from(tmp_path: P
 def test_a_picture_turned_upright_comes_back_as_it_was(turn: Upright):
     picture = np.arange(12).reshape(3, 4)
     assert np.array_equal(turn.turned_back(turn.turn(picture)), picture)
+
+
+@pytest.mark.parametrize("distance_mm", [4.0, -4.0])
+def test_slices_of_nuclear_medicine_lie_where_the_detector_and_the_slice_vector_say(distance_mm: float, tmp_path: Path):
+    detector = item(ImagePositionPatient=[-20.0, -30.0, 40.0], ImageOrientationPatient=[1, 0, 0, 0, 1, 0])
+    data = image(
+        VOLUME,
+        Modality="NM",
+        SOPClassUID="1.2.840.10008.5.1.4.1.1.20",
+        ImageType=["ORIGINAL", "PRIMARY", "RECON TOMO", "EMISSION"],
+        PixelSpacing=[1.0, 1.5],
+        SpacingBetweenSlices=distance_mm,
+        SliceVector=[1, 2, 3, 2, 1],  # two passes over the same places
+        DetectorInformationSequence=[detector],
+    )
+    record = image_record(read_header(save(data, tmp_path / "x")), Pseudonyms(bytes(32)))
+    planes = [frame.plane for frame in record.frames]
+    assert [plane and plane[:3] for plane in planes] == [(-20.0, -30.0, 40.0 + distance_mm * n) for n in (0, 1, 2, 1, 0)]
+    assert {plane and plane[3:] for plane in planes} == {(1, 0, 0, 0, 1, 0, 1.0, 1.5)}
+
+
+@pytest.mark.parametrize("without", ["SliceVector", "SpacingBetweenSlices", "DetectorInformationSequence", "ImageType"])
+def test_views_of_nuclear_medicine_that_are_no_stack_have_no_place(without: str, tmp_path: Path):
+    given = {
+        "ImageType": ["ORIGINAL", "PRIMARY", "RECON TOMO"],
+        "SpacingBetweenSlices": 4.0,
+        "SliceVector": [1, 2, 3, 4, 5],
+        "DetectorInformationSequence": [item(ImagePositionPatient=[0, 0, 0], ImageOrientationPatient=[1, 0, 0, 0, 1, 0])],
+    }
+    data = image(VOLUME, Modality="NM", PixelSpacing=[1.0, 1.0], **{k: v for k, v in given.items() if k != without})
+    record = image_record(read_header(save(data, tmp_path / "x")), Pseudonyms(bytes(32)))
+    assert {frame.plane for frame in record.frames} == {None}

@@ -153,27 +153,28 @@ def forget(export: Export, patient: str) -> int:
     export
         As for `ingest`.
     patient
-        The hospital's own number, or the pseudonym P-....
+        The hospital's own number, whoever gave it, or "NUMBER^^^ISSUER", or the pseudonym P-....
     """
     from icmoe.data.ingest.pseudonyms import forget_name, pseudonym_of, site_pseudonyms
 
     name = pseudonym_of(patient, site_pseudonyms(export.secret_folder))
     forget_name(export.secret_folder, name)
     with index.claimed(export.store) as connection:
-        rows = [row for row in index.frame_rows(connection) if row.patient == name]
+        names, series = {name}, set[str]()
+        for _, record in index.records(connection):  # an ingest that was stopped has series that are not published
+            if name in {record.patient, record.number}:
+                names.add(record.patient)
+                series.add(f"S-{record.series}")
         out = index.left_out(connection)
-        series = {row.series for row in rows} | {item.series for item in out if item.patient == name}
-        # An ingest that was stopped has decoded series that are in neither.
-        series |= {f"S-{record.series}" for _, record in index.records(connection) if record.patient == name}
+        everything = index.frame_rows(connection)
+        rows = [row for row in everything if row.patient in names]
+        series |= {row.series for row in rows} | {item.series for item in out if item.patient in names}
         with index.transaction(connection):
             connection.execute("insert or ignore into forgotten values (?)", (name,))
             connection.executemany("delete from series where id = ?", [(key,) for key in series])
             connection.executemany("insert or ignore into gone values (?)", [(row.result.digest,) for row in rows])
-            index.write_frames(
-                connection,
-                [row for row in index.frame_rows(connection) if row.patient != name],
-                [item for item in out if item.patient != name],
-            )
+            left = [row for row in everything if row.patient not in names]
+            index.write_frames(connection, left, [item for item in out if item.patient not in names])
             index.put_meta(connection, {"complete": index.meta(connection, "complete") and "forgotten", "cleaned": ""})
         _clean(connection, export.store)
     return len(rows)
