@@ -38,7 +38,7 @@ class Maps:
 
 @torch.no_grad()
 def maps_of(model: ICMoE | Mixture, backbone: Backbone, image_HW: npt.NDArray[np.float32]) -> Maps:
-    """Return the maps of one picture: probabilities are interpolated to its pixels, then the largest is taken.
+    """Return the maps of one picture: logits are interpolated to its pixels as `icmoe.evaluation` does, then the largest is taken.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def maps_of(model: ICMoE | Mixture, backbone: Backbone, image_HW: npt.NDArray[np
     def on_pixels(maps_BXhw: Tensor) -> Tensor:
         return restore(maps_BXhw[0].float().cpu(), (image_HW.shape[0], image_HW.shape[1]))
 
-    classes_HW = _largest(on_pixels(output.logits_BKhw.float().softmax(dim=1)))
+    classes_HW = _largest(on_pixels(output.logits_BKhw))
     if output.experts is None:
         return Maps(classes_HW)
     votes_BMKHW, gates_BMHW = output.experts.log_votes_BMKHW.exp(), output.experts.gates_BMHW
