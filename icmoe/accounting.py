@@ -146,8 +146,9 @@ def _epsilon(history: tuple[Spending, ...], delta: float, accountant: Accountant
         prv = PRVAccountant()
         prv.history = entries
         rough = float(prv.get_epsilon(delta, eps_error=_ROUGH_ERROR))
-        if (error := max(_RELATIVE_ERROR * rough, _LEAST_ERROR)) < _ROUGH_ERROR:
-            rough = float(prv.get_epsilon(delta, eps_error=error))
+        finer = max(_RELATIVE_ERROR * rough, _LEAST_ERROR)
+        if finer < _ROUGH_ERROR:
+            rough = float(prv.get_epsilon(delta, eps_error=finer))
         return max(0.0, min(rough, bound))
 
 
