@@ -19,8 +19,10 @@ from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Study
 from icmoe.study_privacy import Accountant, SitePrivacy
 
-# Slack of PRV's upper bound: absolute at first, and relative where that would be coarse.
-_ROUGH_ERROR, _RELATIVE_ERROR = 0.01, 0.004
+# Slack of PRV's upper bound: absolute at first, and relative where that would be coarse. Finer meshes cost gigabytes.
+_ROUGH_ERROR, _RELATIVE_ERROR, _LEAST_ERROR = 0.01, 0.004, 1e-3
+# PRV's mesh grows with epsilon until it fits no memory or overflows; an RDP bound beyond this is given as it is.
+_PRV_LIMIT = 60.0
 _NOISE_PRECISION = 2e-3
 _MOST_NOISE = 1000.0
 
@@ -54,7 +56,7 @@ def epsilon(history: Sequence[Spending], *, delta: float, accountant: Accountant
     delta
         In (0, 1).
     accountant
-        "prv" or "rdp".
+        "prv" or "rdp"; beyond an epsilon of 60, which protects nobody, both give the bound of rdp.
 
     Raises
     ------
@@ -136,16 +138,18 @@ def _epsilon(history: tuple[Spending, ...], delta: float, accountant: Accountant
     entries = [(one.noise_multiplier, one.sample_rate, one.steps) for one in history]
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # orders of RDP that do not matter; logarithms of 0 that are masked
-        if accountant == "rdp":
-            rdp = RDPAccountant()
-            rdp.history = entries
-            return float(rdp.get_epsilon(delta))
+        rdp = RDPAccountant()
+        rdp.history = entries
+        bound = float(rdp.get_epsilon(delta))
+        if accountant == "rdp" or bound > _PRV_LIMIT:
+            return bound
         prv = PRVAccountant()
         prv.history = entries
         rough = float(prv.get_epsilon(delta, eps_error=_ROUGH_ERROR))
-        if _RELATIVE_ERROR * rough >= _ROUGH_ERROR:
-            return rough
-        return float(prv.get_epsilon(delta, eps_error=_RELATIVE_ERROR * rough))
+        finer = max(_RELATIVE_ERROR * rough, _LEAST_ERROR)
+        if finer < _ROUGH_ERROR:
+            rough = float(prv.get_epsilon(delta, eps_error=finer))
+        return max(0.0, min(rough, bound))
 
 
 def training_spending(privacy: SitePrivacy, *, rounds: int) -> Spending:

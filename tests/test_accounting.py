@@ -46,6 +46,13 @@ def test_a_known_history_keeps_its_figure() -> None:
     assert epsilon([Spending(0.8, 0.1, 100)], delta=1e-5, accountant="prv") == pytest.approx(10.99, abs=0.01)
 
 
+@pytest.mark.parametrize("one", [Spending(1000.0, 0.001, 1), Spending(0.01, 1.0, 100), Spending(0.5, 0.5, 1000)])
+def test_hardly_any_noise_and_hardly_any_loss_have_a_finite_epsilon(one: Spending) -> None:
+    found = epsilon([one], delta=1e-4, accountant="prv")
+    assert 0.0 <= found <= epsilon([one], delta=1e-4, accountant="rdp")
+    assert math.isfinite(found)
+
+
 def test_nothing_spent_is_nothing() -> None:
     for accountant in ("prv", "rdp"):
         assert epsilon([], delta=1e-5, accountant=accountant) == 0.0
