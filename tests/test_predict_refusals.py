@@ -99,6 +99,11 @@ def test_what_a_format_cannot_hold_is_said_and_png_holds_it(model: Path, tmp_pat
     assert numbers(refusal(model, tmp_path / "export", tmp_path / "out", "nifti")) == [143]
     _, faults = predicted(model, tmp_path / "export", tmp_path / "out", "png")
     assert not faults
+    bare = volume(BLOBS)
+    for data in bare:
+        del data.PixelSpacing
+    put(tmp_path / "bare", bare)
+    assert numbers(refusal(model, tmp_path / "bare", tmp_path / "other")) == [143], "pixels of unknown size"
     flat = image(BLOBS, SOPClassUID="1.2.840.10008.5.1.4.1.1.7.2", Modality="OT")
     save(flat, tmp_path / "flat.dcm")
     assert numbers(refusal(model, tmp_path / "flat.dcm", tmp_path / "other")) == [143], "frames without planes"

@@ -28,6 +28,9 @@ from icmoe.predict.pictures import colour_of
 from icmoe.predict.stacks import Series, Stack
 from icmoe.study import Code, Label
 
+# The patient's own values are copied as they are: a viewer joins objects by them, also where they break the standard.
+pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
+
 SERIES_NUMBER = 9000
 """Of the first stack; above what scanners count to."""
 TEXT = 64
@@ -117,10 +120,11 @@ def _is_multi_frame(series: Series, stack: Stack) -> bool:
 
 
 def _sources(root: Path, series: Series, stack: Stack) -> list[Dataset]:
-    """Return the headers of a stack's images; of a multi-frame object a copy that holds this stack's frames alone."""
+    """Return the headers of a stack's images; that of a multi-frame object speaks of this stack's frames alone."""
     if _is_multi_frame(series, stack):
         source = open_dicom(root / stack.frames[0].path, pixels=False)
-        return [_with_frames(source, [frame.number for frame in stack.frames])]
+        _keep_frames(source, [frame.number for frame in stack.frames])
+        return [source]
     return [open_dicom(root / frame.path, pixels=False) for frame in stack.frames]
 
 
@@ -143,25 +147,24 @@ def _complete(sources: Sequence[Dataset], stack: Stack) -> None:
             source.SliceThickness = distance_mm
         if plane is not None and "ImageOrientationPatient" in source:
             source.ImageOrientationPatient = sources[0].ImageOrientationPatient
-            source.PixelSpacing = list(plane[9:])
+            if plane[9]:
+                source.PixelSpacing = list(plane[9:])
 
 
-def _with_frames(source: Dataset, numbers: Sequence[int]) -> Dataset:
-    """Return a multi-frame object's header as if it had these frames only; axes and distances move to the shared groups."""
-    made = copy.copy(source)
+def _keep_frames(source: Dataset, numbers: Sequence[int]) -> None:
+    """Make a multi-frame header speak of these frames only; axes and distances move to the shared groups."""
     own = sequence(source, "PerFrameFunctionalGroupsSequence")
     chosen = [own[number] for number in numbers if number < len(own)]
-    shared = copy.copy((sequence(source, "SharedFunctionalGroupsSequence") or [Dataset()])[0])
+    shared = (sequence(source, "SharedFunctionalGroupsSequence") or [Dataset()])[0]
     for name in ("PlaneOrientationSequence", "PixelMeasuresSequence"):
         if name not in shared and chosen and name in chosen[0]:
             shared[name] = chosen[0][name]
     for group in chosen:
         if "PlanePositionSequence" not in group and "PlanePositionSequence" in shared:
             group.PlanePositionSequence = shared.PlanePositionSequence
-    made.NumberOfFrames = len(numbers)
-    made.SharedFunctionalGroupsSequence = [shared]
-    made.PerFrameFunctionalGroupsSequence = chosen
-    return made
+    source.NumberOfFrames = len(numbers)
+    source.SharedFunctionalGroupsSequence = [shared]
+    source.PerFrameFunctionalGroupsSequence = chosen
 
 
 def _refer_to(made: Dataset, numbers: Sequence[int]) -> None:
@@ -215,7 +218,3 @@ def _concept(label: Label, name: str) -> CodedConcept:
 def _stamped(header: ModelHeader) -> str:
     stamp = "PHANTOMS, not for patients" if header.phantoms else "TEST ONLY" if header.study.test_only else "research use"
     return f"{stamp}: IC-MoE {header.study.name}"[:TEXT]
-
-
-# The patient's own values are copied as they are: a viewer joins objects by them, also where they break the standard.
-pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
