@@ -36,7 +36,8 @@ from fl_server.round_strategy import RoundReport, RoundStrategy, State
 from fl_server.wrapping import Wrapping
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import expert_of, is_usage_weighted
-from icmoe.gaussian import ACCOUNTANT, epsilon_of, noise_for, system_normal
+from icmoe.gaussian import ACCOUNTANT, epsilon_of, noise_for
+from icmoe.os_random import gaussian
 from icmoe.server_privacy import ServerPrivacy
 from icmoe.study import Study
 from icmoe.sums import own_weights
@@ -191,7 +192,7 @@ class Private(Wrapping):
         settings, used = self.settings, self.clip_norm
         mean = self._noised(summed(updates, self.study, used))
         whole = sum((norm_of(update.tensors) <= used) - 0.5 for update in updates)
-        self.clip_norm = next_clip_norm(used, whole + self.noise.count * float(system_normal(1)[0]), settings)
+        self.clip_norm = next_clip_norm(used, whole + self.noise.count * float(gaussian(1)[0]), settings)
         self.releases += 1
         self.report.privacy = self._record(used)
         return self.inner.aggregate_train(server_round, [in_one_reply(mean, self._current, self.sites, self.study)])
@@ -201,7 +202,7 @@ class Private(Wrapping):
         sensitivity = self.clip_norm * self.settings.max_weight * (2.0 if self.settings.adjacency == "replace" else 1.0)
         deviation = self.noise.update * sensitivity
         return {
-            name: (part + deviation * system_normal(part.size).reshape(part.shape)) / self.settings.divisor
+            name: (part + deviation * gaussian(part.size).reshape(part.shape)) / self.settings.divisor
             for name, part in total.items()
         }
 

@@ -1,16 +1,11 @@
-"""The Gaussian mechanism without subsampling: exact epsilon of a history, and noise that no seed of the run can repeat."""
+"""The Gaussian mechanism without subsampling: exact epsilon of a history."""
 
 from __future__ import annotations
 
 import math
-import os
-
-import numpy as np
-import numpy.typing as npt
 
 ACCOUNTANT = "Gaussian, exact"
 _LARGEST_EPSILON = 1e6
-_DRAWS = 4
 
 
 def delta_of(epsilon: float, releases: int, noise_multiplier: float) -> float:
@@ -65,25 +60,6 @@ def noise_for(epsilon: float, delta: float, releases: int) -> float:
         middle = 0.5 * (low + high)
         low, high = (middle, high) if epsilon_of(releases, middle, delta) > epsilon else (low, middle)
     return high
-
-
-def system_normal(count: int) -> npt.NDArray[np.float64]:
-    """Return independent standard normal values from the operating system's generator.
-
-    Each is the sum of four Box-Muller draws over 2: the gaps that floating point leaves in a single draw tell more of the
-    hidden value than the noise should (Mironov 2012; Holohan and Braghin, arXiv 2107.10138).
-
-    Parameters
-    ----------
-    count
-        Number of values.
-    """
-    total = np.zeros(count)
-    for _ in range(_DRAWS):
-        bits = np.frombuffer(os.urandom(16 * count), dtype=np.uint64)
-        uniform = ((bits >> np.uint64(11)) + np.uint64(1)) * 2.0**-53  # in (0, 1]
-        total += np.sqrt(-2.0 * np.log(uniform[:count])) * np.cos(2.0 * np.pi * uniform[count:])
-    return total / math.sqrt(_DRAWS)
 
 
 def _normal(value: float) -> float:

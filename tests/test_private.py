@@ -25,7 +25,8 @@ from fl_server.run_state import RunState
 from fl_server.submit import sentence
 from icmoe.errors import IcmoeError
 from icmoe.exchange import BALANCE_BIAS, expert_of, is_usage_weighted
-from icmoe.gaussian import delta_of, epsilon_of, noise_for, system_normal
+from icmoe.gaussian import delta_of, epsilon_of, noise_for
+from icmoe.os_random import gaussian
 from icmoe.study import Study
 
 PLAIN = {"cap": 1.0, "min_contributors": 1, "shrinkage": False, "balance_step": 0.0, "largest_size": 30}
@@ -175,11 +176,11 @@ def test_the_noise_is_another_one_each_time_whatever_the_seeds(make_study) -> No
 
 
 def test_normal_values_from_the_system_are_normal_and_independent() -> None:
-    values = system_normal(200_000)
+    values = gaussian(200_000)
     assert stats.kstest(values, "norm").pvalue > 1e-6
     assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.02
     assert values.shape == (200_000,)
-    assert system_normal(0).shape == (0,)
+    assert gaussian(0).shape == (0,)
 
 
 def test_c_follows_the_quantile_as_published() -> None:
