@@ -38,7 +38,7 @@ class Maps:
 
 @torch.no_grad()
 def maps_of(model: ICMoE | Mixture, backbone: Backbone, image_HW: npt.NDArray[np.float32]) -> Maps:
-    """Return the maps of one picture: logits are interpolated to its pixels as `icmoe.evaluation` does, then the largest is taken.
+    """Return the maps of one picture: logits are interpolated to its pixels, as in `icmoe.evaluation`, the largest is taken.
 
     Parameters
     ----------
