@@ -178,6 +178,7 @@ def _personal(results: Record, bench: Bench, folder: RunFolder) -> Iterator[tupl
     """Yield the own model of each site and seed: what was chosen, and its scores."""
     if "personalised" in results["methods"]:
         return
+    torch.set_num_threads(1)  # as in every training: equal seeds, equal bytes
     for seed, run in results["methods"]["router-aware"].items():
         model, header = read_model(folder.root / run["model"])
         study = header.study
