@@ -35,18 +35,18 @@ def ask(
     late
         Earlier messages without an answer; those of this call that stay without one are added.
     """
+    waiting, overdue = set(grid.push_messages(messages)), set[str]() if late is None else late
     ends = time.monotonic() + deadline_s
-    waiting = set(grid.push_messages(messages))
     replies: list[Message] = []
-    overdue = set() if late is None else late
-    while waiting and time.monotonic() < ends:
+    while True:
         for reply in grid.pull_messages(waiting | overdue):
             if on_reply is not None and reply.metadata.reply_to_message_id in waiting:
                 on_reply(reply)
             waiting.discard(reply.metadata.reply_to_message_id)
             overdue.discard(reply.metadata.reply_to_message_id)
             replies.append(reply)
-        if waiting:
-            time.sleep(poll_s)
+        if not waiting or time.monotonic() >= ends:
+            break
+        time.sleep(poll_s)
     overdue |= waiting
     return replies
