@@ -37,14 +37,13 @@ def ask(
     late
         Earlier messages without an answer; those of this call that stay without one are added.
     """
-    ends = time.monotonic() + deadline_s
     questions = list(messages)
     for question in questions:  # they may share their content, which is then packed once
         pack_records(question.content, ArrayRecord, Array)
-    waiting = set(grid.push_messages(questions))
+    waiting, overdue = set(grid.push_messages(questions)), set[str]() if late is None else late
+    ends = time.monotonic() + deadline_s
     replies: list[Message] = []
-    overdue = set() if late is None else late
-    while waiting and time.monotonic() < ends:
+    while True:
         for reply in grid.pull_messages(waiting | overdue):
             if reply.has_content():
                 unpack_records(reply.content, ArrayRecord, Array)
@@ -53,7 +52,8 @@ def ask(
             waiting.discard(reply.metadata.reply_to_message_id)
             overdue.discard(reply.metadata.reply_to_message_id)
             replies.append(reply)
-        if waiting:
-            time.sleep(poll_s)
+        if not waiting or time.monotonic() >= ends:
+            break
+        time.sleep(poll_s)
     overdue |= waiting
     return replies

@@ -186,9 +186,10 @@ class Guard(Wrapping):
         """Return, in site order, what each site sent for this round where it can be read, and a fault for all else."""
         found: dict[str, list[_Candidate]] = defaultdict(list)
         faults: list[Fault] = []
+        asked = {(message.metadata.dst_node_id, message.metadata.message_id) for message in self._asked}
         for reply in replies:
             site = self.sites.get(reply.metadata.src_node_id, "")
-            if not self._answers_this_round(reply):
+            if (reply.metadata.src_node_id, reply.metadata.reply_to_message_id) not in asked:
                 if not reply.has_error():
                     faults.append(Fault(number=513, where=site, did="It was not used; the site may take part in this round."))
             elif reply.has_error():
@@ -206,13 +207,6 @@ class Guard(Wrapping):
             what = "site sent two different updates for one round"
             faults.append(Fault(number=512, where=site, what=what, did="Neither was used."))
         return [singles[site][0] for site in sorted(singles)], faults
-
-    def _answers_this_round(self, reply: Message) -> bool:
-        about = reply.metadata
-        return any(
-            (about.src_node_id, about.reply_to_message_id) == (asked.metadata.dst_node_id, asked.metadata.message_id)
-            for asked in self._asked
-        )
 
     def _checked(self, reply: Message, site: str) -> _Candidate:
         """Return an update that is sound by itself."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,10 @@ def _keep(path: Path, number: int, keep: int) -> None:
     """Give the newest commit a second name with its round's number, and remove all but the last ones."""
     link, fresh = _numbered(path, number), path.with_name(f".{path.name}.link")
     fresh.unlink(missing_ok=True)
-    os.link(path, fresh)
+    try:
+        os.link(path, fresh)
+    except OSError:  # a file system without second names
+        shutil.copyfile(path, fresh)
     fresh.replace(link)
     for older in _kept(path)[:-keep]:
         older.unlink(missing_ok=True)

@@ -89,6 +89,22 @@ def test_a_run_that_is_stopped_ends_as_stopped(coordinator: Coordinator) -> None
     assert "Traceback" not in log.read_text()
 
 
+def test_resume_stops_a_live_run_of_the_study_first(coordinator: Coordinator) -> None:
+    home, study = str(coordinator.home.root), str(coordinator.study("unknown"))
+    first, second = coordinator.home.root / "first.log", coordinator.home.root / "second.log"
+    with running([*FL_SERVER, "run", study, "--home", home], first, environment()) as live:
+        wait_until(lambda: "run        " in first.read_text(), "the run to be submitted", 60)
+        wait_until(lambda: "waiting for" in first.read_text(), "the run to say whom it waits for", 120)
+        with running([*FL_SERVER, "run", study, "--home", home, "--resume"], second, environment()) as resumed:
+            assert live.wait(timeout=120) == 1
+            wait_until(lambda: "run        " in second.read_text(), "the second run to be submitted", 120)
+            number = json.loads(fl_server("status", "--home", home, "--json").stdout)[0]["run"]
+            assert number not in first.read_text()
+            assert fl_server("stop", number, "--home", home).returncode == 0
+            assert resumed.wait(timeout=120) == 1
+    assert "ICM509" in first.read_text()
+
+
 @pytest.fixture(scope="module")
 def sites(coordinator: Coordinator) -> Iterator[None]:
     """Three admitted hospitals, connected through the public port by `fl_client --site NAME`."""
