@@ -29,7 +29,7 @@ FORMS = ("seg", "contours", "volume", "picture")
 KEPT = 1024
 """Records that are held in memory."""
 SCHEMA = """
-create table run.image (path blob primary key, uid, series, patient, space, stem, folder) without rowid;
+create table run.image (path blob primary key, uid, series, patient, space, folder, name) without rowid;
 create table run.mask (path blob primary key) without rowid;
 create table run.use (path blob, frame integer, form integer, mask blob, said text);
 create table run.refusal (path blob primary key, number integer, why text) without rowid;
@@ -42,7 +42,7 @@ INDEXES = """
 create index run.image_uid on image (uid);
 create index run.image_series on image (series);
 create index run.image_space on image (space);
-create index run.image_stem on image (stem);
+create index run.image_name on image (name);
 """
 PREFER = """
 create index run.use_frame on use (path, frame);
@@ -151,7 +151,8 @@ class Catalogue:
             if record.fault:
                 self.refuse(name, Refusal(record.fault, record.why))
             elif is_image(record):
-                row = record.image, record.series, record.patient, record.space, stem(name), str(PurePosixPath(name).parent)
+                single = stem(name) if len(record.frames) == 1 else None
+                row = record.image, record.series, record.patient, record.space, str(PurePosixPath(name).parent), single
                 self._run.execute("insert into run.image values (?, ?, ?, ?, ?, ?, ?)", (path, *row))
             else:
                 self._run.execute("insert into run.mask values (?)", (path,))
@@ -162,7 +163,7 @@ class Catalogue:
         return self._paths("select path from run.mask order by path")
 
     def images(self, column: str, value: str) -> list[str]:
-        """Return the paths of images that have this in a column (`uid`, `series`, `space` or `stem`), in order."""
+        """Return the paths of images that have this in a column (`uid`, `series`, `space`; `name`, of one frame), in order."""
         return self._paths(f"select path from run.image where {column} = ? order by path", value)  # noqa: S608  # fixed names
 
     def all_images(self) -> Iterator[tuple[str, FileRecord]]:

@@ -43,9 +43,9 @@ class Images:
         """Return the first image that has an instance UID, none where there is none."""
         return self._files.images("uid", uid)[:1]
 
-    def by_stem(self, name: str) -> list[str]:
-        """Return the images of a `stem`."""
-        return self._files.images("stem", name)
+    def by_name(self, name: str) -> list[str]:
+        """Return the images of one frame that have a `stem`."""
+        return self._files.images("name", name)
 
     def by_space(self, space: str) -> list[str]:
         """Return the images of a frame of reference."""
@@ -225,7 +225,7 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
 
 def _by_name(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     """Match a picture with the closest of the images of its name."""
-    same = {target: target for target in images.by_stem(stem(path)) if len(images[target].frames) == 1}
+    same = {target: target for target in images.by_name(stem(path))}
     best = _closest(path, same)
     if not best:
         raise Refusal(123, "no image of one frame has its name")
