@@ -44,9 +44,10 @@ class Receipted(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send the messages, the training ones with the receipts of their sites."""
-        made = [self._with_receipt(message) for message in messages]
-        ids = list(self._grid.push_messages([message for message, _ in made]))
-        self._sent.update(zip(ids, made, strict=True))
+        asked = list(messages)
+        given = [self._put_receipt(message) for message in asked]
+        ids = list(self._grid.push_messages(asked))
+        self._sent.update(zip(ids, zip(asked, given, strict=True), strict=True))
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -80,13 +81,14 @@ class Receipted(Grid):
         """Return the Grid's nodes with their names."""
         return self._grid.get_nodes()
 
-    def _with_receipt(self, message: Message) -> tuple[Message, Head]:
+    def _put_receipt(self, message: Message) -> Head:
+        """Put the site's receipt into the message itself, which others know by its identity, and return it."""
         head = receipt(self._folder, self._sites.get(message.metadata.dst_node_id, ""))
         if message.metadata.message_type != "train" or head == EMPTY:
-            return message, EMPTY
+            return EMPTY
         config = ConfigRecord({**message.content.config_records[CONFIG], RECEIPT_KEY: receipt_text(head)})
-        content = RecordDict({**message.content, CONFIG: config})
-        return Message(content, message.metadata.dst_node_id, "train", ttl=message.metadata.ttl), head
+        message.content = RecordDict({**message.content, CONFIG: config})  # the old content may be shared with other sites
+        return head
 
     def _taken(self, reply: Message) -> Message:
         site = self._sites.get(reply.metadata.src_node_id, "")

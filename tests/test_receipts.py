@@ -59,6 +59,16 @@ def test_each_site_gets_its_own_receipt_with_the_next_round_also_after_a_restart
     assert set(told(network).values()) == {None}  # a question to score carries none
 
 
+def test_an_answer_belongs_to_the_very_message_that_was_asked(tmp_path: Path) -> None:
+    """The guard knows by it which round an update is for; with a copy in between every update would look late."""
+    keep_receipt(tmp_path, "Alder", Head(3, "a" * 64))
+    asked = Message(RecordDict({CONFIG: ConfigRecord({STUDY_KEY: "0" * 64, ROUND_KEY: 2})}), dst_node_id=11, message_type="train")
+    grid = Receipted(wire({"Alder": Head(4, "d" * 64)}), SITES, tmp_path)
+    (reply,) = grid.pull_messages(grid.push_messages([asked]))
+    assert reply.metadata.reply_to_message_id == asked.metadata.message_id
+    assert RECEIPT_KEY in asked.content[CONFIG]
+
+
 @pytest.mark.parametrize("back", [Head(2, "a" * 64), Head(3, "c" * 64), None])
 def test_an_answer_that_fell_behind_its_receipt_is_refused_by_number(back: Head | None, tmp_path: Path, capsys) -> None:
     keep_receipt(tmp_path, "Alder", Head(3, "a" * 64))
