@@ -1,8 +1,8 @@
 """White-box audit: orthogonal canaries in gradient space through the product's own private step.
 
 A canary is a made-up patient whose gradient points along one coordinate of its own, far longer than the clipping norm. It
-takes part by a fair coin. The auditor sees every noised mean, sums them up and scores each canary by its coordinate,
-which is the inner product of the release with the canary's direction. The canaries of one model are orthogonal; where
+takes part by a fair coin. The auditor sees every noised mean and scores each canary by its coordinate, which is the inner
+product of the release with the canary's direction. The canaries of one model are orthogonal; where
 more are wanted than there are coordinates, further models are run beside it, each with canaries of its own: together
 they are one mechanism with the same promise to each canary, since a patient is in one of them only.
 
@@ -30,6 +30,8 @@ _LENGTH = 10.0  # of a canary's gradient in clipping norms: it is clipped like a
 _AT_ONCE = 64  # canaries of a group; keeps P x D small
 _PATIENTS = 4  # seeded patients that train beside the canaries
 _CPU = torch.device("cpu")
+
+Scores = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,18 +106,31 @@ def audit_canaries(
 
 def _scores(
     objective: Objective, privacy: SitePrivacy, taken_m: npt.NDArray[np.bool_], sigma: float, steps: int, seed: int
-) -> npt.NDArray[np.float64]:
-    """Return the sum over the steps of each canary's coordinate, less what the other patients add on average."""
+) -> Scores:
+    """Return the log of the likelihood ratio of "takes part", up to a constant, summed over the steps."""
     patients = seeded_rows(seeded_study(privacy), [1] * _PATIENTS, seed=seed)
     data = _CanaryRows(patients, np.flatnonzero(taken_m).tolist())
     back_end = partial(_marked_gradients, length=_LENGTH * privacy.clip_norm)
-    total_m = torch.zeros(len(taken_m), dtype=torch.float64)
+    others_D = private_sum(objective, patients, each_patient(patients), privacy, _CPU, back_end_for(_CPU)).double()
+    score_m = np.zeros(len(taken_m))
     for _ in range(steps):
-        total_m += private_mean(objective, data, privacy, sigma, _CPU, back_end)[: len(taken_m)].double()
-    others = private_sum(objective, patients, each_patient(patients), privacy, _CPU, back_end_for(_CPU))
-    expected_m = steps * privacy.sample_rate * others[: len(taken_m)].double()
-    scores: npt.NDArray[np.float64] = (total_m * privacy.expected_batch - expected_m).numpy()
-    return scores
+        mean_D = private_mean(objective, data, privacy, sigma, _CPU, back_end).double()
+        seen_D = mean_D * privacy.expected_batch - privacy.sample_rate * others_D
+        score_m += _log_ratio(seen_D[: len(taken_m)].numpy() / privacy.clip_norm, privacy, sigma)
+    return score_m
+
+
+def _log_ratio(seen_m: Scores, privacy: SitePrivacy, sigma: float) -> Scores:
+    """Return the log of (1 - q) + q N(x; 1, s^2) / N(x; 0, s^2) for each canary's coordinate x, in clipping norms.
+
+    The claimed noise s stands in it whatever is really added; at q = 1 the order is that of x alone.
+    """
+    deviation = sigma * privacy.sensitivity / privacy.clip_norm
+    drawn_m = np.log(privacy.sample_rate) + (seen_m - 0.5) / deviation**2
+    if privacy.sample_rate == 1.0:
+        return drawn_m
+    ratio_m: Scores = np.logaddexp(np.log1p(-privacy.sample_rate), drawn_m)
+    return ratio_m
 
 
 @dataclass(frozen=True, slots=True)
