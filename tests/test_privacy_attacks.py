@@ -134,3 +134,12 @@ def test_something_to_audit_has_to_be_named() -> None:
     result = CliRunner().invoke(app, ["audit-privacy"])
     assert result.exit_code == 1
     assert "ICM210" in result.output
+
+
+def test_a_mixture_is_refused(private, tmp_path) -> None:
+    member = {f"{name}|{key}": tensor for name in "ab" for key, tensor in global_state(build_model(private, seed=1)).items()}
+    header = ModelHeader(study=private, method="personalised", round=1, phantoms=True, weights={"a": 0.5, "b": 0.5})
+    write_model(tmp_path / "mixture.safetensors", member, header)
+    result = CliRunner().invoke(app, ["audit-privacy", "--model", str(tmp_path / "mixture.safetensors")])
+    assert result.exit_code == 1
+    assert "ICM426" in result.output

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from icmoe.dataset import Batch
+from icmoe.dataset import Batch, TrainingSet
 from icmoe.patient_gradients import Block, Objective, back_end_for
 from icmoe.privacy import private_mean, private_sum
 from icmoe.privacy_audit.one_run import CONFIDENCE, correct_guesses, epsilon_lower_bound, planned_guesses
@@ -126,7 +126,7 @@ def _log_ratio(seen_m: Scores, privacy: SitePrivacy, sigma: float) -> Scores:
     The claimed noise s stands in it whatever is really added; at q = 1 the order is that of x alone.
     """
     deviation = sigma * privacy.sensitivity / privacy.clip_norm
-    drawn_m = np.log(privacy.sample_rate) + (seen_m - 0.5) / deviation**2
+    drawn_m: Scores = np.log(privacy.sample_rate) + (seen_m - 0.5) / deviation**2
     if privacy.sample_rate == 1.0:
         return drawn_m
     ratio_m: Scores = np.logaddexp(np.log1p(-privacy.sample_rate), drawn_m)
@@ -140,17 +140,20 @@ class _Marked(Batch):
     coordinates: tuple[int, ...]
 
 
-class _CanaryRows(SeededRows):
+class _CanaryRows(TrainingSet):
     """The patients, and a row for each canary that takes part."""
 
     def __init__(self, patients: SeededRows, coordinates: Sequence[int]) -> None:
-        slices = [len(rows) for rows in patients.rows_of_patients] + [1] * len(coordinates)
-        super().__init__(patients.batch, slices)
+        self.patients = patients
         self.coordinates = coordinates
+        self.views = patients.views
+        first = len(patients)
+        self.rows_of_patients = [*patients.rows_of_patients, *([first + at] for at in range(len(coordinates)))]
 
     def read(self, rows: Sequence[int], views: Sequence[int], device: torch.device) -> Batch:
-        batch = super().read([row for row in rows if row < len(self)], views, device)
-        coordinates = tuple(self.coordinates[row - len(self)] for row in rows if row >= len(self))
+        first = len(self.patients)
+        batch = self.patients.read([row for row in rows if row < first], views, device)
+        coordinates = tuple(self.coordinates[row - first] for row in rows if row >= first)
         return _Marked(batch.features, batch.target_BKhw, coordinates)
 
 

@@ -125,7 +125,8 @@ def _distance(loss_TP: Scores, who_TP: Members, target: int, others: Members) ->
     reference less on its own side, and would be told by that alone.
     """
     distance_P: Scores = (loss_TP[target] - _mean(loss_TP[others], who_TP[others])) ** 2
-    return distance_P / (1.0 + 1.0 / who_TP[others].sum(axis=0))
+    spread_P: Scores = 1.0 + 1.0 / who_TP[others].sum(axis=0)
+    return distance_P / spread_P
 
 
 def _mean(value_TP: Scores, of_TP: Members) -> Scores:
