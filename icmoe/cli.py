@@ -131,6 +131,27 @@ def export(
             Console().print(f"{output}: {record['bytes']} bytes, {difference}\ninputs: {shapes}", highlight=False, soft_wrap=True)
 
 
+@app.command("audit-privacy")
+def audit_privacy(
+    model: Annotated[Path | None, typer.Option(help="Model file written by a study or a rehearsal, *.safetensors.")] = None,
+    canaries: Annotated[int, typer.Option(min=2, max=1_000_000, help="Made-up patients whose coins are guessed.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of coins, made-up patients and attacks.")] = 0,
+    checks: Annotated[bool, typer.Option("--checks", help="Run the named checks of the installed private step.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """Attack a study's privacy on made-up patients; exit code 1 where its promise is refuted."""
+    with exit_on_fault():
+        require_supported_platform()
+        if model is None and not checks:
+            todo = "Name --model FILE, or --checks, or both."
+            raise IcmoeError(
+                Fault(number=210, what="neither --model nor --checks is given", did="Nothing was audited.", todo=todo)
+            )
+        from icmoe.privacy_audit.report import audit_and_print
+
+        audit_and_print(model, canaries=canaries, seed=seed, checks=checks, as_json=as_json)
+
+
 def _print_prediction(record: dict[str, Any], output: Path) -> None:
     console, about = Console(), record["model"]
     stamp = " (trained on phantoms: not for patients)" if about["phantoms"] else " (for tests only)" if about["test_only"] else ""

@@ -181,6 +181,8 @@ CATALOGUE: dict[int, Entry] = {
     418: Entry("site's ledger went back", "Ask the hospital to restore the newest backup of its state folder."),
     420: Entry("study's privacy budget at the server would be crossed", "Give fewer rounds, more noise or a larger epsilon."),
     421: Entry("noise on the count is too small for the study's noise", "Raise count_noise, or leave out clip_quantile."),
+    425: Entry("private step does not keep its promise", "Send nothing; report the case with the check's figures."),
+    426: Entry("model cannot be audited", "Name the model of one study; a mixture is audited member by member."),
     501: Entry("no site delivered a usable update", "Look at the sites' errors; the global model was kept."),
     502: Entry("run folder is in use or holds another run", "Choose another --out, or continue the same run with --resume."),
     503: Entry("simulation stopped before its end", "Continue with --resume after removing the cause."),

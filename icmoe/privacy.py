@@ -79,11 +79,7 @@ def private_round(
         descent = _Descent(objective.trained(), study, privacy)
         usage_M = torch.zeros(study.model.experts, dtype=torch.float64, device=device)
         for step in range(privacy.steps):
-            samples = draw_samples(
-                data.rows_of_patients, privacy.sample_rate, slices=privacy.slices_per_patient, views=len(data.views)
-            )
-            total = private_sum(objective, data, samples, privacy, device, back_end or back_end_for(device))
-            mean = noised(total, privacy, sigma)
+            mean = private_mean(objective, data, privacy, sigma, device, back_end or back_end_for(device))
             usage_M += mean[descent.size :]
             rate = learning_rate(study, round_number=round_number, step=step, steps=privacy.steps)
             descent.step(mean[: descent.size], rate, last=privacy.steps - step)
@@ -94,6 +90,30 @@ def private_round(
     _require_finite(model)
     usage = usage_of(usage_M / privacy.steps, privacy)
     return RoundResult(loss=None, terms={}, usage_M=usage, steps=privacy.steps, train_s=time.perf_counter() - began)
+
+
+def private_mean(
+    objective: Objective, data: TrainingSet, privacy: SitePrivacy, sigma: float, device: torch.device, back_end: BackEnd
+) -> Tensor:
+    """Return the release of one step, D + M: patients are drawn, clipped, added, noised and divided by the public batch.
+
+    Parameters
+    ----------
+    objective
+        The loss.
+    data
+        The site's training slices.
+    privacy
+        Rate, norms and divisor.
+    sigma
+        Noise multiplier.
+    device
+        Where gradients are computed.
+    back_end
+        How.
+    """
+    samples = draw_samples(data.rows_of_patients, privacy.sample_rate, slices=privacy.slices_per_patient, views=len(data.views))
+    return noised(private_sum(objective, data, samples, privacy, device, back_end), privacy, sigma)
 
 
 def private_sum(

@@ -1,0 +1,145 @@
+"""Attacks on seeded patients: they find what is there to find, and little where the step is private; the command says so."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from icmoe.cli import app
+from icmoe.exchange import global_state
+from icmoe.model import build_model
+from icmoe.modelfile import ModelHeader, write_model
+from icmoe.privacy_audit import run
+from icmoe.privacy_audit.canaries import audit_canaries
+from icmoe.privacy_audit.inversion import invert_gradient
+from icmoe.privacy_audit.membership import balanced_halves, likelihood_ratios, membership_attack, roc
+from icmoe.privacy_audit.seeded import objective_of, seeded_rows, seeded_study
+from icmoe.study_privacy import SitePrivacy
+
+SITE = SitePrivacy(noise_multiplier=4.0, delta=1e-3, patients=12, sample_rate=0.25, steps=4)
+
+
+@pytest.fixture(scope="module")
+def private():
+    return seeded_study(SITE)
+
+
+@pytest.fixture(scope="module")
+def plain(private):
+    training = private.training.model_copy(update={"local_epochs": 20, "learning_rate": 1e-2})
+    return private.model_copy(update={"privacy": private.privacy.model_copy(update={"site": None}), "training": training})
+
+
+def test_the_curve_by_hand() -> None:
+    assert roc(np.array([3.0, 4.0]), np.array([1.0, 2.0])) == (1.0, 1.0)
+    assert roc(np.array([1.0, 4.0]), np.array([2.0, 3.0])) == (0.5, 0.5)
+    assert roc(np.zeros(5), np.zeros(7)) == (0.5, 0.0)
+    others = np.arange(200.0)  # two may be accused: the threshold is the third
+    assert roc(np.array([197.0, 197.5, 198.5, 300.0]), others)[1] == 0.75
+
+
+def test_each_patient_is_in_half_of_the_trainings() -> None:
+    member_TP = balanced_halves(8, 30, seed=1)
+    assert (member_TP.sum(axis=0) == 4).all()
+    assert len({tuple(row) for row in member_TP.tolist()}) == 8
+
+
+def test_the_ratio_allows_for_patients_that_are_always_easy() -> None:
+    rng = np.random.default_rng(0)
+    member_TP = balanced_halves(8, 300, seed=0)
+    hardness_P = 10.0 * rng.standard_normal(300)
+    loss_TP = hardness_P - 2.0 * member_TP + 0.3 * rng.standard_normal((8, 300))
+    scores_TP = likelihood_ratios(loss_TP, member_TP)
+    assert roc(scores_TP[member_TP], scores_TP[~member_TP])[0] > 0.99
+    assert roc(-loss_TP[member_TP], -loss_TP[~member_TP])[0] < 0.6  # the loss alone says little
+    nothing_TP = hardness_P + 0.3 * rng.standard_normal((8, 300))
+    scores_TP = likelihood_ratios(nothing_TP, member_TP)
+    assert roc(scores_TP[member_TP], scores_TP[~member_TP])[0] == pytest.approx(0.5, abs=0.05)
+
+
+def test_members_are_found_after_plain_training_and_hardly_after_private(plain, private) -> None:
+    found = {}
+    for study in (plain, private):
+        data = seeded_rows(study, [1] * 32, seed=0)
+        found[study] = membership_attack(build_model(study, seed=1), study, data, models=6, rounds=1, seed=0)
+    assert found[plain].auc > 0.66
+    assert found[plain].tpr_at_1_fpr > 0.05
+    assert found[private].auc < 0.65  # 192 scores: the standard error of chance is about 0.042
+
+
+def test_features_are_read_back_from_a_plain_gradient_and_not_from_a_noised_one(plain, private) -> None:
+    found = {}
+    for study, iterations in ((plain, 300), (private, 100)):
+        data, model = seeded_rows(study, [1, 1], seed=1), objective_of(study).model
+        found[study] = invert_gradient(model, study, data, sigma=4.0, iterations=iterations, seed=1)
+    assert abs(found[plain].random_cosine) < 0.3  # 64 numbers: the standard deviation of chance is 1/8
+    assert found[plain].cosine > 0.45
+    assert found[plain].psnr_db > found[plain].random_psnr_db + 2.0
+    assert found[private].cosine < 0.4
+
+
+def test_canaries_that_are_sampled_over_many_steps_keep_the_claim_and_show_less_noise() -> None:
+    """Rate 1/4, 40 steps, noise 1.5: epsilon 5.08 at 1e-4 by PRV; half the noise shows in the bound, not above the claim."""
+    privacy = SitePrivacy(noise_multiplier=1.5, delta=1e-4, patients=1000, sample_rate=0.25, steps=40)
+    right, wrong = (
+        audit_canaries(privacy, sigma=sigma, steps=40, claimed_epsilon=5.08, canaries=1000, seed=1) for sigma in (1.5, 0.75)
+    )
+    assert right.kept
+    assert right.lower_bound > 0.9
+    assert wrong.lower_bound > right.lower_bound + 0.5
+
+
+def write(path, study) -> str:
+    header = ModelHeader(study=study, method="router-aware", round=1, phantoms=True)
+    write_model(path, global_state(build_model(study, seed=1)), header)
+    return str(path)
+
+
+def test_the_command_prints_claim_bound_and_attacks(private, plain, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_ITERATIONS", 5)
+    monkeypatch.setattr(run, "_MODELS", 6)
+    quick = plain.model_copy(update={"training": plain.training.model_copy(update={"local_epochs": 1})})
+    answers = {}
+    for name, study in {"private": private, "plain": quick}.items():
+        path = write(tmp_path / f"{name}.safetensors", study)
+        result = CliRunner().invoke(app, ["audit-privacy", "--model", path, "--canaries", "1000", "--json"])
+        assert result.exit_code == 0, result.output
+        answers[name] = json.loads(result.stdout)
+    claim, found = answers["private"]["claim"], answers["private"]["canaries"]
+    assert (claim["unit"], claim["delta"], claim["accountant"]) == ("patient", 1e-3, "prv")
+    assert 0.0 <= found["lower_bound"] <= claim["epsilon"] == found["claimed_epsilon"]
+    assert found["canaries"] == 1000
+    assert found["steps"] == 4
+    assert {"auc", "tpr_at_1_fpr"} <= answers["private"]["membership"].keys()
+    assert "consistent with the claim" in answers["private"]["meaning"]
+    assert answers["plain"]["claim"] is answers["plain"]["canaries"] is None
+    assert "promises a patient nothing" in answers["plain"]["meaning"]
+
+
+def test_a_refuted_claim_is_an_error(private, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_ITERATIONS", 1)
+    monkeypatch.setattr(run, "_MODELS", 6)
+    monkeypatch.setattr("icmoe.privacy.noised", lambda total, setting, sigma: total / setting.expected_batch)
+    path = write(tmp_path / "model.safetensors", private.model_copy(update={"rounds": 4}))
+    result = CliRunner().invoke(app, ["audit-privacy", "--model", path, "--canaries", "1000"])
+    assert result.exit_code == 1
+    assert "ICM425" in result.output
+    assert "refutes the claim" in result.output
+
+
+def test_something_to_audit_has_to_be_named() -> None:
+    result = CliRunner().invoke(app, ["audit-privacy"])
+    assert result.exit_code == 1
+    assert "ICM210" in result.output
+
+
+def test_a_mixture_is_refused(private, tmp_path) -> None:
+    member = {f"{name}|{key}": tensor for name in "ab" for key, tensor in global_state(build_model(private, seed=1)).items()}
+    header = ModelHeader(study=private, method="personalised", round=1, phantoms=True, weights={"a": 0.5, "b": 0.5})
+    write_model(tmp_path / "mixture.safetensors", member, header)
+    result = CliRunner().invoke(app, ["audit-privacy", "--model", str(tmp_path / "mixture.safetensors")])
+    assert result.exit_code == 1
+    assert "ICM426" in result.output
