@@ -174,6 +174,7 @@ def follow(
         What stopped the study, with 507 where the run failed, 509 where it was stopped, 510 where it did not end in time.
     """
     ends = time.monotonic() + (study.rounds + SPARE_ROUNDS) * study.deadline_s + RESTART_S
+    run_id = folder.run_id  # another run of the study may take the folder over, after it has stopped this one
     told, next_status, closed, said = 0, 0.0, False, folder.waiting()
     while time.monotonic() < ends:
         state = folder.progress()
@@ -186,16 +187,16 @@ def follow(
         just_closed = state is not None and state.closed and not closed
         closed = closed or just_closed
         if just_closed or time.monotonic() >= next_status:
-            if _completed(home, folder):
+            if _completed(home, folder, run_id):
                 return
             next_status = time.monotonic() + (LOOK_S if closed else STATUS_S)
         time.sleep(LOOK_S)
-    raise IcmoeError(Fault(number=510, where=study.name, value=f"run {folder.run_id}"))
+    raise IcmoeError(Fault(number=510, where=study.name, value=f"run {run_id}"))
 
 
-def _completed(home: Home, folder: StudyFolder) -> bool:
+def _completed(home: Home, folder: StudyFolder, run_id: str) -> bool:
     try:
-        run = flower.run_of(home, folder.run_id)
+        run = flower.run_of(home, run_id)
     except IcmoeError as error:
         if error.faults[0].number == 330:
             return False  # it may be restarting; the deadline of `follow` still holds
