@@ -29,7 +29,7 @@ FORMS = ("seg", "contours", "volume", "picture")
 KEPT = 1024
 """Records that are held in memory."""
 SCHEMA = """
-create table run.image (path blob primary key, uid, series, patient, space, folder, name) without rowid;
+create table run.image (path blob primary key, uid, series, patient, space, folder blob, name blob) without rowid;
 create table run.mask (path blob primary key) without rowid;
 create table run.use (path blob, frame integer, form integer, mask blob, said text);
 create table run.refusal (path blob primary key, number integer, why text) without rowid;
@@ -151,8 +151,9 @@ class Catalogue:
             if record.fault:
                 self.refuse(name, Refusal(record.fault, record.why))
             elif is_image(record):
-                single = stem(name) if len(record.frames) == 1 else None
-                row = record.image, record.series, record.patient, record.space, str(PurePosixPath(name).parent), single
+                folder, single = os.fsencode(PurePosixPath(name).parent), len(record.frames) == 1
+                called = os.fsencode(stem(name)) if single else None
+                row = record.image, record.series, record.patient, record.space, folder, called
                 self._run.execute("insert into run.image values (?, ?, ?, ?, ?, ?, ?)", (path, *row))
             else:
                 self._run.execute("insert into run.mask values (?)", (path,))
@@ -162,8 +163,8 @@ class Catalogue:
         """Return the paths of masks, in order."""
         return self._paths("select path from run.mask order by path")
 
-    def images(self, column: str, value: str) -> list[str]:
-        """Return the paths of images that have this in a column (`uid`, `series`, `space`; `name`, of one frame), in order."""
+    def images(self, column: str, value: str | bytes) -> list[str]:
+        """Return the paths of images that have this in a column (`uid`, `series`, `space`; `name` in bytes), in order."""
         return self._paths(f"select path from run.image where {column} = ? order by path", value)  # noqa: S608  # fixed names
 
     def all_images(self) -> Iterator[tuple[str, FileRecord]]:
@@ -184,7 +185,7 @@ class Catalogue:
         """Return the patients of the images in each folder."""
         owners: dict[str, set[str]] = {}
         for folder, patient in self._run.execute("select distinct folder, patient from run.image order by folder"):
-            owners.setdefault(folder, set()).add(patient)
+            owners.setdefault(os.fsdecode(folder), set()).add(patient)
         return owners
 
     def refuse(self, path: str, refusal: Refusal) -> None:
@@ -231,7 +232,7 @@ class Catalogue:
         owner = self._owners.get(path)
         return record.model_copy(update={"patient": owner}) if owner else record
 
-    def _paths(self, query: str, *values: str) -> list[str]:
+    def _paths(self, query: str, *values: str | bytes) -> list[str]:
         return [os.fsdecode(path) for (path,) in self._run.execute(query, values)]
 
     def _one(self, query: str, *values: object) -> tuple[Any, ...]:

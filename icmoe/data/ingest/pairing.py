@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,7 +46,7 @@ class Images:
 
     def by_name(self, name: str) -> list[str]:
         """Return the images of one frame that have a `stem`."""
-        return self._files.images("name", name)
+        return self._files.images("name", os.fsencode(name))
 
     def by_space(self, space: str) -> list[str]:
         """Return the images of a frame of reference."""
