@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fl_client.budget import releases_of, require_room, round_spending
@@ -188,7 +188,7 @@ def _answering(site_of: SiteOf, kind: str, handle: Handler) -> Callable[[Message
     def answer(message: Message, context: Context) -> Message:
         request = None
         try:
-            unpack_records(message.content, ArrayRecord, Array)
+            unpack_records(message.content)
             request = _request(site_of, kind, message, context)
             return release(request, handle(request))
         except IcmoeError as error:

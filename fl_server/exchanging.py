@@ -46,7 +46,7 @@ def ask(
     while True:
         for reply in grid.pull_messages(waiting | overdue):
             if reply.has_content():
-                unpack_records(reply.content, ArrayRecord, Array)
+                unpack_records(reply.content)
             if on_reply is not None and reply.metadata.reply_to_message_id in waiting:
                 on_reply(reply)
             waiting.discard(reply.metadata.reply_to_message_id)

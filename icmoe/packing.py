@@ -46,18 +46,16 @@ def pack_records(content: MutableMapping[str, Any], record: type, array: type) -
             content[name] = record({PACKED: array(pack({key: item.numpy() for key, item in found.items()}))})  # type: ignore[attr-defined]
 
 
-def unpack_records(content: MutableMapping[str, Any], record: type, array: type) -> None:
+def unpack_records(content: MutableMapping[str, Any]) -> None:
     """Undo `pack_records`.
 
     Parameters
     ----------
     content
         Records by name.
-    record, array
-        Flower's types of a record of arrays and of an array.
     """
     for name, found in list(content.items()):
-        if isinstance(found, record) and set(found) == {PACKED}:  # type: ignore[call-overload]
-            tensors = unpack(found[PACKED].numpy())  # type: ignore[index]
-            if tensors is not None:
-                content[name] = record({key: array(tensor) for key, tensor in tensors.items()})
+        packed: Any = found.get(PACKED) if set(found) == {PACKED} else None
+        tensors = unpack(packed.numpy()) if hasattr(packed, "numpy") else None
+        if tensors is not None:
+            content[name] = type(found)({key: type(packed)(tensor) for key, tensor in tensors.items()})

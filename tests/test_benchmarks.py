@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from simulations.benchmarks.federated_round import figures, ratio_interval, timings
+from simulations.benchmarks.ingest import STEPS
 from simulations.benchmarks.private_step import BACK_ENDS, measure
 
 SCRIPT = Path(__file__).parents[1] / "simulations" / "benchmarks" / "training_step.py"
@@ -33,11 +34,12 @@ def test_ingest_is_measured_beside_plain_pydicom_on_the_same_images() -> None:
     command = [sys.executable, str(script), "--made", "30", "--repeats", "1"]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
     assert found["images"] == 32, "30 slices in two series, a mask object each"
-    assert found["speed_of_plain"]["limit"] == 0.5
-    clock = {step: found[step]["clock_s"]["median"] for step in ("plain", "first", "again")}
-    assert found["speed_of_plain"]["achieved"]["median"] == pytest.approx(clock["plain"] / clock["first"], abs=0.01)
-    assert found["restart_gain"]["achieved"]["median"] == pytest.approx(clock["first"] / clock["again"], rel=0.05)
-    assert all(found[step]["cpu_s"]["median"] > 0.0 for step in clock)
+    assert found["limits"] == {"speed": 0.5, "restart": 20.0}
+    for form in ("work", "command"):
+        clock, cpu = ({step: found[form][step][key]["median"] for step in STEPS} for key in ("clock_s", "cpu_s"))
+        assert found[form]["speed"]["median"] == pytest.approx(clock["plain"] / clock["first"], rel=0.1, abs=0.01)
+        assert found[form]["restart"]["median"] == pytest.approx(clock["first"] / clock["again"], rel=0.2)
+        assert all(seconds > 0.0 for seconds in cpu.values())
 
 
 def test_rounds_are_timed_from_end_to_end_and_compared_by_their_medians() -> None:

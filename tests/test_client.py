@@ -61,7 +61,7 @@ def site(hospital: Path, make_study, tmp_path_factory: pytest.TempPathFactory) -
 def ask(site: Participant, content: RecordDict, kind: str = "train") -> Message:
     reply = make_client_app(lambda *_: site)(Message(content, dst_node_id=5, message_type=kind), CONTEXT)
     if reply.has_content():
-        unpack_records(reply.content, ArrayRecord, Array)  # as the coordinator does
+        unpack_records(reply.content)  # as the coordinator does
     return reply
 
 

@@ -32,7 +32,7 @@ def test_tensors_come_back_with_names_shapes_and_bits(tensors: dict[str, np.ndar
     once = content["update"][PACKED].data
     pack_records(content, ArrayRecord, Array)
     assert content["update"][PACKED].data == once
-    unpack_records(content, ArrayRecord, Array)
+    unpack_records(content)
     found = {name: array.numpy() for name, array in content["update"].items()}
     assert list(found) == sorted(tensors)
     assert all(found[name].shape == tensors[name].shape for name in tensors)
@@ -59,5 +59,5 @@ NOT_PACKED = {
 def test_what_is_not_packed_is_left_for_the_checks_of_names_to_refuse(name: str) -> None:
     assert unpack(NOT_PACKED[name]) is None
     content = RecordDict({"update": ArrayRecord({PACKED: Array(NOT_PACKED[name])})})
-    unpack_records(content, ArrayRecord, Array)
+    unpack_records(content)
     assert list(content["update"]) == [PACKED]

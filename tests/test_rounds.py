@@ -50,7 +50,7 @@ class Wire:
         for message in messages:
             message.metadata.__dict__["_message_id"] = f"m{len(self.asked)}"
             self.asked.append(message)
-            unpack_records(message.content, ArrayRecord, Array)  # as a site does
+            unpack_records(message.content)  # as a site does
             ids.append(message.metadata.message_id)
             self.deliver(message, self.answer)
         return ids
