@@ -77,7 +77,7 @@ class ValueCounts:
         """Return percentiles 0.5 and 99.5 of all pixels (linear interpolation).
 
         Where the percentiles coincide (a small object on an empty ground) the extremes are taken, and [v, v + 1] where
-        every pixel is v.
+        every pixel is v; so far from 0 that v + 1 is v, the next number.
 
         Raises
         ------
@@ -93,7 +93,7 @@ class ValueCounts:
         low, high = (self._percentile(ends, share) for share in PERCENTILES)
         if low >= high:
             low, high = float(self._values[0]), float(self._values[-1])
-        return Window(low, high if high > low else low + 1.0)
+        return Window(low, high if high > low else max(low + 1.0, math.nextafter(low, math.inf)))
 
     def _percentile(self, ends: npt.NDArray[np.int64], share: float) -> float:
         at = (float(ends[-1]) - 1.0) * (share / 100.0)

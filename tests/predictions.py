@@ -63,8 +63,7 @@ def array_prediction(model: ICMoE, backbone: Backbone, image_HW: np.ndarray) -> 
     """Return the class map of an image in [0, 1], from the parts of the model and without the code under test."""
     raw = backbone.encode(prepare(image_HW, backbone.image_size)[None])
     features = Features(raw.embedding_BCHW.half().float(), tuple(block.half().float() for block in raw.blocks))
-    probabilities_KSS = model(features).logits_BKhw[0].softmax(dim=0)
-    return restore(probabilities_KSS, image_HW.shape).argmax(dim=0).numpy()
+    return restore(model(features).logits_BKhw[0], image_HW.shape).argmax(dim=0).numpy()
 
 
 def predicted(

@@ -107,7 +107,7 @@ def coordinator(tmp_path: Path) -> Iterator[Coordinator]:
 @pytest.fixture
 def hospital(tmp_path: Path, make_study, monkeypatch: pytest.MonkeyPatch) -> Hospital:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    site = Hospital(tmp_path / "hospital", make_study(rounds=1, quorum=1, deadline_s=45.0))
+    site = Hospital(tmp_path / "hospital", make_study(rounds=1, quorum=1, retries=0, deadline_s=45.0))
     site.folder.mkdir()
     site.prepare()
     return site

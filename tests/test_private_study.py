@@ -102,7 +102,11 @@ def test_the_server_takes_what_a_private_site_sends_and_nothing_else(site, withh
     ((update,), faults) = parsed()
     assert faults == []
     assert (update.size, update.loss, update.train_s, update.steps) == (4, None, None, 2)
-    for wrong, said in (({"loss": 0.5}, "loss: withheld"), ({"seconds": 1.0}, "seconds: withheld"), ({"slices": 6}, "public 4")):
+    for wrong, said in (
+        ({"loss": 0.5}, "withholds: loss"),
+        ({"seconds": 1.0}, "withholds: seconds"),
+        ({"slices": 6}, "public one: 6"),
+    ):
         updates, (fault,) = parsed(**wrong)
         assert updates == []
         assert said in str(fault)
