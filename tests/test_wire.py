@@ -157,7 +157,7 @@ def test_a_study_between_namespaces_is_one_outbound_port_without_plaintext_and_o
         port = free_port()
         with coordinating(*SITES, address=f"{cables[0].here}:{port}") as coordinator:
             run_captured(coordinator.home, dict(zip(SITES, cables, strict=True)), tmp_path, study_file)
-            folder = next(coordinator.home.runs.iterdir())
+            folder = next(coordinator.home.runs.glob("*/study.toml")).parent  # receipts lie beside it
             history = RunState.load(folder / "study.state.safetensors", study).history
     for site, cable in zip(SITES, cables, strict=True):
         assert_only_that(tmp_path / f"{site}.pcap", cable, port, [record["sites"][site] for record in history])
