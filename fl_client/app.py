@@ -153,7 +153,7 @@ def _request(site_of: SiteOf, kind: str, message: Message, context: Context) -> 
     site = site_of(context, str(config[STUDY_KEY]))
     study = site.approved(config[STUDY_KEY])
     round_number, receipt = config.get(ROUND_KEY, 1), receipt_of(config.get(RECEIPT_KEY))
-    if not isinstance(round_number, int) or not 1 <= round_number <= study.rounds:
+    if type(round_number) is not int or not 1 <= round_number <= study.rounds:  # True is an int, and no round
         limit = f"1 to {study.rounds}"
         raise IcmoeError(
             Fault(number=301, where=site.name, what="round is outside the study", value=str(round_number), limit=limit)
