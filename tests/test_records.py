@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -261,3 +262,35 @@ def test_a_ledger_that_does_not_agree_with_the_log_is_not_shown(records: Records
     (records.state / FILE).unlink()
     code, output = run(records, "ledger")
     assert (code, "ICM413" in output) == (1, True)
+
+
+@pytest.mark.parametrize("page", ["state", "site.toml/page.html", "/proc/page.html"])
+def test_a_page_that_cannot_be_written_is_named_as_it_was_asked_for(page: str, records: Records) -> None:
+    target = records.state.parent / page
+    code, output = run(records, "ledger", "--page", str(target))
+    assert (code, f"ICM205 {target}: " in output) == (1, True)
+    assert not list(records.state.parent.glob(".*"))
+
+
+def test_the_largest_budget_fits_on_the_page(records: Records, tmp_path: Path) -> None:
+    path, page = site_file(records), tmp_path / "page.html"
+    path.write_text(path.read_text().replace("epsilon = 100.0", "epsilon = 1000.0"))
+    done = CliRunner().invoke(cli.app, ["--site", "Alder", "--config", str(path), "ledger", "--page", str(page)])
+    assert (done.exit_code, "and of inf once the budget" in page.read_text()) == (0, True)
+
+
+@pytest.mark.parametrize("words", [("ledger",), ("audit", "verify")])
+def test_a_log_that_is_no_file_is_one_numbered_sentence(words: tuple[str, ...], records: Records) -> None:
+    (records.state / LOG).unlink()
+    (records.state / LOG).mkdir()
+    code, output = run(records, *words)
+    assert (code, f"ICM205 {records.state / LOG}: " in output) == (1, True)
+
+
+def test_a_ledger_that_cannot_be_written_to_is_not_called_damaged(records: Records, monkeypatch) -> None:
+    connect = sqlite3.connect
+    monkeypatch.setattr(
+        "fl_client.ledger.sqlite3.connect", lambda path, **settings: connect(f"file:{path}?mode=ro", uri=True, **settings)
+    )
+    with pytest.raises(IcmoeError, match=r"ICM205 .*readonly database"):
+        records.write("sent", {"round": 3})
