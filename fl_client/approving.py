@@ -67,17 +67,19 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
         console.print("Nothing was approved.")
         sys.exit(1)
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    records.write("approved", {"study": study.digest, "name": study.name, "bundle": bundle})  # first: none without its line
     approve(state, study, bundle, datetime.now(UTC))
-    records.write("approved", {"study": study.digest, "name": study.name, "bundle": bundle})
     console.print(f"{study.name} {study.digest[:12]} is approved at {name}.", highlight=False)
 
 
 def withdraw_study(path: Path, name: str, which: str) -> None:
     """Withdraw the approval of a study by name or digest and say which went."""
     settings = read_named(path, name)
-    for approval in withdraw(path.parent / settings.state, which, datetime.now(UTC)):
-        records_of(path, settings).write("withdrawn", {"study": approval.digest, "name": approval.study.name})
+    gone = withdraw(path.parent / settings.state, which, datetime.now(UTC))
+    for approval in gone:
         Console().print(f"{approval.study.name} {approval.digest[:12]} is withdrawn at {name}.", highlight=False)
+    for approval in gone:  # last: whatever is wrong with the log, they are withdrawn
+        records_of(path, settings).write("withdrawn", {"study": approval.digest, "name": approval.study.name})
 
 
 def list_approvals(path: Path, name: str, *, as_json: bool) -> None:
