@@ -16,8 +16,8 @@ from fl_client.approval import approve, changes, read_approvals, withdraw
 from fl_client.audit import START, digests_of_round, read_log
 from fl_client.budget import budget_faults, prospect
 from fl_client.leaves import LEAVES, RECORDS
-from fl_client.policy import epsilon_of
 from fl_client.site import SiteFile, read_named, records_of, site_data, study_faults
+from icmoe.accounting import study_epsilon
 from icmoe.bundle import bundle_digest, bundle_files
 from icmoe.data.slices import SiteData
 from icmoe.errors import Fault, IcmoeError
@@ -152,7 +152,7 @@ def _privacy(study: Study) -> str:
     if privacy is None:
         return "no differential privacy: updates can leak about training data"
     return (
-        f"epsilon {epsilon_of(study):.3g} for the whole study at delta {privacy.delta:g}; "
+        f"epsilon {study_epsilon(study):.3g} for the whole study at delta {privacy.delta:g}; "
         f"unit: the {privacy.unit} with all slices; adjacency: add or remove one patient; accountant: {privacy.accountant}; "
         f"public number of patients {privacy.patients}, {privacy.sample_rate:g} of them per step"
     )
