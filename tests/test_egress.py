@@ -117,7 +117,18 @@ def test_under_privacy_only_public_constants_go_with_the_update(make_study) -> N
 
 BAD_NUMBERS: dict[str, list[object]] = {
     "slices": [0, 7, 15, -10, 10.0, True, 10**9, [10], "10"],
-    "usage": [[], [1.0], [0.5, 0.5, 0.5], [1.5, -0.5, 0.0], [math.nan, 0.5, 0.5], [1, 0, 0], 1.0, "1", [[1.0], [0.0], [0.0]]],
+    "usage": [
+        [],
+        [1.0],
+        [0.5, 0.5, 0.5],
+        [0.505, 0.25, 0.25],
+        [1.5, -0.5, 0.0],
+        [math.nan, 0.5, 0.5],
+        [1, 0, 0],
+        1.0,
+        "1",
+        [[1.0], [0.0], [0.0]],
+    ],
     "loss": [math.nan, math.inf, -1e7, "0.7", [0.7], True],
     "steps": [0, -1, 4.0, True, 10**9],
     "seconds": [-1.0, math.inf, math.nan, 1e9],
