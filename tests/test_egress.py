@@ -284,4 +284,6 @@ def test_rounding_stays_within_half_a_unit_of_the_last_bit(values: list[float], 
     error = (rounded - exact).double().abs()[finite]
     allowed = exact.double().abs()[finite] * 2.0**-bits + 2.0 ** (-126 - bits)  # half of it, but at the largest floats
     assert bool((error <= allowed).all())
+    ordinary = exact.double().abs()[finite] < 2.0**127
+    assert bool((error[ordinary] <= 0.5 * allowed[ordinary]).all())
     assert torch.equal(rounded_to(rounded, bits)[finite], rounded[finite])
