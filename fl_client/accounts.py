@@ -107,7 +107,7 @@ def sentences_of(account: Account) -> list[str]:
         sentences.append(f"epsilon {spent:.3f} of {budget['epsilon']:g} is spent, {left:.3f} is left ({by}).")
     if account["rounds_without_privacy"]:
         count = account["rounds_without_privacy"]
-        sentences.append(f"{count} rounds were trained without differential privacy: no epsilon covers them.")
+        sentences.append(f"{count} attempts at a round were made without differential privacy: no epsilon covers them.")
     return sentences
 
 
@@ -120,12 +120,17 @@ def page_of(account: Account, book: Book, lines: int) -> str:
     return pages.get_template("ledger.html.j2").render(
         account=account,
         sentences=sentences_of(account),
-        factor=math.exp(budget["epsilon"]) if budget else None,
-        factor_spent=math.exp(account["epsilon_spent"]) if budget else None,
+        factor=_factor(budget["epsilon"]) if budget else None,
+        factor_spent=_factor(account["epsilon_spent"]) if budget else None,
         entries=book.entries,
         lines=lines,
         printed=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )
+
+
+def _factor(epsilon: float) -> float:
+    """Return e to the power of epsilon, infinity where no float is that large."""
+    return math.exp(epsilon) if epsilon < math.log(sys.float_info.max) else math.inf
 
 
 def _studies(budget: Budget | None, entries: Sequence[Entry]) -> list[Account]:

@@ -16,7 +16,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fl_client.budget import releases_of, require_room, round_spending
+from fl_client.budget import releases_of, require_fit, require_room, round_spending
 from fl_client.egress import Request, decline, release
 from fl_client.finished import finished_or
 from fl_client.incoming import accept
@@ -114,6 +114,8 @@ def evaluate(request: Request) -> Outgoing:
     model = _model(request, start)
     if round_spending(request.study, request.kind):
         _spend(request, state_digest(start))
+    elif request.site.records is not None:  # nothing to write down, and still not for a study that the budget excludes
+        require_fit(request.site.budget, request.study, patients=_patients(request.site))
     return Outgoing(numbers=validation_numbers(request.site, request.study, model))
 
 
@@ -130,7 +132,7 @@ def _spend(request: Request, incoming: str) -> None:
     site, study, kind, round_number = request.site, request.study, request.kind, request.round_number
 
     def make(book: Book) -> Entry:
-        patients = len({(item.site, item.patient) for item in site.train})
+        patients = _patients(site)
         if study.privacy.site is not None and (faults := patient_faults(study.privacy.site, patients)):
             raise IcmoeError(*faults)
         require_room(site.budget, book, study, kind, round_number, patients=patients)
@@ -138,6 +140,10 @@ def _spend(request: Request, incoming: str) -> None:
 
     if site.records is not None:
         site.records.spend(make, request.receipt)
+
+
+def _patients(site: Participant) -> int:
+    return len({(item.site, item.patient) for item in site.train})
 
 
 def _request(site_of: SiteOf, kind: str, message: Message, context: Context) -> Request:
@@ -151,7 +157,7 @@ def _request(site_of: SiteOf, kind: str, message: Message, context: Context) -> 
     site = site_of(context, str(config[STUDY_KEY]))
     study = site.approved(config[STUDY_KEY])
     round_number, receipt = config.get(ROUND_KEY, 1), receipt_of(config.get(RECEIPT_KEY))
-    if not isinstance(round_number, int) or not 1 <= round_number <= study.rounds:
+    if type(round_number) is not int or not 1 <= round_number <= study.rounds:  # True is an int, and no round
         limit = f"1 to {study.rounds}"
         raise IcmoeError(
             Fault(number=301, where=site.name, what="round is outside the study", value=str(round_number), limit=limit)

@@ -79,15 +79,26 @@ def withdraw(state: Path, which: str, now: datetime) -> tuple[Approval, ...]:
     IcmoeError
         316 where none stands.
     """
-    chosen = [one for one in standing(read_approvals(state)) if one.study.name == which or _begins(one, which)]
-    if not chosen:
-        raise IcmoeError(
-            Fault(number=316, what="no such study is approved", value=which, todo="fl_client --site NAME approvals lists them.")
-        )
-    gone = tuple(one.model_copy(update={"withdrawn_at": now.isoformat(timespec="microseconds")}) for one in chosen)
+    when = now.isoformat(timespec="microseconds")
+    gone = tuple(one.model_copy(update={"withdrawn_at": when}) for one in named(state, which))
     for approval in gone:
         _keep(state, approval)
     return gone
+
+
+def named(state: Path, which: str) -> tuple[Approval, ...]:
+    """Return the standing approvals of a study's name, or of a digest or its beginning of 8 digits or more, the oldest first.
+
+    Raises
+    ------
+    IcmoeError
+        316 where none stands, 321 where the store is damaged.
+    """
+    found = tuple(one for one in standing(read_approvals(state)) if one.study.name == which or _begins(one, which))
+    if not found:
+        todo = "fl_client --site NAME approvals lists them."
+        raise IcmoeError(Fault(number=316, what="no such study is approved", value=which, todo=todo))
+    return found
 
 
 def standing(approvals: Sequence[Approval]) -> tuple[Approval, ...]:

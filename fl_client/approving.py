@@ -16,8 +16,8 @@ from fl_client.approval import approve, changes, read_approvals, withdraw
 from fl_client.audit import digests_of_round, read_log
 from fl_client.budget import budget_faults, prospect
 from fl_client.leaves import LEAVES, RECORDS
-from fl_client.policy import epsilon_of
 from fl_client.site import SiteFile, read_named, records_of, site_data, study_faults
+from icmoe.accounting import study_epsilon
 from icmoe.bundle import bundle_digest, bundle_files
 from icmoe.chain import START
 from icmoe.data.slices import SiteData
@@ -68,17 +68,19 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
         console.print("Nothing was approved.")
         sys.exit(1)
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    records.write("approved", {"study": study.digest, "name": study.name, "bundle": bundle})  # first: none without its line
     approve(state, study, bundle, datetime.now(UTC))
-    records.write("approved", {"study": study.digest, "name": study.name, "bundle": bundle})
     console.print(f"{study.name} {study.digest[:12]} is approved at {name}.", highlight=False)
 
 
 def withdraw_study(path: Path, name: str, which: str) -> None:
     """Withdraw the approval of a study by name or digest and say which went."""
     settings = read_named(path, name)
-    for approval in withdraw(path.parent / settings.state, which, datetime.now(UTC)):
-        records_of(path, settings).write("withdrawn", {"study": approval.digest, "name": approval.study.name})
+    gone = withdraw(path.parent / settings.state, which, datetime.now(UTC))
+    for approval in gone:
         Console().print(f"{approval.study.name} {approval.digest[:12]} is withdrawn at {name}.", highlight=False)
+    for approval in gone:  # last: whatever is wrong with the log, they are withdrawn
+        records_of(path, settings).write("withdrawn", {"study": approval.digest, "name": approval.study.name})
 
 
 def list_approvals(path: Path, name: str, *, as_json: bool) -> None:
@@ -151,7 +153,7 @@ def _privacy(study: Study) -> str:
     if privacy is None:
         return "no differential privacy: updates can leak about training data"
     return (
-        f"epsilon {epsilon_of(study):.3g} for the whole study at delta {privacy.delta:g}; "
+        f"epsilon {study_epsilon(study):.3g} for the whole study at delta {privacy.delta:g}; "
         f"unit: the {privacy.unit} with all slices; adjacency: add or remove one patient; accountant: {privacy.accountant}; "
         f"public number of patients {privacy.patients}, {privacy.sample_rate:g} of them per step"
     )

@@ -77,6 +77,35 @@ def rounds_that_fit(budget: Budget, history: Sequence[Spending], study: Study, m
     return low
 
 
+def require_fit(budget: Budget | None, study: Study, *, patients: int) -> None:
+    """Refuse a study that does not go with the budget, whatever is spent already.
+
+    Parameters
+    ----------
+    budget
+        The site's.
+    study
+        The study.
+    patients
+        Training patients of the site, at least 1.
+
+    Raises
+    ------
+    IcmoeError
+        410 where the site has no budget, 202 where its delta is too large, 417 where the study has no differential privacy
+        and the site has a budget.
+    """
+    if study.privacy.site is None:
+        if budget is not None:
+            limit = f"epsilon {budget.epsilon:g}"
+            raise IcmoeError(Fault(number=417, where=study.name, value="epsilon infinite", limit=limit, did=NOTHING_SENT))
+    elif budget is None:
+        raise IcmoeError(Fault(number=410, where=study.name, did=NOTHING_SENT))
+    elif budget.delta > 1.0 / patients:
+        limit = f"at most 1 / {patients} training patients"
+        raise IcmoeError(Fault(number=202, where="[budget]", value=f"delta = {budget.delta:g}", limit=limit, did=NOTHING_SENT))
+
+
 def require_room(budget: Budget | None, book: Book, study: Study, kind: str, round_number: int, *, patients: int) -> None:
     """Refuse what the budget does not allow.
 
@@ -99,12 +128,10 @@ def require_room(budget: Budget | None, book: Book, study: Study, kind: str, rou
     Raises
     ------
     IcmoeError
-        410 where the site has no budget, 202 where its delta is too large, 411 where the study would cross it, 417 where
-        the study has no differential privacy and the site has a budget.
+        As `require_fit`; 411 where the study would cross the budget.
     """
+    require_fit(budget, study, patients=patients)
     spending = round_spending(study, kind)
-    if fault := _mismatch(budget, study, patients):
-        raise IcmoeError(fault)
     if spending is None or budget is None:
         return
     history = history_of(book.entries)
@@ -141,19 +168,6 @@ def prospect(budget: Budget | None, book: Book, study: Study) -> str:
 def releases_of(spending: Sequence[Spending] | None) -> Releases:
     """Return what the ledger writes down."""
     return None if spending is None else tuple((part.noise_multiplier, part.sample_rate, part.steps) for part in spending)
-
-
-def _mismatch(budget: Budget | None, study: Study, patients: int) -> Fault | None:
-    """Return why study and budget do not go together, whatever is spent already."""
-    if study.privacy.site is None:
-        limit = f"epsilon {budget.epsilon:g}" if budget is not None else ""
-        return Fault(number=417, where=study.name, value="epsilon infinite", limit=limit, did=NOTHING_SENT) if budget else None
-    if budget is None:
-        return Fault(number=410, where=study.name, did=NOTHING_SENT)
-    if budget.delta > 1.0 / patients:
-        limit = f"at most 1 / {patients} training patients"
-        return Fault(number=202, where="[budget]", value=f"delta = {budget.delta:g}", limit=limit, did=NOTHING_SENT)
-    return None
 
 
 def _crossing(budget: Budget, study: Study, history: Sequence[Spending], fitting: int, needed: int) -> Fault:

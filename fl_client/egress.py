@@ -103,7 +103,7 @@ def decline(number: int, message: Message, request: Request | None) -> Message:
     if request is not None and request.site.records is not None:
         try:
             request.site.records.write("declined", {**request.about(), "number": number})
-        except IcmoeError as error:
+        except (IcmoeError, OSError) as error:
             log.error("%s", error)  # the number leaves all the same: without it the coordinator would wait
     return Message(Error(ERROR_CODE + number, f"ICM{number} {CATALOGUE[number].title}"), reply_to=message)
 

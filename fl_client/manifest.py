@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ class Manifest:
     shapes: Mapping[str, tuple[int, ...]] | None = None
     numbers: Mapping[str, Rule] | None = None
     texts: Mapping[str, Rule] | None = None
-    largest_norm: float = field(default=math.inf)
+    largest_norm: float = math.inf
 
     def faults(self, outgoing: Outgoing) -> Iterator[str]:
         """Yield what of an answer is not declared, in words that hold no value of it that could tell of a patient."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fl_client.approval import approved_studies
+from fl_client.approval import named
 from fl_client.participant import Participant, read_site
 from fl_client.preparing import Progress
 from fl_client.site import read_named
@@ -43,7 +43,7 @@ def personalise_study(path: Path, name: str, which: str, model_path: Path, *, on
         2xx for the site file, 215 where the model is not the study's, 316 where the study is not approved, else as
         `read_site` and `read_model`.
     """
-    study = _approved(path, name, which)
+    study = named(path.parent / read_named(path, name).state, which)[-1].study
     state, header = _final_model(model_path, study)
     site = read_site(path, study.digest)
     torch.set_num_threads(site.threads)
@@ -55,15 +55,6 @@ def personalise_study(path: Path, name: str, which: str, model_path: Path, *, on
     about = header.model_copy(update={"method": METHOD, "weights": found.weights})
     write_model(target, joined(found.states), about, private=True)
     return target, found
-
-
-def _approved(path: Path, name: str, which: str) -> Study:
-    settings = read_named(path, name)
-    for study in approved_studies(path.parent / settings.state):
-        if study.name == which or (len(which) >= 8 and study.digest.startswith(which)):
-            return study
-    todo = "fl_client --site NAME approvals lists them."
-    raise IcmoeError(Fault(number=316, where=name, what="no such study is approved", value=which, todo=todo))
 
 
 def _final_model(path: Path, study: Study) -> tuple[State, ModelHeader]:

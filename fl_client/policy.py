@@ -51,17 +51,6 @@ class Policy(Section):
         return hours
 
 
-def epsilon_of(study: Study) -> float:
-    """Return the epsilon of the whole study for each patient of the site; infinite without privacy at the site.
-
-    Raises
-    ------
-    IcmoeError
-        213 where Opacus is not installed, 403 where the noise cannot be accounted for.
-    """
-    return study_epsilon(study)
-
-
 def policy_faults(policy: Policy, study: Study) -> list[Fault]:
     """Return where the study breaks the policy; empty where it does not."""
     faults = []
@@ -69,7 +58,7 @@ def policy_faults(policy: Policy, study: Study) -> list[Fault]:
         faults.append(_fault(study, "quorum is below the site's", str(study.quorum), f"at least {policy.min_quorum}"))
     if policy.require_dp and study.privacy.site is None:
         faults.append(_fault(study, "study has no differential privacy", "none", "require_dp"))
-    if policy.max_epsilon is not None and (epsilon := epsilon_of(study)) > policy.max_epsilon:
+    if policy.max_epsilon is not None and (epsilon := study_epsilon(study)) > policy.max_epsilon:
         faults.append(_fault(study, "epsilon is above the site's", f"{epsilon:.3g}", f"at most {policy.max_epsilon:g}"))
     foreign = [label.name for label in study.labels[1:] if policy.labels and label.name not in policy.labels]
     if foreign:

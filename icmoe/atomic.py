@@ -24,6 +24,14 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True, private: 
     """
     name = path.parent / f".{path.name[:32]}.{secrets.token_hex(8)}"
     try:
+        _write(name, path, data, durable=durable, private=private)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # the name that the caller knows
+        raise
+
+
+def _write(name: Path, path: Path, data: bytes, *, durable: bool, private: bool) -> None:
+    try:
         descriptor = _new(name, private=private)
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)

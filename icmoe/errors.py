@@ -283,9 +283,15 @@ def print_faults(faults: Sequence[Fault], *, stderr: bool = True) -> None:
         console.print(Text.assemble((number, "bold red"), " ", rest))
 
 
+def file_fault(error: OSError) -> Fault:
+    """Return what an error of the file system says: the disk is full, or a folder may not be read or written to."""
+    value = error.strerror or type(error).__name__
+    return Fault(number=205, where=str(error.filename or ""), value=value, did="The command stopped there.")
+
+
 @contextmanager
 def exit_on_fault() -> Iterator[None]:
-    """Turn an `IcmoeError` into its lines and exit code 1: a user never sees a traceback for bad input.
+    """Turn an `IcmoeError` or an error of the file system into its lines and exit code 1: nobody sees a traceback for bad input.
 
     Yields
     ------
@@ -295,4 +301,9 @@ def exit_on_fault() -> Iterator[None]:
         yield
     except IcmoeError as error:
         print_faults(error.faults)
+        sys.exit(1)
+    except BrokenPipeError:
+        raise  # whoever read the output has seen enough
+    except OSError as error:
+        print_faults([file_fault(error)])
         sys.exit(1)

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import Fault, IcmoeError, file_fault
 
 LARGEST_BYTES = 65_536  # keys, certificates and kits are far smaller; a device or a wrong file ends here
 
 
 @contextmanager
 def file_errors() -> Iterator[None]:
-    """Turn an error of the file system into a fault: the disk is full, or a folder may not be written to.
+    """Turn an error of the file system into a fault.
 
     Yields
     ------
@@ -29,8 +29,7 @@ def file_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where, value = str(error.filename or ""), error.strerror or type(error).__name__
-        raise IcmoeError(Fault(number=205, where=where, value=value, did="The command stopped there.")) from None
+        raise IcmoeError(file_fault(error)) from None
 
 
 def read_small(path: Path) -> bytes:

@@ -99,6 +99,30 @@ def test_without_a_yes_nothing_is_approved(hospital: Path, make_study, tmp_path:
     assert read_approvals(tmp_path / "state") == ()
 
 
+def test_without_its_line_in_the_log_nothing_is_approved_but_a_withdrawal_stands(
+    hospital: Path, make_study, tmp_path: Path
+) -> None:
+    path, file = write_site_file(tmp_path, hospital), str(write_study_file(tmp_path / "study.toml", make_study()))
+    plain = path.read_text()
+    path.write_text(plain + '\n[coordinator]\naddress = "localhost:443"\nca = "ca.crt"\nkey = "absent.key"\n')
+    done = command(path, "approve", file, "--yes")
+    assert (done.exit_code, "ICM205" in done.stderr) == (1, True)
+    assert read_approvals(tmp_path / "state") == ()
+    signing, _ = path.read_text(), path.write_text(plain)
+    assert command(path, "approve", file, "--yes").exit_code == 0
+    path.write_text(signing)
+    done = command(path, "withdraw", "tiny")
+    assert (done.exit_code, "ICM205" in done.stderr, "is withdrawn" in done.stdout) == (1, True, True)
+    assert read_approvals(tmp_path / "state")[0].withdrawn_at
+
+
+def test_a_state_that_is_no_folder_is_one_numbered_sentence(hospital: Path, make_study, tmp_path: Path) -> None:
+    path, file = write_site_file(tmp_path, hospital), str(write_study_file(tmp_path / "study.toml", make_study()))
+    (tmp_path / "state").write_text("a file")
+    done = command(path, "approve", file, "--yes")
+    assert (done.exit_code, done.stderr.startswith(f"ICM205 {tmp_path / 'state'}: ")) == (1, True)
+
+
 def test_the_copy_counts_whatever_becomes_of_the_file(ready, tmp_path: Path) -> None:
     path, study = ready
     (tmp_path / "study.toml").unlink()

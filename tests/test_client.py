@@ -139,6 +139,7 @@ REFUSED = {
     "no arrays": (lambda study: RecordDict({CONFIG: request(study)[CONFIG]}), 301),
     "a round beyond the study": (lambda study: request(study, 3), 301),
     "round zero": (lambda study: request(study, 0), 301),
+    "a round that is no number": (lambda study: request(study, True), 301),
     "another study": (
         lambda study: RecordDict({**request(study), CONFIG: ConfigRecord({STUDY_KEY: "0" * 64, ROUND_KEY: 1})}),
         302,

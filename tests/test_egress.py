@@ -117,7 +117,18 @@ def test_under_privacy_only_public_constants_go_with_the_update(make_study) -> N
 
 BAD_NUMBERS: dict[str, list[object]] = {
     "slices": [0, 7, 15, -10, 10.0, True, 10**9, [10], "10"],
-    "usage": [[], [1.0], [0.5, 0.5, 0.5], [1.5, -0.5, 0.0], [math.nan, 0.5, 0.5], [1, 0, 0], 1.0, "1", [[1.0], [0.0], [0.0]]],
+    "usage": [
+        [],
+        [1.0],
+        [0.5, 0.5, 0.5],
+        [0.505, 0.25, 0.25],
+        [1.5, -0.5, 0.0],
+        [math.nan, 0.5, 0.5],
+        [1, 0, 0],
+        1.0,
+        "1",
+        [[1.0], [0.0], [0.0]],
+    ],
     "loss": [math.nan, math.inf, -1e7, "0.7", [0.7], True],
     "steps": [0, -1, 4.0, True, 10**9],
     "seconds": [-1.0, math.inf, math.nan, 1e9],
@@ -249,6 +260,11 @@ def test_a_refusal_is_written_down_as_well(audited: Participant) -> None:
     assert (line["event"], line["number"], line["kind"], line["round"]) == ("declined", 111, "train", 1)
 
 
+def test_the_number_of_a_refusal_leaves_also_where_the_log_cannot_be_written(audited: Participant) -> None:
+    (audited.state_folder / "audit.jsonl").mkdir(parents=True)
+    assert number_of(ask(audited, request(audited.studies[0]))) == 304
+
+
 def test_a_site_may_send_fewer_bits(audited: Participant) -> None:
     coarse = replace(audited, policy=Policy(mantissa_bits=8))
     arrays = ask(coarse, request(audited.studies[0])).content[UPDATE]
@@ -268,4 +284,6 @@ def test_rounding_stays_within_half_a_unit_of_the_last_bit(values: list[float], 
     error = (rounded - exact).double().abs()[finite]
     allowed = exact.double().abs()[finite] * 2.0**-bits + 2.0 ** (-126 - bits)  # half of it, but at the largest floats
     assert bool((error <= allowed).all())
+    ordinary = exact.double().abs()[finite] < 2.0**127
+    assert bool((error[ordinary] <= 0.5 * allowed[ordinary]).all())
     assert torch.equal(rounded_to(rounded, bits)[finite], rounded[finite])

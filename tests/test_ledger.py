@@ -84,6 +84,14 @@ def test_a_study_that_would_cross_the_budget_is_refused_before_its_first_round(r
     pay(records, private, budget=budget_of(whole))  # exactly what it takes
 
 
+def test_a_study_must_have_room_for_its_closing_evaluation_too(records: Records, make_study) -> None:
+    study = make_study(rounds=3, privacy={"site": {**PRIVACY, "scores": "noised", "score_noise": 2.0}})
+    rounds, closing = [Spending(2.0, 0.2, 15), Spending(2.0, 1.0, 3)], Spending(2.0, 1.0, 1)
+    without, whole = (epsilon([*rounds, *more], delta=1e-3, accountant="rdp") for more in ((), (closing,)))
+    assert number_of(records, study, budget=budget_of(0.5 * (without + whole)))[0] == 411
+    pay(records, study, budget=budget_of(1.001 * whole))
+
+
 def test_a_study_that_began_may_use_what_is_left_round_by_round(records: Records, private: Study, make_study) -> None:
     other = make_study(name="other", rounds=1, privacy={"site": PRIVACY})
     budget = budget_of(epsilon([Spending(2.0, 0.2, 25)], delta=1e-3, accountant="rdp"))

@@ -254,6 +254,13 @@ def test_a_private_round_is_paid_for_before_and_refused_when_the_budget_is_used_
     assert [entry.releases for entry in read_ledger(paying.state_folder, "Alder").entries] == [((2.0, 0.5, 2),)] * 2
 
 
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_budget_written_after_the_approval_excludes_a_study_without_privacy(kind: str, site, tmp_path: Path) -> None:
+    budget = Budget(epsilon=1000.0, delta=0.1, accountant="rdp")
+    audited = replace(site, audited=True, state_folder=tmp_path / "state", budget=budget)
+    assert number_of(ask(audited, request(audited.studies[0]), kind)) == 417
+
+
 def test_what_mixes_samples_or_lacks_patients_is_refused_before_anything_is_spent(site, make_study, tmp_path: Path) -> None:
     study = make_study(privacy={"site": {**SITE, "patients": 8}})
     budget = Budget(epsilon=1000.0, delta=0.1, accountant="rdp")

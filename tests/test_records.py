@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
+from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from books import PRIVACY, budget_of, pay, signed_records, unsigned
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from fl_client import cli
 from fl_client.audit import LOG
-from fl_client.credentials import make_node_key
+from fl_client.credentials import make_node_key, read_node_key
 from fl_client.ledger import FILE
 from fl_client.records import Records
 from fl_client.signing import Signer, fingerprint_of, signature_holds
@@ -227,6 +231,8 @@ def test_signatures_are_for_the_audit_log_alone(records: Records) -> None:
     assert signature_holds(records.signer.public(), digest, signature)
     for public, text, other in (("", digest, signature), (records.signer.public(), "cd" * 32, signature), ("x y", digest, None)):
         assert not signature_holds(public, text, other)
+    bare = read_node_key(records.signer.path).sign(bytes.fromhex(digest), ec.ECDSA(hashes.SHA256()))
+    assert not signature_holds(records.signer.public(), digest, b64encode(bare).decode())
 
 
 def test_the_ledger_is_shown_as_table_json_and_page(records: Records, tmp_path: Path) -> None:
@@ -257,8 +263,50 @@ def test_a_site_without_budget_or_rounds_says_that_nothing_is_promised(records: 
     assert "No round was trained yet" in page.read_text()
 
 
+def test_attempts_without_privacy_are_counted_and_no_epsilon_covers_them(records: Records, make_study) -> None:
+    pay(records, make_study())
+    account = json.loads(run(records, "ledger", "--json")[1])
+    assert account["rounds_without_privacy"] == 1
+    assert [(row["private"], row["epsilon"] is None) for row in account["studies"]] == [(True, False), (False, True)]
+    output = run(records, "ledger")[1]
+    assert "1 attempts at a round were made without differential privacy" in output
+    assert "infinite" in output
+
+
 def test_a_ledger_that_does_not_agree_with_the_log_is_not_shown(records: Records) -> None:
     shutil.copy(records.state / FILE, records.state.parent / "new")
     (records.state / FILE).unlink()
     code, output = run(records, "ledger")
     assert (code, "ICM413" in output) == (1, True)
+
+
+@pytest.mark.parametrize("page", ["state", "site.toml/page.html", "/proc/page.html"])
+def test_a_page_that_cannot_be_written_is_named_as_it_was_asked_for(page: str, records: Records) -> None:
+    target = records.state.parent / page
+    code, output = run(records, "ledger", "--page", str(target))
+    assert (code, f"ICM205 {target}: " in output) == (1, True)
+    assert not list(records.state.parent.glob(".*"))
+
+
+def test_the_largest_budget_fits_on_the_page(records: Records, tmp_path: Path) -> None:
+    path, page = site_file(records), tmp_path / "page.html"
+    path.write_text(path.read_text().replace("epsilon = 100.0", "epsilon = 1000.0"))
+    done = CliRunner().invoke(cli.app, ["--site", "Alder", "--config", str(path), "ledger", "--page", str(page)])
+    assert (done.exit_code, "and of inf once the budget" in page.read_text()) == (0, True)
+
+
+@pytest.mark.parametrize("words", [("ledger",), ("audit", "verify")])
+def test_a_log_that_is_no_file_is_one_numbered_sentence(words: tuple[str, ...], records: Records) -> None:
+    (records.state / LOG).unlink()
+    (records.state / LOG).mkdir()
+    code, output = run(records, *words)
+    assert (code, f"ICM205 {records.state / LOG}: " in output) == (1, True)
+
+
+def test_a_ledger_that_cannot_be_written_to_is_not_called_damaged(records: Records, monkeypatch) -> None:
+    connect = sqlite3.connect
+    monkeypatch.setattr(
+        "fl_client.ledger.sqlite3.connect", lambda path, **settings: connect(f"file:{path}?mode=ro", uri=True, **settings)
+    )
+    with pytest.raises(IcmoeError, match=r"ICM205 .*readonly database"):
+        records.write("sent", {"round": 3})
