@@ -225,6 +225,25 @@ def test_a_straggler_is_cut_its_late_update_refused_and_the_next_round_asks_it(m
     assert all(np.array_equal(state.arrays[name], tensor) for name, tensor in undisturbed.arrays.items())
 
 
+@pytest.mark.parametrize("comes", ["train", "evaluate"])
+def test_a_late_answer_scores_no_later_model(comes: str, make_study, tmp_path: Path) -> None:
+    """Round 1's answer scores the start; coming in round 2, or at the end, it says nothing of what round 1 left behind."""
+    held = list[Message]()
+
+    def answer(message: Message, site: str) -> Message | None:
+        if site != "Cedar":
+            return honest(message, site)
+        if _is(message, site, 1, "Cedar") and message.metadata.message_type == "train":
+            held.append(message)
+        elif message.metadata.message_type == comes and held:
+            wire.deliver(held.pop(), honest)
+        return None
+
+    wire = Wire(answer)
+    state = run(make_study(rounds=2, quorum=2, deadline_s=0.3), tmp_path / "s", wire=wire)
+    assert [row["val_dice"] for row in state.history] == pytest.approx([0.2, 0.9])
+
+
 def _is(message: Message, site: str, number: int, name: str) -> bool:
     return site == name and message.content[CONFIG].get(ROUND_KEY) == number
 
