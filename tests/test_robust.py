@@ -98,8 +98,9 @@ def test_an_expert_is_combined_from_the_sites_that_used_it(make_study) -> None:
 @pytest.mark.parametrize(("rule", "needed"), [("trimmed-mean", 3), ("median", 3), ("multi-krum", 5), ("bulyan", 7)])
 def test_a_rule_without_its_sites_is_refused_before_anything_runs(rule: str, needed: int, make_study) -> None:
     robust_study(make_study, rule, quorum=needed)
-    with pytest.raises(IcmoeError, match=f"needs a quorum of {needed}"):
+    with pytest.raises(IcmoeError, match=f"needs a quorum of {needed}") as caught:
         robust_study(make_study, rule, quorum=needed - 1)
+    assert caught.value.faults[0].value == "", "two keys do not fit: the whole file is no value to show"
 
 
 FIVE = {node: f"site{node}" for node in range(1, 6)}

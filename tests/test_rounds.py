@@ -132,6 +132,17 @@ def test_the_validation_score_of_a_round_is_that_of_its_model(make_study, tmp_pa
     assert state.closed
 
 
+def test_a_score_that_is_none_is_not_entered(make_study, tmp_path: Path) -> None:
+    def answer(message: Message, site: str) -> Message | None:
+        reply = honest(message, site)
+        if site == "Cedar" and NUMBERS in reply.content:
+            reply.content[NUMBERS]["val-dice"] = 7.0
+        return reply
+
+    state = run(make_study(rounds=1), tmp_path / "s", answer)
+    assert (state.history[0]["val_dice"], state.history[0]["sites"]["Cedar"]["val_dice"]) == (pytest.approx(0.9), None)
+
+
 def test_a_finished_study_asks_nobody_again(make_study, tmp_path: Path) -> None:
     study = make_study()
     run(study, tmp_path / "s")
