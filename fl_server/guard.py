@@ -178,7 +178,7 @@ class Guard(Wrapping):
             if fault.number in {504, 511, 512, 513}:
                 self._note("refused", {"round": server_round, "site": fault.where, "number": fault.number, "said": str(fault)})
         self.report = RoundReport([one.update.without_tensors() for one in sound], faults)
-        if len(sound) < max(1, self.study.quorum):
+        if len(sound) < self.study.quorum:
             return None, None
         arrays, metrics = self.inner.aggregate_train(server_round, [one.reply for one in sound])
         self.report.weights, self.report.privacy = self.inner.report.weights, self.inner.report.privacy

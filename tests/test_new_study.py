@@ -83,7 +83,8 @@ def test_a_file_that_is_there_stays(tmp_path: Path):
     code, told = run("new-study", str(path), *ANSWERS)
     assert (code, told[:6], path.read_text()) == (1, "ICM220", "mine")
     assert run("new-study", str(path), *ANSWERS, "--force")[0] == 0
-    assert run("new-study", str(tmp_path), *ANSWERS, "--force")[0] == 1
+    code, told = run("new-study", str(tmp_path), *ANSWERS, "--force")
+    assert (code, told[:6]) == (1, "ICM220"), "a folder is nothing to replace"
 
 
 KIND = {"scheme": "SCT", "value": "1", "meaning": "x"}

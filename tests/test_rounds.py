@@ -370,6 +370,24 @@ def test_only_nodes_that_are_online_are_asked(make_study, tmp_path: Path) -> Non
     assert set(state.history[0]["sites"]) == {"Alder", "Cedar"}
 
 
+def test_a_late_reply_comes_back_but_is_not_told_as_one_of_the_round(make_study) -> None:
+    wire, late, heard = Wire(lambda message, site: None), set[str](), list[str]()
+    first, second = (
+        Message(RecordDict({CONFIG: ConfigRecord({ROUND_KEY: 1})}), dst_node_id=11, message_type="evaluate") for _ in "ab"
+    )
+
+    def hear(reply: Message) -> None:
+        heard.append(reply.metadata.reply_to_message_id)
+
+    assert ask(wire, [first], deadline_s=0.05, poll_s=0.01, on_reply=hear, late=late) == []
+    assert late == {"m0"}
+    wire.deliver(first, honest)
+    wire.answer = honest
+    replies = ask(wire, [second], deadline_s=1.0, poll_s=0.01, on_reply=hear, late=late)
+    assert {reply.metadata.reply_to_message_id for reply in replies} == {"m0", "m1"}
+    assert (heard, late) == (["m1"], set())
+
+
 def test_the_wait_ends_at_the_deadline(make_study) -> None:
     wire = Wire(lambda message, site: None)
     message = Message(RecordDict({CONFIG: ConfigRecord({})}), dst_node_id=11, message_type="train")
