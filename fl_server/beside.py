@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from fl_server import audit
 from fl_server.guard import Memory
 from fl_server.run_state import latest_state
 from icmoe.atomic import write_atomically
@@ -35,18 +36,19 @@ def read_lifted(study: Path) -> dict[str, int]:
 
 
 def lift(study: Path, site: str) -> int:
-    """Let a site in again from the next round on; return the last round done.
+    """Let a site in again from the next round on, as the audit log then says; return the last round done.
 
     Raises
     ------
     IcmoeError
-        518 where the site does not sit out, with the names of those that do.
+        518 where the site does not sit out, with the names of those that do; 516 for the audit log. Nothing is changed then.
     """
     state = latest_state(study.with_suffix(".state.safetensors"), read_study(study))
     memory = Memory() if state is None else Memory.unpacked(state.extra)
     if state is None or not memory.sits_out(site):
-        out = ", ".join(name for name in sorted(memory.refused) if memory.sits_out(name)) or "none"
+        out = ", ".join(memory.sitting_out()) or "none"
         raise IcmoeError(Fault(number=518, where=site, limit=f"sits out: {out}", did="Nothing was changed."))
+    audit.note(audit_path(study), "lift asked", {"site": site, "round": state.round})
     text = json.dumps({**read_lifted(study), site: state.round}, sort_keys=True)
     write_atomically(study.with_suffix(".lifted.json"), text.encode())
     return state.round

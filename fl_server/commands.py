@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from fl_server import flower, submit
-from fl_server.audit import note
-from fl_server.beside import audit_path, lift
+from fl_server.beside import lift
 from fl_server.home import read_home
 from fl_server.run_state import RoundRecord
 from icmoe.bundle import bundle_digest, bundle_files
@@ -70,7 +69,6 @@ def lift_site(root: Path, site: str, run_id: str) -> None:
     if folder is None:
         raise IcmoeError(Fault(number=508, value=run_id))
     done = lift(folder.study, site)
-    note(audit_path(folder.study), "lift asked", {"site": site, "round": done})
     Console().print(f"{site} is asked again from the next round on, after round {done}.", highlight=False)
 
 

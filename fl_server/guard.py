@@ -63,6 +63,10 @@ class Memory:
         """Return whether the site is neither asked nor heard."""
         return self.refused.get(site, (0, 0))[0] >= MOST_REFUSALS
 
+    def sitting_out(self) -> list[str]:
+        """Return the sites that sit out, by name."""
+        return sorted(filter(self.sits_out, self.refused))
+
     def refuse(self, site: str, server_round: int) -> None:
         """Count a refusal, once per round however often the round is tried."""
         count, last = self.refused.get(site, (0, 0))
@@ -162,8 +166,8 @@ class Guard(Wrapping):
         """Return what the wrapped strategy makes of the sound updates, or None below the quorum: nothing moves then."""
         faults = [
             Fault(number=514, where=site, value=f"{MOST_REFUSALS} rounds refused", did="It was not asked.")
-            for site in sorted(self.sites.values())
-            if self.memory.sits_out(site)
+            for site in self.memory.sitting_out()
+            if site in self.sites.values()
         ]
         candidates, errors = self._candidates(server_round, replies)
         sound, refused = self._compared(candidates)
@@ -174,7 +178,7 @@ class Guard(Wrapping):
             if fault.number in {504, 511, 512, 513}:
                 self._note("refused", {"round": server_round, "site": fault.where, "number": fault.number, "said": str(fault)})
         self.report = RoundReport([one.update.without_tensors() for one in sound], faults)
-        if len(sound) < max(1, self.study.quorum):
+        if len(sound) < self.study.quorum:
             return None, None
         arrays, metrics = self.inner.aggregate_train(server_round, [one.reply for one in sound])
         self.report.weights, self.report.privacy = self.inner.report.weights, self.inner.report.privacy

@@ -33,8 +33,8 @@ QUESTIONS = (
     ("quorum", "Sites without which a round does not count", "2"),
     ("deadline_s", "Seconds that a round waits for its sites", "3600"),
     ("backbone", "Backbone (lite-medsam, sam-vit-b, sam-vit-l, sam-vit-h)", "lite-medsam"),
+    ("weights", "SHA-256 of the backbone's weights, or the path of the file", None),
 )
-WEIGHTS = ("weights", "SHA-256 of the backbone's weights, or the path of the file", None)
 
 
 def make_study(given: Mapping[str, str | None], ask: Ask, *, seed: int | None = None) -> Study:
@@ -43,7 +43,7 @@ def make_study(given: Mapping[str, str | None], ask: Ask, *, seed: int | None = 
     Parameters
     ----------
     given
-        Answers as text by key of `QUESTIONS` and `weights`, None where not given: these are asked for.
+        Answers as text by key of `QUESTIONS`, None where not given: these are asked for.
     ask
         Asks one question.
     seed
@@ -55,11 +55,9 @@ def make_study(given: Mapping[str, str | None], ask: Ask, *, seed: int | None = 
         201-203 for answers that the schema refuses, 205 for a weights file, and whatever `ask` raises.
     """
     answers: Answers = {"seed": secrets.randbelow(2**31) if seed is None else seed}
+    _require_sound(answers, where="seed")
     faults: list[Fault] = []
-    questions = list(QUESTIONS)
-    for key, question, suggestion in questions:
-        if key == "backbone":
-            questions.append(WEIGHTS)
+    for key, question, suggestion in QUESTIONS:
         if key == "weights" and answers.get("backbone", {}).get("name", "lite-medsam") == "lite-medsam":
             continue
         text = given.get(key)
@@ -85,13 +83,17 @@ def _merged(answers: Answers, more: Answers) -> Answers:
 
 
 def _checked(key: str, text: str, answers: Answers) -> Answers:
-    """Return an answer as values of the study; what is not answered yet does not count against it."""
+    """Return an answer as values of the study."""
     value = {key: text} if key == "name" else READERS[key](text.strip())
-    whole = _merged(answers, value)
-    filled = {"name": "x", "labels": _labels("x=1"), **whole}
-    filled["backbone"] = {"digest": "0" * 64, **whole.get("backbone", {})}
-    parse(Study, filled, where=key)
+    _require_sound(_merged(answers, value), where=key)
     return value
+
+
+def _require_sound(answers: Answers, *, where: str) -> None:
+    """Let the schema check the answers; what is not answered yet does not count against them."""
+    filled = {"name": "x", "labels": _labels("x=1"), **answers}
+    filled["backbone"] = {"digest": "0" * 64, **answers.get("backbone", {})}
+    parse(Study, filled, where=where)
 
 
 def _labels(text: str) -> list[dict[str, Any]]:

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import Bulyan, FedAvg, FedMedian, FedTrimmedAvg, MultiKrum
 
-from fl_server.aggregate import in_one_reply
+from fl_server.aggregate import flower_reply, in_one_reply
 from fl_server.replies import Update, parse_replies
 from fl_server.round_strategy import RoundReport, RoundStrategy
 from fl_server.wrapping import Wrapping
@@ -75,8 +75,7 @@ def _combined(names: Sequence[str], updates: Sequence[Update], expert: int | Non
     for update in updates:
         weight = update.size * (1.0 if expert is None else update.usage_M[expert]) ** exponent + LEAST_WEIGHT
         arrays = ArrayRecord({name: Array(update.tensors[name]) for name in names})
-        content = RecordDict({"arrays": arrays, "metrics": MetricRecord({WEIGHT: weight})})
-        replies.append(Message(content, reply_to=Message(RecordDict(), dst_node_id=1, message_type="train")))
+        replies.append(flower_reply(arrays, WEIGHT, weight))
     combined, _ = rule_of(settings, len(updates)).aggregate_train(1, replies)
     assert combined is not None
     return {name: array.numpy() for name, array in combined.items()}

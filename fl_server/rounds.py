@@ -82,8 +82,8 @@ def run_rounds(
         if on_round is not None:
             on_round(state.history[-1])
     if not state.closed:
-        messages = strategy.configure_evaluate(study.rounds, _record(state.arrays), ConfigRecord(), grid)
-        replies = post.ask(study.rounds, messages, online(grid), "closing evaluation")
+        messages = list(strategy.configure_evaluate(study.rounds, _record(state.arrays), ConfigRecord(), grid))
+        replies = answers_to(messages, post.ask(study.rounds, messages, online(grid), "closing evaluation"))
         note_validation(state, _validation(replies, sites))
         state.closed = True
         commit(state)
@@ -168,18 +168,19 @@ def play_round(post: Post, strategy: RoundStrategy, study: Study, state: RunStat
         501, 515 as `run_rounds`.
     """
     number, most, needed = state.round + 1, study.retries + 1, min(study.quorum, len(post.sites))
-    replies, sizes, began = list[Message](), sum(tensor.nbytes for tensor in state.arrays.values()), time.perf_counter()
+    replies, asked, began = list[Message](), list[Message](), time.perf_counter()
     for attempt in range(1, most + 1):
         what = f"round {number} of {study.rounds}" + (f", attempt {attempt} of {most}" if attempt > 1 else "")
         reached = post.connected(needed, what)
         arrays = _record(state.arrays)
-        sizes = sum(len(array.data) for array in arrays.values())
+        size_bytes = sum(len(array.data) for array in arrays.values())
         have = {reply.metadata.src_node_id for reply in replies}
         messages = [
             message
             for message in strategy.configure_train(number, arrays, ConfigRecord(), post.grid)
             if message.metadata.dst_node_id not in have
         ]
+        asked += messages
         replies += post.ask(number, messages, reached, what)
         trained_s = time.perf_counter() - began
         moved, _ = strategy.aggregate_train(number, replies)
@@ -187,7 +188,8 @@ def play_round(post: Post, strategy: RoundStrategy, study: Study, state: RunStat
         used = {update.site for update in strategy.report.updates}
         if moved is not None and used:
             seconds = {"train": trained_s, "aggregate": time.perf_counter() - began - trained_s}
-            return Outcome(moved=moved, replies=replies, attempts=attempt, size_down_bytes=sizes, seconds=seconds)
+            answers = answers_to(asked, replies)
+            return Outcome(moved=moved, replies=answers, attempts=attempt, size_down_bytes=size_bytes, seconds=seconds)
         replies = [reply for reply in replies if post.sites[reply.metadata.src_node_id] in used]
         post.tell(f"{what}: {len(used)} usable updates, {study.quorum} are needed; the model did not move")
         if attempt < most:
@@ -204,6 +206,12 @@ def _record(tensors: Tensors) -> ArrayRecord:
 def reachable(messages: Iterable[Message], nodes: Container[int]) -> list[Message]:
     """Return the messages to connected nodes: Flower answers one to another node only after its own deadline."""
     return [message for message in messages if message.metadata.dst_node_id in nodes]
+
+
+def answers_to(messages: Iterable[Message], replies: Iterable[Message]) -> list[Message]:
+    """Return the replies to these messages: late ones to a former round say how good another model was."""
+    asked = {message.metadata.message_id for message in messages}
+    return [reply for reply in replies if reply.metadata.reply_to_message_id in asked]
 
 
 def silences(

@@ -1,4 +1,4 @@
-"""What is committed after each round, and the last commits that are kept beside the newest."""
+"""What is committed after each round, and the last commits, which are kept under their rounds' numbers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class RunState:
         path
             The newest commit.
         keep
-            Commits to keep beside it, each under its round's number; older ones are removed.
+            Last commits to keep under their rounds' numbers, this one among them; older ones are removed.
         """
         tensors: State = {**{f"global.{name}": value for name, value in self.arrays.items()}, **self.extra}
         header = {"study": self.study_digest, "round": self.round, "history": self.history, "closed": self.closed}

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam, FedYogi
 
+from fl_server.aggregate import flower_reply
 from fl_server.round_strategy import State, Tensors
 from fl_server.router_aware import RouterAware
 from fl_server.wrapping import Wrapping
-from icmoe.exchange import ARRAYS, BALANCE_BIAS
+from icmoe.exchange import BALANCE_BIAS
 
 FLOWER_STRATEGIES: dict[str, type[FedAdam] | type[FedYogi]] = {"adam": FedAdam, "yogi": FedYogi}
 
@@ -38,8 +39,9 @@ class ServerOptimized(Wrapping):
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Remember the round's arrays for Flower's class and ask the sites."""
-        self._flower.current_arrays = {name: array.numpy() for name, array in arrays.items() if name != BALANCE_BIAS}
-        return super().configure_train(server_round, arrays, config, grid)
+        messages = super().configure_train(server_round, arrays, config, grid)
+        self._flower.current_arrays = {name: tensor for name, tensor in self._current.items() if name != BALANCE_BIAS}
+        return messages
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the arrays after the adaptive step, or None below the quorum."""
@@ -47,7 +49,7 @@ class ServerOptimized(Wrapping):
         if arrays is None:
             return None, metrics
         trained = ArrayRecord({name: array for name, array in arrays.items() if name != BALANCE_BIAS})
-        stepped, _ = self._flower.aggregate_train(server_round, [_only_reply(trained)])
+        stepped, _ = self._flower.aggregate_train(server_round, [flower_reply(trained, "num-examples", 1)])
         assert stepped is not None
         # Flower's learning rate is a float64 scalar and lifts the tensors to float64; the model stays float32.
         moved = {name: Array(array.numpy().astype(np.float32)) for name, array in stepped.items()}
@@ -66,8 +68,3 @@ class ServerOptimized(Wrapping):
 def _part(state: State, kind: str) -> Tensors:
     prefix = f"optimizer.{kind}."
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def _only_reply(arrays: ArrayRecord) -> Message:
-    content = RecordDict({ARRAYS: arrays, "metrics": MetricRecord({"num-examples": 1})})
-    return Message(content, reply_to=Message(RecordDict(), dst_node_id=1, message_type="train"))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fl_server.run_state import RoundRecord
-from icmoe.modelcard import SiteLine, write_card
+from icmoe.accounting import study_epsilon
+from icmoe.errors import IcmoeError
+from icmoe.modelcard import PrivacySpent, SiteLine, write_card
 from icmoe.modelfile import ModelHeader
+from icmoe.study import Study
 
 SCORED_ON = "the site's own validation patients, of the model after the last round"
 
@@ -30,7 +34,21 @@ def write_study_card(model: Path, header: ModelHeader, history: Sequence[RoundRe
     last = history[-1]["sites"] if history else {}
     patients = _patients(data_check)
     lines = [SiteLine(name=name, patients=patients.get(name), dice=last.get(name, {}).get("val_dice")) for name in names]
-    return write_card(model, header, lines, scored_on=SCORED_ON)
+    return write_card(model, header, lines, scored_on=SCORED_ON, privacy=_spent(header.study, history))
+
+
+def _spent(study: Study, history: Sequence[RoundRecord]) -> list[PrivacySpent]:
+    """Return what was spent at the sites and at the server; of the sites what the study lets them spend."""
+    site, server = study.privacy.site, history[-1].get("privacy") if history else None
+    spent = []
+    if site is not None:
+        names = {"unit": site.unit, "adjacency": "add/remove", "accountant": site.accountant}
+        with suppress(IcmoeError):  # a coordinator without Opacus cannot tell an epsilon from the noise: the card has none then
+            epsilon = study_epsilon(study) if site.epsilon is None else site.epsilon
+            spent.append(PrivacySpent(epsilon=epsilon, delta=site.delta, **names))
+    if server is not None:
+        spent.append(PrivacySpent(**{key: server[key] for key in PrivacySpent.__dataclass_fields__}))
+    return spent
 
 
 def _patients(data_check: Path) -> dict[str, int]:

@@ -220,8 +220,7 @@ def sentence(record: RoundRecord, study: Study) -> str:
 
 def sitting_out(state: RunState | None) -> list[str]:
     """Return the sites that are not asked after refused updates, by name."""
-    memory = Memory() if state is None else Memory.unpacked(state.extra)
-    return sorted(site for site in memory.refused if memory.sits_out(site))
+    return [] if state is None else Memory.unpacked(state.extra).sitting_out()
 
 
 def dice_sentence(record: RoundRecord) -> str:

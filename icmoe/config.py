@@ -84,7 +84,9 @@ def _fault(section: type[BaseModel], item: dict[str, Any], where: str) -> Fault:
     given = repr(item["input"])
     shown = given if len(given) <= 80 else given[:77] + "..."
     limit = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return Fault(number=202, where=where, value=f"{key} = {shown}" if key else shown, limit=limit, did="Nothing was started.")
+    of_table = item["type"] == "value_error" and isinstance(item["input"], dict)  # keys that do not fit: the limit names them
+    value = key if of_table else f"{key} = {shown}" if key else shown
+    return Fault(number=202, where=where, value=value, limit=limit, did="Nothing was started.")
 
 
 def _keys(section: type[BaseModel], path: list[str]) -> list[str]:

@@ -45,14 +45,16 @@ class SiteLine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrivacySpent:
-    """What the training spent of one site's budget at most.
+    """What all rounds together spent at most, of one patient's or one site's privacy.
 
     Parameters
     ----------
     epsilon, delta
         Of (epsilon, delta)-differential privacy.
     unit
-        "patient", "image" or "site": whose presence is hidden, added or removed.
+        "patient" or "site": whose presence is hidden.
+    adjacency
+        "add/remove" or "replace".
     accountant
         For example "PRV".
     """
@@ -60,11 +62,12 @@ class PrivacySpent:
     epsilon: float
     delta: float
     unit: str
+    adjacency: str
     accountant: str
 
 
 def write_card(
-    model: Path, header: ModelHeader, sites: Sequence[SiteLine], *, scored_on: str, privacy: PrivacySpent | None = None
+    model: Path, header: ModelHeader, sites: Sequence[SiteLine], *, scored_on: str, privacy: Sequence[PrivacySpent] = ()
 ) -> Path:
     """Write the card of a written model file beside it and return its path, the file's with the ending .md.
 
@@ -79,7 +82,7 @@ def write_card(
     scored_on
         What their Dice was measured on, as part of a sentence: "test patients".
     privacy
-        Where the training was differentially private.
+        One line each, where the training was differentially private.
     """
     environment = Environment(
         loader=PackageLoader("icmoe", "."),

@@ -16,8 +16,8 @@ from test_rounds import ROSTER, SITES, Answer, Wire, honest
 
 from fl_server import audit
 from fl_server.app import make_strategy, start_state
-from fl_server.beside import lift, read_lifted
-from fl_server.guard import MOST_REFUSALS, Memory
+from fl_server.beside import audit_path, lift, read_lifted
+from fl_server.guard import MOST_REFUSALS, MOST_SEEN, Memory
 from fl_server.round_strategy import unheard
 from fl_server.rounds import run_rounds
 from fl_server.run_state import RunState
@@ -170,6 +170,40 @@ def test_a_site_refused_three_rounds_in_a_row_sits_out_until_a_person_lifts_it(m
     assert asked == [1, 2, 3, 6, 7, 8]
     assert [[fault["number"] for fault in row["faults"]] for row in state.history] == [[504]] * 3 + [[514]] * 2 + [[]] * 3
     assert set(state.history[-1]["sites"]) == set(SITES.values())
+
+
+def test_a_lift_that_cannot_be_noted_is_none_and_one_lift_leaves_the_others(make_study, tmp_path: Path) -> None:
+    study, path = make_study(), tmp_path / "study.toml"
+    path.write_text(_toml(study))
+    memory = Memory({"Birch": (MOST_REFUSALS, 4), "Cedar": (MOST_REFUSALS, 4)})
+    RunState(study.digest, start_state(study).arrays, 4, extra=memory.packed()).commit(path.with_suffix(".state.safetensors"))
+    audit_path(path).write_bytes(b"damaged\n")
+    with pytest.raises(IcmoeError, match="ICM516"):
+        lift(path, "Cedar")
+    assert read_lifted(path) == {}
+    audit_path(path).unlink()
+    assert (lift(path, "Cedar"), lift(path, "Birch")) == (4, 4)
+    assert read_lifted(path) == {"Birch": 4, "Cedar": 4}
+    assert [(line["event"], line["site"]) for line in audit.read(audit_path(path))] == [
+        ("lift asked", "Cedar"),
+        ("lift asked", "Birch"),
+    ]
+
+
+def test_a_lift_does_not_cover_refusals_that_come_after_it() -> None:
+    memory = Memory({"Cedar": (MOST_REFUSALS, 5)})
+    assert not memory.lift("Cedar", 4)
+    assert memory.sits_out("Cedar")
+    assert memory.lift("Cedar", 5)
+    assert not memory.sits_out("Cedar")
+    assert not memory.lift("Cedar", 5)
+
+
+def test_of_many_updates_the_last_are_remembered() -> None:
+    memory = Memory()
+    for number in range(MOST_SEEN + 3):
+        memory.use("Alder", f"{number}")
+    assert (memory.seen["Alder"][0], memory.seen["Alder"][-1]) == ("3", f"{MOST_SEEN + 2}")
 
 
 def _toml(study: Study) -> str:

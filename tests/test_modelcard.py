@@ -52,8 +52,8 @@ def test_the_card_names_model_study_backbone_and_what_each_site_reached(header: 
 
 
 def test_epsilon_stands_with_delta_unit_and_accountant_where_privacy_was_spent(header: ModelHeader, model: Path):
-    spent = PrivacySpent(epsilon=3.14159, delta=1e-5, unit="patient", accountant="PRV")
-    card = write_card(model, header, [], scored_on="test patients", privacy=spent).read_text()
+    spent = PrivacySpent(epsilon=3.14159, delta=1e-5, unit="patient", adjacency="add/remove", accountant="PRV")
+    card = write_card(model, header, [], scored_on="test patients", privacy=[spent]).read_text()
     said = rows(card)["differential privacy"][0]
     assert all(part in said for part in ("epsilon 3.14 ", "delta 1e-05", "patient", "PRV"))
     assert "without differential privacy" not in card
@@ -79,6 +79,37 @@ def test_a_study_that_ends_leaves_its_model_and_the_card_of_it(make_study, tmp_p
     found = rows((tmp_path / "study.model.md").read_text())
     assert hashlib.sha256((tmp_path / "study.model.safetensors").read_bytes()).hexdigest() in found["model file"][0]
     assert found["Alder"] == ["-", "0.500"]
+
+
+SITE = {"epsilon": 3.0, "delta": 0.1, "patients": 4, "sample_rate": 0.5, "steps": 2}
+SERVER = {"noise_multiplier": 1.0, "delta": 0.01, "sites": 3, "divisor": 1.0, "adjacency": "replace"}
+UNCOUPLED = {"cap": 1.0, "min_contributors": 1, "shrinkage": False, "balance_step": 0.0}
+
+
+@pytest.mark.parametrize("where", [("site",), ("server",), ("site", "server")])
+def test_the_card_of_a_private_study_says_what_was_spent_and_never_that_it_was_not_private(
+    where: tuple[str, ...], make_study, model: Path, tmp_path: Path
+):
+    chosen = {"site": SITE, "server": SERVER}
+    study = make_study(privacy={key: chosen[key] for key in where}, aggregation=UNCOUPLED)
+    header = ModelHeader(study=study, method="router-aware", round=2, phantoms=False)
+    record = {
+        "epsilon": 7.5,
+        "delta": 0.01,
+        "unit": "site",
+        "adjacency": "replace",
+        "accountant": "Gaussian, exact",
+        "clip_norm": 1.0,
+    }
+    history = [{"sites": {}, "privacy": record if "server" in where else None}]
+    card = write_study_card(model, header, history, tmp_path / "absent.json").read_text()
+    said = [line for line in card.splitlines() if line.startswith("| differential privacy")]
+    wanted = {
+        "site": "epsilon 3 at delta 0.1, unit: patient (add/remove)",
+        "server": "epsilon 7.5 at delta 0.01, unit: site (replace)",
+    }
+    assert [wanted[key] in line for key, line in zip(where, said, strict=True)] == [True] * len(where)
+    assert "without differential privacy" not in card
 
 
 def test_every_backbone_has_a_licence():

@@ -62,6 +62,13 @@ def test_without_a_terminal_all_faults_are_told_at_once_and_nothing_is_written(t
     assert not list(tmp_path.iterdir())
 
 
+def test_a_seed_out_of_range_is_told_once_and_before_anything_is_asked(tmp_path: Path, terminal: None):
+    code, told = run("new-study", str(tmp_path / "study.toml"), *ANSWERS[:-1], "-1")
+    assert code == 1
+    assert [line[:12] for line in told.splitlines()] == ["ICM202 seed:"]
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_are_known_by_their_digest(tmp_path: Path):
     weights = tmp_path / "sam.pth"
     weights.write_bytes(b"weights")
@@ -76,7 +83,8 @@ def test_a_file_that_is_there_stays(tmp_path: Path):
     code, told = run("new-study", str(path), *ANSWERS)
     assert (code, told[:6], path.read_text()) == (1, "ICM220", "mine")
     assert run("new-study", str(path), *ANSWERS, "--force")[0] == 0
-    assert run("new-study", str(tmp_path), *ANSWERS, "--force")[0] == 1
+    code, told = run("new-study", str(tmp_path), *ANSWERS, "--force")
+    assert (code, told[:6]) == (1, "ICM220"), "a folder is nothing to replace"
 
 
 KIND = {"scheme": "SCT", "value": "1", "meaning": "x"}

@@ -21,7 +21,7 @@ from fl_server.replies import Update
 from fl_server.round_strategy import unheard
 from fl_server.rounds import run_rounds
 from fl_server.router_aware import RouterAware
-from fl_server.run_state import RunState
+from fl_server.run_state import RunState, latest_state
 from fl_server.submit import sentence
 from icmoe.errors import IcmoeError
 from icmoe.exchange import BALANCE_BIAS, expert_of, is_usage_weighted
@@ -203,6 +203,10 @@ def test_sum_and_count_together_cost_what_is_charged(make_study) -> None:
     noise = noise_of(server, 3)
     # Two Gaussian releases with multipliers a and b are one with (a^-2 + b^-2)^(-1/2); the count's sensitivity is 1/2.
     assert (noise.update**-2 + (noise.count / 0.5) ** -2) ** -0.5 == pytest.approx(1.3)
+    # Another site in a place changes sum and count by twice as much; `Noise.update` is in units of the sum's sensitivity.
+    replaced = noise_of(server.model_copy(update={"adjacency": "replace"}), 3)
+    assert (replaced.update**-2 + (replaced.count / 1.0) ** -2) ** -0.5 == pytest.approx(1.3)
+    assert noise_of(private_study(make_study, clip_quantile=0.5, sites=60).privacy.server, 3).count == 60 / 20
     with pytest.raises(IcmoeError) as caught:
         noise_of(private_study(make_study, clip_quantile=0.5, count_noise=0.6, noise_multiplier=1.3).privacy.server, 3)
     assert caught.value.faults[0].number == 421
@@ -267,9 +271,29 @@ def test_a_run_stops_before_the_round_that_would_cross_its_epsilon(make_study) -
     assert strategy.inner.epsilon(3) <= 5.0
     state = start_state(study)
     state.extra = {"private.releases": np.array([3]), "private.clip_norm": np.array([0.5])}  # spent already, as a commit says
+    wire = Wire(honest)
     with pytest.raises(IcmoeError) as caught:
-        run_rounds(Wire(honest), strategy, study, state, sites=SITES, commit=unheard, poll_s=0.005)
+        run_rounds(wire, strategy, study, state, sites=SITES, commit=unheard, poll_s=0.005)
     assert caught.value.faults[0].number == 420
+    assert not wire.asked
+
+
+def test_an_older_commit_is_no_way_to_spend_twice(make_study, tmp_path: Path) -> None:
+    """A round that is repeated is released a second time, and an older commit would not count the first."""
+    path = tmp_path / "study.state.safetensors"
+    for study, usable in ((make_study(), True), (private_study(make_study), False)):
+        for number in (1, 2):
+            state = start_state(study)
+            state.round = number
+            state.commit(path, keep=3)
+        path.unlink()
+        path.write_bytes(b"damaged")
+        if usable:
+            assert latest_state(path, study).round == 2
+            continue
+        with pytest.raises(IcmoeError) as caught:
+            latest_state(path, study)
+        assert caught.value.faults[0].number == 502
 
 
 def test_below_the_quorum_nothing_is_released_or_spent(make_study) -> None:

@@ -205,14 +205,17 @@ def test_the_average_weighs_sites_by_their_slices_and_stays_among_them(sites: di
 def test_adaptive_steps_are_those_of_flower(kind: str) -> None:
     from flwr.app import Array, ArrayRecord
 
-    from fl_server.server_optimizer import FLOWER_STRATEGIES, _only_reply
+    from fl_server.aggregate import flower_reply
+    from fl_server.server_optimizer import FLOWER_STRATEGIES
 
     flower = FLOWER_STRATEGIES[kind](eta=0.01, tau=1e-3)
     generator, state, moments = torch.Generator().manual_seed(0), {"w": torch.randn(7)}, {}
     for round_number in (1, 2, 3):
         mean = {"w": state["w"] + 0.1 * torch.randn(7, generator=generator)}
         flower.current_arrays = {"w": state["w"].numpy()}
-        theirs, _ = flower.aggregate_train(round_number, [_only_reply(ArrayRecord({"w": Array(mean["w"].numpy())}))])
+        theirs, _ = flower.aggregate_train(
+            round_number, [flower_reply(ArrayRecord({"w": Array(mean["w"].numpy())}), "num-examples", 1)]
+        )
         state, moments = adaptive_step(kind, state, mean, moments, rate=0.01, round_number=round_number)
         torch.testing.assert_close(state["w"], torch.tensor(theirs["w"].numpy()).float(), rtol=1e-5, atol=1e-6)
 

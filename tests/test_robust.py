@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
-from test_rounds import Wire
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from test_rounds import ROSTER, Wire
+from test_rounds import honest as answer_of_rounds
 
 from fl_server.app import make_strategy, start_state
 from fl_server.replies import Update
@@ -98,8 +99,18 @@ def test_an_expert_is_combined_from_the_sites_that_used_it(make_study) -> None:
 @pytest.mark.parametrize(("rule", "needed"), [("trimmed-mean", 3), ("median", 3), ("multi-krum", 5), ("bulyan", 7)])
 def test_a_rule_without_its_sites_is_refused_before_anything_runs(rule: str, needed: int, make_study) -> None:
     robust_study(make_study, rule, quorum=needed)
-    with pytest.raises(IcmoeError, match=f"needs a quorum of {needed}"):
+    with pytest.raises(IcmoeError, match=f"needs a quorum of {needed}") as caught:
         robust_study(make_study, rule, quorum=needed - 1)
+    assert caught.value.faults[0].value == "", "two keys do not fit: the whole file is no value to show"
+
+
+def test_fewer_updates_than_the_rule_bears_move_nothing(make_study) -> None:
+    study = robust_study(make_study, "median", quorum=3)
+    strategy, wire = make_strategy(study, ROSTER).inner, Wire(answer_of_rounds)
+    arrays = ArrayRecord({name: Array(tensor) for name, tensor in start_state(study).arrays.items()})
+    replies = list(wire.pull_messages(wire.push_messages(strategy.configure_train(1, arrays, ConfigRecord(), grid=None))))
+    assert strategy.aggregate_train(1, replies[:2]) == (None, None)
+    assert strategy.aggregate_train(1, replies)[0] is not None
 
 
 FIVE = {node: f"site{node}" for node in range(1, 6)}

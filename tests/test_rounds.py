@@ -132,6 +132,17 @@ def test_the_validation_score_of_a_round_is_that_of_its_model(make_study, tmp_pa
     assert state.closed
 
 
+def test_a_score_that_is_none_is_not_entered(make_study, tmp_path: Path) -> None:
+    def answer(message: Message, site: str) -> Message | None:
+        reply = honest(message, site)
+        if site == "Cedar" and NUMBERS in reply.content:
+            reply.content[NUMBERS]["val-dice"] = 7.0
+        return reply
+
+    state = run(make_study(rounds=1), tmp_path / "s", answer)
+    assert (state.history[0]["val_dice"], state.history[0]["sites"]["Cedar"]["val_dice"]) == (pytest.approx(0.9), None)
+
+
 def test_a_finished_study_asks_nobody_again(make_study, tmp_path: Path) -> None:
     study = make_study()
     run(study, tmp_path / "s")
@@ -223,6 +234,25 @@ def test_a_straggler_is_cut_its_late_update_refused_and_the_next_round_asks_it(m
         study, tmp_path / "b", lambda message, site: None if _is(message, site, 1, "Cedar") else honest(message, site)
     )
     assert all(np.array_equal(state.arrays[name], tensor) for name, tensor in undisturbed.arrays.items())
+
+
+@pytest.mark.parametrize("comes", ["train", "evaluate"])
+def test_a_late_answer_scores_no_later_model(comes: str, make_study, tmp_path: Path) -> None:
+    """Round 1's answer scores the start; coming in round 2, or at the end, it says nothing of what round 1 left behind."""
+    held = list[Message]()
+
+    def answer(message: Message, site: str) -> Message | None:
+        if site != "Cedar":
+            return honest(message, site)
+        if _is(message, site, 1, "Cedar") and message.metadata.message_type == "train":
+            held.append(message)
+        elif message.metadata.message_type == comes and held:
+            wire.deliver(held.pop(), honest)
+        return None
+
+    wire = Wire(answer)
+    state = run(make_study(rounds=2, quorum=2, deadline_s=0.3), tmp_path / "s", wire=wire)
+    assert [row["val_dice"] for row in state.history] == pytest.approx([0.2, 0.9])
 
 
 def _is(message: Message, site: str, number: int, name: str) -> bool:
@@ -338,6 +368,24 @@ def test_only_nodes_that_are_online_are_asked(make_study, tmp_path: Path) -> Non
     assert {message.metadata.dst_node_id for message in wire.asked} == {11, 13}
     assert [(fault["number"], fault["where"]) for fault in state.history[0]["faults"]] == [(332, "Birch")]
     assert set(state.history[0]["sites"]) == {"Alder", "Cedar"}
+
+
+def test_a_late_reply_comes_back_but_is_not_told_as_one_of_the_round(make_study) -> None:
+    wire, late, heard = Wire(lambda message, site: None), set[str](), list[str]()
+    first, second = (
+        Message(RecordDict({CONFIG: ConfigRecord({ROUND_KEY: 1})}), dst_node_id=11, message_type="evaluate") for _ in "ab"
+    )
+
+    def hear(reply: Message) -> None:
+        heard.append(reply.metadata.reply_to_message_id)
+
+    assert ask(wire, [first], deadline_s=0.05, poll_s=0.01, on_reply=hear, late=late) == []
+    assert late == {"m0"}
+    wire.deliver(first, honest)
+    wire.answer = honest
+    replies = ask(wire, [second], deadline_s=1.0, poll_s=0.01, on_reply=hear, late=late)
+    assert {reply.metadata.reply_to_message_id for reply in replies} == {"m0", "m1"}
+    assert (heard, late) == (["m1"], set())
 
 
 def test_the_wait_ends_at_the_deadline(make_study) -> None:

@@ -15,10 +15,14 @@ from consortium import FL_SERVER, ROOT, environment, fl_server, make_home, runni
 from flwr.superlink.routers.fleet.router import router
 from typer.testing import CliRunner
 
-from fl_server import cli
-from fl_server.submit import dice_sentence, sentence, write_app
+from fl_server import cli, flower
+from fl_server.home import Home
+from fl_server.new_study import study_toml
+from fl_server.submit import dice_sentence, folder_of, sentence, start, write_app
 from fl_server.superlink import FLEET_CALLS, nginx_configuration, superexec_command, superlink_command
 from icmoe.bundle import bundle_files
+from icmoe.errors import IcmoeError
+from icmoe.study import read_study
 
 
 def test_the_printed_commands_are_stock_flower_on_loopback_with_every_lock_on(tmp_path: Path) -> None:
@@ -82,6 +86,29 @@ def test_without_a_superlink_each_command_says_so(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "ICM330" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_live_run_of_the_study_is_stopped_only_when_asked_to_resume(
+    resume: bool, make_study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, path, stopped = make_home(tmp_path), tmp_path / "study.toml", list[str]()
+    path.write_text(study_toml(make_study()))
+    folder_of(home, read_study(path)).note_run("7")
+
+    def runs(_: Home) -> list[flower.Run]:
+        return [flower.Run("7", "finished:stopped" if stopped else "running", "", "", "")]
+
+    monkeypatch.setattr(flower, "runs", runs)
+    monkeypatch.setattr(flower, "stop", lambda _, run_id: stopped.append(run_id))
+    monkeypatch.setattr(flower, "submit", lambda *_: "8")
+    if resume:
+        assert start(home, path, resume=True)[1].run_id == "8"
+        assert stopped == ["7"]
+        return
+    with pytest.raises(IcmoeError, match="ICM506"):
+        start(home, path)
+    assert (stopped, folder_of(home, read_study(path)).run_id) == ([], "7")
 
 
 def test_a_taken_port_is_named(tmp_path: Path) -> None:
