@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -16,7 +16,7 @@ from icmoe.atomic import write_atomically
 from icmoe.config import Section, parse
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import State, load_state
-from icmoe.mixture import Mixture, mixture_of, parted
+from icmoe.mixture import SUM_TOLERANCE, Mixture, mixture_of, parted
 from icmoe.model import ICMoE, build_model
 from icmoe.study import Study
 
@@ -38,6 +38,12 @@ class ModelHeader(Section):
     """Whether it was trained on phantoms."""
     weights: dict[str, Annotated[float, Field(gt=0.0, le=1.0)]] | None = None
     """Members of a mixture and their weights; their tensors are named "member|tensor". None for one model."""
+
+    @model_validator(mode="after")
+    def _weights_make_a_mean(self) -> ModelHeader:
+        if self.weights is not None and not abs(sum(self.weights.values()) - 1.0) <= SUM_TOLERANCE:
+            raise ValueError("weights that sum to 1")
+        return self
 
     def metadata(self) -> dict[str, str]:
         """Return the header as safetensors metadata: one key, since the library writes several in random order."""
