@@ -143,3 +143,10 @@ def test_a_mixture_is_refused(private, tmp_path) -> None:
     result = CliRunner().invoke(app, ["audit-privacy", "--model", str(tmp_path / "mixture.safetensors")])
     assert result.exit_code == 1
     assert "ICM426" in result.output
+
+
+def test_a_model_that_cannot_be_audited_is_refused_before_the_checks_run(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("icmoe.privacy_audit.report.run_checks", lambda say: pytest.fail(f"{say}: minutes of work are lost"))
+    result = CliRunner().invoke(app, ["audit-privacy", "--model", str(tmp_path / "absent"), "--checks"])
+    assert result.exit_code == 1
+    assert "ICM205" in result.output
