@@ -48,7 +48,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Score a saved model on any folder of hospitals, also on sites it never saw."""
-    with exit_on_fault():
+    with exit_on_fault(), file_errors():
         require_supported_platform()
         # Imported late: --help and a mistyped option are answered without waiting for PyTorch.
         from icmoe.scoring import score_folder
@@ -84,7 +84,7 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print prediction.json on standard output.")] = False,
 ) -> None:
     """Segment a study and write the result in its own geometry; exit code 1 where something was left out."""
-    with exit_on_fault():
+    with exit_on_fault(), file_errors():
         require_supported_platform()
         from icmoe.data.ingest.run import require_packages
 

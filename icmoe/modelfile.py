@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -39,11 +39,12 @@ class ModelHeader(Section):
     weights: dict[str, Annotated[float, Field(gt=0.0, le=1.0)]] | None = None
     """Members of a mixture and their weights; their tensors are named "member|tensor". None for one model."""
 
-    @model_validator(mode="after")
-    def _weights_make_a_mean(self) -> ModelHeader:
-        if self.weights is not None and not abs(sum(self.weights.values()) - 1.0) <= SUM_TOLERANCE:
+    @field_validator("weights")
+    @classmethod
+    def _make_a_mean(cls, weights: dict[str, float] | None) -> dict[str, float] | None:
+        if weights is not None and not abs(sum(weights.values()) - 1.0) <= SUM_TOLERANCE:
             raise ValueError("weights that sum to 1")
-        return self
+        return weights
 
     def metadata(self) -> dict[str, str]:
         """Return the header as safetensors metadata: one key, since the library writes several in random order."""
@@ -118,8 +119,9 @@ def _parse_header(path: Path, metadata: dict[str, str]) -> ModelHeader:
         raise refused(208, str(found.get("format_version")), str(FORMAT_VERSION))
     try:
         header = parse(ModelHeader, {key: found[key] for key in ModelHeader.model_fields if key in found}, where=str(path))
-    except (KeyError, IcmoeError) as error:
-        raise refused(209, f"header is incomplete: {str(error).splitlines()[0]}") from None
+    except IcmoeError as error:
+        wrong = error.faults[0]
+        raise refused(209, f"its header does not fit in {wrong.value}", wrong.limit) from None
     if header.study.digest != found.get("study_digest"):
         raise refused(209, "study and digest in the header differ")
     return header

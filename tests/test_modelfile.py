@@ -88,6 +88,7 @@ def test_headers_that_do_not_fit_are_refused(header: ModelHeader, state, tmp_pat
     for number, metadata in [(number, case) for number, several in cases.items() for case in several]:
         save_file(state, path, metadata=metadata)
         assert refusal(path).startswith(number), metadata
+        assert refusal(path).count("ICM") == 1, "one sentence"
 
 
 def test_a_study_edited_in_the_header_is_noticed(header: ModelHeader, state, tmp_path: Path) -> None:
