@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 
 import pytest
 import torch
@@ -182,19 +183,49 @@ def test_an_empty_batch_is_a_step_of_noise(study, make_features, monkeypatch: py
     assert sum(result.usage_M) == pytest.approx(1.0)
 
 
+def test_a_round_that_ends_without_finite_numbers_is_not_sent(study, make_features, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(privacy, "noised", lambda total, setting, sigma: torch.full_like(total, torch.nan))
+    with pytest.raises(IcmoeError) as caught:
+        private_round(
+            settled(build_model(study, seed=1)),
+            FeatureRows(study, make_features, [1, 3, 6, 2]),
+            study,
+            round_number=1,
+            device=CPU,
+        )
+    assert [fault.number for fault in caught.value.faults] == [304]
+
+
+def test_whether_usage_can_be_told_is_judged_by_the_mean_of_the_steps(
+    study, make_features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps with a sum of shares of 0.05 each say too little; added up they would seem to be enough."""
+
+    def little(total: torch.Tensor, setting, sigma: float) -> torch.Tensor:
+        del sigma
+        released = torch.zeros_like(total)
+        released[-study.model.experts] = 0.05 * setting.usage_scale
+        return released
+
+    monkeypatch.setattr(privacy, "noised", little)
+    data = FeatureRows(study, make_features, [1, 3, 6, 2])
+    result = private_round(settled(build_model(study, seed=1)), data, study, round_number=1, device=CPU)
+    assert result.usage_M == pytest.approx((1.0 / study.model.experts,) * study.model.experts)
+
+
 def test_the_last_iterates_are_averaged(make_study, make_features, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(privacy, "noised", lambda total, setting, sigma: total / setting.expected_batch)
     monkeypatch.setattr(privacy, "draw_samples", lambda *_, **__: [Sample((0,), (0,))])
     states = {}
-    for share in (0.0, 0.67):
-        for steps in (2, 3):
-            site = {**SITE, "average_last": share, "steps": steps, "optimizer": "sgd"}
-            study = make_study(privacy={"site": site}, training={"schedule": "constant"}, **NO_NOISE, loss={"contrast": 0.0})
-            data = FeatureRows(study, make_features, [1, 3, 6])
-            model = settled(build_model(study, seed=1))
-            private_round(model, data, study, round_number=1, device=CPU)
-            states[share, steps] = global_state(model)["vote_head.weight"]
+    for share, steps in [(0.0, 1), (0.0, 2), (0.0, 3), (0.67, 3), (1.0, 3)]:
+        site = {**SITE, "average_last": share, "steps": steps, "optimizer": "sgd"}
+        study = make_study(privacy={"site": site}, training={"schedule": "constant"}, **NO_NOISE, loss={"contrast": 0.0})
+        data = FeatureRows(study, make_features, [1, 3, 6])
+        model = settled(build_model(study, seed=1))
+        private_round(model, data, study, round_number=1, device=CPU)
+        states[share, steps] = global_state(model)["vote_head.weight"]
     assert torch.allclose(states[0.67, 3], (states[0.0, 2] + states[0.0, 3]) / 2, atol=1e-7)
+    assert torch.allclose(states[1.0, 3], (states[0.0, 1] + states[0.0, 2] + states[0.0, 3]) / 3, atol=1e-7)
 
 
 def test_what_is_not_trained_gets_no_noise(make_study, make_features) -> None:
@@ -359,6 +390,14 @@ def test_a_score_is_noised_and_stays_in_range(study) -> None:
     quiet = loud.model_copy(update={"score_noise": 1e-6})
     assert noised_score([0.9, 0.7], quiet) == (pytest.approx(0.8, abs=1e-3), 2)
     assert noised_score([], quiet) == (pytest.approx(0.5, abs=1e-3), 1)
+
+
+def test_the_noise_of_a_score_is_as_large_as_one_patient_can_change_sum_and_number_together(study) -> None:
+    setting = study.privacy.site.model_copy(update={"score_noise": 10.0})
+    found = [noised_score([0.5] * 1000, setting) for _ in range(600)]
+    sums, numbers = [2.0 * (dice - 0.5) * patients for dice, patients in found], [patients for _, patients in found]
+    assert statistics.stdev(numbers) == pytest.approx(10.0 * 2.0**0.5, rel=0.15)  # five standard errors
+    assert statistics.stdev(sums) == pytest.approx(10.0 * 2.0**0.5, rel=0.15)
 
 
 def test_the_model_is_left_as_it_was_where_the_check_copies_it(study) -> None:
