@@ -123,13 +123,16 @@ def test_back_ends_agree_whatever_fits_into_memory(make_study, make_features) ->
         assert float((other - sums[0]).norm() / sums[0].norm()) < 1e-5
 
 
-def test_a_mapped_gradient_is_that_of_the_patient_alone(make_study, make_features) -> None:
+@pytest.mark.parametrize("at_once", [2, 4])
+@pytest.mark.parametrize("back_end", [one_by_one, all_at_once])
+def test_a_patients_gradient_is_the_mean_of_its_slices_alone(back_end, at_once: int, make_study, make_features) -> None:
     """Against autograd on the patient's slices, without any of the code of the back ends."""
     study = make_study(privacy={"site": SITE}, **EVERY_TERM, **NO_NOISE)
     data = FeatureRows(study, make_features, [2, 3])
     objective = objective_of(study)
     batch = data.read(range(5), (0,) * 5, CPU)
-    ((gradient_PD, usage_PM),) = all_at_once(objective, batch, [2, 3], 4)
+    blocks = list(back_end(objective, batch, [2, 3], at_once))
+    gradient_PD, usage_PM = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     loss_B, usage_BM = objective(data.read(range(2, 5), (0,) * 3, CPU))
     loss_B.mean().backward()
     expected = torch.cat([parameter.grad.flatten() for parameter in objective.trained().values()])
