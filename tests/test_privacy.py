@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from icmoe.exchange import global_state, state_digest
 from icmoe.model import ICMoE, build_model
 from icmoe.patient_batches import Sample
 from icmoe.patient_gradients import Objective, all_at_once, one_by_one
-from icmoe.privacy import noised_score, only_trained, patient_faults, private_round, private_sum
+from icmoe.privacy import only_trained, patient_faults, private_round, private_sum
 from icmoe.training import anchor_of
 from tests.private_data import FeatureRows, changes, settled, whole
 
@@ -383,24 +382,6 @@ def test_a_batch_coupled_term_would_break_the_sensitivity(make_study, make_featu
         for left_out in range(2)
     ]
     assert max(changes) > 1.2 * setting.sensitivity
-
-
-def test_a_score_is_noised_and_stays_in_range(study) -> None:
-    loud = study.privacy.site
-    found = [noised_score([0.9] * 3, loud) for _ in range(300)]
-    assert all(0.0 <= dice <= 1.0 and patients >= 1 for dice, patients in found)
-    assert len({dice for dice, _ in found}) > 50
-    quiet = loud.model_copy(update={"score_noise": 1e-6})
-    assert noised_score([0.9, 0.7], quiet) == (pytest.approx(0.8, abs=1e-3), 2)
-    assert noised_score([], quiet) == (pytest.approx(0.5, abs=1e-3), 1)
-
-
-def test_the_noise_of_a_score_is_as_large_as_one_patient_can_change_sum_and_number_together(study) -> None:
-    setting = study.privacy.site.model_copy(update={"score_noise": 10.0})
-    found = [noised_score([0.5] * 1000, setting) for _ in range(600)]
-    sums, numbers = [2.0 * (dice - 0.5) * patients for dice, patients in found], [patients for _, patients in found]
-    assert statistics.stdev(numbers) == pytest.approx(10.0 * 2.0**0.5, rel=0.15)  # five standard errors
-    assert statistics.stdev(sums) == pytest.approx(10.0 * 2.0**0.5, rel=0.15)
 
 
 def test_the_model_is_left_as_it_was_where_the_check_copies_it(study) -> None:
