@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from icmoe import __version__
-from icmoe.errors import Fault, IcmoeError, exit_on_fault
+from icmoe.errors import Fault, IcmoeError, exit_on_fault, print_faults
 from icmoe.platform import require_supported_platform
 from icmoe.private import file_errors
 from icmoe.usage import Commands
@@ -47,7 +48,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Score a saved model on any folder of hospitals, also on sites it never saw."""
-    with exit_on_fault():
+    with exit_on_fault(), file_errors():
         require_supported_platform()
         # Imported late: --help and a mistyped option are answered without waiting for PyTorch.
         from icmoe.scoring import score_folder
@@ -83,7 +84,7 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print prediction.json on standard output.")] = False,
 ) -> None:
     """Segment a study and write the result in its own geometry; exit code 1 where something was left out."""
-    with exit_on_fault():
+    with exit_on_fault(), file_errors():
         require_supported_platform()
         from icmoe.data.ingest.run import require_packages
 
@@ -128,7 +129,8 @@ def export(
         else:
             shapes = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in record["inputs"].items())
             difference = f"largest difference of a probability {record['largest_difference']:.1e}"
-            Console().print(f"{output}: {record['bytes']} bytes, {difference}\ninputs: {shapes}", highlight=False, soft_wrap=True)
+            told = f"{output}: {record['bytes']} bytes, {difference}\ninputs: {shapes}"
+            Console().print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("audit-privacy")
@@ -155,7 +157,7 @@ def audit_privacy(
 def _print_prediction(record: dict[str, Any], output: Path) -> None:
     console, about = Console(), record["model"]
     stamp = " (trained on phantoms: not for patients)" if about["phantoms"] else " (for tests only)" if about["test_only"] else ""
-    table = Table(title=f"{about['method']}, study {about['study']}{stamp}", title_justify="left")
+    table = Table(title=escape(f"{about['method']}, study {about['study']}{stamp}"), title_justify="left")
     for column in ("stack", "frames", "pixels", *(f"{label['name']} ml" for label in record["labels"][1:])):
         table.add_column(column, justify="right")
     for row in record["stacks"]:
@@ -163,21 +165,22 @@ def _print_prediction(record: dict[str, Any], output: Path) -> None:
         sizes = [_shown(volumes.get(label["name"]), 1) for label in record["labels"][1:]]
         table.add_row(row["folder"], str(row["frames"]), f"{row['rows']} x {row['columns']}", *sizes)
     console.print(table)
-    console.print(f"Written to {output}. Research use: a physician looks at every result.", highlight=False, soft_wrap=True)
+    told = f"Written to {output}. Research use: a physician looks at every result."
+    console.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_scores(record: dict[str, Any], faults: list[Fault]) -> None:
     console = Console()
-    for fault in faults:
-        console.print(f"[yellow]{fault}[/yellow]", highlight=False, soft_wrap=True)
+    print_faults(faults, stderr=False)
     about = record["model"]
     stamp = " [bold red](trained on phantoms)[/bold red]" if about["phantoms"] else ""
-    table = Table(title=f"{about['method']}, study {about['study']}, seed {about['seed']}{stamp}", title_justify="left")
+    title = escape(f"{about['method']}, study {about['study']}, seed {about['seed']}") + stamp
+    table = Table(title=title, title_justify="left")
     for column in ("site", "Dice", "IoU", "HD95 mm", "patients", "found", "used"):
         table.add_column(column, justify="left" if column == "site" else "right")
     for name, row in record["sites"].items():
         counts = [str(row[key]) for key in ("patients", "images_found", "images_used")]
-        table.add_row(name, _shown(row["dice"]), _shown(row["iou"]), _shown(row["hd95_mm"], 1), *counts)
+        table.add_row(escape(name), _shown(row["dice"]), _shown(row["iou"]), _shown(row["hd95_mm"], 1), *counts)
     table.add_section()
     table.add_row("mean of sites", _shown(record["mean"]["dice"]), _shown(record["mean"]["iou"]))
     table.add_row(

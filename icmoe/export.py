@@ -77,8 +77,8 @@ def export_model(path: Path, out: Path, form: str, *, force: bool) -> dict[str, 
         raise IcmoeError(Fault(number=210, where="--format", value=form, limit=", ".join(get_args(Form)), did=DID))
     if form == "onnx":
         _require_onnx()
-    if out.exists() and not (force and out.is_file()):
-        todo = "Name another --output, or replace a file with --force."
+    if out.exists() and not (force and out.is_file() and not (path.exists() and out.samefile(path))):
+        todo = "Name another --output, or replace a file with --force; the model itself is never replaced."
         raise IcmoeError(Fault(number=141, where=str(out), did=DID, todo=todo))
     model, header = read_model(path)
     head = Head(model).eval()

@@ -17,6 +17,8 @@ from icmoe.model import ICMoE, build_model
 from icmoe.study import Study
 
 SEPARATOR = "|"
+SUM_TOLERANCE = 1e-6
+"""By how much weights may miss a sum of 1."""
 
 
 class MixedOutput(NamedTuple):
@@ -41,7 +43,8 @@ class Mixture(nn.Module):
 
     def __init__(self, members: Mapping[str, ICMoE], weights: Mapping[str, float]) -> None:
         super().__init__()
-        if not members or set(members) != set(weights) or min(weights.values()) <= 0.0 or abs(sum(weights.values()) - 1) > 1e-6:
+        one = min(weights.values(), default=0.0) > 0.0 and abs(sum(weights.values()) - 1.0) <= SUM_TOLERANCE
+        if not members or set(members) != set(weights) or not one:
             raise ValueError(f"weights {dict(weights)} for members {sorted(members)}: positive ones that sum to 1 expected")
         self.names = tuple(sorted(members))
         self.members = nn.ModuleList(members[name] for name in self.names)

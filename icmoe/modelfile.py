@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -16,7 +16,7 @@ from icmoe.atomic import write_atomically
 from icmoe.config import Section, parse
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import State, load_state
-from icmoe.mixture import Mixture, mixture_of, parted
+from icmoe.mixture import SUM_TOLERANCE, Mixture, mixture_of, parted
 from icmoe.model import ICMoE, build_model
 from icmoe.study import Study
 
@@ -38,6 +38,13 @@ class ModelHeader(Section):
     """Whether it was trained on phantoms."""
     weights: dict[str, Annotated[float, Field(gt=0.0, le=1.0)]] | None = None
     """Members of a mixture and their weights; their tensors are named "member|tensor". None for one model."""
+
+    @field_validator("weights")
+    @classmethod
+    def _make_a_mean(cls, weights: dict[str, float] | None) -> dict[str, float] | None:
+        if weights is not None and not abs(sum(weights.values()) - 1.0) <= SUM_TOLERANCE:
+            raise ValueError("weights that sum to 1")
+        return weights
 
     def metadata(self) -> dict[str, str]:
         """Return the header as safetensors metadata: one key, since the library writes several in random order."""
@@ -112,8 +119,9 @@ def _parse_header(path: Path, metadata: dict[str, str]) -> ModelHeader:
         raise refused(208, str(found.get("format_version")), str(FORMAT_VERSION))
     try:
         header = parse(ModelHeader, {key: found[key] for key in ModelHeader.model_fields if key in found}, where=str(path))
-    except (KeyError, IcmoeError) as error:
-        raise refused(209, f"header is incomplete: {str(error).splitlines()[0]}") from None
+    except IcmoeError as error:
+        wrong = error.faults[0]
+        raise refused(209, f"its header does not fit in {wrong.value}", wrong.limit) from None
     if header.study.digest != found.get("study_digest"):
         raise refused(209, "study and digest in the header differ")
     return header

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from scipy.stats import kstest
 from icmoe import os_random
 from icmoe.clipping import clipped, clipped_sum, noised, usage_of
 from icmoe.patient_batches import Sample, draw_patients, draw_samples, grouped
+from icmoe.privacy import noised_score
 from icmoe.study_privacy import SitePrivacy
 from tests.private_data import correlation
 
@@ -135,3 +137,21 @@ def test_usage_comes_back_on_the_simplex() -> None:
     assert usage_of(torch.tensor([-0.1, 0.01, 0.0]), PRIVACY) == (1 / 3,) * 3
     assert usage_of(torch.full((2,), float("nan")), PRIVACY) == (0.5, 0.5)
     assert usage_of(torch.zeros(0), PRIVACY) == ()
+
+
+def test_a_score_is_noised_and_stays_in_range() -> None:
+    loud = PRIVACY
+    found = [noised_score([0.9] * 3, loud) for _ in range(300)]
+    assert all(0.0 <= dice <= 1.0 and patients >= 1 for dice, patients in found)
+    assert len({dice for dice, _ in found}) > 50
+    quiet = loud.model_copy(update={"score_noise": 1e-6})
+    assert noised_score([0.9, 0.7], quiet) == (pytest.approx(0.8, abs=1e-3), 2)
+    assert noised_score([], quiet) == (pytest.approx(0.5, abs=1e-3), 1)
+
+
+def test_the_noise_of_a_score_is_as_large_as_one_patient_can_change_sum_and_number_together() -> None:
+    setting = PRIVACY.model_copy(update={"score_noise": 10.0})
+    found = [noised_score([0.5] * 1000, setting) for _ in range(600)]
+    sums, numbers = [2.0 * (dice - 0.5) * patients for dice, patients in found], [patients for _, patients in found]
+    assert statistics.stdev(numbers) == pytest.approx(10.0 * 2.0**0.5, rel=0.15)  # five standard errors
+    assert statistics.stdev(sums) == pytest.approx(10.0 * 2.0**0.5, rel=0.15)

@@ -89,6 +89,7 @@ def test_what_cannot_be_exported_is_said_by_number(make_study, tmp_path: Path, m
     assert (tmp_path / "there.pt").read_text() == "mine"
     assert refusal(model, tmp_path, "torchscript", force=True) == [141], "a folder is never replaced"
     assert refusal(model, tmp_path / "x", "pickle") == [210]
+    assert refusal(model, model, "torchscript", force=True) == [141], "nor is the model"
     assert refusal(tmp_path / "absent", tmp_path / "x", "torchscript") == [205]
     export_model(model, tmp_path / "there.pt", "torchscript", force=True)
     monkeypatch.setattr(export, "ONNX_PACKAGES", ("a_package_that_nobody_has",))

@@ -84,9 +84,11 @@ def test_headers_that_do_not_fit_are_refused(header: ModelHeader, state, tmp_pat
         "ICM208 ": [tampered(header, format_version=2), tampered(header, format_version="1")],
     }
     cases["ICM209 "] += [tampered(header, round=-1), tampered(header, method=5), tampered(header, format="other")]
+    cases["ICM209 "] += [tampered(header, weights=weights) for weights in ({}, {"a": 0.5}, {"a": 1.0, "b": 1.0})]
     for number, metadata in [(number, case) for number, several in cases.items() for case in several]:
         save_file(state, path, metadata=metadata)
         assert refusal(path).startswith(number), metadata
+        assert refusal(path).count("ICM") == 1, "one sentence"
 
 
 def test_a_study_edited_in_the_header_is_noticed(header: ModelHeader, state, tmp_path: Path) -> None:

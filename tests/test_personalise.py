@@ -17,15 +17,17 @@ from fl_client import cli
 from icmoe.backbone import load_backbone
 from icmoe.cli import app as icmoe_app
 from icmoe.data.folder import read_folder
+from icmoe.dataset import TrainingSet
 from icmoe.evaluation import score_slices
-from icmoe.exchange import State, global_state, state_digest
+from icmoe.exchange import State, global_state, load_state, state_digest
 from icmoe.features import FeatureCache
 from icmoe.mixture import Mixture, joined, mixture_of, parted
 from icmoe.model import build_model
 from icmoe.modelfile import ModelHeader, read_model, write_model
-from icmoe.personalise import CANDIDATES, GLOBAL, OWN, TUNED, OwnData, choose, personalise, train_alone, tune
+from icmoe.personalise import CANDIDATES, GLOBAL, OWN, TUNED, TUNING_RATE, OwnData, choose, personalise, train_alone, tune
 from icmoe.prepare import encode_slices
-from icmoe.study import Study
+from icmoe.study import Study, derived_seed
+from icmoe.training import train_round
 from simulations.phantoms import PhantomSite, write_phantoms
 
 CPU = torch.device("cpu")
@@ -107,6 +109,18 @@ def states(data: OwnData, make_study) -> dict[str, State]:
 def test_tuning_starts_from_the_global_model_and_is_the_same_each_time(data: OwnData, states, make_study) -> None:
     again = tune(states[GLOBAL], make_study(), data)
     assert state_digest(again) == state_digest(states[TUNED]) != state_digest(states[GLOBAL])
+
+
+def test_tuning_is_one_short_pass_whatever_the_rounds_and_the_pull_of_the_study(data: OwnData, states, make_study) -> None:
+    other = make_study(rounds=7, training={"proximal_mu": 0.5, "local_epochs": 3})
+    assert state_digest(tune(states[GLOBAL], other, data)) == state_digest(states[TUNED])
+    slower = make_study(training={"learning_rate": make_study().training.learning_rate * TUNING_RATE, "schedule": "cosine"})
+    short = slower.model_copy(update={"rounds": 1, "training": slower.training.model_copy(update={"local_epochs": 1})})
+    model = build_model(short, seed=0)
+    load_state(model, states[GLOBAL])
+    seed = derived_seed(short, "tune", "Alder")
+    train_round(model, TrainingSet(data.train, short, data.cache), short, round_number=1, seed=seed, device=CPU)
+    assert state_digest(global_state(model)) == state_digest(states[TUNED])
 
 
 def test_training_alone_goes_on_after_a_stop_with_the_same_bytes(data: OwnData, states, make_study) -> None:

@@ -17,7 +17,7 @@ from icmoe.exchange import global_state, state_digest
 from icmoe.model import ICMoE, build_model
 from icmoe.patient_batches import Sample
 from icmoe.patient_gradients import Objective, all_at_once, one_by_one
-from icmoe.privacy import noised_score, only_trained, patient_faults, private_round, private_sum
+from icmoe.privacy import only_trained, patient_faults, private_round, private_sum
 from icmoe.training import anchor_of
 from tests.private_data import FeatureRows, changes, settled, whole
 
@@ -122,13 +122,16 @@ def test_back_ends_agree_whatever_fits_into_memory(make_study, make_features) ->
         assert float((other - sums[0]).norm() / sums[0].norm()) < 1e-5
 
 
-def test_a_mapped_gradient_is_that_of_the_patient_alone(make_study, make_features) -> None:
+@pytest.mark.parametrize("at_once", [2, 4])
+@pytest.mark.parametrize("back_end", [one_by_one, all_at_once])
+def test_a_patients_gradient_is_the_mean_of_its_slices_alone(back_end, at_once: int, make_study, make_features) -> None:
     """Against autograd on the patient's slices, without any of the code of the back ends."""
     study = make_study(privacy={"site": SITE}, **EVERY_TERM, **NO_NOISE)
     data = FeatureRows(study, make_features, [2, 3])
     objective = objective_of(study)
     batch = data.read(range(5), (0,) * 5, CPU)
-    ((gradient_PD, usage_PM),) = all_at_once(objective, batch, [2, 3], 4)
+    blocks = list(back_end(objective, batch, [2, 3], at_once))
+    gradient_PD, usage_PM = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     loss_B, usage_BM = objective(data.read(range(2, 5), (0,) * 3, CPU))
     loss_B.mean().backward()
     expected = torch.cat([parameter.grad.flatten() for parameter in objective.trained().values()])
@@ -182,19 +185,49 @@ def test_an_empty_batch_is_a_step_of_noise(study, make_features, monkeypatch: py
     assert sum(result.usage_M) == pytest.approx(1.0)
 
 
+def test_a_round_that_ends_without_finite_numbers_is_not_sent(study, make_features, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(privacy, "noised", lambda total, setting, sigma: torch.full_like(total, torch.nan))
+    with pytest.raises(IcmoeError) as caught:
+        private_round(
+            settled(build_model(study, seed=1)),
+            FeatureRows(study, make_features, [1, 3, 6, 2]),
+            study,
+            round_number=1,
+            device=CPU,
+        )
+    assert [fault.number for fault in caught.value.faults] == [304]
+
+
+def test_whether_usage_can_be_told_is_judged_by_the_mean_of_the_steps(
+    study, make_features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps with a sum of shares of 0.05 each say too little; added up they would seem to be enough."""
+
+    def little(total: torch.Tensor, setting, sigma: float) -> torch.Tensor:
+        del sigma
+        released = torch.zeros_like(total)
+        released[-study.model.experts] = 0.05 * setting.usage_scale
+        return released
+
+    monkeypatch.setattr(privacy, "noised", little)
+    data = FeatureRows(study, make_features, [1, 3, 6, 2])
+    result = private_round(settled(build_model(study, seed=1)), data, study, round_number=1, device=CPU)
+    assert result.usage_M == pytest.approx((1.0 / study.model.experts,) * study.model.experts)
+
+
 def test_the_last_iterates_are_averaged(make_study, make_features, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(privacy, "noised", lambda total, setting, sigma: total / setting.expected_batch)
     monkeypatch.setattr(privacy, "draw_samples", lambda *_, **__: [Sample((0,), (0,))])
     states = {}
-    for share in (0.0, 0.67):
-        for steps in (2, 3):
-            site = {**SITE, "average_last": share, "steps": steps, "optimizer": "sgd"}
-            study = make_study(privacy={"site": site}, training={"schedule": "constant"}, **NO_NOISE, loss={"contrast": 0.0})
-            data = FeatureRows(study, make_features, [1, 3, 6])
-            model = settled(build_model(study, seed=1))
-            private_round(model, data, study, round_number=1, device=CPU)
-            states[share, steps] = global_state(model)["vote_head.weight"]
+    for share, steps in [(0.0, 1), (0.0, 2), (0.0, 3), (0.67, 3), (1.0, 3)]:
+        site = {**SITE, "average_last": share, "steps": steps, "optimizer": "sgd"}
+        study = make_study(privacy={"site": site}, training={"schedule": "constant"}, **NO_NOISE, loss={"contrast": 0.0})
+        data = FeatureRows(study, make_features, [1, 3, 6])
+        model = settled(build_model(study, seed=1))
+        private_round(model, data, study, round_number=1, device=CPU)
+        states[share, steps] = global_state(model)["vote_head.weight"]
     assert torch.allclose(states[0.67, 3], (states[0.0, 2] + states[0.0, 3]) / 2, atol=1e-7)
+    assert torch.allclose(states[1.0, 3], (states[0.0, 1] + states[0.0, 2] + states[0.0, 3]) / 3, atol=1e-7)
 
 
 def test_what_is_not_trained_gets_no_noise(make_study, make_features) -> None:
@@ -349,16 +382,6 @@ def test_a_batch_coupled_term_would_break_the_sensitivity(make_study, make_featu
         for left_out in range(2)
     ]
     assert max(changes) > 1.2 * setting.sensitivity
-
-
-def test_a_score_is_noised_and_stays_in_range(study) -> None:
-    loud = study.privacy.site
-    found = [noised_score([0.9] * 3, loud) for _ in range(300)]
-    assert all(0.0 <= dice <= 1.0 and patients >= 1 for dice, patients in found)
-    assert len({dice for dice, _ in found}) > 50
-    quiet = loud.model_copy(update={"score_noise": 1e-6})
-    assert noised_score([0.9, 0.7], quiet) == (pytest.approx(0.8, abs=1e-3), 2)
-    assert noised_score([], quiet) == (pytest.approx(0.5, abs=1e-3), 1)
 
 
 def test_the_model_is_left_as_it_was_where_the_check_copies_it(study) -> None:

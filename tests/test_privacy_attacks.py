@@ -14,6 +14,7 @@ from icmoe.model import build_model
 from icmoe.modelfile import ModelHeader, write_model
 from icmoe.privacy_audit import run
 from icmoe.privacy_audit.canaries import audit_canaries
+from icmoe.privacy_audit.checks import Finding
 from icmoe.privacy_audit.inversion import invert_gradient
 from icmoe.privacy_audit.membership import balanced_halves, likelihood_ratios, membership_attack, roc
 from icmoe.privacy_audit.seeded import objective_of, seeded_rows, seeded_study
@@ -143,3 +144,18 @@ def test_a_mixture_is_refused(private, tmp_path) -> None:
     result = CliRunner().invoke(app, ["audit-privacy", "--model", str(tmp_path / "mixture.safetensors")])
     assert result.exit_code == 1
     assert "ICM426" in result.output
+
+
+def test_a_model_that_cannot_be_audited_is_refused_before_the_checks_run(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("icmoe.privacy_audit.report.run_checks", lambda say: pytest.fail(f"{say}: minutes of work are lost"))
+    result = CliRunner().invoke(app, ["audit-privacy", "--model", str(tmp_path / "absent"), "--checks"])
+    assert result.exit_code == 1
+    assert "ICM205" in result.output
+
+
+def test_a_check_that_finds_something_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Finding("fresh_noise", passed=False, measured=0.9, limit=0.1, what="correlation")
+    monkeypatch.setattr("icmoe.privacy_audit.report.run_checks", lambda _: [found])
+    result = CliRunner().invoke(app, ["audit-privacy", "--checks"])
+    assert result.exit_code == 1
+    assert "ICM425 fresh_noise" in result.output

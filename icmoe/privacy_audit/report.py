@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from icmoe.errors import IcmoeError
@@ -39,8 +40,9 @@ def audit_and_print(model: Path | None, *, canaries: int, seed: int, checks: boo
     torch.set_num_threads(1)  # many small tensors: threads would only wait for each other
     progress = Console(stderr=True)
     with progress.status("privacy audit") as status:
-        findings = run_checks(status.update) if checks else []
+        # The model first: one that cannot be audited is refused at once, not after the checks, whose findings would be lost.
         record = audit_model(model, canaries=canaries, seed=seed, say=status.update) if model is not None else {}
+        findings = run_checks(status.update) if checks else []
     if as_json:
         whole = {**record, **({"checks": [asdict(finding) for finding in findings]} if checks else {})}
         sys.stdout.write(json.dumps(whole, indent=1) + "\n")
@@ -63,7 +65,7 @@ def _print(console: Console, findings: list[Finding], record: dict[str, Any]) ->
 
 def _table(record: dict[str, Any]) -> Table:
     about, claim, found = record["model"], record["claim"], record["canaries"]
-    table = Table("", "", title=f"{about['method']}, study {about['study']}", title_justify="left", show_header=False)
+    table = Table("", "", title=escape(f"{about['method']}, study {about['study']}"), title_justify="left", show_header=False)
     if claim is None:
         table.add_row("claimed epsilon", "none: no privacy at the site")
     else:

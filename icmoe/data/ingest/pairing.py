@@ -259,11 +259,11 @@ def _use(path: str, record: FileRecord, parts: Iterable[tuple[Patch, Grid | None
 
 def _patch_grid(record: FileRecord, patch: Patch, image: FileRecord, frame: int) -> Grid | None:
     """Return where a SEG frame's pixels lie on the image, None for pixel by pixel."""
+    plane, shape = image.frames[frame].plane, (image.rows, image.columns)
     if record.kind == "contours":
-        if image.frames[frame].plane is None or not (image.frames[frame].plane or (0.0,) * 11)[9]:
+        if plane is None or not plane[9]:
             raise Refusal(121, "the image of a contour has no known geometry")
         return None
-    plane, shape = image.frames[frame].plane, (image.rows, image.columns)
     if patch.plane is None or plane is None or not patch.plane[9] or not plane[9]:
         if (record.rows, record.columns) != shape:
             raise Refusal(105, f"mask {record.rows} x {record.columns}, image {shape[0]} x {shape[1]}")
@@ -278,10 +278,8 @@ def _patch_grid(record: FileRecord, patch: Patch, image: FileRecord, frame: int)
 
 
 def _same_plane(record: FileRecord, patch: Plane, image: Plane) -> bool:
-    if record.kind == "contours":  # only a point is known
-        flat = (*patch[:3], *image[3:])
-        return abs(height_mm((*flat[:3], *image[3:11])) - height_mm(image)) <= OFF_PLANE_MM
-    return parallel(patch, image) and abs(height_mm((*patch[:3], *image[3:11])) - height_mm(image)) <= OFF_PLANE_MM
+    near = abs(height_mm((*patch[:3], *image[3:11])) - height_mm(image)) <= OFF_PLANE_MM
+    return near and (record.kind == "contours" or parallel(patch, image))  # of a contour only a point is known
 
 
 def _overlaps(grid: Grid, mask: tuple[int, ...], image: tuple[int, int]) -> bool:

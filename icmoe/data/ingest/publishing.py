@@ -95,11 +95,11 @@ class Publication:
                 of_patient.setdefault(series.patient, set()).add(series.name)
         counts: dict[str, int] = {}
         for series, kept in self._kept(splits, self._leave_out):
-            first = counts.get(series.patient, 0)
-            counts[series.patient] = first + len(series.usable)
+            first, usable = counts.get(series.patient, 0), series.usable
+            counts[series.patient] = first + len(usable)
             # Where a patient's frames are one even stack, the distances of slices, rows and columns are known.
             single = bool(kept) and len(of_patient[series.patient]) == 1
-            spacing = spacing_of([series.usable[place][0] for place in kept]) if single else None
+            spacing = spacing_of([usable[place][0] for place in kept]) if single else None
             for place in kept:
                 yield FrameRow(
                     patient=series.patient,
@@ -108,7 +108,7 @@ class Publication:
                     index=first + place,
                     modality=series.modality,
                     spacing=spacing,
-                    result=series.usable[place][1],
+                    result=usable[place][1],
                 )
 
     def _kept(
