@@ -47,7 +47,7 @@ class ServerOptimized(Wrapping):
         if arrays is None:
             return None, metrics
         trained = ArrayRecord({name: array for name, array in arrays.items() if name != BALANCE_BIAS})
-        stepped, _ = self._flower.aggregate_train(server_round, [_only_reply(trained)])
+        stepped, _ = self._flower.aggregate_train(server_round, [only_reply(trained)])
         assert stepped is not None
         # Flower's learning rate is a float64 scalar and lifts the tensors to float64; the model stays float32.
         moved = {name: Array(array.numpy().astype(np.float32)) for name, array in stepped.items()}
@@ -68,6 +68,7 @@ def _part(state: State, kind: str) -> Tensors:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _only_reply(arrays: ArrayRecord) -> Message:
+def only_reply(arrays: ArrayRecord) -> Message:
+    """Return the reply of one site with these arrays, whose average they are."""
     content = RecordDict({ARRAYS: arrays, "metrics": MetricRecord({"num-examples": 1})})
     return Message(content, reply_to=Message(RecordDict(), dst_node_id=1, message_type="train"))

@@ -29,7 +29,8 @@ from simulations.evidence.rivals import table
 from simulations.evidence.rivals.__main__ import app
 from simulations.evidence.rivals.averaging import adaptive_step, weighted_mean
 from simulations.evidence.rivals.catalogue import METHODS, build
-from simulations.evidence.rivals.encoder import Stages, encode_front, tail
+from simulations.evidence.rivals.encoder import front as front_stages
+from simulations.evidence.rivals.encoder import tail
 from simulations.evidence.rivals.encoder_adapters import add_adapters
 from simulations.evidence.rivals.lora import RANK, add_low_rank
 from simulations.evidence.rivals.pareto import front
@@ -97,7 +98,7 @@ def fed(name: str, study: Study, backbone: Backbone) -> tuple[nn.Module, object,
     method = METHODS[name]
     pictures, target = images()
     model = build(name, study, backbone, None, seed=1)
-    given_in = backbone.encode(pictures) if method.cut is None else encode_front(Stages(backbone, 0, method.cut), pictures)
+    given_in = backbone.encode(pictures) if method.cut is None else front_stages(backbone, method.cut).encode(pictures)
     return model, given_in, nn.functional.avg_pool2d(target, SIDE // method.side(study))
 
 
@@ -132,7 +133,7 @@ def test_the_two_parts_are_the_frozen_encoder_and_adapters_change_nothing_at_sta
     if change is not None:
         change(rest)
         assert trained_count(rest) > 0
-    found, expected = rest(encode_front(Stages(backbone, 0, cut), pictures)), backbone.encode(pictures)
+    found, expected = rest(front_stages(backbone, cut).encode(pictures)), backbone.encode(pictures)
     assert torch.equal(found.embedding_BCHW, expected.embedding_BCHW)
     assert all(torch.equal(a, b) for a, b in zip(found.blocks, expected.blocks, strict=True))
 
@@ -205,14 +206,14 @@ def test_the_average_weighs_sites_by_their_slices_and_stays_among_them(sites: di
 def test_adaptive_steps_are_those_of_flower(kind: str) -> None:
     from flwr.app import Array, ArrayRecord
 
-    from fl_server.server_optimizer import FLOWER_STRATEGIES, _only_reply
+    from fl_server.server_optimizer import FLOWER_STRATEGIES, only_reply
 
     flower = FLOWER_STRATEGIES[kind](eta=0.01, tau=1e-3)
     generator, state, moments = torch.Generator().manual_seed(0), {"w": torch.randn(7)}, {}
     for round_number in (1, 2, 3):
         mean = {"w": state["w"] + 0.1 * torch.randn(7, generator=generator)}
         flower.current_arrays = {"w": state["w"].numpy()}
-        theirs, _ = flower.aggregate_train(round_number, [_only_reply(ArrayRecord({"w": Array(mean["w"].numpy())}))])
+        theirs, _ = flower.aggregate_train(round_number, [only_reply(ArrayRecord({"w": Array(mean["w"].numpy())}))])
         state, moments = adaptive_step(kind, state, mean, moments, rate=0.01, round_number=round_number)
         torch.testing.assert_close(state["w"], torch.tensor(theirs["w"].numpy()).float(), rtol=1e-5, atol=1e-6)
 
