@@ -152,6 +152,7 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
         methods = score_methods(jobs, states, simulation, examiner, RunFolder(staged))
         if PERSONALISED in simulation.methods:
             methods[PERSONALISED] = score_personalised(jobs, states, examiner, folder.work, RunFolder(staged))
+        use, shown = first_use(jobs, states, examiner), exhibits(jobs, states, examiner)
     after = backbone.weights_digest()
     require_unchanged(before, after)
     clock.seconds |= _seconds_of(methods)
@@ -163,11 +164,11 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
         backbone=study.backbone.model_dump(mode="json") | {"weights_digest_before": before, "weights_digest_after": after},
         methods=methods,
         data_check=json.loads(heard.path.read_bytes()),
-        expert_use=first_use(jobs, states, examiner),
+        expert_use=use,
         seconds=clock.seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    _write_results(results, exhibits(jobs, states, examiner), staged)
+    _write_results(results, shown, staged)
     write_cards(results, staged)
     folder.publish(staged)
     return results
