@@ -17,6 +17,7 @@ from simulations.findings import (
     ALONE,
     Estimate,
     Results,
+    common_methods,
     estimate,
     method_name,
     methods,
@@ -137,7 +138,7 @@ def flattened(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
 
 def final_table(results: Results) -> list[Row]:
     """Return mean, worst site, all patients and each site, one column per method, then "own patients" columns."""
-    tests = [(name, "test") for name in methods(results)]
+    tests = [(name, "test") for name in common_methods(results)]
     columns = tests + [(name, "own_test") for name in own_methods(results)]
 
     def row(name: str, dice: Sequence[Estimate], hd95_mm: Sequence[float | None]) -> Row:
@@ -183,7 +184,7 @@ def _text(value: float | None, digits: int) -> str:
 
 def _column_names(results: Results) -> list[str]:
     own = [f"{method_name(method)}, own patients" for method in own_methods(results)]
-    return [method_name(method) for method in methods(results)] + own
+    return [method_name(method) for method in common_methods(results)] + own
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:

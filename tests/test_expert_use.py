@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -10,13 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis.extra import numpy as arrays
 
-from icmoe.backbone import load_backbone
+from icmoe.backbone import grid_of, load_backbone
+from icmoe.data.slices import load_mask
 from icmoe.data.sources import read_sites
+from icmoe.evaluation import score_slices
 from icmoe.exchange import global_state, load_state, state_digest
 from icmoe.features import FeatureCache
 from icmoe.model import ICMoE, build_model
 from icmoe.prepare import encode_slices
-from simulations.expert_use import border_distance, expert_use, use_tables
+from icmoe.preprocess import target
+from simulations.expert_use import BANDS, Seen, _Shares, border_distance, expert_use, use_tables
 from simulations.overlays import Overlay, panels
 from simulations.phantoms import PhantomSite, write_phantoms
 
@@ -72,6 +76,41 @@ def test_shares_sum_to_one_and_the_model_is_left_as_it_was(seen) -> None:
     assert all(0.0 <= row["error"] <= 1.0 and 0.0 <= row["agreement"] <= 1.0 for row in use["reliability"])
     assert set(use["removed"]) == set(model.expert_names)
     assert any(use["removed"].values())
+
+
+def test_who_decides_inside_is_not_counted_outside() -> None:
+    truth_BKHW = torch.zeros(1, 2, 20, 20)
+    truth_BKHW[:, 1, 4:10, 4:10] = 1.0
+    truth_BKHW[:, 0] = 1.0 - truth_BKHW[:, 1]
+    shares = _Shares(2)
+    nothing_BHW = torch.zeros(1, 20, 20)
+    shares.add(Seen("Alder", truth_BKHW, nothing_BHW, nothing_BHW, truth_BKHW), ["background", "lesion"])
+    found = shares.record()
+    assert found["by_class"] == {"background": [1.0, 0.0], "lesion": [0.0, 1.0]}
+    assert found["by_distance"] == {name: [0.0, 1.0] if "inside" in name else [1.0, 0.0] for _, _, name in BANDS}
+    assert found["by_site"]["Alder"] == pytest.approx([364 / 400, 36 / 400])
+
+
+def test_errors_are_the_cells_where_the_model_is_wrong_and_removal_is_dice_lost(seen) -> None:
+    study, slices, cache = seen
+    model = shaken(build_model(study, seed=1))
+    use = expert_use(model, slices, study, cache, CPU)
+    assert use is not None
+    side = grid_of(study.backbone)
+    wrong = []
+    for item in slices:
+        logits_BKhw = model(cache.load([cache.key(item.image_digest, "identity")])).logits_BKhw
+        guess_HW = torch.nn.functional.avg_pool2d(logits_BKhw.softmax(dim=1), 2)[0].argmax(dim=0)
+        wrong.append(guess_HW != target(load_mask(item.mask, study.labels), study.classes, side).argmax(dim=0))
+    error = sum(row["share"] * row["error"] for row in use["reliability"])
+    assert error == pytest.approx(torch.stack(wrong).float().mean().item())
+
+    def dice() -> float:
+        return fmean(score.dice for score in score_slices(model, slices, study.labels, cache, CPU))
+
+    whole = dice()
+    model.balance_bias_M[2] = -1e4
+    assert use["removed"][model.expert_names[2]] == pytest.approx(dice() - whole)
 
 
 def test_experts_that_say_nothing_are_not_missed_and_a_model_without_experts_has_no_use(seen, make_study) -> None:
