@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
 from statistics import fmean
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis.extra import numpy as arrays
+from PIL import Image
 
 from icmoe.backbone import grid_of, load_backbone
 from icmoe.data.slices import load_mask
@@ -21,7 +24,7 @@ from icmoe.model import ICMoE, build_model
 from icmoe.prepare import encode_slices
 from icmoe.preprocess import target
 from simulations.expert_use import BANDS, Seen, _Shares, border_distance, expert_use, use_tables
-from simulations.overlays import Overlay, panels
+from simulations.overlays import EXPERT_COLOURS, Overlay, panels
 from simulations.phantoms import PhantomSite, write_phantoms
 
 CPU = torch.device("cpu")
@@ -139,4 +142,9 @@ def test_the_map_of_who_decided_is_a_panel_with_its_shares_in_words(tmp_path: Pa
     overlay = Overlay("a slice", np.zeros((4, 4)), blank, blank, experts, ("basic-1", "semantic-1"))
     assert [panel.caption for panel in panels(overlay)] == ["image", "truth", "prediction", "who decided"]
     assert panels(overlay)[-1].alternative.endswith("basic-1 75%, semantic-1 25%")
+    painted = Image.open(io.BytesIO(base64.b64decode(panels(overlay)[-1].uri.partition(",")[2])))
+    for x, colour in ((40, EXPERT_COLOURS[0]), (310, EXPERT_COLOURS[1])):
+        assert painted.getpixel((x, 160)) == pytest.approx([0.55 * value for value in colour], abs=16)  # enlarging overshoots
+    with pytest.raises(ValueError, match="experts"):
+        Overlay("a slice", np.zeros((4, 4)), blank, blank, np.zeros((4, 5), np.uint8), ("basic-1",))
     assert len(panels(Overlay("a slice", np.zeros((4, 4)), blank, blank))) == 3

@@ -16,6 +16,7 @@ from icmoe.model import build_model
 from icmoe.modelcard import LICENCES, PrivacySpent, SiteLine, write_card
 from icmoe.modelfile import ModelHeader, write_model
 from icmoe.study import BackboneChoice, read_study
+from simulations.cards import write_cards
 
 
 @pytest.fixture
@@ -79,6 +80,24 @@ def test_a_study_that_ends_leaves_its_model_and_the_card_of_it(make_study, tmp_p
     found = rows((tmp_path / "study.model.md").read_text())
     assert hashlib.sha256((tmp_path / "study.model.safetensors").read_bytes()).hexdigest() in found["model file"][0]
     assert found["Alder"] == ["-", "0.500"]
+
+
+def test_a_rehearsal_s_cards_give_tens_and_a_site_s_own_model_its_own_score(header: ModelHeader, model: Path):
+    own = model.with_name("own.safetensors")
+    own.write_bytes(model.read_bytes())
+    common = {"sites": {"Alder": {"dice": 0.5}, "Birch": {"dice": 0.6}}}
+    runs = {
+        "router-aware": {"1": {"model": model.name, "test": common, "own_test": None}},
+        "local": {
+            "1": {"model": None, "models": {"Alder": own.name}, "test": common, "own_test": {"sites": {"Alder": {"dice": 0.7}}}}
+        },
+    }
+    results = {"methods": runs, "sites": {name: {"patients": {"train": 13}} for name in ("Alder", "Birch")}}
+    write_cards(results, model.parent)
+    shared, alone = (rows(path.with_suffix(".md").read_text()) for path in (model, own))
+    assert (shared["Alder"], shared["Birch"]) == (["20", "0.500"], ["20", "0.600"])
+    assert alone["Alder"] == ["20", "0.700"]
+    assert "Birch" not in alone
 
 
 def test_every_backbone_has_a_licence():

@@ -21,23 +21,25 @@ from typer.testing import CliRunner
 
 from icmoe.backbone import Backbone, load_backbone, weights_path
 from icmoe.errors import IcmoeError
-from icmoe.features import FeatureCache
+from icmoe.features import FeatureCache, Features
 from icmoe.model import build_model
-from icmoe.study import Study
+from icmoe.study import Study, derived_seed
 from icmoe.tinyvit import WIDTHS, TinyViT
-from simulations.evidence.rivals import table
+from icmoe.training import train_round
+from simulations.evidence.rivals import regimes, table
 from simulations.evidence.rivals.__main__ import app
 from simulations.evidence.rivals.averaging import adaptive_step, weighted_mean
 from simulations.evidence.rivals.catalogue import METHODS, build
 from simulations.evidence.rivals.encoder import front as front_stages
 from simulations.evidence.rivals.encoder import tail
-from simulations.evidence.rivals.encoder_adapters import add_adapters
+from simulations.evidence.rivals.encoder_adapters import AfterAttention, BesidePerceptron, add_adapters
 from simulations.evidence.rivals.lora import RANK, add_low_rank
+from simulations.evidence.rivals.mask_head import PlainHead
 from simulations.evidence.rivals.pareto import front
 from simulations.evidence.rivals.regimes import REGIMES, SHARED, Regime, start
-from simulations.evidence.rivals.run import Bench, Job, make_trainer, prepared_cache, run
+from simulations.evidence.rivals.run import Bench, Job, make_trainer, prepared_cache, run, study_of
 from simulations.evidence.rivals.sam_decoder import SamDecoder
-from simulations.evidence.rivals.segmenter import frozen_digest, trained_count, trained_state
+from simulations.evidence.rivals.segmenter import Segmenter, frozen_digest, trained_count, trained_state
 from simulations.evidence.rivals.table import Row
 from simulations.hospitals import Hospitals, find_hospitals
 from simulations.phantoms import PhantomSite, write_phantoms
@@ -136,6 +138,15 @@ def test_the_two_parts_are_the_frozen_encoder_and_adapters_change_nothing_at_sta
     found, expected = rest(front_stages(backbone, cut).encode(pictures)), backbone.encode(pictures)
     assert torch.equal(found.embedding_BCHW, expected.embedding_BCHW)
     assert all(torch.equal(a, b) for a, b in zip(found.blocks, expected.blocks, strict=True))
+
+
+def test_adapters_add_the_whole_behind_attention_and_half_beside_the_perceptron() -> None:
+    x_BLC = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
+    behind, beside = AfterAttention(nn.Identity(), 8), BesidePerceptron(nn.Identity(), 8)
+    for module in (behind, beside):
+        nn.init.ones_(module.adapter.up.weight)
+    torch.testing.assert_close(behind(x_BLC), x_BLC + behind.adapter(x_BLC))
+    torch.testing.assert_close(beside(x_BLC), x_BLC + 0.5 * beside.adapter(x_BLC))
 
 
 def test_parameters_are_those_of_the_papers(study: Study, backbone: Backbone) -> None:
@@ -296,6 +307,48 @@ def test_a_record_says_what_was_trained_sent_and_scored(bench: Bench) -> None:
     assert [record["test"] is None for record in (shared, alone, pooled)] == [False, True, False]
     assert [record["own_test"] is None for record in (shared, alone, pooled)] == [True, False, True]
     assert {row["patients"] for row in alone["own_test"]["sites"].values()} == {1}
+
+
+def test_a_frozen_part_that_moves_stops_the_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Drifting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, features: Features) -> Features:
+            self.seen += 1
+            return features
+
+    drifting = replace(METHODS["mask-head"], build=lambda study, *_: Segmenter(Drifting(), PlainHead(study)))
+    monkeypatch.setitem(METHODS, "drifting", drifting)
+    with pytest.raises(IcmoeError, match="ICM401"):
+        run(Job(method="drifting", regime="fedavg", seed=1), bench)
+    assert not list(bench.folder.glob("results/*"))
+
+
+def test_every_round_and_site_draws_the_batches_of_the_rehearsal(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+    monkeypatch.setattr(
+        regimes, "train_round", lambda *given, seed, **more: (seeds.append(seed), train_round(*given, seed=seed, **more))[1]
+    )
+    after(2, bench, REGIMES["fedavg"], monkeypatch)
+    assert seeds == [derived_seed(bench.study, "train", site, number) for number in (1, 2) for site in ("Alder", "Birch")]
+
+
+def test_the_learning_rate_is_the_method_s_share_of_the_study_s(study: Study) -> None:
+    rates = {name: study_of(Job(method=name, regime="fedavg", seed=1), study).training.learning_rate for name in METHODS}
+    tenth = {name for name, rate in rates.items() if rate == pytest.approx(0.1 * study.training.learning_rate)}
+    assert tenth == {"partial", "full"}
+    assert all(rates[name] == study.training.learning_rate for name in METHODS if name not in tenth)
+
+
+def test_sites_own_models_stand_in_the_table_where_there_are_any(bench: Bench) -> None:
+    job = Job(method="mask-head", regime="ditto", seed=1)
+    record = run(job, bench)
+    record["own_test"]["mean"]["dice"] = record["test"]["mean"]["dice"] + 0.1
+    bench.result_path(job).write_text(json.dumps(record))
+    (row,) = (row for row in table.read_rows(bench.folder, None) if row.seeds)
+    assert row.mean == record["own_test"]["mean"]["dice"]
 
 
 @pytest.mark.parametrize("harm", ["other rounds", "other study", "damaged"])

@@ -25,7 +25,8 @@ NOTES = (
     "Dice is the mean over the site's test patients, each scored as a volume; the mean is that of the sites; after ± stands the "
     "standard deviation over the seeds. For sites alone and Ditto it is each site's own model on its own test, otherwise one "
     "model on all tests. Bytes are the float32 tensors that one site sends in one round; as many come back. Core-seconds are "
-    "those of training, all rounds and sites together, one seed; encoding the frozen part once is not in them. Memory is the "
+    "those of training, all rounds and sites together, one seed; encoding the frozen part once is not in them. For IC-MoE as "
+    "released they are seconds on the clock of its sites, one thread each, so that a busy machine adds to them. Memory is the "
     "process's peak during training. A row of the second table says what that few rounds give, and is no verdict on the "
     "method. Learning rates were not tuned; encoders that are fine-tuned have a tenth of the study's."
 )
