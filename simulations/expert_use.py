@@ -199,7 +199,7 @@ def use_tables(use: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...], list[
         for key, title in titles.items()
     ]
     removed = [("all test patients", *(f"{use['removed'][name]:+.3f}" for name in experts))]
-    reliability = [
+    reliability: list[tuple[str, ...]] = [
         (f"{row['agreement']:.2f}", f"{100 * row['share']:.1f}%", f"{100 * row['error']:.1f}%") for row in use["reliability"]
     ]
     return [

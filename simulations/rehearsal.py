@@ -153,8 +153,7 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
         if PERSONALISED in simulation.methods:
             methods[PERSONALISED] = score_personalised(jobs, states, examiner, folder.work, RunFolder(staged))
         use, shown = first_use(jobs, states, examiner), exhibits(jobs, states, examiner)
-    after = backbone.weights_digest()
-    require_unchanged(before, after)
+    require_unchanged(before, after := backbone.weights_digest())
     clock.seconds |= _seconds_of(methods)
     clock.seconds["total"] = time.perf_counter() - began
     results = results_record(
@@ -322,10 +321,11 @@ def part_of(history: list[RoundRecord], names: tuple[str, ...]) -> list[RoundRec
 
 
 def _seconds_of(methods: Mapping[str, Mapping[str, Record]]) -> dict[str, float]:
-    """Return seconds of the rounds by method, summed over the seeds."""
+    """Return seconds of the rounds by method, summed over the seeds; methods without rounds are part of the scoring."""
     return {
         name: sum(sum(row["seconds"].values()) for run in by_seed.values() for row in run["rounds"])
         for name, by_seed in methods.items()
+        if any(run["rounds"] for run in by_seed.values())
     }
 
 

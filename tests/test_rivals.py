@@ -10,12 +10,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -28,19 +25,16 @@ from icmoe.tinyvit import WIDTHS, TinyViT
 from icmoe.training import train_round
 from simulations.evidence.rivals import regimes, table
 from simulations.evidence.rivals.__main__ import app
-from simulations.evidence.rivals.averaging import adaptive_step, weighted_mean
 from simulations.evidence.rivals.catalogue import METHODS, build
 from simulations.evidence.rivals.encoder import front as front_stages
 from simulations.evidence.rivals.encoder import tail
-from simulations.evidence.rivals.encoder_adapters import AfterAttention, BesidePerceptron, add_adapters
+from simulations.evidence.rivals.encoder_adapters import add_adapters
 from simulations.evidence.rivals.lora import RANK, add_low_rank
 from simulations.evidence.rivals.mask_head import PlainHead
-from simulations.evidence.rivals.pareto import front
 from simulations.evidence.rivals.regimes import REGIMES, SHARED, Regime, start
 from simulations.evidence.rivals.run import Bench, Job, make_trainer, prepared_cache, run, study_of
 from simulations.evidence.rivals.sam_decoder import SamDecoder
 from simulations.evidence.rivals.segmenter import Segmenter, frozen_digest, trained_count, trained_state
-from simulations.evidence.rivals.table import Row
 from simulations.hospitals import Hospitals, find_hospitals
 from simulations.phantoms import PhantomSite, write_phantoms
 from simulations.scenario import Simulation
@@ -140,15 +134,6 @@ def test_the_two_parts_are_the_frozen_encoder_and_adapters_change_nothing_at_sta
     assert all(torch.equal(a, b) for a, b in zip(found.blocks, expected.blocks, strict=True))
 
 
-def test_adapters_add_the_whole_behind_attention_and_half_beside_the_perceptron() -> None:
-    x_BLC = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
-    behind, beside = AfterAttention(nn.Identity(), 8), BesidePerceptron(nn.Identity(), 8)
-    for module in (behind, beside):
-        nn.init.ones_(module.adapter.up.weight)
-    torch.testing.assert_close(behind(x_BLC), x_BLC + behind.adapter(x_BLC))
-    torch.testing.assert_close(beside(x_BLC), x_BLC + 0.5 * beside.adapter(x_BLC))
-
-
 def test_parameters_are_those_of_the_papers(study: Study, backbone: Backbone) -> None:
     count = {name: trained_count(build(name, study, backbone, None, seed=1)) for name in METHODS}
     blocks = [128] * 2 + [160] * 6 + [320] * 2
@@ -178,17 +163,6 @@ def test_at_full_size_the_small_unet_and_the_decoder_cost_at_most_what_ours_does
     assert max(others[1:]) <= ours < trained_count(build("unet-large", full, backbone, None, seed=1))
 
 
-def test_the_decoder_gives_for_a_batch_what_the_published_class_gives_image_by_image() -> None:
-    torch.manual_seed(0)
-    decoder = SamDecoder(3, 8, None, whole=False).eval()
-    embedding_BCHW = torch.randn(2, 256, 8, 8)
-    batch = decoder(SimpleNamespace(embedding_BCHW=embedding_BCHW))
-    dense = decoder.no_mask_1C[..., None, None].expand(1, -1, 8, 8)
-    for row, logits in zip(embedding_BCHW, batch, strict=True):
-        single, _ = decoder.sam.predict_masks(row[None], decoder.positions_1CHW, torch.empty(1, 0, 256), dense)
-        torch.testing.assert_close(single[0], logits, rtol=1e-4, atol=1e-5)
-
-
 @needs_wheel
 def test_the_published_decoder_loads_and_every_class_starts_from_its_single_mask() -> None:
     weights = torch.load(weights_path("lite-medsam", None), map_location="cpu", weights_only=True)
@@ -199,34 +173,6 @@ def test_the_published_decoder_loads_and_every_class_starts_from_its_single_mask
     logits = decoder(real.encode(images()[0]))
     assert logits.shape == (2, 3, SIDE, SIDE)
     torch.testing.assert_close(logits[:, 0], logits[:, 2], rtol=1e-3, atol=1e-3)
-
-
-numbers = st.floats(-1e3, 1e3, width=32)
-
-
-@given(st.dictionaries(st.sampled_from("abcd"), st.tuples(st.integers(1, 500), numbers), min_size=1))
-def test_the_average_weighs_sites_by_their_slices_and_stays_among_them(sites: dict[str, tuple[int, float]]) -> None:
-    mean = weighted_mean({k: {"w": torch.tensor([x])} for k, (_, x) in sites.items()}, {k: n for k, (n, _) in sites.items()})
-    values = [x for _, x in sites.values()]
-    expected = sum(n * x for n, x in sites.values()) / sum(n for n, _ in sites.values())
-    assert mean["w"].item() == pytest.approx(expected, rel=1e-4, abs=1e-2)
-    assert min(values) - 1e-2 <= mean["w"].item() <= max(values) + 1e-2
-
-
-@pytest.mark.parametrize("kind", ["adam", "yogi"])
-def test_adaptive_steps_are_those_of_flower(kind: str) -> None:
-    from flwr.app import Array, ArrayRecord
-
-    from fl_server.server_optimizer import FLOWER_STRATEGIES, only_reply
-
-    flower = FLOWER_STRATEGIES[kind](eta=0.01, tau=1e-3)
-    generator, state, moments = torch.Generator().manual_seed(0), {"w": torch.randn(7)}, {}
-    for round_number in (1, 2, 3):
-        mean = {"w": state["w"] + 0.1 * torch.randn(7, generator=generator)}
-        flower.current_arrays = {"w": state["w"].numpy()}
-        theirs, _ = flower.aggregate_train(round_number, [only_reply(ArrayRecord({"w": Array(mean["w"].numpy())}))])
-        state, moments = adaptive_step(kind, state, mean, moments, rate=0.01, round_number=round_number)
-        torch.testing.assert_close(state["w"], torch.tensor(theirs["w"].numpy()).float(), rtol=1e-5, atol=1e-6)
 
 
 def after(rounds: int, bench: Bench, regime: Regime, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Tensor]]:
@@ -433,15 +379,3 @@ def test_a_wrong_choice_is_one_numbered_line(words: list[str], tmp_path: Path) -
     assert done.exit_code == 1
     assert isinstance(done.exception, SystemExit)
     assert not (tmp_path / "out").exists()
-
-
-@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1), st.booleans()), min_size=1))
-def test_nobody_on_the_front_is_beaten_at_its_cost(points: list[tuple[int, float, bool]]) -> None:
-    rows = [Row(title="", regime="", parameters=size, mean=dice, short=short) for size, dice, short in points]
-    line = front(rows)
-    full = [(size, dice) for size, dice, short in points if not short]
-    assert set(line) <= set(full)
-    for size, dice in full:
-        assert max(best for cost, best in line if cost <= size) >= dice
-    assert line == sorted(line)
-    assert len({dice for _, dice in line}) == len(line)
