@@ -27,7 +27,7 @@ from fl_client.participant import Participant, site_from_environment
 from fl_client.personal import keep_personal, with_personal
 from fl_client.watchdog import START_S, end_after, end_with_parent
 from icmoe.batch_independence import mixing_faults
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.exchange import (
     ARRAYS,
     CONFIG,
@@ -52,8 +52,6 @@ log = logging.getLogger("fl_client")
 
 Handler = Callable[[Request], Outgoing]
 SiteOf = Callable[[Context, str], Participant]
-
-NOTHING = "Nothing was trained, nothing was sent."
 
 
 def make_client_app(site_of: SiteOf) -> ClientApp:
@@ -149,7 +147,7 @@ def _request(site_of: SiteOf, kind: str, message: Message, context: Context) -> 
     config: Mapping[str, object] = message.content.config_records.get(CONFIG, {})
     asked = set(config) - ({RECEIPT_KEY} if kind == "train" else set())
     if extra := sorted((set(message.content) ^ records) | (asked ^ keys)):
-        raise IcmoeError(Fault(number=301, value=", ".join(extra), did=NOTHING))
+        raise IcmoeError(Fault(number=301, value=", ".join(extra), did=NOTHING_SENT))
     site = site_of(context, str(config[STUDY_KEY]))
     study = site.approved(config[STUDY_KEY])
     round_number, receipt = config.get(ROUND_KEY, 1), receipt_of(config.get(RECEIPT_KEY))
@@ -159,7 +157,7 @@ def _request(site_of: SiteOf, kind: str, message: Message, context: Context) -> 
             Fault(number=301, where=site.name, what="round is outside the study", value=str(round_number), limit=limit)
         )
     if RECEIPT_KEY in config and receipt is None:
-        raise IcmoeError(Fault(number=301, where=site.name, what="receipt cannot be read", did=NOTHING))
+        raise IcmoeError(Fault(number=301, where=site.name, what="receipt cannot be read", did=NOTHING_SENT))
     torch.set_num_threads(site.threads)
     return Request(
         site=site, study=study, kind=kind, round_number=round_number if rounds else 0, message=message, receipt=receipt

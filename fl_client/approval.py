@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 
 from icmoe.atomic import write_atomically
 from icmoe.config import Section
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.study import Study, canonical, canonical_json
 
 FOLDER = "approvals"
@@ -128,7 +128,7 @@ def approved_study(state: Path, site: str, digest: str, bundle: str) -> Study:
     IcmoeError
         302 where no approval of it stands, 318 where the package changed since, 321 where the store is damaged.
     """
-    did = "Nothing was trained, nothing was sent."
+    did = NOTHING_SENT
     approval = next((one for one in standing(read_approvals(state)) if one.digest == digest), None)
     if approval is None:
         raise IcmoeError(Fault(number=302, where=site, value=digest[:16], did=did))

@@ -13,12 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from fl_client.approval import approve, changes, read_approvals, withdraw
-from fl_client.audit import START, digests_of_round, read_log
+from fl_client.audit import digests_of_round, read_log
 from fl_client.budget import budget_faults, prospect
 from fl_client.leaves import LEAVES, RECORDS
 from fl_client.policy import epsilon_of
 from fl_client.site import SiteFile, read_named, records_of, site_data, study_faults
 from icmoe.bundle import bundle_digest, bundle_files
+from icmoe.chain import START
 from icmoe.data.slices import SiteData
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import global_state, update_of

@@ -7,26 +7,23 @@ count and hash of the last line, and against what the coordinator was sent (`fl_
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fl_client.signing import Signer, fingerprint_of, signature_holds
-from icmoe.errors import Fault, IcmoeError
+from icmoe.chain import Entry, digest_of, placed
+from icmoe.chain_file import add_line, parsed, read_chain
+from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.receipts import EMPTY, Head
 
 LOG = "audit.jsonl"
-START = EMPTY.digest
 VERSION = 2
-
-Entry = dict[str, Any]
-_NOTHING = "Nothing was trained, nothing was sent."
+_SIGNED_AFTER = ("signature",)
+"""What is of a line's hash, and so no part of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +51,6 @@ class Signatures:
 def record(state: Path, event: str, values: Mapping[str, Any], *, signer: Signer | None = None, known: Head = EMPTY) -> Entry:
     """Add one line to the audit log of a state folder and wait until it is on the disk.
 
-    A line that a crash left unfinished at the end is cut off first: what it spoke of had not happened yet.
-
     Parameters
     ----------
     state
@@ -74,22 +69,13 @@ def record(state: Path, event: str, values: Mapping[str, Any], *, signer: Signer
     IcmoeError
         321 where the last line cannot be read or the known one is not there; 205, 306 or 307 where the key cannot be used.
     """
-    state.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(state / LOG, os.O_RDWR | os.O_CREAT, 0o600)
-    with os.fdopen(descriptor, "r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        lines = whole.splitlines()
+
+    def following(lines: Sequence[bytes]) -> Entry:
         there = 0 < known.count <= len(lines)
         require_line(state, known, len(lines), _parsed(lines[known.count - 1], state, known.count) if there else None)
-        entry = _next_line(_parsed(lines[-1], state, len(lines)) if lines else None, event, values, signer)
-        file.truncate(len(whole))
-        file.seek(len(whole))
-        file.write(json.dumps(entry).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    return entry
+        return _next_line(_parsed(lines[-1], state, len(lines)) if lines else None, event, values, signer)
+
+    return add_line(state / LOG, following)
 
 
 def require_line(state: Path, known: Head, count: int, found: Entry | None) -> None:
@@ -114,7 +100,7 @@ def require_line(state: Path, known: Head, count: int, found: Entry | None) -> N
     if count < known.count:
         what = "lines are missing at the end of the audit log"
         value, limit = f"{count} lines", f"at least {known.count}, as the ledger says"
-        raise IcmoeError(Fault(number=321, where=str(state / LOG), what=what, value=value, limit=limit, did=_NOTHING))
+        raise IcmoeError(Fault(number=321, where=str(state / LOG), what=what, value=value, limit=limit, did=NOTHING_SENT))
     if found is not None and found["hash"] != known.digest:
         raise IcmoeError(_broken(state, known.count))
 
@@ -127,16 +113,7 @@ def read_log(state: Path) -> list[Entry]:
     IcmoeError
         321 with the first line that does not fit.
     """
-    path = state / LOG
-    content = path.read_bytes() if path.exists() else b""
-    entries: list[Entry] = []
-    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
-        entry = _parsed(line, state, number)
-        previous = entries[-1]["hash"] if entries else START
-        if (entry["line"], entry["previous"], entry["hash"]) != (number, previous, _hash(entry)):
-            raise IcmoeError(_broken(state, number))
-        entries.append(entry)
-    return entries
+    return read_chain(state / LOG, partial(_broken, state), apart=_SIGNED_AFTER)
 
 
 def digests_of_round(entries: list[Entry], round_number: int, study: str | None = None) -> list[Entry]:
@@ -190,38 +167,24 @@ def head_of_log(entries: list[Entry]) -> Head:
 
 def _next_line(last: Entry | None, event: str, values: Mapping[str, Any], signer: Signer | None) -> Entry:
     """Return the line after `last`; a line names the key that signs it where the line before was signed by another."""
-    before: Entry = last or {"line": 0, "hash": START}
-    head = {"line": before["line"] + 1, "version": VERSION, "time": datetime.now(UTC).isoformat(), "event": event}
-    entry = {**head, **values, "previous": before["hash"]}
+    entry = placed({"version": VERSION, "time": datetime.now(UTC).isoformat(), "event": event, **values}, last)
+    signed_by = None if last is None else last.get("by")
     if signer is None:
-        if "by" in before:
+        if signed_by is not None:
             todo = "Name the key in the site file again, under [coordinator]."
             raise IcmoeError(Fault(number=321, where="audit", what="the audit log is signed, this line would not be", todo=todo))
-        return {**entry, "hash": _hash(entry)}
+        return {**entry, "hash": digest_of(entry)}
     public = signer.public()
     entry |= {"by": fingerprint_of(public)}
-    if before.get("by") != entry["by"]:
+    if signed_by != entry["by"]:
         entry |= {"key": public}
-    entry["hash"] = _hash(entry)
+    entry["hash"] = digest_of(entry)
     return {**entry, "signature": signer.sign(entry["hash"])}
 
 
 def _parsed(line: bytes, state: Path, number: int) -> Entry:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        raise IcmoeError(_broken(state, number)) from None
-    if not isinstance(entry, dict) or not {"line", "event", "previous", "hash"} <= set(entry):
-        raise IcmoeError(_broken(state, number))
-    if json.dumps(entry).encode() != line:  # a space changed into a tab would mean the same, and still be a change
-        raise IcmoeError(_broken(state, number))
-    return entry
+    return parsed(line, number, partial(_broken, state))
 
 
 def _broken(state: Path, number: int, what: str = "audit log was changed or is damaged") -> Fault:
-    return Fault(number=321, where=str(state / LOG), what=what, value=f"line {number}", did=_NOTHING)
-
-
-def _hash(entry: Entry) -> str:
-    values = {key: value for key, value in entry.items() if key not in {"hash", "signature"}}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return Fault(number=321, where=str(state / LOG), what=what, value=f"line {number}", did=NOTHING_SENT)

@@ -14,11 +14,9 @@ from pydantic import Field
 from fl_client.ledger import Book, Entry, Releases
 from icmoe.accounting import Spending, epsilon, score_spending, study_spending, training_spending
 from icmoe.config import Section
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.study import Study
 from icmoe.study_privacy import Accountant
-
-_NOTHING = "Nothing was trained, nothing was sent."
 
 
 class Budget(Section):
@@ -149,12 +147,12 @@ def _mismatch(budget: Budget | None, study: Study, patients: int) -> Fault | Non
     """Return why study and budget do not go together, whatever is spent already."""
     if study.privacy.site is None:
         limit = f"epsilon {budget.epsilon:g}" if budget is not None else ""
-        return Fault(number=417, where=study.name, value="epsilon infinite", limit=limit, did=_NOTHING) if budget else None
+        return Fault(number=417, where=study.name, value="epsilon infinite", limit=limit, did=NOTHING_SENT) if budget else None
     if budget is None:
-        return Fault(number=410, where=study.name, did=_NOTHING)
+        return Fault(number=410, where=study.name, did=NOTHING_SENT)
     if budget.delta > 1.0 / patients:
         limit = f"at most 1 / {patients} training patients"
-        return Fault(number=202, where="[budget]", value=f"delta = {budget.delta:g}", limit=limit, did=_NOTHING)
+        return Fault(number=202, where="[budget]", value=f"delta = {budget.delta:g}", limit=limit, did=NOTHING_SENT)
     return None
 
 
@@ -162,4 +160,4 @@ def _crossing(budget: Budget, study: Study, history: Sequence[Spending], fitting
     spent = epsilon_of_history(budget, history)
     value = f"epsilon {spent:.3g} is spent, {fitting} of {needed} rounds still fit"
     limit = f"epsilon {budget.epsilon:g} at delta {budget.delta:g}, {budget.accountant}, per patient"
-    return Fault(number=411, where=study.name, value=value, limit=limit, did=_NOTHING)
+    return Fault(number=411, where=study.name, value=value, limit=limit, did=NOTHING_SENT)

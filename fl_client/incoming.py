@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fl_client.records import Records
 from icmoe.atomic import write_atomically
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.exchange import State, state_digest
 from icmoe.study import Study
 
@@ -86,5 +86,5 @@ def _rms(tensor: Tensor) -> float:
 
 
 def _fault(name: str, what: str, value: float, limit: float) -> Fault:
-    did = "Nothing was trained, nothing was sent."
+    did = NOTHING_SENT
     return Fault(number=322, where=name, what=what, value=f"root mean square {value:.4g}", limit=f"at most {limit:.4g}", did=did)

@@ -11,7 +11,6 @@ keeps those of the ledger's entries, so that neither of the two files can be sho
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sqlite3
@@ -22,7 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from icmoe.errors import Fault, IcmoeError
+from icmoe.chain import digest_of
+from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.receipts import EMPTY, Head
 from icmoe.study import Study
 
@@ -31,7 +31,6 @@ LOCK_S = 60.0
 """Seconds that a process waits for another one's entry; composing a long history takes a few."""
 
 _VERSION = "1"
-_NOTHING = "Nothing was trained, nothing was sent."
 _ENTRIES = (
     "count INTEGER PRIMARY KEY, time TEXT NOT NULL, study TEXT NOT NULL, name TEXT NOT NULL, kind TEXT NOT NULL,"
     " round INTEGER NOT NULL, incoming TEXT NOT NULL, releases TEXT NOT NULL, previous TEXT NOT NULL, hash TEXT NOT NULL"
@@ -86,8 +85,7 @@ class Entry:
 
     def digest(self) -> str:
         """Return the SHA-256 over everything but `hash`."""
-        values = {key: value for key, value in self.row().items() if key != "hash"}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return digest_of(self.row())
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,12 +206,12 @@ def _opened(state: Path, site: str, deadline_s: float) -> Iterator[sqlite3.Conne
             yield connection
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
-            raise IcmoeError(Fault(number=415, where=str(path), limit=f"{deadline_s:g} s", did=_NOTHING)) from None
+            raise IcmoeError(Fault(number=415, where=str(path), limit=f"{deadline_s:g} s", did=NOTHING_SENT)) from None
         raise _damaged(path, str(error)) from None
     except sqlite3.DatabaseError as error:
         raise _damaged(path, str(error)) from None
     except OSError as error:
-        raise IcmoeError(Fault(number=205, where=str(path), value=error.strerror or "", did=_NOTHING)) from None
+        raise IcmoeError(Fault(number=205, where=str(path), value=error.strerror or "", did=NOTHING_SENT)) from None
 
 
 def _require_own(connection: sqlite3.Connection, path: Path, site: str) -> None:
@@ -227,7 +225,7 @@ def _require_own(connection: sqlite3.Connection, path: Path, site: str) -> None:
     if about.get("version") != _VERSION:
         raise _damaged(path, f"version {about.get('version')}")
     if about.get("site") != site:
-        raise IcmoeError(Fault(number=414, where=str(path), value=str(about.get("site")), limit=site, did=_NOTHING))
+        raise IcmoeError(Fault(number=414, where=str(path), value=str(about.get("site")), limit=site, did=NOTHING_SENT))
 
 
 def _book(connection: sqlite3.Connection, path: Path) -> Book:
@@ -258,4 +256,4 @@ def _require_chain(entries: Sequence[Entry], path: Path) -> None:
 
 
 def _damaged(path: Path, value: str) -> IcmoeError:
-    return IcmoeError(Fault(number=412, where=str(path), value=value, did=_NOTHING))
+    return IcmoeError(Fault(number=412, where=str(path), value=value, did=NOTHING_SENT))

@@ -19,7 +19,7 @@ from fl_client.site import cache_folder_of, key_path, read_site_file, site_file_
 from icmoe.bundle import bundle_digest, bundle_files
 from icmoe.data.slices import Slice
 from icmoe.device import available_device
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.features import FeatureCache
 from icmoe.study import Study
 
@@ -98,7 +98,7 @@ class Participant:
                     todo = "Write a site file of its own for this study."
                     raise IcmoeError(Fault(number=302, where=self.name, what=what, value=study.name, todo=todo))
                 return study
-        raise IcmoeError(Fault(number=302, where=self.name, value=str(digest)[:16], did="Nothing was trained, nothing was sent."))
+        raise IcmoeError(Fault(number=302, where=self.name, value=str(digest)[:16], did=NOTHING_SENT))
 
     def cache(self, study: Study) -> FeatureCache:
         """Return the feature cache of the study's backbone."""

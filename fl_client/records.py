@@ -15,10 +15,9 @@ from fl_client import audit, ledger
 from fl_client.audit import Signatures, check_signatures, read_log, require_line
 from fl_client.ledger import LOCK_S, Book, Entry, read_ledger
 from fl_client.signing import Signer, fingerprint_of
-from icmoe.errors import Fault, IcmoeError
+from icmoe import chain
+from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.receipts import AUDIT_KEY, LEDGER_KEY, Head, numbers_of
-
-_NOTHING = "Nothing was trained, nothing was sent."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +97,7 @@ class Records:
         """
         require_receipt(self.agreement()[0], receipt, self.state / ledger.FILE)
 
-    def agreement(self) -> tuple[Book, list[audit.Entry]]:
+    def agreement(self) -> tuple[Book, list[chain.Entry]]:
         """Return ledger and audit log after checking both chains and comparing them.
 
         Raises
@@ -116,7 +115,7 @@ class Records:
             require_receipt(book, head, self.state / ledger.FILE)
         return book, lines
 
-    def verify(self) -> tuple[Book, list[audit.Entry], Signatures]:
+    def verify(self) -> tuple[Book, list[chain.Entry], Signatures]:
         """Check everything: both chains, each against the other, and every signature.
 
         Raises
@@ -155,7 +154,7 @@ def require_receipt(book: Book, receipt: Head | None, path: Path) -> None:
         return
     if book.head.count < receipt.count:
         value, limit = f"{book.head.count} entries", f"at least {receipt.count}"
-        raise IcmoeError(Fault(number=413, where=str(path), value=value, limit=limit, did=_NOTHING))
+        raise IcmoeError(Fault(number=413, where=str(path), value=value, limit=limit, did=NOTHING_SENT))
     if book.entries[receipt.count - 1].hash != receipt.digest:
         what = "ledger does not go on from what the site has sent"
-        raise IcmoeError(Fault(number=413, where=str(path), what=what, value=f"entry {receipt.count}", did=_NOTHING))
+        raise IcmoeError(Fault(number=413, where=str(path), what=what, value=f"entry {receipt.count}", did=NOTHING_SENT))

@@ -6,41 +6,27 @@ was noted elsewhere; `fl_server status --json` prints it.
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from icmoe.chain import START, Entry, first_broken, linked
-from icmoe.errors import Fault, IcmoeError
+from icmoe.chain import START, Entry, linked
+from icmoe.chain_file import add_line, parsed, read_chain
+from icmoe.errors import Fault
 
 
 def note(path: Path, event: str, values: Mapping[str, Any]) -> Entry:
-    """Add one line and wait until it is on the disk; a line that a crash left unfinished is cut off first.
+    """Add one line and wait until it is on the disk.
 
     Raises
     ------
     IcmoeError
         516 where the last line cannot be read.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    with os.fdopen(descriptor, "r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        lines = whole.splitlines()
-        last = _parsed(lines[-1], path, len(lines)) if lines else None
-        entry = linked({"time": datetime.now(UTC).isoformat(), "event": event, **values}, last)
-        file.truncate(len(whole))
-        file.seek(len(whole))
-        file.write(json.dumps(entry).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    return entry
+    said = {"time": datetime.now(UTC).isoformat(), "event": event, **values}
+    return add_line(path, lambda lines: linked(said, parsed(lines[-1], len(lines), partial(_broken, path)) if lines else None))
 
 
 def read(path: Path) -> list[Entry]:
@@ -51,28 +37,13 @@ def read(path: Path) -> list[Entry]:
     IcmoeError
         516 with the first line that does not fit.
     """
-    content = path.read_bytes() if path.exists() else b""
-    lines = content[: content.rfind(b"\n") + 1].splitlines()
-    entries = [_parsed(line, path, number) for number, line in enumerate(lines, start=1)]
-    if broken := first_broken(entries):
-        raise IcmoeError(_broken(path, broken))
-    return entries
+    return read_chain(path, partial(_broken, path))
 
 
 def head(path: Path) -> str:
     """Return "count:digest" of the last line, to be noted elsewhere; "0:" and zeros for an empty log."""
     entries = read(path)
     return f"{len(entries)}:{entries[-1]['hash'] if entries else START}"
-
-
-def _parsed(line: bytes, path: Path, number: int) -> Entry:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        raise IcmoeError(_broken(path, number)) from None
-    if not isinstance(entry, dict) or not {"line", "hash"} <= set(entry):
-        raise IcmoeError(_broken(path, number))
-    return entry
 
 
 def _broken(path: Path, number: int) -> Fault:

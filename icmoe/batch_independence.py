@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from icmoe.backbone import widths
 from icmoe.dataset import Batch
-from icmoe.errors import Fault
+from icmoe.errors import NOTHING_SENT, Fault
 from icmoe.features import Features
 from icmoe.model import ICMoE
 from icmoe.study import Study
 
 _GRID, _SLICES = 8, 3
 _TOLERANCE = 1e-5
-_DID = "Nothing was trained, nothing was sent."
 
 Record = dict[str, Tensor]
 
@@ -47,7 +46,7 @@ def mixing_faults(model: ICMoE, study: Study) -> list[Fault]:
     # A module that mixes spoils what comes after it and the modules around it; the first ones are the cause.
     modules = [name for name in names if name.startswith("module ")]
     others = [name for name in names if not name.startswith("module ")]
-    return [Fault(number=404, value=name, did=_DID) for name in modules[:1] + others]
+    return [Fault(number=404, value=name, did=NOTHING_SENT) for name in modules[:1] + others]
 
 
 def _record(model: ICMoE, study: Study, *, others: int) -> Record:

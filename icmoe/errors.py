@@ -14,6 +14,9 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.text import Text
 
+NOTHING_SENT = "Nothing was trained, nothing was sent."
+"""What a site did where it refused before its part of a round."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:

@@ -19,7 +19,7 @@ from icmoe.accounting import training_spending
 from icmoe.batch_independence import mixing_faults
 from icmoe.clipping import clipped_sum, noised, usage_of
 from icmoe.dataset import TrainingSet
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.model import ICMoE
 from icmoe.os_random import gaussian, torch_generator
 from icmoe.patient_batches import Sample, draw_samples, grouped
@@ -27,8 +27,6 @@ from icmoe.patient_gradients import BackEnd, Objective, back_end_for
 from icmoe.study import Study
 from icmoe.study_privacy import SitePrivacy
 from icmoe.training import RoundResult, anchor_of, learning_rate
-
-_DID = "Nothing was trained, nothing was sent."
 
 
 def private_round(
@@ -146,11 +144,11 @@ def patient_faults(privacy: SitePrivacy, patients: int) -> list[Fault]:
     if patients < privacy.expected_batch:
         limit = f"at least the expected batch of {privacy.expected_batch:g}"
         faults.append(
-            Fault(number=402, what="site has fewer patients than the batch", value=str(patients), limit=limit, did=_DID)
+            Fault(number=402, what="site has fewer patients than the batch", value=str(patients), limit=limit, did=NOTHING_SENT)
         )
     if privacy.delta * patients > 1.0:
         what, value = "delta is larger than 1 / patients of the site", f"{privacy.delta:g}"
-        faults.append(Fault(number=402, what=what, value=value, limit=f"at most {1.0 / patients:g}", did=_DID))
+        faults.append(Fault(number=402, what=what, value=value, limit=f"at most {1.0 / patients:g}", did=NOTHING_SENT))
     return faults
 
 

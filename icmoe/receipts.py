@@ -11,6 +11,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from icmoe.chain import START
+
 LEDGER_KEY, AUDIT_KEY, RECEIPT_KEY = "ledger", "audit", "receipt"
 WORDS, WORD_BITS = 8, 32
 MOST = 2**53
@@ -33,7 +35,7 @@ class Head:
     digest: str
 
 
-EMPTY = Head(0, "0" * 64)
+EMPTY = Head(0, START)
 
 
 def numbers_of(head: Head) -> list[int]:

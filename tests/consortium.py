@@ -13,20 +13,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from loopback import NOW
+from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from fl_client import cli
 from fl_client.credentials import make_node_key
 from fl_client.kit import join
+from fl_client.participant import read_site
 from fl_server import cli as server
 from fl_server.certificates import ca_certificate, key_pem, make_key, parse_key, server_certificate
 from fl_server.home import Home, read_home
@@ -311,3 +314,17 @@ def coordinating(*sites: str, address: str | None = None) -> Iterator[Coordinato
         wait_until(lambda: listens(home.public_port) and listens(expired), "nginx on its ports")
         yield Coordinator(home, supervisor, wrong_ca, expired)
     shutil.rmtree(root)
+
+
+def assert_as_simulated(model: Path, study: Study, site_files: Sequence[Path], folder: Path) -> None:
+    """The model of a federation has the bits of the one that the same study and sites give on Flower's simulation engine."""
+    from simulations.federation import Engine, Job, run_jobs, write_sites
+
+    sites = [replace(read_site(path, study.digest), state_folder=folder, audited=False) for path in site_files]
+    write_sites(folder / "sites.json", sites)
+    names = tuple(site.name for site in sites)
+    job = Job(method="router-aware", study=study, names=names, state_path=folder / "state.safetensors")
+    simulated = run_jobs([job], folder / "sites.json", Engine(cpus=2), lambda *_: None)["router-aware", study.seed].arrays
+    federated = load_file(model)
+    assert federated.keys() == simulated.keys()
+    assert all(np.array_equal(federated[name], tensor) for name, tensor in simulated.items())

@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_client import ask, command, hospital, number_of, request, site, write_site_file
 
-from fl_client.audit import LOG, START, digests_of_round, read_log, record
+from fl_client.audit import LOG, digests_of_round, read_log, record
 from fl_client.incoming import LARGEST_RMS, STEPS, bound_faults
 from fl_client.participant import Participant
+from icmoe.chain import START
 from icmoe.errors import IcmoeError
 from icmoe.exchange import ARRAYS, UPDATE, State, global_state, state_digest
 from icmoe.model import build_model

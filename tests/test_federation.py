@@ -7,16 +7,15 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from consortium import (
     FL_SERVER,
     NGINX,
     NO_NGINX,
     Coordinator,
+    assert_as_simulated,
     children_of,
     client,
     coordinating,
@@ -30,9 +29,7 @@ from consortium import (
     wait_until,
     write_key_pair,
 )
-from safetensors.numpy import load_file
 
-from fl_client.participant import read_site
 from fl_server.home import Home
 from icmoe.study import Study
 from simulations.phantoms import PhantomSite, write_phantoms
@@ -190,21 +187,8 @@ def test_a_study_survives_the_kill_of_its_superlink_and_equals_the_simulation(
     assert "round 2 of 2: 3 of 3 sites, loss " in said
     assert "validation Dice after round 2: " in said
     assert "ICM328 flower-superlink" in (home.root / "superlink.log").read_text()
-    federated = load_file(folder / "study.model.safetensors")
-    simulated = _simulated(coordinator, study, tmp_path)
-    assert federated.keys() == simulated.keys()
-    assert all(np.array_equal(federated[name], tensor) for name, tensor in simulated.items())
-
-
-def _simulated(coordinator: Coordinator, study: Study, folder: Path) -> dict[str, np.ndarray]:
-    """The final tensors of the same study and sites on Flower's simulation engine."""
-    from simulations.federation import Engine, Job, run_jobs, write_sites
-
-    sites = [replace(read_site(coordinator.site_file(name), study.digest), state_folder=folder, audited=False) for name in NAMES]
-    write_sites(folder / "sites.json", sites)
-    job = Job(method="router-aware", study=study, names=NAMES, state_path=folder / "state.safetensors")
-    done = run_jobs([job], folder / "sites.json", Engine(cpus=2), lambda *_: None)
-    return done["router-aware", study.seed].arrays
+    site_files = [coordinator.site_file(name) for name in NAMES]
+    assert_as_simulated(folder / "study.model.safetensors", study, site_files, tmp_path)
 
 
 def test_a_second_study_runs_on_the_same_superlink(coordinator: Coordinator, sites: None) -> None:

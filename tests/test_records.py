@@ -14,12 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from fl_client import audit, cli
+from fl_client import cli
 from fl_client.audit import LOG
 from fl_client.credentials import make_node_key
 from fl_client.ledger import FILE
 from fl_client.records import Records
 from fl_client.signing import Signer, fingerprint_of, signature_holds
+from icmoe.chain import START, digest_of
 from icmoe.errors import IcmoeError
 
 BUDGET = budget_of(100.0)
@@ -63,14 +64,14 @@ def put(records: Records, lines: list[bytes]) -> None:
 
 def chained_anew(lines: list[bytes], signer: Signer | None = None) -> list[bytes]:
     """Return the lines with numbers, hashes and, with another key, signatures made to fit, as a careful forger would."""
-    entries, last = [json.loads(line) for line in lines], {"line": 0, "hash": audit.START}
+    entries, last = [json.loads(line) for line in lines], {"line": 0, "hash": START}
     for number, entry in enumerate(entries, start=1):
         entry["line"], entry["previous"] = number, last["hash"]
         if signer is not None:
             entry["by"] = fingerprint_of(signer.public())
             if number == 1:
                 entry["key"] = signer.public()
-        entry["hash"] = audit._hash(entry)
+        entry["hash"] = digest_of(entry, apart=("signature",))
         if signer is not None:
             entry["signature"] = signer.sign(entry["hash"])
         last = entry
@@ -176,8 +177,8 @@ def test_lines_of_version_one_are_read(tmp_path: Path) -> None:
     """As the first version wrote them: neither version nor signature, and no ledger beside them."""
     made = signed_records(tmp_path / "state", tmp_path / "node.key")
     made.state.mkdir()
-    entry = {"line": 1, "time": "2026-03-01T12:00:00+00:00", "event": "approved", "study": "0" * 64, "previous": audit.START}
-    put(made, [json.dumps({**entry, "hash": audit._hash(entry)}).encode() + b"\n"])
+    entry = {"line": 1, "time": "2026-03-01T12:00:00+00:00", "event": "approved", "study": "0" * 64, "previous": START}
+    put(made, [json.dumps({**entry, "hash": digest_of(entry)}).encode() + b"\n"])
     assert "none of 1 lines is signed" in run(made, "audit", "verify")[1]
     made.write("sent", {"round": 1})
     assert "signed from line 2 on" in run(made, "audit", "verify")[1]

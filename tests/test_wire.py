@@ -14,6 +14,7 @@ import pytest
 from consortium import (
     FL_CLIENT,
     NGINX,
+    assert_as_simulated,
     client,
     coordinating,
     environment,
@@ -143,7 +144,7 @@ def run_captured(home: Home, cables: dict[str, Cable], folder: Path, study_file:
 
 
 @pytest.mark.network
-def test_a_study_between_namespaces_is_one_outbound_port_without_plaintext_and_of_the_reported_size(
+def test_a_study_between_namespaces_is_one_outbound_port_without_plaintext_of_the_reported_size_and_as_simulated(
     make_study, tmp_path: Path
 ) -> None:
     if reason := why_not():
@@ -159,6 +160,8 @@ def test_a_study_between_namespaces_is_one_outbound_port_without_plaintext_and_o
             run_captured(coordinator.home, dict(zip(SITES, cables, strict=True)), tmp_path, study_file)
             folder = next(coordinator.home.runs.glob("*/study.toml")).parent  # receipts lie beside it
             history = RunState.load(folder / "study.state.safetensors", study).history
+            site_files = [tmp_path / site / f"{site}.toml" for site in SITES]
+            assert_as_simulated(folder / "study.model.safetensors", study, site_files, tmp_path)
     for site, cable in zip(SITES, cables, strict=True):
         assert_only_that(tmp_path / f"{site}.pcap", cable, port, [record["sites"][site] for record in history])
 
