@@ -20,7 +20,7 @@ from icmoe.atomic import write_atomically
 from icmoe.backbone import load_backbone
 from icmoe.cache_entries import default_cache_folder
 from icmoe.config import parse
-from icmoe.errors import Fault, IcmoeError, exit_on_fault
+from icmoe.errors import exit_on_fault
 from icmoe.exchange import global_state
 from icmoe.features import FeatureCache
 from icmoe.model import build_model
@@ -31,7 +31,7 @@ from simulations.federation import Engine, Job, run_jobs, write_sites
 from simulations.folder import RunFolder
 from simulations.hospitals import find_hospitals, make_sites
 from simulations.rehearsal import report_sites
-from simulations.scenario import read_scenario
+from simulations.scenario import chosen, read_scenario
 from simulations.screen import Screen
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -70,9 +70,7 @@ def ablate(
 ) -> None:
     """Train each variant across the same hospitals and print its validation Dice."""
     with exit_on_fault():
-        names = only.split(",") if only else list(VARIANTS)
-        if unknown := sorted(set(names) - set(VARIANTS)):
-            raise IcmoeError(Fault(number=210, where="--only", value=", ".join(unknown), limit=", ".join(VARIANTS)))
+        names = chosen(only, VARIANTS, "--only")
         options = {"data": str(data) if data else None, "seeds": list(range(1, seeds + 1))}
         study, simulation = read_scenario(scenario, {"rounds": rounds} if rounds else {}, options)
         folder = RunFolder(out)

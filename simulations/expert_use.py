@@ -193,13 +193,13 @@ def _removed(model: ICMoE, slices: Sequence[Slice], study: Study, cache: Feature
 def use_tables(use: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
     """Return title, columns and rows of each table of the report."""
     experts = tuple(use["experts"])
-    titles = {"by_class": "Share of the decision by class", "by_site": "by site", "by_distance": "by distance from the border"}
+    titles = {"by_class": "by class", "by_site": "by site", "by_distance": "by distance from the border of the foreground"}
     tables = [
-        (title, ("", *experts), [(name, *(f"{100 * share:.0f}%" for share in shares)) for name, shares in use[key].items()])
+        (f"Share of the decision {title}", ("", *experts), [_percent(name, shares) for name, shares in use[key].items()])
         for key, title in titles.items()
     ]
     removed = [("all test patients", *(f"{use['removed'][name]:+.3f}" for name in experts))]
-    reliability = [
+    reliability: list[tuple[str, ...]] = [
         (f"{row['agreement']:.2f}", f"{100 * row['share']:.1f}%", f"{100 * row['error']:.1f}%") for row in use["reliability"]
     ]
     return [
@@ -207,3 +207,7 @@ def use_tables(use: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...], list[
         ("Change of Dice without the expert", ("", *experts), removed),
         ("Agreement of the experts and error", ("mean agreement", "share of cells", "wrong"), reliability),
     ]
+
+
+def _percent(name: str, shares: Sequence[float]) -> tuple[str, ...]:
+    return (name, *(f"{100 * share:.0f}%" for share in shares))

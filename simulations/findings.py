@@ -148,6 +148,11 @@ def total(results: Results, method: str, *path: str) -> float | None:
     return mean(sums)
 
 
+def common_methods(results: Results) -> list[str]:
+    """Return the methods whose models were scored on every site's patients."""
+    return [method for method in methods(results) if method != "personalised"]
+
+
 def own_methods(results: Results) -> list[str]:
     """Return the methods that scored each site's own model on its own patients."""
     return [method for method in methods(results) if any(run.get("own_test") for run in runs(results, method))]

@@ -40,12 +40,12 @@ class Overlay:
     truth_HW, prediction_HW
         Class indices, uint8, of the image's shape; 0 is the background.
     experts_HW, expert_names
-        Index of the expert that had the largest gate, and the experts' names.
+        Index of the expert that had the largest gate, uint8, of the image's shape, and the experts' names.
 
     Raises
     ------
     ValueError
-        Where the three shapes differ or are not H W.
+        Where the shapes differ or are not H W.
     """
 
     title: str
@@ -56,9 +56,10 @@ class Overlay:
     expert_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        shapes = [self.image_HW.shape, self.truth_HW.shape, self.prediction_HW.shape]
+        maps = (self.image_HW, self.truth_HW, self.prediction_HW, self.experts_HW)
+        shapes = [item.shape for item in maps if item is not None]
         if self.image_HW.ndim != 2 or len(set(shapes)) > 1:
-            raise ValueError(f"image, truth and prediction have shapes {shapes}: one shape (rows, columns) expected")
+            raise ValueError(f"image, truth, prediction and experts have shapes {shapes}: one shape (rows, columns) expected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,23 +81,26 @@ def panels(overlay: Overlay) -> list[Panel]:
         Panel("prediction", f"{overlay.title}: prediction, {prediction}", _data_uri(prediction_HW3)),
     ]
     if overlay.experts_HW is not None:
-        grey_HW3 = np.repeat(np.clip(overlay.image_HW, 0, 1).astype(np.float32)[..., None] * 255, 3, axis=2)
         shares = np.bincount(overlay.experts_HW.ravel(), minlength=len(overlay.expert_names)) / overlay.experts_HW.size
         words = ", ".join(f"{name} {100 * share:.0f}%" for name, share in zip(overlay.expert_names, shares, strict=True))
-        decided_HW3 = _enlarged(_filled(grey_HW3, overlay.experts_HW + 1, EXPERT_COLOURS))
+        decided_HW3 = _enlarged(_filled(_grey(overlay), overlay.experts_HW + 1, EXPERT_COLOURS))
         shown.append(Panel("who decided", f"{overlay.title}: largest gate, {words}", _data_uri(decided_HW3)))
     return shown
 
 
 def pictures(overlay: Overlay) -> tuple[Picture, Picture, Picture]:
     """Return image, truth and prediction, uint8 H W 3, enlarged to at most `PANEL_PIXELS`; see `panels`."""
-    grey_HW3 = np.repeat(np.clip(overlay.image_HW, 0, 1).astype(np.float32)[..., None] * 255, 3, axis=2)
+    grey_HW3 = _grey(overlay)
     prediction_HW3 = _enlarged(_filled(grey_HW3, overlay.prediction_HW))
     # Drawn after enlarging, so that the line stays thin on coarse images.
     truth = Image.fromarray((overlay.truth_HW > 0).astype(np.uint8))
     marked_HW = np.asarray(truth.resize(prediction_HW3.shape[1::-1], Image.Resampling.NEAREST)) > 0
     prediction_HW3[_edge(marked_HW)] = OUTLINE_COLOUR
     return _enlarged(grey_HW3), _enlarged(_filled(grey_HW3, overlay.truth_HW)), prediction_HW3
+
+
+def _grey(overlay: Overlay) -> npt.NDArray[np.float32]:
+    return np.repeat(np.clip(overlay.image_HW, 0, 1).astype(np.float32)[..., None] * 255, 3, axis=2)
 
 
 def _marked(classes_HW: npt.NDArray[np.uint8]) -> str:

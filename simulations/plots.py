@@ -212,6 +212,8 @@ def _site_bars(results: Results) -> Plot | None:
         axes.tick_params(axis="y", length=0)
 
     caption = "Mean over seeds, whiskers: standard deviation between seeds. Local: the sites' models, each used at every site."
+    if "personalised" in names:
+        caption += " Personalised: each at its own."
     height_in = 0.7 + len(rows) * max(0.42, 0.13 * len(names))
     return _plot("bars", "Test Dice by site and method", caption, _bars_in_words(results, rows), height_in, draw)
 

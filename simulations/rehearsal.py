@@ -152,8 +152,8 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
         methods = score_methods(jobs, states, simulation, examiner, RunFolder(staged))
         if PERSONALISED in simulation.methods:
             methods[PERSONALISED] = score_personalised(jobs, states, examiner, folder.work, RunFolder(staged))
-    after = backbone.weights_digest()
-    require_unchanged(before, after)
+        use, shown = first_use(jobs, states, examiner), exhibits(jobs, states, examiner)
+    require_unchanged(before, after := backbone.weights_digest())
     clock.seconds |= _seconds_of(methods)
     clock.seconds["total"] = time.perf_counter() - began
     results = results_record(
@@ -163,11 +163,11 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
         backbone=study.backbone.model_dump(mode="json") | {"weights_digest_before": before, "weights_digest_after": after},
         methods=methods,
         data_check=json.loads(heard.path.read_bytes()),
-        expert_use=first_use(jobs, states, examiner),
+        expert_use=use,
         seconds=clock.seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    _write_results(results, exhibits(jobs, states, examiner), staged)
+    _write_results(results, shown, staged)
     write_cards(results, staged)
     folder.publish(staged)
     return results
@@ -321,10 +321,11 @@ def part_of(history: list[RoundRecord], names: tuple[str, ...]) -> list[RoundRec
 
 
 def _seconds_of(methods: Mapping[str, Mapping[str, Record]]) -> dict[str, float]:
-    """Return seconds of the rounds by method, summed over the seeds."""
+    """Return seconds of the rounds by method, summed over the seeds; methods without rounds are part of the scoring."""
     return {
         name: sum(sum(row["seconds"].values()) for run in by_seed.values() for row in run["rounds"])
         for name, by_seed in methods.items()
+        if any(run["rounds"] for run in by_seed.values())
     }
 
 

@@ -17,6 +17,7 @@ from simulations.findings import (
     ALONE,
     Estimate,
     Results,
+    common_methods,
     estimate,
     method_name,
     methods,
@@ -32,7 +33,7 @@ from simulations.findings import (
     worst_site,
     worth_it,
 )
-from simulations.overlays import CLASS_COLOURS, OUTLINE_COLOUR, Overlay, panels
+from simulations.overlays import CLASS_COLOURS, EXPERT_COLOURS, OUTLINE_COLOUR, Colours, Overlay, panels
 from simulations.plots import plots
 from simulations.results import CHECK_COLUMNS, check_rows
 
@@ -91,7 +92,9 @@ def render(results: Results, overlays: Sequence[Overlay]) -> str:
     environment = Environment(
         loader=PackageLoader("simulations", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template(
+        "report.html.j2"
+    ).render(
         results=results,
         facts=_facts(results),
         configuration=flattened(results.get("configuration", {})),
@@ -104,7 +107,10 @@ def render(results: Results, overlays: Sequence[Overlay]) -> str:
         plots=[(plot, Markup(plot.svg)) for plot in plots(results)],  # noqa: S704 - our own plots; Matplotlib escapes names
         use_tables=use_tables(results["expert_use"]) if results.get("expert_use") else [],
         overlays=[(overlay.title, panels(overlay)) for overlay in overlays],
-        class_colours=_class_colours(results),
+        class_colours=_coloured(results.get("labels", [])[1:], CLASS_COLOURS),
+        expert_colours=_coloured(
+            next((overlay.expert_names for overlay in overlays if overlay.experts_HW is not None), ()), EXPERT_COLOURS
+        ),
         outline_colour=_hex(OUTLINE_COLOUR),
         site_rows=_site_rows(results),
         check=results.get("data_check"),
@@ -132,7 +138,7 @@ def flattened(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
 
 def final_table(results: Results) -> list[Row]:
     """Return mean, worst site, all patients and each site, one column per method, then "own patients" columns."""
-    tests = [(name, "test") for name in methods(results)]
+    tests = [(name, "test") for name in common_methods(results)]
     columns = tests + [(name, "own_test") for name in own_methods(results)]
 
     def row(name: str, dice: Sequence[Estimate], hd95_mm: Sequence[float | None]) -> Row:
@@ -164,9 +170,8 @@ def _cell(dice: Estimate, hd95_mm: float | None) -> tuple[str, str]:
     return _text(dice.mean, 3) + deviation, "" if hd95_mm is None else f"{hd95_mm:.1f} mm"
 
 
-def _class_colours(results: Results) -> list[tuple[str, str]]:
-    names = list(results.get("labels", []))[1:]
-    return [(name, _hex(CLASS_COLOURS[index % len(CLASS_COLOURS)])) for index, name in enumerate(names)]
+def _coloured(names: Sequence[str], colours: Colours) -> list[tuple[str, str]]:
+    return [(name, _hex(colours[index % len(colours)])) for index, name in enumerate(names)]
 
 
 def _hex(colour: tuple[int, int, int]) -> str:
@@ -179,7 +184,7 @@ def _text(value: float | None, digits: int) -> str:
 
 def _column_names(results: Results) -> list[str]:
     own = [f"{method_name(method)}, own patients" for method in own_methods(results)]
-    return [method_name(method) for method in methods(results)] + own
+    return [method_name(method) for method in common_methods(results)] + own
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:

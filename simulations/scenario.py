@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,6 +98,21 @@ def read_scenario(
     if faults:
         raise IcmoeError(*faults)
     return study, simulation
+
+
+def chosen(given: str | None, known: Iterable[str], option: str) -> list[str]:
+    """Return those of the known names that a comma-separated option gives, in the order of `known`; all where it is absent.
+
+    Raises
+    ------
+    IcmoeError
+        210 for names that are not known.
+    """
+    names = list(known)
+    wanted = names if given is None else [name.strip() for name in given.split(",")]
+    if unknown := sorted(set(wanted) - set(names)):
+        raise IcmoeError(Fault(number=210, where=option, value=", ".join(unknown), limit=", ".join(names)))
+    return [name for name in names if name in wanted]
 
 
 def _study(tables: Mapping[str, Any], options: Mapping[str, Any], simulation: Simulation, where: str) -> Study:

@@ -112,7 +112,8 @@ class Screen:
             self._progress.update(self._tasks[name], description=f"{name} < {site}")
 
     def _line(self, job: Job, name: str, record: RoundRecord) -> str:
-        elapsed_s = time.monotonic() - self._began[name]
+        began_s = self._began[name]  # first, since the first look sets it
+        elapsed_s = time.monotonic() - began_s
         sites = "  ".join(f"{site} {_loss(row)}" for site, row in record["sites"].items())
         dice = self._last_dice()
         shown = "" if dice is None else f"  val Dice {dice:.3f}"
@@ -179,7 +180,8 @@ def check_table(check: dict[str, Any]) -> Table:
     """Return what the sites told of their training images, as the coordinator of a real study would see it."""
     table = Table(title="What the sites told of their training data", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in CHECK_COLUMNS:
-        table.add_column(column, justify="left" if column == "site" else "right")
+        longest_word = max(len(word) for word in column.split())
+        table.add_column(column, justify="left" if column == "site" else "right", min_width=longest_word)
     rows = check_rows(check)
     for row in rows[:MOST_ROWS]:
         table.add_row(*row)

@@ -159,6 +159,16 @@ def test_one_command_runs_scores_and_draws_up_the_table_and_then_goes_on(
     assert (out / "evidence.md").read_text() == table
 
 
+@pytest.mark.parametrize("words", [["lgg", "--out", "out", "--only", "lgg-bas"], ["splits"]])
+def test_a_wrong_name_and_a_missing_index_are_one_numbered_line(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, [*words, "--data", str(tmp_path)])
+    assert (done.exit_code, type(done.exception)) == (1, SystemExit)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", SPLITS)
 def test_a_committed_split_deals_every_case_once_and_every_site_can_be_tested(name: str) -> None:
     rows = read_split(f"hippocampus-{name}")

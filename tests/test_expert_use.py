@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis.extra import numpy as arrays
+from PIL import Image
 
-from icmoe.backbone import load_backbone
+from icmoe.backbone import grid_of, load_backbone
+from icmoe.data.slices import load_mask
 from icmoe.data.sources import read_sites
+from icmoe.evaluation import score_slices
 from icmoe.exchange import global_state, load_state, state_digest
 from icmoe.features import FeatureCache
 from icmoe.model import ICMoE, build_model
 from icmoe.prepare import encode_slices
-from simulations.expert_use import border_distance, expert_use, use_tables
-from simulations.overlays import Overlay, panels
+from icmoe.preprocess import target
+from simulations.expert_use import BANDS, Seen, _Shares, border_distance, expert_use, use_tables
+from simulations.overlays import EXPERT_COLOURS, Overlay, panels
 from simulations.phantoms import PhantomSite, write_phantoms
 
 CPU = torch.device("cpu")
@@ -74,6 +81,41 @@ def test_shares_sum_to_one_and_the_model_is_left_as_it_was(seen) -> None:
     assert any(use["removed"].values())
 
 
+def test_who_decides_inside_is_not_counted_outside() -> None:
+    truth_BKHW = torch.zeros(1, 2, 20, 20)
+    truth_BKHW[:, 1, 4:10, 4:10] = 1.0
+    truth_BKHW[:, 0] = 1.0 - truth_BKHW[:, 1]
+    shares = _Shares(2)
+    nothing_BHW = torch.zeros(1, 20, 20)
+    shares.add(Seen("Alder", truth_BKHW, nothing_BHW, nothing_BHW, truth_BKHW), ["background", "lesion"])
+    found = shares.record()
+    assert found["by_class"] == {"background": [1.0, 0.0], "lesion": [0.0, 1.0]}
+    assert found["by_distance"] == {name: [0.0, 1.0] if "inside" in name else [1.0, 0.0] for _, _, name in BANDS}
+    assert found["by_site"]["Alder"] == pytest.approx([364 / 400, 36 / 400])
+
+
+def test_errors_are_the_cells_where_the_model_is_wrong_and_removal_is_dice_lost(seen) -> None:
+    study, slices, cache = seen
+    model = shaken(build_model(study, seed=1))
+    use = expert_use(model, slices, study, cache, CPU)
+    assert use is not None
+    side = grid_of(study.backbone)
+    wrong = []
+    for item in slices:
+        logits_BKhw = model(cache.load([cache.key(item.image_digest, "identity")])).logits_BKhw
+        guess_HW = torch.nn.functional.avg_pool2d(logits_BKhw.softmax(dim=1), 2)[0].argmax(dim=0)
+        wrong.append(guess_HW != target(load_mask(item.mask, study.labels), study.classes, side).argmax(dim=0))
+    error = sum(row["share"] * row["error"] for row in use["reliability"])
+    assert error == pytest.approx(torch.stack(wrong).float().mean().item())
+
+    def dice() -> float:
+        return fmean(score.dice for score in score_slices(model, slices, study.labels, cache, CPU))
+
+    whole = dice()
+    model.balance_bias_M[2] = -1e4
+    assert use["removed"][model.expert_names[2]] == pytest.approx(dice() - whole)
+
+
 def test_experts_that_say_nothing_are_not_missed_and_a_model_without_experts_has_no_use(seen, make_study) -> None:
     study, slices, cache = seen
     use = expert_use(build_model(study, seed=1).eval(), slices, study, cache, CPU)
@@ -100,4 +142,9 @@ def test_the_map_of_who_decided_is_a_panel_with_its_shares_in_words(tmp_path: Pa
     overlay = Overlay("a slice", np.zeros((4, 4)), blank, blank, experts, ("basic-1", "semantic-1"))
     assert [panel.caption for panel in panels(overlay)] == ["image", "truth", "prediction", "who decided"]
     assert panels(overlay)[-1].alternative.endswith("basic-1 75%, semantic-1 25%")
+    painted = Image.open(io.BytesIO(base64.b64decode(panels(overlay)[-1].uri.partition(",")[2])))
+    for x, colour in ((40, EXPERT_COLOURS[0]), (310, EXPERT_COLOURS[1])):
+        assert painted.getpixel((x, 160)) == pytest.approx([0.55 * value for value in colour], abs=16)  # enlarging overshoots
+    with pytest.raises(ValueError, match="experts"):
+        Overlay("a slice", np.zeros((4, 4)), blank, blank, np.zeros((4, 5), np.uint8), ("basic-1",))
     assert len(panels(Overlay("a slice", np.zeros((4, 4)), blank, blank))) == 3

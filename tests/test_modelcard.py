@@ -16,6 +16,7 @@ from icmoe.model import build_model
 from icmoe.modelcard import LICENCES, PrivacySpent, SiteLine, write_card
 from icmoe.modelfile import ModelHeader, write_model
 from icmoe.study import BackboneChoice, read_study
+from simulations.cards import write_cards
 
 
 @pytest.fixture
@@ -110,6 +111,24 @@ def test_the_card_of_a_private_study_says_what_was_spent_and_never_that_it_was_n
     }
     assert [wanted[key] in line for key, line in zip(where, said, strict=True)] == [True] * len(where)
     assert "without differential privacy" not in card
+
+
+def test_a_rehearsal_s_cards_give_tens_and_a_site_s_own_model_its_own_score(header: ModelHeader, model: Path):
+    own = model.with_name("own.safetensors")
+    own.write_bytes(model.read_bytes())
+    common = {"sites": {"Alder": {"dice": 0.5}, "Birch": {"dice": 0.6}}}
+    runs = {
+        "router-aware": {"1": {"model": model.name, "test": common, "own_test": None}},
+        "local": {
+            "1": {"model": None, "models": {"Alder": own.name}, "test": common, "own_test": {"sites": {"Alder": {"dice": 0.7}}}}
+        },
+    }
+    results = {"methods": runs, "sites": {name: {"patients": {"train": 13}} for name in ("Alder", "Birch")}}
+    write_cards(results, model.parent)
+    shared, alone = (rows(path.with_suffix(".md").read_text()) for path in (model, own))
+    assert (shared["Alder"], shared["Birch"]) == (["20", "0.500"], ["20", "0.600"])
+    assert alone["Alder"] == ["20", "0.700"]
+    assert "Birch" not in alone
 
 
 def test_every_backbone_has_a_licence():

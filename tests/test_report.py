@@ -237,6 +237,25 @@ def test_final_table_holds_hand_computed_scores():
     assert [rows[name].best for name in ("A", "B")] == [0, 0]
 
 
+def test_personalised_models_are_shown_on_their_own_patients_alone_and_do_not_compete():
+    results = _results()
+    run = _run(0.95, exchange=False)
+    results["methods"]["personalised"] = {"1": run | {"rounds": [], "own_test": run["test"]["sites"]}}
+    rows = {row.name: row for row in final_table(results)}
+    assert rows["A"].best == 0
+    assert [dice for dice, _ in rows["A"].cells] == ["0.820 ± 0.028", "0.820 ± 0.042", "0.500 ± 0.000", "0.950", "0.600 ± 0.000"]
+    page = render(results, [])
+    assert page.count('<th scope="col">Personalised') == 1
+    assert "Personalised: each at its own." in page
+
+
+def test_who_decided_has_its_legend_only_where_it_is_shown():
+    overlay = _overlay()
+    assert "Who decided" not in render(_results(), [overlay])
+    overlay.experts_HW, overlay.expert_names = np.zeros((24, 30), np.uint8), ("basic-1", "semantic-1")
+    assert 'background: #56b4e9"></span>semantic-1' in render(_results(), [overlay])
+
+
 def test_own_test_may_be_a_whole_evaluation_record():
     results, wrapped = _results(), _results()
     for run in wrapped["methods"]["local"].values():

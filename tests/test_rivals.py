@@ -10,34 +10,31 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from icmoe.backbone import Backbone, load_backbone, weights_path
 from icmoe.errors import IcmoeError
-from icmoe.features import FeatureCache
+from icmoe.features import FeatureCache, Features
 from icmoe.model import build_model
-from icmoe.study import Study
+from icmoe.study import Study, derived_seed
 from icmoe.tinyvit import WIDTHS, TinyViT
-from simulations.evidence.rivals import table
+from icmoe.training import train_round
+from simulations.evidence.rivals import regimes, table
 from simulations.evidence.rivals.__main__ import app
-from simulations.evidence.rivals.averaging import adaptive_step, weighted_mean
 from simulations.evidence.rivals.catalogue import METHODS, build
-from simulations.evidence.rivals.encoder import Stages, encode_front, tail
+from simulations.evidence.rivals.encoder import front as front_stages
+from simulations.evidence.rivals.encoder import tail
 from simulations.evidence.rivals.encoder_adapters import add_adapters
 from simulations.evidence.rivals.lora import RANK, add_low_rank
-from simulations.evidence.rivals.pareto import front
+from simulations.evidence.rivals.mask_head import PlainHead
 from simulations.evidence.rivals.regimes import REGIMES, SHARED, Regime, start
-from simulations.evidence.rivals.run import Bench, Job, make_trainer, prepared_cache, run
+from simulations.evidence.rivals.run import Bench, Job, make_trainer, prepared_cache, run, study_of
 from simulations.evidence.rivals.sam_decoder import SamDecoder
-from simulations.evidence.rivals.segmenter import frozen_digest, trained_count, trained_state
-from simulations.evidence.rivals.table import Row
+from simulations.evidence.rivals.segmenter import Segmenter, frozen_digest, trained_count, trained_state
 from simulations.hospitals import Hospitals, find_hospitals
 from simulations.phantoms import PhantomSite, write_phantoms
 from simulations.scenario import Simulation
@@ -97,7 +94,7 @@ def fed(name: str, study: Study, backbone: Backbone) -> tuple[nn.Module, object,
     method = METHODS[name]
     pictures, target = images()
     model = build(name, study, backbone, None, seed=1)
-    given_in = backbone.encode(pictures) if method.cut is None else encode_front(Stages(backbone, 0, method.cut), pictures)
+    given_in = backbone.encode(pictures) if method.cut is None else front_stages(backbone, method.cut).encode(pictures)
     return model, given_in, nn.functional.avg_pool2d(target, SIDE // method.side(study))
 
 
@@ -132,7 +129,7 @@ def test_the_two_parts_are_the_frozen_encoder_and_adapters_change_nothing_at_sta
     if change is not None:
         change(rest)
         assert trained_count(rest) > 0
-    found, expected = rest(encode_front(Stages(backbone, 0, cut), pictures)), backbone.encode(pictures)
+    found, expected = rest(front_stages(backbone, cut).encode(pictures)), backbone.encode(pictures)
     assert torch.equal(found.embedding_BCHW, expected.embedding_BCHW)
     assert all(torch.equal(a, b) for a, b in zip(found.blocks, expected.blocks, strict=True))
 
@@ -166,17 +163,6 @@ def test_at_full_size_the_small_unet_and_the_decoder_cost_at_most_what_ours_does
     assert max(others[1:]) <= ours < trained_count(build("unet-large", full, backbone, None, seed=1))
 
 
-def test_the_decoder_gives_for_a_batch_what_the_published_class_gives_image_by_image() -> None:
-    torch.manual_seed(0)
-    decoder = SamDecoder(3, 8, None, whole=False).eval()
-    embedding_BCHW = torch.randn(2, 256, 8, 8)
-    batch = decoder(SimpleNamespace(embedding_BCHW=embedding_BCHW))
-    dense = decoder.no_mask_1C[..., None, None].expand(1, -1, 8, 8)
-    for row, logits in zip(embedding_BCHW, batch, strict=True):
-        single, _ = decoder.sam.predict_masks(row[None], decoder.positions_1CHW, torch.empty(1, 0, 256), dense)
-        torch.testing.assert_close(single[0], logits, rtol=1e-4, atol=1e-5)
-
-
 @needs_wheel
 def test_the_published_decoder_loads_and_every_class_starts_from_its_single_mask() -> None:
     weights = torch.load(weights_path("lite-medsam", None), map_location="cpu", weights_only=True)
@@ -187,37 +173,6 @@ def test_the_published_decoder_loads_and_every_class_starts_from_its_single_mask
     logits = decoder(real.encode(images()[0]))
     assert logits.shape == (2, 3, SIDE, SIDE)
     torch.testing.assert_close(logits[:, 0], logits[:, 2], rtol=1e-3, atol=1e-3)
-
-
-numbers = st.floats(-1e3, 1e3, width=32)
-
-
-@given(st.dictionaries(st.sampled_from("abcd"), st.tuples(st.integers(1, 500), numbers), min_size=1))
-def test_the_average_weighs_sites_by_their_slices_and_stays_among_them(sites: dict[str, tuple[int, float]]) -> None:
-    mean = weighted_mean({k: {"w": torch.tensor([x])} for k, (_, x) in sites.items()}, {k: n for k, (n, _) in sites.items()})
-    values = [x for _, x in sites.values()]
-    expected = sum(n * x for n, x in sites.values()) / sum(n for n, _ in sites.values())
-    assert mean["w"].item() == pytest.approx(expected, rel=1e-4, abs=1e-2)
-    assert min(values) - 1e-2 <= mean["w"].item() <= max(values) + 1e-2
-
-
-@pytest.mark.parametrize("kind", ["adam", "yogi"])
-def test_adaptive_steps_are_those_of_flower(kind: str) -> None:
-    from flwr.app import Array, ArrayRecord
-
-    from fl_server.aggregate import flower_reply
-    from fl_server.server_optimizer import FLOWER_STRATEGIES
-
-    flower = FLOWER_STRATEGIES[kind](eta=0.01, tau=1e-3)
-    generator, state, moments = torch.Generator().manual_seed(0), {"w": torch.randn(7)}, {}
-    for round_number in (1, 2, 3):
-        mean = {"w": state["w"] + 0.1 * torch.randn(7, generator=generator)}
-        flower.current_arrays = {"w": state["w"].numpy()}
-        theirs, _ = flower.aggregate_train(
-            round_number, [flower_reply(ArrayRecord({"w": Array(mean["w"].numpy())}), "num-examples", 1)]
-        )
-        state, moments = adaptive_step(kind, state, mean, moments, rate=0.01, round_number=round_number)
-        torch.testing.assert_close(state["w"], torch.tensor(theirs["w"].numpy()).float(), rtol=1e-5, atol=1e-6)
 
 
 def after(rounds: int, bench: Bench, regime: Regime, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Tensor]]:
@@ -298,6 +253,48 @@ def test_a_record_says_what_was_trained_sent_and_scored(bench: Bench) -> None:
     assert [record["test"] is None for record in (shared, alone, pooled)] == [False, True, False]
     assert [record["own_test"] is None for record in (shared, alone, pooled)] == [True, False, True]
     assert {row["patients"] for row in alone["own_test"]["sites"].values()} == {1}
+
+
+def test_a_frozen_part_that_moves_stops_the_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Drifting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, features: Features) -> Features:
+            self.seen += 1
+            return features
+
+    drifting = replace(METHODS["mask-head"], build=lambda study, *_: Segmenter(Drifting(), PlainHead(study)))
+    monkeypatch.setitem(METHODS, "drifting", drifting)
+    with pytest.raises(IcmoeError, match="ICM401"):
+        run(Job(method="drifting", regime="fedavg", seed=1), bench)
+    assert not list(bench.folder.glob("results/*"))
+
+
+def test_every_round_and_site_draws_the_batches_of_the_rehearsal(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+    monkeypatch.setattr(
+        regimes, "train_round", lambda *given, seed, **more: (seeds.append(seed), train_round(*given, seed=seed, **more))[1]
+    )
+    after(2, bench, REGIMES["fedavg"], monkeypatch)
+    assert seeds == [derived_seed(bench.study, "train", site, number) for number in (1, 2) for site in ("Alder", "Birch")]
+
+
+def test_the_learning_rate_is_the_method_s_share_of_the_study_s(study: Study) -> None:
+    rates = {name: study_of(Job(method=name, regime="fedavg", seed=1), study).training.learning_rate for name in METHODS}
+    tenth = {name for name, rate in rates.items() if rate == pytest.approx(0.1 * study.training.learning_rate)}
+    assert tenth == {"partial", "full"}
+    assert all(rates[name] == study.training.learning_rate for name in METHODS if name not in tenth)
+
+
+def test_sites_own_models_stand_in_the_table_where_there_are_any(bench: Bench) -> None:
+    job = Job(method="mask-head", regime="ditto", seed=1)
+    record = run(job, bench)
+    record["own_test"]["mean"]["dice"] = record["test"]["mean"]["dice"] + 0.1
+    bench.result_path(job).write_text(json.dumps(record))
+    (row,) = (row for row in table.read_rows(bench.folder, None) if row.seeds)
+    assert row.mean == record["own_test"]["mean"]["dice"]
 
 
 @pytest.mark.parametrize("harm", ["other rounds", "other study", "damaged"])
@@ -382,15 +379,3 @@ def test_a_wrong_choice_is_one_numbered_line(words: list[str], tmp_path: Path) -
     assert done.exit_code == 1
     assert isinstance(done.exception, SystemExit)
     assert not (tmp_path / "out").exists()
-
-
-@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1), st.booleans()), min_size=1))
-def test_nobody_on_the_front_is_beaten_at_its_cost(points: list[tuple[int, float, bool]]) -> None:
-    rows = [Row(title="", regime="", parameters=size, mean=dice, short=short) for size, dice, short in points]
-    line = front(rows)
-    full = [(size, dice) for size, dice, short in points if not short]
-    assert set(line) <= set(full)
-    for size, dice in full:
-        assert max(best for cost, best in line if cost <= size) >= dice
-    assert line == sorted(line)
-    assert len({dice for _, dice in line}) == len(line)

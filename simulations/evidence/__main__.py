@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from icmoe.atomic import write_atomically
-from icmoe.errors import exit_on_fault
+from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from simulations.evidence.dealing import FOLDER, hippocampus_splits, split_text
 from simulations.evidence.patients import score_run
 from simulations.evidence.plan import PLANS, SEEDS, Plan, Run
@@ -21,7 +21,7 @@ from simulations.evidence.sites import made_sites
 from simulations.evidence.tables import section, write_tables
 from simulations.folder import RunFolder
 from simulations.rehearsal import rehearse
-from simulations.scenario import read_scenario
+from simulations.scenario import chosen, read_scenario
 from simulations.screen import Screen
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -60,17 +60,20 @@ def tables(out: Out) -> None:
 @app.command()
 def splits(data: Data) -> None:
     """Make the split files of the hippocampus volumes again."""
-    with (data / "index.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    for name, dealt in hippocampus_splits(rows).items():
-        write_atomically(FOLDER / f"hippocampus-{name}.csv", split_text(rows, dealt).encode())
+    with exit_on_fault():
+        if not (index := data / "index.csv").is_file():
+            raise IcmoeError(Fault(number=205, where=str(index), did="No split was written."))
+        with index.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        for name, dealt in hippocampus_splits(rows).items():
+            write_atomically(FOLDER / f"hippocampus-{name}.csv", split_text(rows, dealt).encode())
 
 
 def _table(name: str, data: Path, out: Path, seeds: int, only: str | None, scenario: Path | None) -> None:
     plan = PLANS[name]
-    chosen = [run for run in plan.runs if only is None or run.name in only.split(",")]
     with exit_on_fault():
-        for run in chosen:
+        names = chosen(only, [run.name for run in plan.runs], "--only")
+        for run in (run for run in plan.runs if run.name in names):
             _rehearse(plan, run, data, out, seeds, scenario)
             score_run(RunFolder(out / run.name), personal="local" in run.methods)
         write_tables(out)

@@ -46,6 +46,7 @@ from icmoe.profiles import merged, spelled_out
 from icmoe.study import Study, derived_seed
 from icmoe.training import train_round
 from simulations.phantoms import DEFAULT_SITES, write_phantoms
+from simulations.scenario import chosen
 
 CPU = torch.device("cpu")
 TEST_PATIENTS = 60
@@ -232,7 +233,8 @@ def main(
         runs = [Run(**row) for row in json.loads(kept.read_text())] if kept.exists() else []
         done = {(run.patients, run.target, run.variant, run.seed) for run in runs}
         sites: dict[int, dict[str, SiteData]] = {}
-        for key in wanted(patients or [100, 500, 2000], seeds, variants or []):
+        tried = chosen(",".join(variants), VARIANTS, "--variants") if variants else []
+        for key in wanted(patients or [100, 500, 2000], seeds, tried):
             if key not in done:
                 sites[key[0]] = sites.get(key[0]) or phantoms_of(key[0], out)
                 runs.append(one_run(*key, sites[key[0]]))

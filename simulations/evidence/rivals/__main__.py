@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +16,7 @@ from simulations.evidence.rivals.regimes import REGIMES
 from simulations.evidence.rivals.run import Job
 from simulations.evidence.rivals.table import read_rows, write_table
 from simulations.folder import RunFolder
+from simulations.scenario import chosen
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -35,8 +35,8 @@ def rivals(
 ) -> None:
     """Train the chosen rivals from where they stopped, cheapest first, then write table and plot of all that is there."""
     with exit_on_fault():
-        names = _chosen(methods, METHODS, "--methods")
-        ways = _chosen(regimes, REGIMES, "--regimes")
+        names = chosen(methods, METHODS, "--methods")
+        ways = chosen(regimes, REGIMES, "--regimes")
         jobs = [
             Job(method=name, regime=way, seed=seed, rounds=rounds)
             for seed in _numbers(seeds)
@@ -51,14 +51,6 @@ def rivals(
             write_table(out, rows)
             write_pareto(out, rows)
             print(f"{out / 'rivals.md'} and {out / 'pareto.svg'} show what is there.")
-
-
-def _chosen(given: str | None, known: Iterable[str], option: str) -> list[str]:
-    names = list(known)
-    wanted = names if given is None else [name.strip() for name in given.split(",")]
-    if unknown := sorted(set(wanted) - set(names)):
-        raise IcmoeError(Fault(number=210, where=option, value=", ".join(unknown), limit=", ".join(names)))
-    return [name for name in names if name in wanted]
 
 
 def _numbers(text: str) -> list[int]:

@@ -1,20 +1,24 @@
 """How the sites' models become one: FedAvg and the adaptive server steps, as pure functions on named tensors.
 
-FedAvg: McMahan et al., arXiv 1602.05629. FedAdam and FedYogi: Reddi et al., arXiv 2003.00295, algorithm 2, with the
-bias correction that Flower's FedAdam has; equal to Flower's classes, which a test holds them to.
+FedAvg: McMahan et al., arXiv 1602.05629. FedAdam and FedYogi: Reddi et al., arXiv 2003.00295, algorithm 2, as Flower's
+classes compute it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Literal
 
+import numpy as np
 import torch
+from flwr.app import Array, ArrayRecord
 
+from fl_server.aggregate import flower_reply
+from fl_server.round_strategy import Tensors
+from fl_server.server_optimizer import FLOWER_STRATEGIES
 from icmoe.exchange import State
 
-BETA_1, BETA_2, TAU = 0.9, 0.99, 1e-3
+TAU = 1e-3
 Adaptive = Literal["adam", "yogi"]
 
 
@@ -34,7 +38,7 @@ def weighted_mean(states: Mapping[str, State], sizes: Mapping[str, int]) -> Stat
 
 
 def adaptive_step(
-    kind: Adaptive, before: State, mean: State, moments: dict[str, State], *, rate: float, round_number: int
+    kind: Adaptive, before: State, mean: State, moments: Mapping[str, State], *, rate: float, round_number: int
 ) -> tuple[State, dict[str, State]]:
     """Return the tensors after the step that takes ``mean - before`` as pseudo-gradient, and the new moments.
 
@@ -51,16 +55,20 @@ def adaptive_step(
     round_number
         From 1.
     """
-    m, v, after = {}, {}, {}
-    corrected = rate
-    if kind == "adam":
-        corrected *= math.sqrt(1 - BETA_2 ** (round_number + 1)) / (1 - BETA_1 ** (round_number + 1))
-    for name, start in before.items():
-        delta = mean[name] - start
-        old_m, old_v = (moments[key][name] if moments else torch.zeros_like(start) for key in ("m", "v"))
-        m[name] = BETA_1 * old_m + (1 - BETA_1) * delta
-        square = delta.square()
-        pull = (old_v - square) if kind == "adam" else square * torch.sign(old_v - square)
-        v[name] = old_v - (1 - BETA_2) * pull
-        after[name] = start + corrected * m[name] / (v[name].sqrt() + TAU)
-    return after, {"m": m, "v": v}
+    flower = FLOWER_STRATEGIES[kind](eta=rate, tau=TAU)
+    flower.current_arrays = _arrays(before)
+    flower.m_t, flower.v_t = (_arrays(moments[key]) if moments else None for key in ("m", "v"))
+    reply = flower_reply(ArrayRecord({name: Array(array) for name, array in _arrays(mean).items()}), "num-examples", 1)
+    stepped, _ = flower.aggregate_train(round_number, [reply])
+    assert stepped is not None
+    after = _state({name: array.numpy() for name, array in stepped.items()})
+    return after, {"m": _state(flower.m_t or {}), "v": _state(flower.v_t or {})}
+
+
+def _arrays(state: State) -> Tensors:
+    return {name: tensor.numpy() for name, tensor in state.items()}
+
+
+def _state(arrays: Tensors) -> State:
+    """Return float32 tensors: Flower's learning rate is a float64 scalar and lifts them."""
+    return {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import shutil
-import subprocess
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +15,7 @@ from icmoe.backbone import load_backbone, weights_path
 from icmoe.cache_entries import default_cache_folder
 from icmoe.errors import Fault, IcmoeError
 from icmoe.features import FeatureCache
+from simulations.evidence.patients import commit
 from simulations.evidence.rivals.regimes import CPU
 from simulations.evidence.rivals.run import Bench, Job, run
 from simulations.hospitals import find_hospitals
@@ -43,7 +42,7 @@ def open_bench(data: Path, out: Path, scenario: Path | None) -> Bench:
         cache=FeatureCache.of(default_cache_folder(), study),
         folder=out,
         tell=lambda line: print(line, flush=True),
-        commit=_commit(),
+        commit=commit(),
     )
 
 
@@ -71,12 +70,3 @@ def run_all(jobs: Sequence[Job], data: Path, out: Path, scenario: Path | None, e
 def _run_one(job: Job, data: Path, out: Path, scenario: Path | None, end: float) -> bool:
     torch.set_num_threads(1)
     return run(job, open_bench(data, out, scenario), until=lambda: time.monotonic() > end) is not None
-
-
-def _commit() -> str:
-    """Return the commit of this code, marked where files differ from it; empty outside a checkout."""
-    git = shutil.which("git")
-    if git is None:
-        return ""
-    words = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=30).stdout.strip()

@@ -14,7 +14,6 @@ from icmoe.study import Study
 from simulations.evidence.rivals.adapter import adapter_head
 from simulations.evidence.rivals.encoder import tail
 from simulations.evidence.rivals.encoder_adapters import add_adapters
-from simulations.evidence.rivals.fine_tuning import set_free
 from simulations.evidence.rivals.lora import add_low_rank
 from simulations.evidence.rivals.mask_head import PlainHead
 from simulations.evidence.rivals.sam_decoder import SamDecoder
@@ -60,21 +59,6 @@ class Method:
         return self.cells * grid_of(study.backbone)
 
 
-def _ours(study: Study, backbone: Backbone, weights: Weights) -> nn.Module:
-    del backbone, weights
-    return build_model(study, seed=torch.initial_seed())
-
-
-def _mask_head(study: Study, backbone: Backbone, weights: Weights) -> nn.Module:
-    del backbone, weights
-    return Segmenter(nn.Identity(), PlainHead(study))
-
-
-def _adapter(study: Study, backbone: Backbone, weights: Weights) -> nn.Module:
-    del backbone, weights
-    return Segmenter(nn.Identity(), adapter_head(study))
-
-
 def _sam_decoder(study: Study, backbone: Backbone, weights: Weights) -> nn.Module:
     return Segmenter(nn.Identity(), SamDecoder(study.classes, backbone.grid, weights, whole=False))
 
@@ -85,35 +69,33 @@ def _samed(study: Study, backbone: Backbone, weights: Weights) -> nn.Module:
     return Segmenter(encoder, SamDecoder(study.classes, backbone.grid, weights, whole=True))
 
 
-def _msa(study: Study, backbone: Backbone, weights: Weights) -> nn.Module:
-    del weights
+def _msa(study: Study, backbone: Backbone, _weights: Weights) -> nn.Module:
     encoder = tail(backbone, 1)
     add_adapters(encoder)
     return Segmenter(encoder, PlainHead(study))
 
 
 def _fine_tuned(cut: int) -> Build:
-    def build(study: Study, backbone: Backbone, weights: Weights) -> nn.Module:
-        del weights
-        encoder = tail(backbone, cut)
-        set_free(encoder)
-        return Segmenter(encoder, PlainHead(study))
+    """Return the builder of the mask head over an encoder that trains from stage `cut` on; batch norm keeps its statistics."""
+    return lambda study, backbone, _: Segmenter(tail(backbone, cut).requires_grad_(requires_grad=True), PlainHead(study))
 
-    return build
+
+def _without_encoder(decoder: Callable[[Study], nn.Module]) -> Build:
+    return lambda study, _, __: Segmenter(nn.Identity(), decoder(study))
 
 
 def _unet(channels: tuple[int, ...]) -> Build:
-    def build(study: Study, backbone: Backbone, weights: Weights) -> nn.Module:
-        del backbone, weights
-        return Segmenter(nn.Identity(), UNet(study.classes, channels))
+    return _without_encoder(lambda study: UNet(study.classes, channels))
 
-    return build
+
+def _ours(study: Study, _backbone: Backbone, _weights: Weights) -> nn.Module:
+    return build_model(study, seed=torch.initial_seed())
 
 
 METHODS: dict[str, Method] = {
     "ic-moe": Method(title="IC-MoE, plain averaging, no balance bias", build=_ours, regimes=ON_FEATURES),
-    "mask-head": Method(title="mask head alone", build=_mask_head, regimes=ON_FEATURES),
-    "adapter": Method(title="one adapter of IC-MoE's size", build=_adapter, regimes=ON_FEATURES),
+    "mask-head": Method(title="mask head alone", build=_without_encoder(PlainHead), regimes=ON_FEATURES),
+    "adapter": Method(title="one adapter of IC-MoE's size", build=_without_encoder(adapter_head), regimes=ON_FEATURES),
     "sam-decoder": Method(title="frozen SAM decoder, no prompt", build=_sam_decoder, cells=4, regimes=ON_FEATURES),
     "unet-small": Method(title="U-Net, at most IC-MoE's size", build=_unet(SMALL), cut=0, cells=4),
     "unet-large": Method(title="U-Net, large", build=_unet(LARGE), cut=0, cells=4),

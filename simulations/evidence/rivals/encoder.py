@@ -7,17 +7,13 @@ nothing else. Cut 0 keeps the image itself, cut 1 the output of the first stage,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from icmoe.backbone import Backbone, folded
-from icmoe.data.slices import Slice
 from icmoe.features import FeatureCache, Features
-from icmoe.prepare import wanted_views
-from icmoe.study import View
 from icmoe.tinyvit import TinyViT
 
 STAGES = 4
@@ -38,11 +34,11 @@ class Stages(nn.Module):
     def __init__(self, backbone: Backbone, first: int, last: int) -> None:
         super().__init__()
         source = cast("TinyViT", backbone.encoder)
-        self.first, self.grid = first, backbone.grid
+        self.first, self.grid, self.image_size = first, backbone.grid, backbone.image_size
         self.patch_embed = copy.deepcopy(source.patch_embed) if first == 0 and last > 0 else None
         self.layers = nn.ModuleList(copy.deepcopy(source.layers[index]) for index in range(first, last))
         self.neck = copy.deepcopy(source.neck) if last == STAGES else None
-        for index in range(first, min(last, TAPPED)):
+        for index in range(TAPPED):
             self.register_buffer(f"projection_{index}", getattr(backbone, f"projection_{index}").clone())
         self.requires_grad_(requires_grad=False)
         self.train(mode=False)
@@ -70,53 +66,23 @@ class Stages(nn.Module):
                 blocks.append(torch.einsum("oc,bchw->bohw", projection, folded(x_BCHW, self.grid)))
         return Features(x_BCHW if self.neck is None else self.neck(x_BCHW), tuple(blocks))
 
+    @torch.no_grad()
+    def encode(self, images_B3SS: Tensor) -> Features:
+        """Return what the tail behind these stages is fed with; in place of `Backbone.encode` for `icmoe.prepare`."""
+        output: Features = self(Features(images_B3SS[:, :1], ()))
+        return output
+
+
+def front(backbone: Backbone, cut: int) -> Stages:
+    """Return the part before stage `cut`."""
+    return Stages(backbone, 0, cut)
+
 
 def tail(backbone: Backbone, cut: int) -> Stages:
     """Return the part from stage `cut` on, frozen; a rival sets free what it trains."""
     return Stages(backbone, cut, STAGES)
 
 
-@torch.no_grad()
-def encode_front(front: Stages, images_B3SS: Tensor) -> Features:
-    """Return what the tail behind `front` is fed with."""
-    output: Features = front(Features(images_B3SS[:, :1], ()))
-    return output
-
-
 def front_cache(folder_of: FeatureCache, backbone: Backbone, cut: int) -> FeatureCache:
     """Return the cache of the front's outputs, beside the features and so under the same rules of access and deletion."""
     return FeatureCache(folder_of.folder, f"{backbone.digest}/stage{cut}", backbone.image_size, block_features=True)
-
-
-def fill_front_cache(
-    slices: Iterable[Slice],
-    views: tuple[View, ...],
-    cache: FeatureCache,
-    backbone: Backbone,
-    cut: int,
-    *,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Compute what the cache lacks; may be killed and started again.
-
-    Parameters
-    ----------
-    slices
-        Of any number of sites.
-    views
-        Of training slices; the others need the identity alone.
-    cache
-        Of `front_cache`.
-    backbone, cut
-        What computes it.
-    on_progress
-        Called with (done, to do).
-    """
-    front = Stages(backbone, 0, cut)
-    unique = {item.key: item for item in wanted_views(list(slices), views, cache, backbone.image_size)}
-    missing = [item for item in unique.values() if not cache.contains(item.key)]
-    for done, item in enumerate(missing, start=1):
-        features = encode_front(front, item.read()[None])
-        cache.put(item.key, features.embedding_BCHW[0], [block[0] for block in features.blocks])
-        if on_progress is not None:
-            on_progress(done, len(missing))

@@ -24,7 +24,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
 }
 LABEL_LEFT_ABOVE = 1_000_000
-PANELS = (("FedAvg", ("FedAvg", "router-aware")), ("pooled", ("pooled",)))
+PANELS = (("one model, averaged over the sites", ("FedAvg", "router-aware")), ("pooled data", ("pooled",)))
 
 
 def front(rows: Sequence[Row]) -> list[tuple[int, float]]:
@@ -53,7 +53,7 @@ def write_pareto(folder: Path, rows: Sequence[Row]) -> None:
 
 def _panel(axes: Axes, title: str, rows: Sequence[Row]) -> None:
     there = {row.title for row in rows if row.mean is not None}
-    missing = ", ".join(row.title for row in rows if row.title not in there)
+    missing = "; ".join(row.title for row in rows if row.title not in there)
     axes.set_title(title, loc="left")
     axes.set_xscale("log")
     axes.set_xlabel("trained parameters" + (f"\n{textwrap.fill(f'not run: {missing}', 58)}" if missing else ""))

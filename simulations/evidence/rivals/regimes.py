@@ -19,7 +19,6 @@ from icmoe.exchange import State
 from icmoe.model import ICMoE
 from icmoe.study import Study, derived_seed
 from icmoe.training import train_round
-from simulations.alone import POOLED
 from simulations.evidence.rivals.averaging import Adaptive, adaptive_step, weighted_mean
 from simulations.evidence.rivals.segmenter import put_trained, trained_state
 
@@ -160,6 +159,3 @@ class Trainer:
         )
         loss = math.nan if result.loss is None else result.loss  # withheld only under privacy
         return trained_state(self.model), loss
-
-
-__all__ = ["POOLED", "REGIMES", "SHARED", "Progress", "Regime", "Trainer", "start"]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,9 +27,10 @@ from icmoe.features import FeatureCache
 from icmoe.metrics import PatientScore, evaluation_record
 from icmoe.prepare import encode_slices
 from icmoe.study import Study, canonical_json, derived_seed
+from simulations.alone import POOLED
 from simulations.evidence.rivals.catalogue import METHODS, Weights, build
-from simulations.evidence.rivals.encoder import fill_front_cache, front_cache
-from simulations.evidence.rivals.regimes import CPU, POOLED, REGIMES, SHARED, Progress, Trainer, start
+from simulations.evidence.rivals.encoder import front, front_cache
+from simulations.evidence.rivals.regimes import CPU, REGIMES, SHARED, Progress, Trainer, start
 from simulations.evidence.rivals.segmenter import frozen_digest, put_trained, trained_count
 from simulations.hospitals import Hospitals
 from simulations.scoring import require_unchanged
@@ -222,7 +223,8 @@ def prepared_cache(method: str, bench: Bench) -> FeatureCache:
         encode_slices(everything, bench.study, bench.backbone, bench.cache)
         return bench.cache
     cache = front_cache(bench.cache, bench.backbone, cut)
-    fill_front_cache(everything, bench.study.training.views, cache, bench.backbone, cut)
+    # Of a backbone, `encode_slices` asks no more than the stages have.
+    encode_slices(everything, bench.study, cast("Backbone", front(bench.backbone, cut)), cache)
     return cache
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from icmoe.atomic import write_atomically
@@ -17,6 +17,7 @@ from icmoe.study import Study
 from simulations.evidence.rivals.catalogue import METHODS
 from simulations.evidence.rivals.regimes import REGIMES
 from simulations.evidence.rivals.segmenter import trained_count
+from simulations.results import summary_of
 
 Record = dict[str, Any]
 OURS = {"router-aware": "router-aware", "fedavg": "t = 0", "personal": "personal", "pooled": "pooled", "local": "each site alone"}
@@ -24,7 +25,8 @@ NOTES = (
     "Dice is the mean over the site's test patients, each scored as a volume; the mean is that of the sites; after ± stands the "
     "standard deviation over the seeds. For sites alone and Ditto it is each site's own model on its own test, otherwise one "
     "model on all tests. Bytes are the float32 tensors that one site sends in one round; as many come back. Core-seconds are "
-    "those of training, all rounds and sites together, one seed; encoding the frozen part once is not in them. Memory is the "
+    "those of training, all rounds and sites together, one seed; encoding the frozen part once is not in them. For IC-MoE as "
+    "released they are seconds on the clock of its sites, one thread each, so that a busy machine adds to them. Memory is the "
     "process's peak during training. A row of the second table says what that few rounds give, and is no verdict on the "
     "method. Learning rates were not tuned; encoders that are fine-tuned have a tenth of the study's."
 )
@@ -124,12 +126,11 @@ def _row(method: str, way: str, records: Sequence[Record]) -> Row:
 
 
 def _dice(tests: Sequence[Record]) -> dict[str, Any]:
-    names = [name for name, row in tests[0]["sites"].items() if row["dice"] is not None]
-    means = [test["mean"]["dice"] for test in tests]
+    found = summary_of([{"test": test} for test in tests])
     return {
-        "dice": {name: fmean(test["sites"][name]["dice"] for test in tests) for name in names},
-        "mean": fmean(means),
-        "spread": stdev(means) if len(means) > 1 else None,
+        "dice": {name: row["mean"] for name, row in found["per_site"].items() if row["mean"] is not None},
+        "mean": found["dice_mean"],
+        "spread": found["dice_mean_std"],
     }
 
 
