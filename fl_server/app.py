@@ -6,10 +6,12 @@ import fcntl
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from flwr.app import Context
@@ -39,6 +41,9 @@ from icmoe.modelfile import ModelHeader, write_model
 from icmoe.study import Study, derived_seed, read_study
 
 log = logging.getLogger("fl_server")
+
+HANDOVER_S = 60.0  # a stopped run asks its SuperLink every few seconds, but not while it aggregates
+HANDOVER_LOOK_S = 0.2
 
 
 def make_strategy(
@@ -144,6 +149,8 @@ def say(path: Path, line: str) -> None:
 def only_run_of(path: Path) -> Iterator[None]:
     """Hold the study while it runs, so that two runs never write one state.
 
+    A run that was stopped goes on until its next call to the SuperLink is refused; it is waited for.
+
     Yields
     ------
     None
@@ -151,11 +158,20 @@ def only_run_of(path: Path) -> Iterator[None]:
     Raises
     ------
     IcmoeError
-        506 where another run holds it.
+        506 where another run holds it for `HANDOVER_S`.
     """
+    ends = time.monotonic() + HANDOVER_S
     with path.with_suffix(".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise IcmoeError(Fault(number=506, where=path.parent.name, did="This run ends; the other goes on.")) from None
+        while not _held(lock):
+            if time.monotonic() > ends:
+                raise IcmoeError(Fault(number=506, where=path.parent.name, did="This run ends; the other goes on."))
+            time.sleep(HANDOVER_LOOK_S)
         yield
+
+
+def _held(lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -16,7 +16,7 @@ import pytest
 from exports import export_of, taken, write_series
 
 TESTS = Path(__file__).resolve().parent
-PATIENTS, ROUNDS = 16, 6
+PATIENTS, ROUNDS, MOST_ROUNDS = 16, 6, 30
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -92,7 +92,9 @@ def test_killed_at_any_moment_it_ends_the_same(undisturbed: tuple[Path, int]):
     assert len(want["frame"]) == 3 * PATIENTS
     moments = random.Random(5)
     hits = {"reading": 0, "decoding": 0}
-    for number in range(ROUNDS):
+    for number in range(MOST_ROUNDS):  # how far the work is at a moment is up to the machine: as many as it takes to hit both
+        if number >= ROUNDS and min(hits.values()) >= 2:
+            break
         place = with_secret(root / f"killed{number}")
         for later in (False, True):  # the second time it begins where the first one left it
             step = 1 + moments.randrange(steps // 2) if not later else 1 + moments.randrange(PATIENTS)
