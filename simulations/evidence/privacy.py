@@ -1,9 +1,10 @@
 """What patient-level differential privacy costs in quality: phantoms of 100, 500 and 2000 patients in the whole federation.
 
-`nice -n 19 python simulations/evidence/privacy.py --out DIR` trains one IC-MoE (profile `lite`, 128 px, one slice and one
+`nice -n 19 python -m simulations.evidence.privacy --out DIR` trains one IC-MoE (profile `lite`, 128 px, one slice and one
 view per patient, four hospitals) without privacy and at epsilon 8, 3 and 1 (delta = 1 / (10 n), three seeds), and prints
-Dice, epsilon, seconds and memory as they are. Every finished run is kept: the same command goes on after an
-interruption and adds what is missing. Federated in one process, by the product's own local training and averaging.
+Dice, epsilon, seconds and memory as they are. `--data FOLDER` does so with real hospitals, up to four slices of a patient
+in a step; hospitals with fewer than `FEWEST` patients stay out. Every finished run is kept: the same command goes on after
+an interruption and adds what is missing. Federated in one process, by the product's own local training and averaging.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer import Option
 
 from fl_server.router_aware import combine
 from fl_server.weights import plain_share
@@ -44,24 +46,37 @@ from icmoe.model import build_model
 from icmoe.prepare import encode_slices
 from icmoe.privacy import private_round
 from icmoe.profiles import merged, spelled_out
-from icmoe.study import Study, derived_seed
+from icmoe.study import Label, Study, derived_seed
 from icmoe.training import train_round
 from simulations.phantoms import DEFAULT_SITES, write_phantoms
 from simulations.scenario import chosen
 
 CPU = torch.device("cpu")
 TEST_PATIENTS = 60
-SMALLEST = 100
+FULL_SHARE = 100  # patients up to which a step takes half of them
+ROUNDS = 5
+PHANTOM_SEED = 11
+LABELS = [{"name": "background", "values": [0]}, {"name": "lesion", "values": [1, 255]}]
 HOSPITALS = len(DEFAULT_SITES)
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
     "frozen router": {"privacy": {"site": {"frozen_router": True}}},
     "sgd": {"training": {"learning_rate": 0.5}, "privacy": {"site": {"optimizer": "sgd"}}},
     "averaged": {"privacy": {"site": {"average_last": 0.5}}},
-    "every patient each step": {"privacy": {"site": {"sample_rate": 1.0}}},
+    "few steps of everybody": {"privacy": {"site": {"sample_rate": 1.0, "steps": 4}}},
     "full model": {"profile": None},
+    "warm-up": {},
+    "warm-up and small steps": {"training": {"learning_rate": 1e-4}},
+    "warm-up and few steps of everybody": {
+        "training": {"learning_rate": 3e-4},
+        "privacy": {"site": {"sample_rate": 1.0, "steps": 4, "average_last": 0.5}},
+    },
 }
-"""Changes to the private study, to see which help."""
+"""Changes to the private study, to see which help; a warm-up trains on other phantoms first, without privacy."""
+WARM_ALONE = "warm-up alone"
+WARM_PATIENTS, WARM_SEED = 500, 12
+FEWEST = 4
+PHANTOMS = "phantoms"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +103,8 @@ class Run:
         Process CPU seconds of the training.
     peak_mb
         Largest resident set of the process so far.
+    source
+        Where the patients are from: "phantoms" or a folder's name.
     """
 
     patients: int
@@ -99,31 +116,55 @@ class Run:
     noise_multiplier: float
     cpu_s: float
     peak_mb: float
+    source: str = PHANTOMS
 
 
-def study_of(patients: int, target: float | None, variant: str, seed: int) -> Study:
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """Hospitals to train with.
+
+    Parameters
+    ----------
+    patients
+        Training patients of the whole federation.
+    smallest
+        Training patients of the smallest hospital.
+    slices
+        Slices of a patient per step.
+    sites
+        The hospitals.
+    """
+
+    patients: int
+    smallest: int
+    slices: int
+    sites: dict[str, SiteData]
+
+
+def study_of(cohort: Cohort, target: float | None, variant: str, seed: int) -> Study:
     """Return the study of one run.
 
     A step takes half of 100 patients and a share of more that falls with the root of their number: it costs twice as
     much for four times the patients. Without privacy the epochs fall alike.
     """
-    fewer = math.sqrt(SMALLEST / max(patients, SMALLEST))
+    fewer = math.sqrt(FULL_SHARE / max(cohort.patients, FULL_SHARE))
     values: dict[str, Any] = {
         "name": "privacy",
         "seed": seed,
-        "rounds": 5,
+        "rounds": ROUNDS,
         "profile": "lite",
-        "labels": [{"name": "background", "values": [0]}, {"name": "lesion", "values": [1, 255]}],
+        "labels": LABELS,
         "backbone": {"digest": LITE_MEDSAM_DIGEST},
         "training": {"views": ["identity"], "local_epochs": math.ceil(4 * fewer)},
     }
     if target is not None:
         site = {
             "epsilon": target,
-            "delta": 1 / (10 * patients),
-            "patients": patients // HOSPITALS,
+            "delta": 1 / (10 * cohort.patients),
+            "patients": cohort.smallest,
             "sample_rate": round(0.5 * fewer, 3),
             "steps": 20,
+            "slices_per_patient": cohort.slices,
         }
         values = merged(merged(values, {"privacy": {"site": site}}), VARIANTS[variant])
     if values["profile"] is None:
@@ -131,10 +172,9 @@ def study_of(patients: int, target: float | None, variant: str, seed: int) -> St
     return parse(Study, spelled_out(values, where="evidence"), where="evidence")
 
 
-def phantoms_of(patients: int, out: Path) -> dict[str, SiteData]:
-    """Return four hospitals with so many training patients in all, one slice each, their features cached."""
-    study = study_of(patients, None, "base", 1)
-    root = out / f"phantoms-{patients}"
+def phantoms_of(patients: int, out: Path, *, seed: int = 11) -> Cohort:
+    """Return four hospitals with so many training patients in all, one slice each."""
+    root = out / (f"phantoms-{patients}" if seed == PHANTOM_SEED else f"phantoms-{patients}-{seed}")
     if not root.exists():
         root.parent.mkdir(parents=True, exist_ok=True)
         each, tested = patients // HOSPITALS, TEST_PATIENTS // HOSPITALS
@@ -142,18 +182,42 @@ def phantoms_of(patients: int, out: Path) -> dict[str, SiteData]:
             replace(site, slices_per_patient=1, train_patients=each, val_patients=1, test_patients=tested)
             for site in DEFAULT_SITES
         ]
-        write_phantoms(root, seed=11, size_px=128, sites=hospitals)
-    sites = read_folder(root, study.labels)
-    backbone = load_backbone("lite-medsam", image_size=study.backbone.image_size, device=CPU)
+        write_phantoms(root, seed=seed, size_px=128, sites=hospitals)
+    return _cohort(read_folder(root, _labels()), slices=1)
+
+
+def real_hospitals(folder: Path) -> Cohort:
+    """Return the hospitals of a folder that have at least `FEWEST` training patients."""
+    sites = read_folder(folder, _labels())
+    return _cohort({name: site for name, site in sites.items() if _training_patients(site) >= FEWEST}, slices=4)
+
+
+def _cohort(sites: dict[str, SiteData], *, slices: int) -> Cohort:
+    counts = [_training_patients(site) for site in sites.values()]
+    return Cohort(sum(counts), min(counts), slices, sites)
+
+
+def _training_patients(site: SiteData) -> int:
+    return len({item.patient for item in site.of("train")})
+
+
+def _labels() -> tuple[Label, ...]:
+    return tuple(parse(Label, label, where="evidence") for label in LABELS)
+
+
+def encoded(cohort: Cohort, study: Study) -> FeatureCache:
+    """Return the cache that holds the features of all slices; what is missing is computed."""
     cache = FeatureCache.of(default_cache_folder(), study)
-    encode_slices([item for site in sites.values() for item in site.slices], study, backbone, cache)
-    return sites
+    backbone = load_backbone("lite-medsam", image_size=study.backbone.image_size, device=CPU)
+    encode_slices([item for site in cohort.sites.values() for item in site.slices], study, backbone, cache)
+    return cache
 
 
-def trained(study: Study, sites: dict[str, SiteData], cache: FeatureCache) -> State:
-    """Return the global model after all rounds of plain FedAvg; all hospitals have one size."""
-    data = {name: TrainingSet(site.of("train"), study, cache) for name, site in sorted(sites.items())}
-    state = global_state(build_model(study, seed=derived_seed(study, "model")))
+def trained(study: Study, cohort: Cohort, start: State | None) -> State:
+    """Return the global model after all rounds of plain FedAvg; every hospital counts alike."""
+    cache = encoded(cohort, study)
+    data = {name: TrainingSet(site.of("train"), study, cache) for name, site in sorted(cohort.sites.items())}
+    state = dict(start or global_state(build_model(study, seed=derived_seed(study, "model"))))
     share_S = plain_share(np.ones(len(data)))
     for round_number in range(1, study.rounds + 1):
         updates = [_update(study, state, data[name], name, round_number) for name in data]
@@ -174,53 +238,65 @@ def _update(study: Study, state: State, data: TrainingSet, name: str, round_numb
     return update_of(model, state, personal=False, shape=study.model)
 
 
-def one_run(patients: int, target: float | None, variant: str, seed: int, sites: dict[str, SiteData]) -> Run:
+def warmed_up(seed: int, out: Path) -> State:
+    """Return a model trained without privacy on phantoms that no private run sees."""
+    cohort = phantoms_of(WARM_PATIENTS, out, seed=WARM_SEED)
+    return trained(study_of(cohort, None, "base", seed), cohort, None)
+
+
+def one_run(source: str, cohort: Cohort, target: float | None, variant: str, seed: int, out: Path) -> Run:
     """Train and score once."""
-    study = study_of(patients, target, variant, seed)
-    cache = FeatureCache.of(default_cache_folder(), study)
+    study = study_of(cohort, target, variant, seed)
     privacy = study.privacy.site
-    sigma = 0.0 if privacy is None else training_spending(privacy, rounds=study.rounds).noise_multiplier
+    start = warmed_up(seed, out) if variant.startswith("warm-up") else None
     began = time.process_time()
-    state = trained(study, sites, cache)
+    state = start if variant == WARM_ALONE and start is not None else trained(study, cohort, start)
     cpu_s = time.process_time() - began
-    model = build_model(study, seed=0)
-    load_state(model, state)
-    test = [item for site in sites.values() for item in site.of("test")]
-    scores = score_slices(model.eval(), test, study.labels, cache, CPU, surfaces=False)
     return Run(
-        patients=patients,
+        source=source,
+        patients=cohort.patients,
         target=target,
         variant=variant,
         seed=seed,
-        dice=fmean(score.dice for score in scores),
+        dice=test_dice(study, cohort, state),
         epsilon=None if privacy is None else study_epsilon(study),
-        noise_multiplier=sigma,
+        noise_multiplier=0.0 if privacy is None else training_spending(privacy, rounds=study.rounds).noise_multiplier,
         cpu_s=cpu_s,
         peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )
 
 
-def wanted(patients: list[int], seeds: int, variants: list[str]) -> Iterator[tuple[int, float | None, str, int]]:
-    """Yield every run, small federations first; variants are tried at epsilon 8 alone."""
-    for count in patients:
-        for target, seed in product((None, 8.0, 3.0, 1.0), range(1, seeds + 1)):
-            yield count, target, "base", seed
-        for variant, seed in product(variants, range(1, seeds + 1)):
-            yield count, 8.0, variant, seed
+def test_dice(study: Study, cohort: Cohort, state: State) -> float:
+    """Return the mean Dice over the test patients of all hospitals."""
+    model = build_model(study, seed=0)
+    load_state(model, state)
+    test = [item for site in cohort.sites.values() for item in site.of("test")]
+    return fmean(
+        score.dice for score in score_slices(model.eval(), test, study.labels, encoded(cohort, study), CPU, surfaces=False)
+    )
+
+
+def wanted(seeds: int, variants: list[str]) -> Iterator[tuple[float | None, str, int]]:
+    """Yield every run of a cohort; variants are tried at epsilon 8 alone."""
+    for target, seed in product((None, 8.0, 3.0, 1.0), range(1, seeds + 1)):
+        yield target, "base", seed
+    for variant, seed in product(variants, range(1, seeds + 1)):
+        yield None if variant == WARM_ALONE else 8.0, variant, seed
 
 
 def table_of(runs: list[Run]) -> Table:
     """Return mean and spread over the seeds."""
-    table = Table("patients", "variant", "epsilon", "delta", "noise", "test Dice", "seeds", "CPU s", "peak MB")
-    groups: dict[tuple[int, float | None, str], list[Run]] = {}
+    columns = ("source", "patients", "variant", "epsilon", "delta", "noise", "test Dice", "seeds", "CPU s", "peak MB")
+    table = Table(*columns)
+    groups: dict[tuple[str, int, float | None, str], list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.patients, run.target, run.variant), []).append(run)
-    for (patients, target, variant), group in groups.items():
+        groups.setdefault((run.source, run.patients, run.target, run.variant), []).append(run)
+    for (source, patients, target, variant), group in groups.items():
         dice = [run.dice for run in group]
         spread = f" +-{stdev(dice):.3f}" if len(dice) > 1 else ""
         shown = ("none", "-") if target is None else (f"{group[0].epsilon:.2f}", f"{1 / (10 * patients):g}")
         table.add_row(
-            *(str(patients), variant, *shown, f"{group[0].noise_multiplier:.2f}", f"{fmean(dice):.3f}{spread}"),
+            *(source, str(patients), variant, *shown, f"{group[0].noise_multiplier:.2f}", f"{fmean(dice):.3f}{spread}"),
             *(str(len(dice)), f"{fmean(run.cpu_s for run in group):.0f}", f"{max(run.peak_mb for run in group):.0f}"),
         )
     table.caption = "unit: the patient; adjacency: add or remove one patient of a site; accountant: prv"
@@ -228,26 +304,29 @@ def table_of(runs: list[Run]) -> Table:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of phantoms and finished runs.")] = Path("runs/privacy"),
-    patients: Annotated[list[int] | None, typer.Option(help="Training patients of the federation; repeatable.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds 1..N.")] = 3,
-    variants: Annotated[list[str] | None, typer.Option(help="Variants to try at epsilon 8; repeatable.")] = None,
+    out: Annotated[Path, Option(help="Folder of phantoms and finished runs.")] = Path("runs/privacy"),
+    patients: Annotated[list[int] | None, Option(help="Training patients of the federation; repeatable.")] = None,
+    data: Annotated[Path | None, Option(help="Folder of real hospitals, in place of phantoms.", exists=True)] = None,
+    seeds: Annotated[int, Option(min=1, help="Seeds 1..N.")] = 3,
+    variants: Annotated[list[str] | None, Option(help="Variants to try at epsilon 8; repeatable.")] = None,
 ) -> None:
     """Train what is missing and print the table."""
     torch.set_num_threads(1)
     kept = out / "privacy.json"
     with exit_on_fault():
         runs = [Run(**row) for row in json.loads(kept.read_text())] if kept.exists() else []
-        done = {(run.patients, run.target, run.variant, run.seed) for run in runs}
-        sites: dict[int, dict[str, SiteData]] = {}
-        tried = chosen(",".join(variants), VARIANTS, "--variants") if variants else []
-        for key in wanted(patients or [100, 500, 2000], seeds, tried):
-            if key not in done:
-                sites[key[0]] = sites.get(key[0]) or phantoms_of(key[0], out)
-                runs.append(one_run(*key, sites[key[0]]))
-                write_atomically(kept, json.dumps([asdict(run) for run in runs], indent=1).encode())
-                sys.stderr.write(f"{runs[-1]}\n")
-    Console(width=130).print(table_of(runs))
+        tried = [name for word in variants or [] for name in chosen(word, [*VARIANTS, WARM_ALONE], "--variants")]
+        for source, count in [(data.name, 0)] if data else [(PHANTOMS, count) for count in patients or [100, 500, 2000]]:
+            cohort = real_hospitals(data) if data else phantoms_of(count, out)
+            done = {
+                (run.target, run.variant, run.seed) for run in runs if (run.source, run.patients) == (source, cohort.patients)
+            }
+            for key in wanted(seeds, tried):
+                if key not in done:
+                    runs.append(one_run(source, cohort, *key, out))
+                    write_atomically(kept, json.dumps([asdict(run) for run in runs], indent=1).encode())
+                    sys.stderr.write(f"{runs[-1]}\n")
+    Console(width=140).print(table_of(runs))
 
 
 if __name__ == "__main__":
