@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from icmoe import __version__
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
@@ -37,21 +34,11 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print the study with every default spelled out, as JSON.")] = False,
 ) -> None:
     """Explain every fault of a study file at once, or print the study's digest."""
-    from icmoe.study import read_study
+    from fl_server.checking import check_study
 
-    with exit_on_fault():
+    with exit_on_fault(), file_errors():
         require_supported_platform()
-        proposal = read_study(study)
-        if as_json:
-            sys.stdout.write(json.dumps({"digest": proposal.digest, "study": proposal.model_dump(mode="json")}, indent=1) + "\n")
-            return
-        table = Table(title=proposal.name, title_justify="left", show_header=False)
-        table.add_row("digest", proposal.digest)
-        table.add_row("labels", ", ".join(label.name for label in proposal.labels))
-        table.add_row("backbone", f"{proposal.backbone.name} {proposal.backbone.digest[:12]}, {proposal.backbone.image_size} px")
-        table.add_row("experts", f"{proposal.model.experts}, {min(proposal.model.top_k, proposal.model.experts)} fused per pixel")
-        table.add_row("rounds", f"{proposal.rounds}, quorum {proposal.quorum}, deadline {proposal.deadline_s:.0f} s")
-        Console().print(table)
+        check_study(study, as_json=as_json)
 
 
 @app.command("new-study")
@@ -171,7 +158,7 @@ def superlink(
     """Write nginx.conf and print the exact Flower commands of this consortium, or run them."""
     from fl_server.superlink import serve
 
-    with exit_on_fault():
+    with exit_on_fault(), file_errors():
         require_supported_platform()
         serve(home, execute=execute, listen=listen)
 
@@ -186,7 +173,7 @@ def run(
     """Submit a study and follow its rounds; exits with 0 only when the study completed. A stopped study goes on where it was."""
     from fl_server.commands import run_study
 
-    with exit_on_fault():
+    with exit_on_fault(), file_errors():
         require_supported_platform()
         run_study(home, study, resume=resume, as_json=as_json)
 
@@ -200,7 +187,7 @@ def status(
     """Show how far a run came."""
     from fl_server.commands import show_runs
 
-    with exit_on_fault():
+    with exit_on_fault(), file_errors():
         show_runs(home, run_id=run_id, newest=True, as_json=as_json)
 
 
@@ -209,7 +196,7 @@ def list_runs(home: Home, as_json: AsJson = False) -> None:
     """List all runs."""
     from fl_server.commands import show_runs
 
-    with exit_on_fault():
+    with exit_on_fault(), file_errors():
         show_runs(home, run_id=None, newest=False, as_json=as_json)
 
 
@@ -218,7 +205,7 @@ def stop(run_id: Annotated[str, typer.Argument(help="Run.")], home: Home) -> Non
     """Stop a run; its finished rounds are kept, and the study can go on later."""
     from fl_server.commands import stop_run
 
-    with exit_on_fault():
+    with exit_on_fault(), file_errors():
         stop_run(home, run_id)
 
 

@@ -52,13 +52,15 @@ def make_study(given: Mapping[str, str | None], ask: Ask, *, seed: int | None = 
     Raises
     ------
     IcmoeError
-        201-203 for answers that the schema refuses, 205 for a weights file, and whatever `ask` raises.
+        201-203 for answers that the schema refuses, 205 for a weights file, 210 for weights of a backbone that brings its
+        own, and whatever `ask` raises.
     """
     answers: Answers = {"seed": secrets.randbelow(2**31) if seed is None else seed}
     _require_sound(answers, where="seed")
     faults: list[Fault] = []
     for key, question, suggestion in QUESTIONS:
         if key == "weights" and answers.get("backbone", {}).get("name", "lite-medsam") == "lite-medsam":
+            _require_no_weights(given, faults)
             continue
         text = given.get(key)
         try:
@@ -69,6 +71,13 @@ def make_study(given: Mapping[str, str | None], ask: Ask, *, seed: int | None = 
     if faults:
         raise IcmoeError(*faults)
     return parse(Study, answers, where="new study")
+
+
+def _require_no_weights(given: Mapping[str, str | None], faults: list[Fault]) -> None:
+    weights = given.get("weights")
+    if weights is not None:
+        what = "lite-medsam brings its own weights"
+        faults.append(Fault(number=210, where="weights", what=what, value=weights, did=DID, todo="Leave --weights out."))
 
 
 def _checker(key: str, answers: Answers) -> Callable[[str], Answers]:

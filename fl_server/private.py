@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +86,35 @@ def noise_of(settings: ServerPrivacy, rounds: int) -> Noise:
     # A replaced site changes sum and count by twice as much each: all noise doubles, and the split stays.
     doubled = 2.0 if settings.adjacency == "replace" else 1.0
     return Noise(whole, (whole**-2 - (2.0 * count) ** -2) ** -0.5, doubled * count)
+
+
+def require_affordable(study: Study, noise: Noise, releases: int, *, done: int = 0) -> None:
+    """Refuse rounds that would cross the study's epsilon.
+
+    Parameters
+    ----------
+    study
+        With a section [privacy.server].
+    noise
+        Of every round.
+    releases
+        Rounds in all.
+    done
+        Those that were released already, for the message.
+
+    Raises
+    ------
+    IcmoeError
+        420 with the number of rounds that fit.
+    """
+    settings = study.privacy.server
+    assert settings is not None
+    spent = partial(epsilon_of, noise_multiplier=noise.whole, delta=settings.delta)
+    if settings.epsilon is not None and spent(releases) > settings.epsilon * (1.0 + 1e-6):
+        fitting = next(count for count in range(releases, -1, -1) if spent(count) <= settings.epsilon)
+        value, todo = f"{spent(releases):.3f} after {releases} rounds", f"{fitting} rounds fit; or allow more noise."
+        did = f"{done} rounds were done, none is begun."
+        raise IcmoeError(Fault(number=420, where=study.name, value=value, limit=f"{settings.epsilon:g}", did=did, todo=todo))
 
 
 def site_weights(update: Update, study: Study) -> npt.NDArray[np.float64]:
@@ -164,23 +194,15 @@ class Private(Wrapping):
         self.study, self.sites, self.settings = study, sites, study.privacy.server
         self.noise = noise_of(self.settings, study.rounds)
         self.releases, self.clip_norm = 0, self.settings.clip_norm
-        self._afford(study.rounds)
+        require_affordable(study, self.noise, study.rounds)
 
     def epsilon(self, releases: int) -> float:
         """Return the epsilon of this many rounds."""
         return epsilon_of(releases, self.noise.whole, self.settings.delta)
 
-    def _afford(self, releases: int) -> None:
-        limit = self.settings.epsilon
-        if limit is not None and self.epsilon(releases) > limit * (1.0 + 1e-6):
-            fitting = next(count for count in range(releases, -1, -1) if self.epsilon(count) <= limit)
-            value, todo = f"{self.epsilon(releases):.3f} after {releases} rounds", f"{fitting} rounds fit; or allow more noise."
-            did = f"{self.releases} rounds were done, none is begun."
-            raise IcmoeError(Fault(number=420, where=self.study.name, value=value, limit=f"{limit:g}", did=did, todo=todo))
-
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Delegate, where the budget holds another round."""
-        self._afford(self.releases + 1)
+        require_affordable(self.study, self.noise, self.releases + 1, done=self.releases)
         return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:

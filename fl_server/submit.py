@@ -71,6 +71,14 @@ class StudyFolder:
         """Return the committed state, None before the first round."""
         return latest_state(self.state, read_study(self.study))
 
+    def stamp(self) -> tuple[int, int]:
+        """Return what changes with each commit, without reading it."""
+        try:
+            found = self.state.stat()
+        except OSError:
+            return 0, 0
+        return found.st_ino, found.st_mtime_ns
+
     def waiting(self) -> str:
         """Return whom the run waits for and until when, as it said last."""
         try:
@@ -176,8 +184,10 @@ def follow(
     ends = time.monotonic() + (study.rounds + SPARE_ROUNDS) * study.deadline_s + RESTART_S
     run_id = folder.run_id  # another run of the study may take the folder over, after it has stopped this one
     told, next_status, closed, said = 0, 0.0, False, folder.waiting()
+    state, seen = None, (-1, -1)
     while time.monotonic() < ends:
-        state = folder.progress()
+        if (stamp := folder.stamp()) != seen:
+            state, seen = folder.progress(), stamp
         for record in state.history[told:] if state is not None else []:
             tell(record)
             told += 1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from icmoe.modelcard import SiteLine, write_card
+from icmoe.modelcard import PrivacySpent, SiteLine, write_card
 from icmoe.modelfile import read_model
 from icmoe.summary import tens
 
@@ -25,12 +26,12 @@ def write_cards(results: dict[str, Any], root: Path) -> None:
     for by_seed in results["methods"].values():
         for run in by_seed.values():
             if run["model"] is not None:
-                _write(root / run["model"], results, run["test"], list(results["sites"]))
+                _write(root / run["model"], results, run["test"], list(results["sites"]), run.get("rounds", []))
             for site, path in run.get("models", {}).items():
-                _write(root / path, results, run["own_test"], [site])
+                _write(root / path, results, run["own_test"], [site], run.get("rounds", []))
 
 
-def _write(path: Path, results: dict[str, Any], test: dict[str, Any], sites: list[str]) -> None:
+def _write(path: Path, results: dict[str, Any], test: dict[str, Any], sites: list[str], rounds: Sequence[dict[str, Any]]) -> None:
     lines = [
         SiteLine(
             name=name,
@@ -39,4 +40,8 @@ def _write(path: Path, results: dict[str, Any], test: dict[str, Any], sites: lis
         )
         for name in sites
     ]
-    write_card(path, read_model(path)[1], lines, scored_on=SCORED_ON)
+    header = read_model(path)[1]
+    spent = [results.get("privacy")] if header.study.privacy.site is not None else []
+    spent += [rounds[-1].get("privacy")] if rounds else []
+    privacy = [PrivacySpent(**{key: one[key] for key in PrivacySpent.__dataclass_fields__}) for one in spent if one]
+    write_card(path, header, lines, scored_on=SCORED_ON, privacy=privacy)

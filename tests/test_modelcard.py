@@ -131,6 +131,20 @@ def test_a_rehearsal_s_cards_give_tens_and_a_site_s_own_model_its_own_score(head
     assert "Birch" not in alone
 
 
+def test_a_rehearsal_s_card_says_what_both_promises_came_to(make_study, model: Path):
+    study = make_study(privacy={"site": SITE}, aggregation=UNCOUPLED)
+    write_model(
+        model, global_state(build_model(study, seed=1)), ModelHeader(study=study, method="fedavg", round=2, phantoms=True)
+    )
+    site = {**SITE, "unit": "patient", "adjacency": "add or remove one patient", "accountant": "prv"}
+    server = {"epsilon": 7.5, "delta": 0.01, "unit": "site", "adjacency": "replace", "accountant": "Gaussian, exact"}
+    run = {"model": model.name, "test": {"sites": {}}, "own_test": None, "rounds": [{"privacy": server}]}
+    results = {"methods": {"fedavg": {"1": run}}, "sites": {"Alder": {"patients": {"train": 13}}}, "privacy": site}
+    write_cards(results, model.parent)
+    said = [line for line in model.with_suffix(".md").read_text().splitlines() if line.startswith("| differential privacy")]
+    assert ["patient" in said[0], "site" in said[1], len(said)] == [True, True, 2]
+
+
 def test_every_backbone_has_a_licence():
     names = set(BackboneChoice.model_fields["name"].annotation.__args__)
     assert set(LICENCES) == names

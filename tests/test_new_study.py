@@ -69,6 +69,13 @@ def test_a_seed_out_of_range_is_told_once_and_before_anything_is_asked(tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_for_a_backbone_that_brings_its_own_are_refused_and_nothing_is_written(tmp_path: Path):
+    code, said = run("new-study", str(tmp_path / "s.toml"), *ANSWERS, "--weights", "0" * 64)
+    assert code == 1
+    assert "ICM210 weights: lite-medsam brings its own weights" in said
+    assert not (tmp_path / "s.toml").exists()
+
+
 def test_weights_are_known_by_their_digest(tmp_path: Path):
     weights = tmp_path / "sam.pth"
     weights.write_bytes(b"weights")
