@@ -63,7 +63,7 @@ class RunState:
         """
         tensors: State = {**{f"global.{name}": value for name, value in self.arrays.items()}, **self.extra}
         header = {"study": self.study_digest, "round": self.round, "history": self.history, "closed": self.closed}
-        text = json.dumps({**header, "sha256": _digest(tensors)})
+        text = json.dumps({**header, "sha256": _digest(header, tensors)})
         write_atomically(path, save(dict(sorted(tensors.items())), metadata={"state": text}))
         if keep:
             _keep(path, self.round, keep)
@@ -81,18 +81,19 @@ class RunState:
             with safe_open(path, framework="numpy") as file:
                 header = json.loads(file.metadata()["state"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-            if header["sha256"] != _digest(tensors):
+            if header.pop("sha256") != _digest(header, tensors):
                 raise ValueError("its digest differs")
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            digest, done, history, closed = (header[key] for key in ("study", "round", "history", "closed"))
+        except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise IcmoeError(Fault(number=502, where=path.name, what="committed state is damaged", value=str(error))) from None
-        if header["study"] != study.digest:
-            value, limit = header["study"][:12], study.digest[:12]
+        if digest != study.digest:
+            value, limit = str(digest)[:12], study.digest[:12]
             raise IcmoeError(
                 Fault(number=502, where=path.name, what="committed state of another study", value=value, limit=limit)
             )
         arrays = {name.removeprefix("global."): value for name, value in tensors.items() if name.startswith("global.")}
         extra = {name: value for name, value in tensors.items() if not name.startswith("global.")}
-        return RunState(header["study"], arrays, header["round"], header["history"], extra, header["closed"])
+        return RunState(digest, arrays, done, history, extra, closed)
 
 
 def latest_state(path: Path, study: Study) -> RunState | None:
@@ -143,8 +144,8 @@ def _kept(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.stem}.[0-9][0-9][0-9][0-9][0-9]{path.suffix}"))
 
 
-def _digest(tensors: State) -> str:
-    sha = hashlib.sha256()
+def _digest(header: RoundRecord, tensors: State) -> str:
+    sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name}:{tensor.dtype}:{tensor.shape};".encode())
         sha.update(np.ascontiguousarray(tensor).tobytes())
