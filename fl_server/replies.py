@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 
 from icmoe.errors import CATALOGUE, Fault
 from icmoe.exchange import LOSS_KEY, NUMBERS, SECONDS_KEY, SLICES_KEY, STEPS_KEY, UPDATE, USAGE_KEY, is_personal
+from icmoe.packing import array_of
 from icmoe.study import Study
 from icmoe.study_privacy import SitePrivacy
 
@@ -176,7 +177,9 @@ def _tensors(
         raise Refusal("its tensors are not the study's", value, f"{len(expected)} tensors")
     tensors = {}
     for name in sorted(expected):
-        tensor = arrays[name].numpy()
+        tensor = array_of(arrays[name])
+        if tensor is None:
+            raise Refusal(f"{name} is no array", f"{len(arrays[name].data)} bytes", f"float32 {current[name].shape}")
         if tensor.dtype != np.float32 or tensor.shape != current[name].shape:
             value, limit = f"{tensor.dtype} {tensor.shape}", f"float32 {current[name].shape}"
             raise Refusal(f"{name} has another type or shape", value, limit)

@@ -31,6 +31,22 @@ def unpack(packed: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]] | None:
         return None
 
 
+def array_of(item: Any) -> npt.NDArray[Any] | None:  # noqa: ANN401  # Flower's type, which this package does not know
+    """Return the array that a message claims to hold, None where its bytes are none.
+
+    Parameters
+    ----------
+    item
+        Flower's array: NumPy's file format, as the sender wrote it. NumPy reads no pickle here, but a wrong header makes it
+        raise nearly anything, and an archive is no array.
+    """
+    try:
+        found = item.numpy()
+    except Exception:  # noqa: BLE001  # from another machine: whatever its bytes make the reader raise, they are no array
+        return None
+    return found if isinstance(found, np.ndarray) else None
+
+
 def pack_records(content: MutableMapping[str, Any], record: type, array: type) -> None:
     """Pack each record of arrays of a message in place.
 
@@ -56,6 +72,7 @@ def unpack_records(content: MutableMapping[str, Any]) -> None:
     """
     for name, found in list(content.items()):
         packed: Any = found.get(PACKED) if set(found) == {PACKED} else None
-        tensors = unpack(packed.numpy()) if hasattr(packed, "numpy") else None
+        array = array_of(packed)
+        tensors = None if array is None else unpack(array)
         if tensors is not None:
             content[name] = type(found)({key: type(packed)(tensor) for key, tensor in tensors.items()})

@@ -62,11 +62,17 @@ VALUES = {
 }
 
 
+BYTES = {"a broken header": b"\x93NUMPY\x01\x00\x10\x00{'descr': bad   ", "an archive": b"PK\x05\x06" + bytes(18)}
+
+
 def changed(reply: Message, kind: str) -> Message:
     """Return the reply with one thing made wrong."""
     tensors = {key: array.numpy().copy() for key, array in reply.content[UPDATE].items()}
     TENSORS.get(kind, unheard)(tensors, min(tensors))
-    reply.content[UPDATE] = ArrayRecord({key: Array(tensor) for key, tensor in tensors.items()})
+    arrays = {key: Array(tensor) for key, tensor in tensors.items()}
+    if kind in BYTES:
+        arrays[min(arrays)] = Array("float32", (3,), "numpy.ndarray", BYTES[kind])
+    reply.content[UPDATE] = ArrayRecord(arrays)
     reply.content[NUMBERS].update(VALUES.get(kind, {}))
     return reply
 
@@ -84,6 +90,8 @@ POISONS = {
     "negative weight": (504, "-30"),
     "size far above announced": (504, "1000000"),
     "usage off the simplex": (504, "sum 2.7"),
+    "a broken header": (504, " bytes"),
+    "an archive": (504, "22 bytes"),
 }
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from icmoe.packing import PACKED, pack, pack_records, unpack, unpack_records
+from icmoe.packing import PACKED, array_of, pack, pack_records, unpack, unpack_records
 
 TENSORS = st.dictionaries(
     st.text(st.characters(codec="ascii", min_codepoint=33), min_size=1, max_size=20),
@@ -61,3 +61,27 @@ def test_what_is_not_packed_is_left_for_the_checks_of_names_to_refuse(name: str)
     content = RecordDict({"update": ArrayRecord({PACKED: Array(NOT_PACKED[name])})})
     unpack_records(content)
     assert list(content["update"]) == [PACKED]
+
+
+NO_ARRAYS = {
+    "nothing": (b"", "numpy.ndarray"),
+    "a pickle": (b"\x80\x04K\x01.", "numpy.ndarray"),
+    "an archive": (b"PK\x05\x06" + bytes(18), "numpy.ndarray"),
+    "a broken header": (b"\x93NUMPY\x01\x00\x10\x00{'descr': bad   ", "numpy.ndarray"),
+    "another way to write": (b"abc", "pickle"),
+}
+
+
+@pytest.mark.parametrize("name", NO_ARRAYS)
+def test_bytes_that_are_no_array_neither_raise_nor_unpack(name: str) -> None:
+    data, kind = NO_ARRAYS[name]
+    content = RecordDict({"update": ArrayRecord({PACKED: Array("uint8", (3,), kind, data)})})
+    assert array_of(content["update"][PACKED]) is None
+    unpack_records(content)
+    assert list(content["update"]) == [PACKED]
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_behind_the_head_of_an_array_are_an_array_or_none(data: bytes) -> None:
+    found = array_of(Array("uint8", (3,), "numpy.ndarray", b"\x93NUMPY\x01\x00" + data))
+    assert found is None or isinstance(found, np.ndarray)
