@@ -111,7 +111,7 @@ def _parse_header(path: Path, metadata: dict[str, str]) -> ModelHeader:
 
     try:
         found = json.loads(metadata.get(METADATA_KEY, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise refused(209, "header is not JSON") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise refused(209, "no header of an IC-MoE model", FORMAT)
