@@ -25,7 +25,7 @@ from fl_server.guard import Guard, Note
 from fl_server.private import Private
 from fl_server.receipts import Receipted
 from fl_server.robust import Robust
-from fl_server.roster import Roster, meet
+from fl_server.roster import Roster, meet, welcome
 from fl_server.round_strategy import RoundStrategy, unheard
 from fl_server.rounds import clock, run_rounds
 from fl_server.router_aware import RouterAware
@@ -132,7 +132,8 @@ def run_study(grid: Grid, path: Path) -> None:
         strategy = make_strategy(study, roster, note=partial(audit.note, audit_path(path)), lifted=partial(read_lifted, path))
         commit = partial(RunState.commit, path=committed, keep=KEPT)
         receipted = Receipted(grid, roster.sites, path.parent.parent / "receipts")
-        run_rounds(receipted, strategy, study, state, sites=roster.sites, commit=commit, tell=tell)
+        joining = partial(welcome, grid, roster, study)
+        run_rounds(receipted, strategy, study, state, sites=roster.sites, commit=commit, tell=tell, welcome=joining)
     header = ModelHeader(study=study, method="router-aware", round=state.round, phantoms=False)
     tensors = {name: torch.from_numpy(tensor) for name, tensor in state.arrays.items()}
     write_model(path.with_suffix(".model.safetensors"), tensors, header)

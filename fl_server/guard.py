@@ -144,7 +144,7 @@ class Guard(Wrapping):
         lifted: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         super().__init__(inner)
-        self.study, self.sites, self.sizes = study, dict(sites), dict(sizes or {})
+        self.study, self.sites, self.sizes = study, sites, {} if sizes is None else sizes
         self.memory, self._note, self._lifted = Memory(), note, lifted
         self._round, self._asked = 0, list[Message]()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -29,10 +29,13 @@ class Roster:
         Name by node.
     sizes
         Announced n_k by name.
+    turned_away
+        Nodes that asked in vain.
     """
 
     sites: dict[int, str]
     sizes: dict[str, int]
+    turned_away: set[int] = field(default_factory=set, compare=False)
 
 
 def online(grid: Grid) -> dict[int, str]:
@@ -95,11 +98,46 @@ def meet(grid: Grid, count: int, study: Study, *, trust_answers: bool = False, p
         501 where fewer than `count` can be used, with the reason for each of the others.
     """
     names = await_online(grid, count, deadline_s=study.deadline_s, poll_s=poll_s)
+    roster = Roster({}, {})
+    faults = _introduced(grid, names, roster, study, trust_answers=trust_answers, poll_s=poll_s)
+    if len(roster.sites) < count:
+        what = "too few sites can take part"
+        raise IcmoeError(*faults, Fault(number=501, what=what, value=str(len(roster.sites)), limit=f"at least {count}"))
+    print_faults(faults)
+    return roster
+
+
+def welcome(grid: Grid, roster: Roster, study: Study, *, poll_s: float = 1.0) -> list[str]:
+    """Enter the sites that connected since; return their names. A node that was turned away is not asked again in this run.
+
+    Parameters
+    ----------
+    grid
+        Flower's Grid.
+    roster
+        Who takes part so far; changed in place, and with it what the strategy and its wrappers know.
+    study
+        As for `meet`.
+    poll_s
+        Seconds between looks.
+    """
+    known = roster.sites.keys() | roster.turned_away
+    names = {node: name for node, name in online(grid).items() if node not in known}
+    if not names:
+        return []
+    before = set(roster.sizes)
+    print_faults(_introduced(grid, names, roster, study, trust_answers=False, poll_s=poll_s))
+    return sorted(set(roster.sizes) - before)
+
+
+def _introduced(
+    grid: Grid, names: Mapping[int, str], roster: Roster, study: Study, *, trust_answers: bool, poll_s: float
+) -> list[Fault]:
+    """Ask nodes who they are and enter them; return why the others cannot take part."""
     content = RecordDict({CONFIG: ConfigRecord({STUDY_KEY: study.digest})})
     questions = [Message(content, dst_node_id=node, message_type="query.site") for node in names]
     replies = ask(grid, questions, deadline_s=min(study.deadline_s, INTRODUCTION_S), poll_s=poll_s)
     answers = {reply.metadata.src_node_id: reply for reply in replies}
-    roster = Roster({}, {})
     faults: list[Fault] = []
     for node, registered in sorted(names.items(), key=lambda item: (item[1], item[0])):
         try:
@@ -108,12 +146,9 @@ def meet(grid: Grid, count: int, study: Study, *, trust_answers: bool = False, p
                 raise IcmoeError(Fault(number=301, where=name, what="two nodes go by one name", did="The second is not asked."))
             roster.sites[node], roster.sizes[name] = name, size
         except IcmoeError as error:
+            roster.turned_away.add(node)
             faults += error.faults
-    if len(roster.sites) < count:
-        what = "too few sites can take part"
-        raise IcmoeError(*faults, Fault(number=501, what=what, value=str(len(roster.sites)), limit=f"at least {count}"))
-    print_faults(faults)
-    return roster
+    return faults
 
 
 def _introduction(reply: Message | None, registered: str, *, trust_answers: bool) -> tuple[str, int]:

@@ -8,7 +8,7 @@ this halves what is sent down and saves a process start per site and round.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
@@ -41,6 +41,7 @@ def run_rounds(
     on_reply: Callable[[int, str], None] | None = None,
     on_round: Callable[[RoundRecord], None] | None = None,
     tell: Callable[[str], None] = unheard,
+    welcome: Callable[[], Sequence[str]] = tuple,
 ) -> RunState:
     """Run the rounds that are left and the closing evaluation; `state` is moved on and committed after each.
 
@@ -62,6 +63,8 @@ def run_rounds(
         Called with each round's record.
     tell
         Called with a sentence before each wait: for whom, until when.
+    welcome
+        Called before each round is asked; may enter sites that joined since into `sites` and returns their names.
 
     Raises
     ------
@@ -70,7 +73,7 @@ def run_rounds(
         where it stays below the quorum after all retries; what was committed stays.
     """
     strategy.load_state(state.extra)
-    post = Post(grid, sites, study.deadline_s, poll_s, on_reply=on_reply, tell=tell)
+    post = Post(grid, sites, study.deadline_s, poll_s, on_reply=on_reply, tell=tell, welcome=welcome)
     while state.round < study.rounds:
         outcome = play_round(post, strategy, study, state)
         state.arrays = {name: array.numpy() for name, array in outcome.moved.items()}
@@ -96,7 +99,7 @@ class Post:
 
     Parameters
     ----------
-    grid, sites, deadline_s, poll_s, on_reply, tell
+    grid, sites, deadline_s, poll_s, on_reply, tell, welcome
         As for `run_rounds`.
     late
         Messages that no answer came to in time; what still comes is handed on, for the strategy to refuse.
@@ -108,6 +111,7 @@ class Post:
     poll_s: float
     on_reply: Callable[[int, str], None] | None
     tell: Callable[[str], None]
+    welcome: Callable[[], Sequence[str]]
     late: set[str] = field(default_factory=set)
 
     def ask(self, number: int, messages: Iterable[Message], nodes: Container[int], what: str) -> list[Message]:
@@ -171,6 +175,8 @@ def play_round(post: Post, strategy: RoundStrategy, study: Study, state: RunStat
     replies, asked, began = list[Message](), list[Message](), time.perf_counter()
     for attempt in range(1, most + 1):
         what = f"round {number} of {study.rounds}" + (f", attempt {attempt} of {most}" if attempt > 1 else "")
+        if joined := post.welcome():
+            post.tell(f"{what}: joined by {', '.join(joined)}")
         reached = post.connected(needed, what)
         arrays = _record(state.arrays)
         size_bytes = sum(len(array.data) for array in arrays.values())

@@ -61,8 +61,8 @@ class RouterAware(Strategy):
     ) -> None:
         self.study = study
         self.settings = study.aggregation if settings is None else settings
-        self.sites = dict(sites)
-        self.sizes = dict(sizes or {})
+        self.sites = sites
+        self.sizes = {} if sizes is None else sizes
         self._current: Tensors = {}
         self.report = RoundReport()
 

@@ -1,0 +1,67 @@
+"""A site that is not there when a run starts takes part from the next round on; one that cannot be used is asked once."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from flwr.app import Message
+from test_rounds import SITES, Wire, honest, registered
+
+from fl_server.app import make_strategy, start_state
+from fl_server.roster import meet, welcome
+from fl_server.rounds import run_rounds
+from fl_server.run_state import RoundRecord, RunState
+from icmoe.study import Study
+
+
+def played(study: Study, wire: Wire, folder: Path, *, at_first: int = 2) -> tuple[RunState, list[str]]:
+    """Return a run of two hospitals at first, whose third connects while round 1 is asked, and what the run said."""
+    everybody, wire.nodes = wire.nodes, wire.nodes[:at_first]
+    said: list[str] = []
+    roster = meet(wire, study.quorum, study, poll_s=0.01)
+    assert sorted(roster.sizes) == ["Alder", "Birch"]
+
+    def connects(record: RoundRecord) -> None:
+        wire.nodes = everybody
+
+    joining = partial(welcome, wire, roster, study, poll_s=0.01)
+    commit = partial(RunState.commit, path=folder / "s")
+    strategy = make_strategy(study, roster)
+    options = {"poll_s": 0.01, "on_round": connects, "tell": said.append, "welcome": joining}
+    return run_rounds(wire, strategy, study, start_state(study), sites=roster.sites, commit=commit, **options), said
+
+
+def test_a_late_site_takes_part_from_the_next_round_on(make_study, tmp_path: Path) -> None:
+    state, said = played(make_study(rounds=3, quorum=2), Wire(honest), tmp_path)
+    assert [sorted(record["sites"]) for record in state.history] == [
+        ["Alder", "Birch"],
+        sorted(SITES.values()),
+        sorted(SITES.values()),
+    ]
+    assert [line for line in said if "joined" in line] == ["round 2 of 3: joined by Cedar"]
+    assert all(record["faults"] == [] for record in state.history)
+
+
+def test_a_late_site_that_cannot_take_part_is_named_and_asked_once(make_study, tmp_path: Path, capsys) -> None:
+    def answer(message: Message, site: str) -> Message | None:
+        reply = honest(message, site)
+        if site == "Cedar" and message.metadata.message_type == "query.site":
+            reply.content["config"]["site"] = "Birch"  # another name than the one registered with its key
+        return reply
+
+    wire = Wire(answer)
+    state, _ = played(make_study(rounds=3, quorum=2), wire, tmp_path)
+    assert all(sorted(record["sites"]) == ["Alder", "Birch"] for record in state.history)
+    asked = [message for message in wire.asked if message.metadata.dst_node_id == 13]
+    assert [message.metadata.message_type for message in asked] == ["query.site"]
+    assert "ICM331 Cedar" in capsys.readouterr().err
+
+
+def test_an_offline_or_known_node_costs_no_message(make_study) -> None:
+    wire, study = Wire(honest), make_study(quorum=2)
+    wire.nodes[2] = registered(13, "Cedar", "offline")
+    roster = meet(wire, 2, study, poll_s=0.01)
+    count = len(wire.asked)
+    assert welcome(wire, roster, study, poll_s=0.01) == []
+    assert len(wire.asked) == count
