@@ -201,16 +201,21 @@ def test_a_private_rehearsal_prints_its_promise(environment, tmp_path: Path) -> 
 
 
 def test_the_evidence_asks_for_what_its_table_says() -> None:
-    from simulations.evidence.privacy import VARIANTS, Run, study_of, table_of, wanted
+    from simulations.evidence.privacy import VARIANTS, WARM_ALONE, Cohort, Run, study_of, table_of, wanted
 
-    plain, private = (study_of(500, target, "base", 2) for target in (None, 3.0))
+    cohort = Cohort(patients=500, smallest=125, slices=1, sites={})
+    plain, private = (study_of(cohort, target, "base", 2) for target in (None, 3.0))
     assert plain.privacy.site is None
-    assert private.privacy.site is not None
-    assert (private.privacy.site.patients, private.privacy.site.delta, private.privacy.site.epsilon) == (125, 2e-4, 3.0)
-    assert len({study_of(500, 8.0, variant, 2).digest for variant in VARIANTS}) == len(VARIANTS)
-    assert study_of(500, 8.0, "full model", 2).model.experts == 6
-    keys = list(wanted([100, 500], 3, ["sgd"]))
-    assert len(set(keys)) == len(keys) == 2 * (4 * 3 + 3)
+    site = private.privacy.site
+    assert site is not None
+    assert (site.patients, site.delta, site.epsilon, site.sample_rate, site.slices_per_patient) == (125, 2e-4, 3.0, 0.224, 1)
+    studies = {variant: study_of(cohort, 8.0, variant, 2).digest for variant in VARIANTS}
+    assert studies.pop("warm-up") == studies["base"]  # the same study from another start
+    assert len(set(studies.values())) == len(studies)
+    assert study_of(cohort, 8.0, "full model", 2).model.experts == 6
+    keys = list(wanted(3, ["sgd", WARM_ALONE]))
+    assert len(set(keys)) == len(keys) == 4 * 3 + 2 * 3
+    assert {target for target, variant, _ in keys if variant == WARM_ALONE} == {None}
     runs = [Run(100, 8.0, "base", seed, 0.1 * seed, 7.9, 3.5, 60.0, 800.0) for seed in (1, 2, 3)]
     assert table_of(runs).row_count == 1
 
