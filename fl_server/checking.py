@@ -21,7 +21,7 @@ def check_study(path: Path, *, as_json: bool) -> None:
         201-205 for the file, 403 where no noise keeps a patient's epsilon, 420 and 421 as `fl_server.private`.
     """
     study = read_study(path)
-    rows = [*privacy_rows(study)]
+    rows = privacy_rows(study)
     if as_json:
         sys.stdout.write(json.dumps({"digest": study.digest, "study": study.model_dump(mode="json")}, indent=1) + "\n")
         return

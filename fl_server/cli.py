@@ -12,7 +12,6 @@ import typer
 from icmoe import __version__
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from icmoe.platform import require_supported_platform
-from icmoe.private import file_errors
 from icmoe.usage import Commands
 
 app = typer.Typer(
@@ -36,7 +35,7 @@ def check(
     """Explain every fault of a study file at once, or print the study's digest."""
     from fl_server.checking import check_study
 
-    with exit_on_fault(), file_errors():
+    with exit_on_fault():
         require_supported_platform()
         check_study(study, as_json=as_json)
 
@@ -55,7 +54,7 @@ def new_study(
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:
     """Ask what a study needs and write a commented study file, with a schema beside it for completion in editors."""
-    with exit_on_fault(), file_errors():
+    with exit_on_fault():
         from fl_server.asking import asking
         from fl_server.new_study import make_study, require_new, write_study
 
@@ -101,7 +100,7 @@ def provision(
     from fl_server.provisioning import print_provisioned
     from fl_server.provisioning import provision as run
 
-    with exit_on_fault(), file_errors():
+    with exit_on_fault():
         print_provisioned(run(consortium, out, renew=renew, now=dt.datetime.now(tz=dt.UTC)))
 
 
@@ -112,7 +111,7 @@ def admit(
     fingerprint: Annotated[str | None, typer.Option(help="The key's fingerprint as the hospital read it out; compared.")] = None,
 ) -> None:
     """Register a site's key with the running SuperLink under the site's name."""
-    with exit_on_fault(), file_errors():
+    with exit_on_fault():
         from fl_server.admission import admit as run
 
         found = run(request, home, expected=fingerprint)
@@ -124,7 +123,7 @@ def admit(
 @app.command()
 def revoke(site: Annotated[str, typer.Argument(help="Name of the site.")], home: Home) -> None:
     """Take a site's key out of the federation for good; its SuperNode stops within half a minute."""
-    with exit_on_fault(), file_errors():
+    with exit_on_fault():
         from fl_server.admission import revoke as run
 
         sys.stdout.write(f"{site} is revoked\nkey fingerprint  {run(site, home)}\n")
@@ -139,7 +138,7 @@ def expiry(
     """Show when certificates end; exit code 1 where one ends soon, for a timer to watch."""
     from fl_server.provisioning import print_expiry
 
-    with exit_on_fault(), file_errors():
+    with exit_on_fault():
         if not print_expiry(home, dt.datetime.now(tz=dt.UTC), warn_days=days, as_json=as_json):
             raise typer.Exit(1)
 
@@ -158,7 +157,7 @@ def superlink(
     """Write nginx.conf and print the exact Flower commands of this consortium, or run them."""
     from fl_server.superlink import serve
 
-    with exit_on_fault(), file_errors():
+    with exit_on_fault():
         require_supported_platform()
         serve(home, execute=execute, listen=listen)
 
@@ -173,7 +172,7 @@ def run(
     """Submit a study and follow its rounds; exits with 0 only when the study completed. A stopped study goes on where it was."""
     from fl_server.commands import run_study
 
-    with exit_on_fault(), file_errors():
+    with exit_on_fault():
         require_supported_platform()
         run_study(home, study, resume=resume, as_json=as_json)
 
@@ -187,7 +186,7 @@ def status(
     """Show how far a run came."""
     from fl_server.commands import show_runs
 
-    with exit_on_fault(), file_errors():
+    with exit_on_fault():
         show_runs(home, run_id=run_id, newest=True, as_json=as_json)
 
 
@@ -196,7 +195,7 @@ def list_runs(home: Home, as_json: AsJson = False) -> None:
     """List all runs."""
     from fl_server.commands import show_runs
 
-    with exit_on_fault(), file_errors():
+    with exit_on_fault():
         show_runs(home, run_id=None, newest=False, as_json=as_json)
 
 
@@ -205,7 +204,7 @@ def stop(run_id: Annotated[str, typer.Argument(help="Run.")], home: Home) -> Non
     """Stop a run; its finished rounds are kept, and the study can go on later."""
     from fl_server.commands import stop_run
 
-    with exit_on_fault(), file_errors():
+    with exit_on_fault():
         stop_run(home, run_id)
 
 
@@ -218,7 +217,7 @@ def lift(
     """Let a site in again that sits out after three refused updates."""
     from fl_server.commands import lift_site
 
-    with exit_on_fault(), file_errors():
+    with exit_on_fault():
         lift_site(home, site, run_id)
 
 

@@ -47,7 +47,7 @@ def _spent(study: Study, history: Sequence[RoundRecord]) -> list[PrivacySpent]:
             epsilon = study_epsilon(study) if site.epsilon is None else site.epsilon
             spent.append(PrivacySpent(epsilon=epsilon, delta=site.delta, **names))
     if server is not None:
-        spent.append(PrivacySpent(**{key: server[key] for key in PrivacySpent.__dataclass_fields__}))
+        spent.append(PrivacySpent.of(server))
     return spent
 
 

@@ -15,7 +15,6 @@ from rich.table import Table
 from icmoe import __version__
 from icmoe.errors import Fault, IcmoeError, exit_on_fault, print_faults
 from icmoe.platform import require_supported_platform
-from icmoe.private import file_errors
 from icmoe.usage import Commands
 
 app = typer.Typer(
@@ -48,7 +47,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Score a saved model on any folder of hospitals, also on sites it never saw."""
-    with exit_on_fault(), file_errors():
+    with exit_on_fault():
         require_supported_platform()
         # Imported late: --help and a mistyped option are answered without waiting for PyTorch.
         from icmoe.scoring import score_folder
@@ -84,7 +83,7 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print prediction.json on standard output.")] = False,
 ) -> None:
     """Segment a study and write the result in its own geometry; exit code 1 where something was left out."""
-    with exit_on_fault(), file_errors():
+    with exit_on_fault():
         require_supported_platform()
         from icmoe.data.ingest.run import require_packages
 
@@ -119,7 +118,7 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Write the trained part, from the backbone's features to probabilities, for other programs; compared with the model."""
-    with exit_on_fault(), file_errors():
+    with exit_on_fault():
         require_supported_platform()
         from icmoe.export import export_model
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -64,6 +65,11 @@ class PrivacySpent:
     unit: str
     adjacency: str
     accountant: str
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> PrivacySpent:
+        """Return what a record of a round or of a study says under these names, whatever else it says."""
+        return cls(**{field.name: record[field.name] for field in fields(cls)})
 
 
 def write_card(

@@ -43,5 +43,4 @@ def _write(path: Path, results: dict[str, Any], test: dict[str, Any], sites: lis
     header = read_model(path)[1]
     spent = [results.get("privacy")] if header.study.privacy.site is not None else []
     spent += [rounds[-1].get("privacy")] if rounds else []
-    privacy = [PrivacySpent(**{key: one[key] for key in PrivacySpent.__dataclass_fields__}) for one in spent if one]
-    write_card(path, header, lines, scored_on=SCORED_ON, privacy=privacy)
+    write_card(path, header, lines, scored_on=SCORED_ON, privacy=[PrivacySpent.of(one) for one in spent if one])

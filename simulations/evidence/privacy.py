@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
@@ -213,9 +214,8 @@ def encoded(cohort: Cohort, study: Study) -> FeatureCache:
     return cache
 
 
-def trained(study: Study, cohort: Cohort, start: State | None) -> State:
+def trained(study: Study, cohort: Cohort, cache: FeatureCache, start: State | None) -> State:
     """Return the global model after all rounds of plain FedAvg; every hospital counts alike."""
-    cache = encoded(cohort, study)
     data = {name: TrainingSet(site.of("train"), study, cache) for name, site in sorted(cohort.sites.items())}
     state = dict(start or global_state(build_model(study, seed=derived_seed(study, "model"))))
     share_S = plain_share(np.ones(len(data)))
@@ -238,19 +238,21 @@ def _update(study: Study, state: State, data: TrainingSet, name: str, round_numb
     return update_of(model, state, personal=False, shape=study.model)
 
 
+@lru_cache
 def warmed_up(seed: int, out: Path) -> State:
     """Return a model trained without privacy on phantoms that no private run sees."""
     cohort = phantoms_of(WARM_PATIENTS, out, seed=WARM_SEED)
-    return trained(study_of(cohort, None, "base", seed), cohort, None)
+    study = study_of(cohort, None, "base", seed)
+    return trained(study, cohort, encoded(cohort, study), None)
 
 
 def one_run(source: str, cohort: Cohort, target: float | None, variant: str, seed: int, out: Path) -> Run:
     """Train and score once."""
     study = study_of(cohort, target, variant, seed)
-    privacy = study.privacy.site
+    privacy, cache = study.privacy.site, encoded(cohort, study)
     start = warmed_up(seed, out) if variant.startswith("warm-up") else None
     began = time.process_time()
-    state = start if variant == WARM_ALONE and start is not None else trained(study, cohort, start)
+    state = start if variant == WARM_ALONE and start is not None else trained(study, cohort, cache, start)
     cpu_s = time.process_time() - began
     return Run(
         source=source,
@@ -258,7 +260,7 @@ def one_run(source: str, cohort: Cohort, target: float | None, variant: str, see
         target=target,
         variant=variant,
         seed=seed,
-        dice=test_dice(study, cohort, state),
+        dice=test_dice(study, cohort, cache, state),
         epsilon=None if privacy is None else study_epsilon(study),
         noise_multiplier=0.0 if privacy is None else training_spending(privacy, rounds=study.rounds).noise_multiplier,
         cpu_s=cpu_s,
@@ -266,14 +268,12 @@ def one_run(source: str, cohort: Cohort, target: float | None, variant: str, see
     )
 
 
-def test_dice(study: Study, cohort: Cohort, state: State) -> float:
+def test_dice(study: Study, cohort: Cohort, cache: FeatureCache, state: State) -> float:
     """Return the mean Dice over the test patients of all hospitals."""
     model = build_model(study, seed=0)
     load_state(model, state)
     test = [item for site in cohort.sites.values() for item in site.of("test")]
-    return fmean(
-        score.dice for score in score_slices(model.eval(), test, study.labels, encoded(cohort, study), CPU, surfaces=False)
-    )
+    return fmean(score.dice for score in score_slices(model.eval(), test, study.labels, cache, CPU, surfaces=False))
 
 
 def wanted(seeds: int, variants: list[str]) -> Iterator[tuple[float | None, str, int]]:
