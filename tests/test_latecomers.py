@@ -5,14 +5,15 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from flwr.app import Message
+from flwr.app import Error, Message
 from test_rounds import SITES, Wire, honest, registered
 
-from fl_server.app import make_strategy, start_state
+from fl_server.app import make_strategy, run_study, start_state
+from fl_server.new_study import study_toml
 from fl_server.roster import meet, welcome
 from fl_server.rounds import run_rounds
-from fl_server.run_state import RoundRecord, RunState
-from icmoe.study import Study
+from fl_server.run_state import RoundRecord, RunState, latest_state
+from icmoe.study import Study, read_study
 
 
 def played(study: Study, wire: Wire, folder: Path, *, at_first: int = 2) -> tuple[RunState, list[str]]:
@@ -65,3 +66,22 @@ def test_an_offline_or_known_node_costs_no_message(make_study) -> None:
     count = len(wire.asked)
     assert welcome(wire, roster, study, poll_s=0.01) == []
     assert len(wire.asked) == count
+
+
+def test_the_coordinator_s_app_lets_late_sites_in(make_study, tmp_path: Path) -> None:
+    path = tmp_path / "runs/study/study.toml"
+    path.parent.mkdir(parents=True)
+    path.write_text(study_toml(make_study(rounds=2, quorum=2)))
+
+    def answer(message: Message, site: str) -> Message | None:
+        if message.metadata.message_type == "query.summary":
+            return Message(Error(code=1, reason="ICM301 nothing is shared"), reply_to=message)
+        if message.metadata.message_type == "train":
+            wire.nodes = everybody
+        return honest(message, site)
+
+    wire = Wire(answer)
+    everybody, wire.nodes = wire.nodes, wire.nodes[:2]
+    run_study(wire, path)  # type: ignore[arg-type]  # a Grid at the wire
+    history = latest_state(path.with_suffix(".state.safetensors"), read_study(path)).history
+    assert [sorted(record["sites"]) for record in history] == [["Alder", "Birch"], sorted(SITES.values())]

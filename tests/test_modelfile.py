@@ -80,7 +80,12 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_headers_that_do_not_fit_are_refused(header: ModelHeader, state, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     cases = {
-        "ICM209 ": [None, {"format": "pt"}, {METADATA_KEY: "{"}, {METADATA_KEY: "[]"}, tampered(header, study_digest="0" * 64)],
+        "ICM209 ": [
+            None,
+            {"format": "pt"},
+            *({METADATA_KEY: text} for text in ("{", "[]", "[" * 100_000)),
+            tampered(header, study_digest="0" * 64),
+        ],
         "ICM208 ": [tampered(header, format_version=2), tampered(header, format_version="1")],
     }
     cases["ICM209 "] += [tampered(header, round=-1), tampered(header, method=5), tampered(header, format="other")]
