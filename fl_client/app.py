@@ -17,6 +17,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fl_client.budget import releases_of, require_fit, require_room, round_spending
+from fl_client.causes import cause_of
 from fl_client.egress import Request, decline, release
 from fl_client.finished import finished_or
 from fl_client.incoming import accept
@@ -198,9 +199,10 @@ def _answering(site_of: SiteOf, kind: str, handle: Handler) -> Callable[[Message
         except IcmoeError as error:
             log.error("%s", error)
             return decline(error.faults[0].number, message, request)
-        except Exception:
-            log.exception("the site did not finish its part of the round")
-            return decline(304, message, request)
+        except Exception as error:
+            fault = cause_of(error)
+            log.exception("%s", fault)
+            return decline(fault.number, message, request)
 
     return answer
 

@@ -41,7 +41,7 @@ _SCHEMA = (
     "CREATE TABLE audit (count INTEGER NOT NULL, digest TEXT NOT NULL) STRICT",
 )
 
-_PLACE = {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_PERM}
+_PLACE = {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM}
 """Errors of SQLite's that say nothing against the file: it, or its folder, cannot be written to."""
 
 Releases = tuple[tuple[float, float, int], ...] | None
@@ -210,6 +210,8 @@ def _opened(state: Path, site: str, deadline_s: float) -> Iterator[sqlite3.Conne
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
             raise IcmoeError(Fault(number=415, where=str(path), limit=f"{deadline_s:g} s", did=NOTHING_SENT)) from None
+        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:
+            raise IcmoeError(Fault(number=315, where=str(path), value=str(error), did=NOTHING_SENT)) from None
         if error.sqlite_errorcode & 0xFF in _PLACE:
             raise IcmoeError(Fault(number=205, where=str(path), value=str(error), did=NOTHING_SENT)) from None
         raise _damaged(path, str(error)) from None

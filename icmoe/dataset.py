@@ -25,6 +25,14 @@ class Batch:
     features: Features
     target_BKhw: Tensor
 
+    def __len__(self) -> int:
+        return len(self.target_BKhw)
+
+    def part(self, start: int, end: int) -> Batch:
+        """Return the images from `start` to before `end`, as views."""
+        blocks = tuple(block[start:end] for block in self.features.blocks)
+        return Batch(Features(self.features.embedding_BCHW[start:end], blocks), self.target_BKhw[start:end])
+
 
 class TrainingSet:
     """The training slices of one site.

@@ -153,6 +153,11 @@ CATALOGUE: dict[int, Entry] = {
         "site's key is not, or no longer, registered at the coordinator",
         "Ask the coordinator. A revoked key never comes back: fl_client --site NAME init --kit KIT --new-key makes another.",
     ),
+    334: Entry(
+        "site ran out of memory",
+        "Free memory on its device: smaller parts were tried, down to one slice.",
+    ),
+    335: Entry("site cannot read or write its own files", "Read the site's log: a disk may be gone, or rights have changed."),
     401: Entry("frozen backbone changed during training", "Do not use the result; report the case with the two digests."),
     402: Entry(
         "site's patients do not fit the study's privacy", "Agree on other constants under [privacy.site], or leave the site out."

@@ -81,7 +81,7 @@ def one_by_one(objective: Objective, batch: Batch, counts: Sequence[int], slices
         start, end = end, end + count
         gradient_D, usage_M = None, None
         for at in range(start, end, slices_at_once):
-            loss_B, usage_BM = objective(_cut(batch, at, min(at + slices_at_once, end)))
+            loss_B, usage_BM = objective(batch.part(at, min(at + slices_at_once, end)))
             part = torch.autograd.grad(loss_B.sum() / count, parameters, allow_unused=True, materialize_grads=True)
             part_D, part_M = torch.cat([tensor.flatten() for tensor in part]), usage_BM.sum(dim=0) / count
             gradient_D = part_D if gradient_D is None else gradient_D + part_D
@@ -120,9 +120,3 @@ def all_at_once(objective: Objective, batch: Batch, counts: Sequence[int], slice
 def back_end_for(device: torch.device) -> BackEnd:
     """Return the faster back end of a device."""
     return one_by_one if device.type == "cpu" else all_at_once
-
-
-def _cut(batch: Batch, start: int, end: int) -> Batch:
-    features = batch.features
-    blocks = tuple(block[start:end] for block in features.blocks)
-    return Batch(Features(features.embedding_BCHW[start:end], blocks), batch.target_BKhw[start:end])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from icmoe.backbone import Backbone
 from icmoe.data.slices import Slice, load_image
 from icmoe.device import moved
 from icmoe.features import FeatureCache, Wanted
+from icmoe.parts import Parts
 from icmoe.preprocess import apply_view, prepare
 from icmoe.study import Study, View
 
@@ -92,12 +94,18 @@ def encode_missing(
     """
     missing = [item for item in wanted if not cache.contains(item.key)]
     device = next(backbone.buffers()).device
-    batch_size = GPU_BATCH if device.type == "cuda" else CPU_BATCH
-    for at in range(0, len(missing), batch_size):
-        chunk = missing[at : at + batch_size]
+    parts = Parts(GPU_BATCH if device.type == "cuda" else CPU_BATCH)
+
+    def encode(start: int, at_once: int) -> int:
+        chunk = missing[start : start + at_once]
         features = backbone.encode(moved(torch.stack([item.read() for item in chunk]), device))
         for row, item in enumerate(chunk):
             cache.put(item.key, features.embedding_BCHW[row], [block[row] for block in features.blocks])
+        return len(chunk)
+
+    done = 0
+    while done < len(missing):
+        done += parts.run(partial(encode, done))
         if on_progress is not None:
-            on_progress(at + len(chunk), len(missing))
+            on_progress(done, len(missing))
     return len(missing)

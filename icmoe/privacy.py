@@ -22,6 +22,7 @@ from icmoe.dataset import TrainingSet
 from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.model import ICMoE
 from icmoe.os_random import gaussian, torch_generator
+from icmoe.parts import Parts
 from icmoe.patient_batches import Sample, draw_samples, grouped
 from icmoe.patient_gradients import BackEnd, Objective, back_end_for
 from icmoe.study import Study
@@ -76,8 +77,9 @@ def private_round(
         objective = Objective(model, study.loss, torch_generator(device), anchor_of(model, study))
         descent = _Descent(objective.trained(), study, privacy)
         usage_M = torch.zeros(study.model.experts, dtype=torch.float64, device=device)
+        parts = Parts(privacy.slices_at_once)
         for step in range(privacy.steps):
-            mean = private_mean(objective, data, privacy, sigma, device, back_end or back_end_for(device))
+            mean = private_mean(objective, data, privacy, sigma, device, back_end or back_end_for(device), parts)
             usage_M += mean[descent.size :]
             rate = learning_rate(study, round_number=round_number, step=step, steps=privacy.steps)
             descent.step(mean[: descent.size], rate, last=privacy.steps - step)
@@ -91,9 +93,17 @@ def private_round(
 
 
 def private_mean(
-    objective: Objective, data: TrainingSet, privacy: SitePrivacy, sigma: float, device: torch.device, back_end: BackEnd
+    objective: Objective,
+    data: TrainingSet,
+    privacy: SitePrivacy,
+    sigma: float,
+    device: torch.device,
+    back_end: BackEnd,
+    parts: Parts | None = None,
 ) -> Tensor:
     """Return the release of one step, D + M: patients are drawn, clipped, added, noised and divided by the public batch.
+
+    Where memory is short the same patients are added up anew in smaller parts: nobody is drawn a second time.
 
     Parameters
     ----------
@@ -109,9 +119,15 @@ def private_mean(
         Where gradients are computed.
     back_end
         How.
+    parts
+        How many slices at once, which it lowers where memory is short; the study's number where None.
     """
     samples = draw_samples(data.rows_of_patients, privacy.sample_rate, slices=privacy.slices_per_patient, views=len(data.views))
-    return noised(private_sum(objective, data, samples, privacy, device, back_end), privacy, sigma)
+
+    def add_up(at_once: int) -> Tensor:
+        return private_sum(objective, data, samples, privacy.model_copy(update={"slices_at_once": at_once}), device, back_end)
+
+    return noised((parts or Parts(privacy.slices_at_once)).run(add_up), privacy, sigma)
 
 
 def private_sum(

@@ -1,6 +1,7 @@
 """One round of local training on cached features; the same code on CPU and CUDA.
 
-The loop never waits for the device: losses and usage are summed there and read once at the end.
+The loop never waits for the device: losses and usage are summed there and read once at the end. Where memory does not
+suffice for a batch, its gradient is computed in parts (`icmoe/parts.py`).
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from icmoe.dataset import TrainingSet
+from icmoe.dataset import Batch, TrainingSet
 from icmoe.errors import Fault, IcmoeError
 from icmoe.losses import proximal
 from icmoe.model import ICMoE, total_loss
+from icmoe.parts import Parts
 from icmoe.router import Router
 from icmoe.study import Study
 
@@ -117,24 +120,19 @@ def train_round(
     anchor = anchor_of(model, study)
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(trained, weight_decay=study.training.weight_decay, fused=fused)
-    generator = torch.Generator(device).manual_seed(seed)
-    sums = _Sums()
+    gradient = _Gradient(model, study, trained, start, anchor, torch.Generator(device).manual_seed(seed))
+    parts, sums = Parts(data.batch_size), _Sums()
     model.train()
     model.start_round()
     began = time.perf_counter()
     for step, batch in enumerate(data.batches(steps=steps, seed=seed, device=device)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(study, round_number=round_number, step=step, steps=steps)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            terms, output = model.losses(batch.features, batch.target_BKhw, study.loss, generator, anchor)
-            loss = total_loss(terms, study.loss)
-        if study.training.proximal_mu > 0.0:
-            loss = loss + study.training.proximal_mu * proximal(trained, start)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        measured = parts.run(partial(gradient.of, batch))
         torch.nn.utils.clip_grad_norm_(trained, study.training.clip_norm)
         optimizer.step()
-        sums.add(loss, terms, None if output.experts is None else output.experts.gates_BMHW)
+        for part in measured:
+            sums.add(part)
         if on_step is not None:
             on_step(step + 1, steps)
     model.eval()
@@ -148,6 +146,47 @@ def anchor_of(model: ICMoE, study: Study) -> Router | None:
     return copy.deepcopy(model.router).requires_grad_(requires_grad=False)
 
 
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """One part of a batch, on the device: its share of the batch, loss, terms, and gate mass per expert."""
+
+    share: float
+    loss: Tensor
+    terms: dict[str, Tensor]
+    usage_M: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Gradient:
+    """The gradient of a batch, in one part or, where memory is short, in several whose gradients add up to the same."""
+
+    model: ICMoE
+    study: Study
+    trained: Sequence[Tensor]
+    start: Sequence[Tensor]
+    anchor: Router | None
+    generator: torch.Generator
+
+    def of(self, batch: Batch, at_once: int) -> list[_Measured]:
+        """Leave the batch's gradient in the trained tensors and return what was measured."""
+        for tensor in self.trained:
+            tensor.grad = None
+        return [self._part(batch, at, min(at + at_once, len(batch))) for at in range(0, len(batch), at_once)]
+
+    def _part(self, batch: Batch, start: int, end: int) -> _Measured:
+        part, share, weights = batch.part(start, end), (end - start) / len(batch), self.study.loss
+        device = part.target_BKhw.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            terms, output = self.model.losses(part.features, part.target_BKhw, weights, self.generator, self.anchor)
+            loss = total_loss(terms, weights)
+        if self.study.training.proximal_mu > 0.0:
+            loss = loss + self.study.training.proximal_mu * proximal(self.trained, self.start)
+        (loss * share).backward()
+        gates_BMHW = None if output.experts is None else output.experts.gates_BMHW.detach()
+        usage_M = None if gates_BMHW is None else gates_BMHW.double().mean(dim=(0, 2, 3))
+        return _Measured(share, loss.detach(), {name: value.detach().mean() for name, value in terms.items()}, usage_M)
+
+
 class _Sums:
     """Running sums of a round, kept on the device."""
 
@@ -156,12 +195,12 @@ class _Sums:
         self.terms: dict[str, Tensor] = {}
         self.usage_M: Tensor | None = None
 
-    def add(self, loss: Tensor, terms: dict[str, Tensor], gates_BMHW: Tensor | None) -> None:
-        self.loss = self.loss.to(loss.device) + loss.detach()
-        for name, value in terms.items():
-            self.terms[name] = self.terms.get(name, 0.0) + value.detach().mean()
-        if gates_BMHW is not None:
-            usage_M = gates_BMHW.detach().double().mean(dim=(0, 2, 3))
+    def add(self, part: _Measured) -> None:
+        self.loss = self.loss.to(part.loss.device) + part.share * part.loss
+        for name, value in part.terms.items():
+            self.terms[name] = self.terms.get(name, 0.0) + part.share * value
+        if part.usage_M is not None:
+            usage_M = part.share * part.usage_M
             self.usage_M = usage_M if self.usage_M is None else self.usage_M + usage_M
 
     def result(self, steps: int, train_s: float) -> RoundResult:
