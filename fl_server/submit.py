@@ -214,9 +214,17 @@ def _completed(home: Home, folder: StudyFolder, run_id: str) -> bool:
     if run.status == "finished:completed":
         return True
     if run.finished:
-        value = f"run {run.run_id}, {run.details or run.status}"
-        raise IcmoeError(*folder.faults(), Fault(number=509 if run.status == "finished:stopped" else 507, value=value))
+        raise IcmoeError(*_ended_badly(run, folder.faults()))
     return False
+
+
+def _ended_badly(run: flower.Run, known: list[Fault]) -> list[Fault]:
+    """Return what stopped a run; where it could not say, that its process was ended from outside."""
+    value = f"run {run.run_id}, {run.details or run.status}"
+    if run.status == "finished:stopped":
+        return [*known, Fault(number=509, value=value)]
+    what = "" if known else "run ended without a word, as when its process is killed or lacks memory"
+    return [*known, Fault(number=507, what=what, value=value)]
 
 
 def sentence(record: RoundRecord, study: Study) -> str:
