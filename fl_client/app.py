@@ -18,6 +18,7 @@ from flwr.clientapp import ClientApp
 
 from fl_client.budget import releases_of, require_fit, require_room, round_spending
 from fl_client.causes import cause_of
+from fl_client.doing import Doing, telling
 from fl_client.egress import Request, decline, release
 from fl_client.finished import finished_or
 from fl_client.incoming import accept
@@ -123,7 +124,15 @@ def evaluate(request: Request) -> Outgoing:
 def _trained(request: Request, start: State, model: ICMoE) -> Outgoing:
     site, study, round_number = request.site, request.study, request.round_number
     numbers = validation_numbers(site, study, model)
-    numbers |= train_here(site, study, model, round_number)
+    doing = Doing(
+        run=str(request.message.metadata.run_id),
+        study=study.name,
+        round=round_number,
+        rounds=study.rounds,
+        device=str(site.torch_device()),
+    )
+    with telling(site.state_folder if site.records is not None else None, doing) as on_step:
+        numbers |= train_here(site, study, model, round_number, on_step)
     keep_personal(global_state(model), site.state_folder, study, site.name, round_number)
     return Outgoing(tensors=update_of(model, start, personal=study.aggregation.personal, shape=study.model), numbers=numbers)
 
@@ -181,7 +190,7 @@ def _model(request: Request, start: State) -> ICMoE:
     model = build_model(study, seed=0)
     load_state(model, start)
     if site.records is not None:
-        accept(site.records, study, kind, round_number, start)
+        accept(site.records, study, request.about(), start)
     after_round = round_number if kind == "evaluate" else round_number - 1
     load_state(model, with_personal(start, site.state_folder, study, site.name, after_round))
     return model.to(site.torch_device()).eval()

@@ -55,6 +55,12 @@ def fl_client(
     config: Annotated[
         Path | None, typer.Option(help="Site file. Default: sites/NAME.toml in the user's configuration folder.")
     ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Taking part: sentences alone, as a service's log wants them, and no panel.")
+    ] = False,
+    json_log: Annotated[
+        bool, typer.Option("--json-log", help="Taking part: an object per line on standard output, with the run's number.")
+    ] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
     """Speak for one hospital; --site stands before the command. Without a command: take part in the approved studies."""
@@ -65,10 +71,11 @@ def fl_client(
         require_supported_platform()
         context.obj = Options(site, config)
         if context.invoked_subcommand is None:
+            from fl_client.screen import form_of
             from fl_client.supervisor import run_site
 
             chosen = _chosen(context)
-            raise typer.Exit(run_site(chosen.path, chosen.site))
+            raise typer.Exit(run_site(chosen.path, chosen.site, form_of(plain=plain, as_json=json_log)))
 
 
 @app.command()
@@ -138,6 +145,39 @@ def show(context: typer.Context, as_json: Annotated[bool, typer.Option("--json",
         Console().print(table)
         for line in _shortened([line for row in studies for line in row["exclusions"]]):
             Console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def status(context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show where this site stands: connection, round, memory, Dice, privacy budget, last release."""
+    from fl_client.status import show_status
+
+    with exit_on_fault():
+        chosen = _chosen(context)
+        show_status(chosen.path, chosen.site, as_json=as_json)
+
+
+@app.command()
+def history(context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List every round that this site was asked to train, and what came of it."""
+    from fl_client.history import show_history
+
+    with exit_on_fault():
+        chosen = _chosen(context)
+        show_history(chosen.path, chosen.site, as_json=as_json)
+
+
+@app.command()
+def report(
+    context: typer.Context,
+    out: Annotated[Path | None, typer.Option(help="File. Default: report.html in the state folder.")] = None,
+) -> None:
+    """Write a page on this site's studies: rounds, Dice, privacy, what left; it stays here."""
+    from fl_client.site_report import write_report
+
+    with exit_on_fault():
+        chosen = _chosen(context)
+        Console().print(f"Report: {write_report(chosen.path, chosen.site, out)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -55,8 +55,9 @@ class Request:
     receipt: Head | None = None
 
     def about(self) -> dict[str, str | int]:
-        """Return what the audit log says of it."""
-        return {"study": self.study.digest, "name": self.study.name, "kind": self.kind, "round": self.round_number}
+        """Return what the audit log says of it; the run's number is the same at the coordinator."""
+        study, run = self.study, str(self.message.metadata.run_id)
+        return {"study": study.digest, "name": study.name, "kind": self.kind, "round": self.round_number, "run": run}
 
 
 def release(request: Request, outgoing: Outgoing) -> Message:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -21,7 +23,7 @@ STEPS = 1000
 """Steps of AdamW, each about one learning rate long, by whose length a tensor may change from round to round."""
 
 
-def accept(records: Records, study: Study, kind: str, round_number: int, tensors: State) -> None:
+def accept(records: Records, study: Study, about: Mapping[str, Any], tensors: State) -> None:
     """Check the size of a global model and its change since the last one, write its digest down, keep it for the next.
 
     Names, shapes, types and finiteness were checked before.
@@ -32,10 +34,8 @@ def accept(records: Records, study: Study, kind: str, round_number: int, tensors
         The site's.
     study
         The approved study.
-    kind
-        "train" or "evaluate".
-    round_number
-        The message's round.
+    about
+        What the audit log says of the message: its kind, "train" or "evaluate", and its round among others.
     tensors
         The global tensors.
 
@@ -44,11 +44,10 @@ def accept(records: Records, study: Study, kind: str, round_number: int, tensors
     IcmoeError
         322, one fault per tensor outside its bounds; the model's digest is in the audit log even then.
     """
-    age = round_number if kind == "evaluate" else round_number - 1
+    age = int(about["round"]) - (about["kind"] == "train")
     path = records.state / study.digest[:16] / "last-global.safetensors"
     last_age, last = _last(path)
     faults = bound_faults(study, tensors, last, rounds=max(1, age - last_age))
-    about = {"study": study.digest, "name": study.name, "kind": kind, "round": round_number}
     records.write("received", {**about, "digest": state_digest(tensors), "within_bounds": not faults})
     if faults:
         raise IcmoeError(*faults)

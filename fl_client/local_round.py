@@ -7,6 +7,7 @@ Under privacy at the site n_k is the study's public constant, the usage comes no
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from fl_client.manifest import Numbers
 from fl_client.participant import Participant
@@ -34,8 +35,10 @@ def size_of(site: Participant, study: Study) -> int:
     return announced_size(len(site.train), exact=site.exact_counts) if privacy is None else privacy.patients
 
 
-def train_here(site: Participant, study: Study, model: ICMoE, round_number: int) -> Numbers:
+def train_here(site: Participant, study: Study, model: ICMoE, round_number: int, on_step: Callable[[int, int], None]) -> Numbers:
     """Train the model in place for one round and return the numbers that leave with its update.
+
+    `on_step` is called with steps done and steps in all.
 
     Raises
     ------
@@ -45,10 +48,11 @@ def train_here(site: Participant, study: Study, model: ICMoE, round_number: int)
     data = TrainingSet(site.train, study, site.cache(study))
     device = site.torch_device()
     if study.privacy.site is not None:
-        result = private_round(model, data, study, round_number=round_number, device=device)
+        result = private_round(model, data, study, round_number=round_number, device=device, on_step=on_step)
         return {SLICES_KEY: size_of(site, study), USAGE_KEY: list(result.usage_M), STEPS_KEY: result.steps}
     seed = derived_seed(study, "train", site.name, round_number)
-    result = train_round(model, data, study, round_number=round_number, seed=seed, device=device, steps=site.steps_per_round)
+    steps = site.steps_per_round
+    result = train_round(model, data, study, round_number=round_number, seed=seed, device=device, steps=steps, on_step=on_step)
     assert result.loss is not None
     return {
         SLICES_KEY: size_of(site, study),

@@ -15,16 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from types import FrameType
 
-from rich.console import Console
-from rich.text import Text
-
 from fl_client.approval import approved_studies
 from fl_client.readiness import require_ready
+from fl_client.screen import Form, Run, Say, screen
 from fl_client.site import ENVIRONMENT, SiteFile, read_named
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from icmoe.processes import flower_environment, free_port, next_delay, private_files
@@ -42,6 +39,7 @@ _TURNED_AWAY = "the coordinator turned the site away: its clock differs by more 
 _NOT_LET_IN = "the coordinator does not let the site in: its key is not admitted, or its last connection runs out first (60 s)"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _LEVEL = re.compile(r"^[A-Z]+\s*:\s+")
+_RUN = re.compile(r"^\[RUN (\d+)")
 _SENTENCES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), sentence)
     for pattern, sentence in (
@@ -61,10 +59,8 @@ _SENTENCES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     )
 )
 
-Say = Callable[[str], None]
 
-
-def run_site(path: Path, name: str) -> int:
+def run_site(path: Path, name: str, form: Form) -> int:
     """Keep the site connected until SIGTERM, SIGINT or SIGHUP and return the exit code.
 
     Parameters
@@ -73,19 +69,21 @@ def run_site(path: Path, name: str) -> int:
         The site file.
     name
         The site.
+    form
+        What is shown meanwhile.
     """
     with exit_on_fault():
         settings = read_named(path, name)
         state = path.parent / settings.state
         names = ", ".join(f"{study.name} {study.digest[:12]}" for study in approved_studies(state))
         flags = connection_flags(path, settings)
-        with private_files(), only_one(state):
-            say = _screen(name)
+        run = Run()
+        with private_files(), only_one(state), screen(path, settings, form, run) as say:
             say(f"approved: {names}")
             require_ready(path, name, say)
             say(f"connecting to {flags[1]}; Flower's own lines go to {state / LOG}")
             with _log_file(state / LOG) as log:
-                supervise(lambda: start_supernode(path, state, flags), Hearing(say, log), say)
+                supervise(lambda: start_supernode(path, state, flags), Hearing(say, log, run), say)
             say("left the federation")
     return 0
 
@@ -204,16 +202,21 @@ class Hearing:
         Takes the sentences; one that repeats itself is said once.
     log
         Takes the lines.
+    run
+        Told of each run that a message belongs to.
     """
 
     say: Say
     log: Say
+    run: Run = field(default_factory=Run)
     last: str = field(default="", init=False)
 
     def __call__(self, line: str) -> None:
         """Take one line."""
         plain = _LEVEL.sub("", _COLOUR.sub("", line)).strip()
         self.log(plain)
+        if match := _RUN.match(plain):
+            self.run.number = match[1]
         sentence = sentence_of(plain)
         if sentence and sentence != self.last:
             self.say(sentence)
@@ -261,18 +264,6 @@ def _asked_to_stop() -> Iterator[threading.Event]:
     finally:
         for number, action in before.items():
             signal.signal(number, action)
-
-
-def _screen(name: str) -> Say:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-
-    def say(sentence: str) -> None:
-        style = "bold red" if sentence.startswith("ICM") else ""
-        console.print(
-            Text.assemble((f"{datetime.now().astimezone():%H:%M:%S} ", "dim"), (f"{name}: ", "bold"), (sentence, style))
-        )
-
-    return say
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from flwr.app import Context
@@ -104,15 +104,17 @@ def main(grid: Grid, context: Context) -> None:
     faults.unlink(missing_ok=True)
     try:
         with only_run_of(path):
-            run_study(grid, path)
+            run_study(grid, path, run=str(context.run_id))
     except IcmoeError as error:
         write_atomically(faults, json.dumps([fault.record() for fault in error.faults]).encode())
         print_faults(error.faults)
         raise  # Flower reports an exception at once; after an exit it would wait a minute and lose the lines above
 
 
-def run_study(grid: Grid, path: Path) -> None:
+def run_study(grid: Grid, path: Path, *, run: str) -> None:
     """Run what is left of a study, from its committed state where there is one, and write its model.
+
+    `run` is Flower's number of the run, which stands in the audit logs of coordinator and sites alike.
 
     Raises
     ------
@@ -129,7 +131,11 @@ def run_study(grid: Grid, path: Path) -> None:
         roster = meet(grid, study.quorum, study)
         if found is None:
             compare_sites(grid, roster, study, path.with_suffix(".data_check.json"))
-        strategy = make_strategy(study, roster, note=partial(audit.note, audit_path(path)), lifted=partial(read_lifted, path))
+
+        def note(event: str, values: Mapping[str, Any]) -> None:
+            audit.note(audit_path(path), event, {**values, "run": run})
+
+        strategy = make_strategy(study, roster, note=note, lifted=partial(read_lifted, path))
         commit = partial(RunState.commit, path=committed, keep=KEPT)
         receipted = Receipted(grid, roster.sites, path.parent.parent / "receipts")
         joining = partial(welcome, grid, roster, study)

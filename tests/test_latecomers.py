@@ -82,6 +82,6 @@ def test_the_coordinator_s_app_lets_late_sites_in(make_study, tmp_path: Path) ->
 
     wire = Wire(answer)
     everybody, wire.nodes = wire.nodes, wire.nodes[:2]
-    run_study(wire, path)  # type: ignore[arg-type]  # a Grid at the wire
+    run_study(wire, path, run="1")  # type: ignore[arg-type]  # a Grid at the wire
     history = latest_state(path.with_suffix(".state.safetensors"), read_study(path)).history
     assert [sorted(record["sites"]) for record in history] == [["Alder", "Birch"], sorted(SITES.values())]

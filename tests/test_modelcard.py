@@ -76,7 +76,7 @@ def test_a_study_that_ends_leaves_its_model_and_the_card_of_it(make_study, tmp_p
     state.round, state.closed = study.rounds, True
     state.history = [{"sites": {"Alder": {"val_dice": 0.5}}}]
     state.commit(path.with_suffix(".state.safetensors"))
-    run_study(None, path)  # type: ignore[arg-type]  # nothing is left to ask the sites
+    run_study(None, path, run="1")  # type: ignore[arg-type]  # nothing is left to ask the sites
     found = rows((tmp_path / "study.model.md").read_text())
     assert hashlib.sha256((tmp_path / "study.model.safetensors").read_bytes()).hexdigest() in found["model file"][0]
     assert found["Alder"] == ["-", "0.500"]

@@ -1,0 +1,111 @@
+"""What a site is doing at this moment, in a small file beside its records: for its own screen, never for the coordinator."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from icmoe.atomic import write_atomically
+
+log = logging.getLogger("fl_client")
+
+FILE = "doing.json"
+EVERY_S = 0.5
+"""Least seconds between two writes."""
+
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Doing:
+    """A round that is being trained.
+
+    Parameters
+    ----------
+    run
+        Flower's number of the run, the same at the coordinator.
+    study
+        Name.
+    round, rounds
+        Of the study.
+    step, steps
+        Of the round; 0 of 0 before the first step.
+    memory_bytes
+        Largest memory so far: of the GPU where there is one, else of the process.
+    device
+        Where it trains.
+    since
+        Seconds since 1970.
+    """
+
+    run: str
+    study: str
+    round: int
+    rounds: int
+    step: int = 0
+    steps: int = 0
+    memory_bytes: int = 0
+    device: str = "cpu"
+    since: float = 0.0
+
+
+_FORM = TypeAdapter(Doing)
+
+
+@contextmanager
+def telling(state: Path | None, doing: Doing) -> Iterator[OnStep]:
+    """Keep the file while inside.
+
+    Parameters
+    ----------
+    state
+        The site's state folder; nothing is written where None.
+    doing
+        What is begun.
+
+    Yields
+    ------
+    callable
+        To call with steps done and steps in all.
+    """
+    doing, next_s = replace(doing, since=time.time()), 0.0
+
+    def on_step(step: int, steps: int) -> None:
+        nonlocal next_s
+        if state is None or time.monotonic() < next_s:
+            return
+        next_s = time.monotonic() + EVERY_S
+        now = replace(doing, step=step, steps=steps, memory_bytes=_memory_bytes(doing.device))
+        with suppress(OSError):  # a full disk is found by what must be written
+            write_atomically(state / FILE, _FORM.dump_json(now), durable=False, private=True)
+
+    on_step(0, 0)
+    try:
+        yield on_step
+    finally:
+        if state is not None:
+            with suppress(OSError):
+                (state / FILE).unlink(missing_ok=True)
+
+
+def doing_now(state: Path) -> Doing | None:
+    """Return what the file says, None where there is none or it cannot be read."""
+    try:
+        return _FORM.validate_json((state / FILE).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _memory_bytes(device: str) -> int:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,162 @@
+"""`fl_client status`: where a site stands, from its own records; nothing is asked of the coordinator."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fl_client.accounts import account_of
+from fl_client.approval import read_approvals, standing
+from fl_client.audit import LOG
+from fl_client.doing import Doing, doing_now
+from fl_client.history import rounds_of
+from fl_client.ledger import FILE as LEDGER
+from fl_client.site import SiteFile, read_named, records_of
+from icmoe.atomic import write_atomically
+
+CONNECTION = "connection.json"
+Status = dict[str, Any]
+
+
+def note_connection(state: Path, sentence: str, run: str | None) -> None:
+    """Keep what the supervisor said last, for `status`."""
+    record = {"says": sentence, "run": run, "since": time.time()}
+    write_atomically(state / CONNECTION, json.dumps(record).encode(), durable=False, private=True)
+
+
+def is_running(state: Path) -> bool:
+    """Return whether an `fl_client` of the site takes part at this moment: it holds the supervisor's lock."""
+    try:
+        with (state / "supervisor.lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def status_of(path: Path, settings: SiteFile) -> Status:
+    """Return where the site stands, as plain values.
+
+    Parameters
+    ----------
+    path
+        The site file.
+    settings
+        What it says.
+
+    Returns
+    -------
+    dict
+        site, running, connection ("says", "since", "run"; None where the site never took part), studies approved, doing
+        (round and step, None between rounds), last_round and last_release as in `rounds_of`, epsilon_spent, epsilon_left.
+
+    Raises
+    ------
+    IcmoeError
+        As `Records.agreement` and `read_approvals`.
+    """
+    state = path.parent / settings.state
+    book, lines = records_of(path, settings).agreement()
+    account, rounds = account_of(settings, book), rounds_of(lines)
+    running, doing = is_running(state), doing_now(state)
+    return {
+        "site": settings.name,
+        "running": running,
+        "connection": _connection(state),
+        "studies": [approval.study.name for approval in standing(read_approvals(state))],
+        "doing": _plain(doing) if doing is not None and running else None,
+        "last_round": rounds[-1] if rounds else None,
+        "last_release": next((row for row in reversed(rounds) if row["outcome"] == "sent"), None),
+        "epsilon_spent": account["epsilon_spent"],
+        "epsilon_left": account["epsilon_left"],
+    }
+
+
+def stamp_of(state: Path) -> tuple[int, ...]:
+    """Return what changes when the records do, without reading them."""
+    found = [state / name for name in (LOG, LEDGER, CONNECTION)]
+    return tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in found)
+
+
+def show_status(path: Path, name: str, *, as_json: bool) -> None:
+    """Print where the site stands, as a table or as JSON.
+
+    Raises
+    ------
+    IcmoeError
+        As `read_named` and `status_of`.
+    """
+    status = status_of(path, read_named(path, name))
+    if as_json:
+        sys.stdout.write(json.dumps(status, indent=1) + "\n")
+        return
+    Console(highlight=False).print(table_of(status))
+
+
+def table_of(status: Status) -> Table:
+    """Return a status as a table of two columns."""
+    table = Table(title=f"Site {status['site']}", title_justify="left", show_header=False)
+    for key, value in _lines(status).items():
+        table.add_row(key, value)
+    return table
+
+
+def _lines(status: Status) -> dict[str, str]:
+    connection, doing = status["connection"], status["doing"]
+    said = f"{connection['says']} ({ago(connection['since'])})" if connection else "has not taken part yet"
+    last, sent = status["last_round"], status["last_release"]
+    dice = "-" if sent is None or sent["val_dice"] is None else f"{sent['val_dice']:.4f} before round {sent['round']}"
+    spent = "no budget in the site file"
+    if status["epsilon_spent"] is not None:
+        spent = f"epsilon {status['epsilon_spent']:.3f} spent, {status['epsilon_left']:.3f} left"
+    return {
+        "connection": said if status["running"] else f"not running; last: {said}",
+        "studies": ", ".join(status["studies"]) or "none approved",
+        "now": now_line(doing) if doing else "no round",
+        "last round": "-" if last is None else f"{last['study']}, round {last['round']}: {outcome_of(last)}",
+        "validation Dice": dice,
+        "last release": "-" if sent is None else f"{sent['study']}, round {sent['round']}, {sent['ended'][:19]} UTC",
+        "privacy": spent,
+    }
+
+
+def now_line(doing: Status) -> str:
+    """Return a round that is being trained in one line."""
+    steps = f", step {doing['step']} of {doing['steps']}" if doing["steps"] else ""
+    memory = f", {doing['memory_bytes'] / 2**20:,.0f} MiB at most on {doing['device']}"
+    return f"{doing['study']}, round {doing['round']} of {doing['rounds']}{steps}{memory}, begun {ago(doing['since'])}"
+
+
+def outcome_of(row: Status) -> str:
+    """Return how a round ended, with the number where it was declined."""
+    return str(row["outcome"]) + (f" (ICM{row['number']})" if row["number"] else "")
+
+
+def ago(since: float) -> str:
+    """Return how long a moment lies back."""
+    seconds = max(0, round(time.time() - since))
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit} ago"
+    return f"{seconds} s ago"
+
+
+def _connection(state: Path) -> Status | None:
+    try:
+        found = json.loads((state / CONNECTION).read_bytes())
+        return {"says": str(found["says"]), "since": float(found["since"]), "run": found["run"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _plain(doing: Doing) -> Status:
+    return {name: getattr(doing, name) for name in Doing.__slots__}
