@@ -1,7 +1,11 @@
-"""What a site is doing at this moment, in a small file beside its records: for its own screen, never for the coordinator."""
+"""What a site is doing at this moment, in small files beside its records: for its own screen, never for the coordinator.
+
+The supervisor imports this module, which therefore loads neither PyTorch nor anything that does.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import resource
 import time
@@ -10,7 +14,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -18,7 +21,7 @@ from icmoe.atomic import write_atomically
 
 log = logging.getLogger("fl_client")
 
-FILE = "doing.json"
+FILE, SAID = "doing.json", "said.json"
 EVERY_S = 0.5
 """Least seconds between two writes."""
 
@@ -105,7 +108,16 @@ def doing_now(state: Path) -> Doing | None:
         return None
 
 
+def note_said(state: Path, sentence: str, run: str | None) -> None:
+    """Keep what the supervisor said last, for `fl_client status`; a disk that is full is no reason to leave."""
+    record = {"says": sentence, "run": run, "since": time.time()}
+    with suppress(OSError):
+        write_atomically(state / SAID, json.dumps(record).encode(), durable=False, private=True)
+
+
 def _memory_bytes(device: str) -> int:
-    if torch.device(device).type == "cuda":
+    if device.startswith("cuda"):
+        import torch  # the supervisor, which keeps what it said here, does without
+
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -17,9 +17,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fl_client.doing import doing_now
+from fl_client.doing import doing_now, note_said
 from fl_client.site import SiteFile
-from fl_client.status import Status, note_connection, now_line, stamp_of, status_of, table_of
 from icmoe.errors import IcmoeError
 
 Form = Literal["live", "plain", "json"]
@@ -61,7 +60,7 @@ def screen(path: Path, settings: SiteFile, form: Form, run: Run) -> Iterator[Say
 
     def say(sentence: str) -> None:
         show(sentence)
-        note_connection(state, sentence, run.number)
+        note_said(state, sentence, run.number)
 
     if form != "live":
         yield say
@@ -84,11 +83,13 @@ class Panel:
     def __init__(self, path: Path, settings: SiteFile) -> None:
         self.path, self.settings, self.state = path, settings, path.parent / settings.state
         self.stamp: tuple[int, ...] = ()
-        self.status: Status | None = None
+        self.status: dict[str, Any] | None = None
         self.trouble = ""
 
     def render(self) -> RenderableType:
         """Return what is shown at this moment."""
+        from fl_client.status import now_line, stamp_of, table_of  # loads PyTorch, which a service's log does not need
+
         if (stamp := stamp_of(self.state)) != self.stamp:
             self.stamp = stamp
             self._read()
@@ -103,6 +104,8 @@ class Panel:
         return Group(table_of({**self.status, "doing": now}), bar)
 
     def _read(self) -> None:
+        from fl_client.status import status_of
+
         try:
             self.status, self.trouble = status_of(self.path, self.settings), ""
         except (IcmoeError, OSError) as error:

@@ -15,20 +15,12 @@ from rich.table import Table
 from fl_client.accounts import account_of
 from fl_client.approval import read_approvals, standing
 from fl_client.audit import LOG
-from fl_client.doing import Doing, doing_now
+from fl_client.doing import SAID, Doing, doing_now
 from fl_client.history import rounds_of
 from fl_client.ledger import FILE as LEDGER
 from fl_client.site import SiteFile, read_named, records_of
-from icmoe.atomic import write_atomically
 
-CONNECTION = "connection.json"
 Status = dict[str, Any]
-
-
-def note_connection(state: Path, sentence: str, run: str | None) -> None:
-    """Keep what the supervisor said last, for `status`."""
-    record = {"says": sentence, "run": run, "since": time.time()}
-    write_atomically(state / CONNECTION, json.dumps(record).encode(), durable=False, private=True)
 
 
 def is_running(state: Path) -> bool:
@@ -83,7 +75,7 @@ def status_of(path: Path, settings: SiteFile) -> Status:
 
 def stamp_of(state: Path) -> tuple[int, ...]:
     """Return what changes when the records do, without reading them."""
-    found = [state / name for name in (LOG, LEDGER, CONNECTION)]
+    found = [state / name for name in (LOG, LEDGER, SAID)]
     return tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in found)
 
 
@@ -152,7 +144,7 @@ def ago(since: float) -> str:
 
 def _connection(state: Path) -> Status | None:
     try:
-        found = json.loads((state / CONNECTION).read_bytes())
+        found = json.loads((state / SAID).read_bytes())
         return {"says": str(found["says"]), "since": float(found["since"]), "run": found["run"]}
     except (OSError, ValueError, KeyError, TypeError):
         return None
