@@ -19,7 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fl_server import audit
 from fl_server.aggregate import IDENTITY
-from fl_server.beside import audit_path, read_lifted, waiting_path
+from fl_server.beside import audit_path, lock_path, read_lifted, waiting_path
 from fl_server.data_check import check_data
 from fl_server.guard import Guard, Note
 from fl_server.private import Private
@@ -33,6 +33,7 @@ from fl_server.run_state import KEPT, RunState, latest_state
 from fl_server.server_optimizer import ServerOptimized
 from fl_server.study_card import write_study_card
 from fl_server.sums import FromSums
+from fl_server.waiting import begun, write_wait
 from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError, print_faults
 from icmoe.exchange import global_state
@@ -126,7 +127,8 @@ def run_study(grid: Grid, path: Path, *, run: str) -> None:
     found = latest_state(committed, study)
     state = start_state(study) if found is None else found
     if not state.closed:
-        tell = partial(say, path)
+        tell, watch = partial(say, path), partial(write_wait, path)
+        watch(begun("connection", "introductions", state.round, study.deadline_s, ()))
         tell(f"{study.name}: waiting for {study.quorum} sites until {clock(study.deadline_s)}")
         roster = meet(grid, study.quorum, study)
         if found is None:
@@ -138,8 +140,8 @@ def run_study(grid: Grid, path: Path, *, run: str) -> None:
         strategy = make_strategy(study, roster, note=note, lifted=partial(read_lifted, path))
         commit = partial(RunState.commit, path=committed, keep=KEPT)
         receipted = Receipted(grid, roster.sites, path.parent.parent / "receipts")
-        joining = partial(welcome, grid, roster, study)
-        run_rounds(receipted, strategy, study, state, sites=roster.sites, commit=commit, tell=tell, welcome=joining)
+        joining, names = partial(welcome, grid, roster, study), roster.sites
+        run_rounds(receipted, strategy, study, state, sites=names, commit=commit, tell=tell, watch=watch, welcome=joining)
     header = ModelHeader(study=study, method="router-aware", round=state.round, phantoms=False)
     tensors = {name: torch.from_numpy(tensor) for name, tensor in state.arrays.items()}
     write_model(path.with_suffix(".model.safetensors"), tensors, header)
@@ -168,7 +170,7 @@ def only_run_of(path: Path) -> Iterator[None]:
         506 where another run holds it for `HANDOVER_S`.
     """
     ends = time.monotonic() + HANDOVER_S
-    with path.with_suffix(".lock").open("a") as lock:
+    with lock_path(path).open("a") as lock:
         while not _held(lock):
             if time.monotonic() > ends:
                 raise IcmoeError(Fault(number=506, where=path.parent.name, did="This run ends; the other goes on."))

@@ -1,7 +1,8 @@
-"""What lies beside a study file for people: the audit log, whom the run waits for, and which site a person let in again."""
+"""What lies beside a study file: the audit log, whom the run waits for, which site a person let in again, whether a run lives."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -25,6 +26,23 @@ def audit_path(study: Path) -> Path:
 def waiting_path(study: Path) -> Path:
     """Return the file in which a run says whom it waits for."""
     return study.with_suffix(".waiting.txt")
+
+
+def lock_path(study: Path) -> Path:
+    """Return the file that a run of the study holds while it lives."""
+    return study.with_suffix(".lock")
+
+
+def is_held(study: Path) -> bool:
+    """Return whether a run of the study lives on this machine; a run that begins at that instant looks again at once."""
+    try:
+        with lock_path(study).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def read_lifted(study: Path) -> dict[str, int]:

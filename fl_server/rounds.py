@@ -20,6 +20,7 @@ from fl_server.replies import mean_loss
 from fl_server.roster import await_online, online
 from fl_server.round_strategy import RoundReport, RoundStrategy, Tensors, unheard
 from fl_server.run_state import RoundRecord, RunState
+from fl_server.waiting import Watch, begun
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import DICE_KEY, LOSS_KEY, NUMBERS, PATIENTS_KEY
 from icmoe.model import names_of
@@ -42,6 +43,7 @@ def run_rounds(
     on_round: Callable[[RoundRecord], None] | None = None,
     tell: Callable[[str], None] = unheard,
     welcome: Callable[[], Sequence[str]] = tuple,
+    watch: Watch = unheard,
 ) -> RunState:
     """Run the rounds that are left and the closing evaluation; `state` is moved on and committed after each.
 
@@ -65,6 +67,8 @@ def run_rounds(
         Called with a sentence before each wait: for whom, until when.
     welcome
         Called before each round is asked; may enter sites that joined since into `sites` and returns their names.
+    watch
+        Called with each wait as it begins, and again with each answer to it.
 
     Raises
     ------
@@ -73,7 +77,7 @@ def run_rounds(
         where it stays below the quorum after all retries; what was committed stays.
     """
     strategy.load_state(state.extra)
-    post = Post(grid, sites, study.deadline_s, poll_s, on_reply=on_reply, tell=tell, welcome=welcome)
+    post = Post(grid, sites, study.deadline_s, poll_s, on_reply=on_reply, tell=tell, welcome=welcome, watch=watch)
     while state.round < study.rounds:
         outcome = play_round(post, strategy, study, state)
         state.arrays = {name: array.numpy() for name, array in outcome.moved.items()}
@@ -99,7 +103,7 @@ class Post:
 
     Parameters
     ----------
-    grid, sites, deadline_s, poll_s, on_reply, tell, welcome
+    grid, sites, deadline_s, poll_s, on_reply, tell, welcome, watch
         As for `run_rounds`.
     late
         Messages that no answer came to in time; what still comes is handed on, for the strategy to refuse.
@@ -112,24 +116,33 @@ class Post:
     on_reply: Callable[[int, str], None] | None
     tell: Callable[[str], None]
     welcome: Callable[[], Sequence[str]]
+    watch: Watch
     late: set[str] = field(default_factory=set)
 
     def ask(self, number: int, messages: Iterable[Message], nodes: Container[int], what: str) -> list[Message]:
         """Return the answers of the sites among these nodes."""
         wanted = reachable(messages, nodes)
-        names = ", ".join(sorted(self.sites.get(message.metadata.dst_node_id, "?") for message in wanted))
-        self.tell(f"{what}: waiting for {names or 'nobody'} until {clock(self.deadline_s)}")
+        names = sorted(self.sites.get(message.metadata.dst_node_id, "?") for message in wanted)
+        self.tell(f"{what}: waiting for {', '.join(names) or 'nobody'} until {clock(self.deadline_s)}")
+        offline = [name for node, name in self.sites.items() if node not in nodes]
+        wait = begun("answers", what, number, self.deadline_s, self.sites.values(), asked=names, offline=offline)
+        self.watch(wait)
 
         def heard(reply: Message) -> None:
+            nonlocal wait
+            site = self.sites.get(reply.metadata.src_node_id, "?")
+            wait = wait.with_answer(site)
+            self.watch(wait)
             if self.on_reply is not None:
-                self.on_reply(number, self.sites.get(reply.metadata.src_node_id, "?"))
+                self.on_reply(number, site)
 
         replies = ask(self.grid, wanted, deadline_s=self.deadline_s, poll_s=self.poll_s, on_reply=heard, late=self.late)
         return [reply for reply in replies if reply.metadata.src_node_id in self.sites]
 
-    def connected(self, count: int, what: str) -> dict[int, str]:
+    def connected(self, number: int, count: int, what: str) -> dict[int, str]:
         """Return the connected nodes of the sites as soon as there are enough."""
         self.tell(f"{what}: waiting for {count} of {', '.join(sorted(self.sites.values()))} until {clock(self.deadline_s)}")
+        self.watch(begun("connection", what, number, self.deadline_s, self.sites.values()))
         return await_online(self.grid, count, deadline_s=self.deadline_s, poll_s=self.poll_s, among=self.sites)
 
 
@@ -177,7 +190,7 @@ def play_round(post: Post, strategy: RoundStrategy, study: Study, state: RunStat
         what = f"round {number} of {study.rounds}" + (f", attempt {attempt} of {most}" if attempt > 1 else "")
         if joined := post.welcome():
             post.tell(f"{what}: joined by {', '.join(joined)}")
-        reached = post.connected(needed, what)
+        reached = post.connected(number, needed, what)
         arrays = _record(state.arrays)
         size_bytes = sum(len(array.data) for array in arrays.values())
         have = {reply.metadata.src_node_id for reply in replies}

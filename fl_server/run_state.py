@@ -97,10 +97,23 @@ class RunState:
 
 
 def latest_state(path: Path, study: Study) -> RunState | None:
-    """Return the newest commit that can be read, None before the first round.
+    """Return what `newest_readable` finds and print why it is not the newest; rounds are then repeated.
 
-    Where the newest is damaged, the one before it is used and its fault printed; rounds are then repeated. Not so under
-    [privacy.server]: a repeated round is released a second time, and an older commit would not count the first.
+    Raises
+    ------
+    IcmoeError
+        502 where no commit can be used.
+    """
+    state, faults = newest_readable(path, study)
+    print_faults(faults)
+    return state
+
+
+def newest_readable(path: Path, study: Study) -> tuple[RunState | None, list[Fault]]:
+    """Return the newest commit that can be read, None before the first round, and the fault of a newer one that cannot.
+
+    Under [privacy.server] only the newest will do: a repeated round is released a second time, and an older commit would
+    not count the first.
 
     Raises
     ------
@@ -108,9 +121,9 @@ def latest_state(path: Path, study: Study) -> RunState | None:
         502 where no commit can be used.
     """
     if not path.exists():
-        return None
+        return None, []
     try:
-        return RunState.load(path, study)
+        return RunState.load(path, study), []
     except IcmoeError as error:
         for older in reversed(_kept(path)) if study.privacy.server is None else ():
             try:
@@ -118,8 +131,7 @@ def latest_state(path: Path, study: Study) -> RunState | None:
             except IcmoeError:
                 continue
             did = f"The commit of round {state.round} was used."
-            print_faults([Fault(number=517, where=path.name, value=error.faults[0].value, did=did)])
-            return state
+            return state, [Fault(number=517, where=path.name, value=error.faults[0].value, did=did)]
         raise
 
 

@@ -210,6 +210,7 @@ CATALOGUE: dict[int, Entry] = {
     517: Entry("committed state was damaged", "Nothing: an older one was used and rounds are repeated. Check the disk."),
     518: Entry("site does not sit out", "Nothing; see fl_server status --json for who does."),
     520: Entry("results belong to other data", "Score them where the data are that they were made of."),
+    523: Entry("file that the page shows cannot be read", "Nothing: the rest of the page holds. If it recurs, check the disk."),
     525: Entry("result of a rival cannot be continued", "Choose another --out, or remove the file."),
     526: Entry("results of rivals do not belong together", "Keep the results of one study and one set of data in a folder."),
 }
