@@ -200,6 +200,27 @@ def list_runs(home: Home, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def dashboard(
+    home: Home,
+    study: Annotated[str | None, typer.Argument(help="Name of the study, or its folder; the newest of all where absent.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback by TLS and with a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65_535)] = 8765,
+    results: Annotated[
+        Path | None, typer.Option(help="results.json of a rehearsal, for lines of own-site local and pooled training.")
+    ] = None,
+    token: Annotated[bool, typer.Option("--token", help="Ask for a token on loopback too.")] = False,
+    http: Annotated[bool, typer.Option("--http", help="No TLS beyond loopback: token and page can be read on the way.")] = False,
+    allow_host: Annotated[list[str] | None, typer.Option(help="Further name of the page, such as a proxy's; repeatable.")] = None,
+) -> None:
+    """Show a study's rounds, sites, scores, bytes, privacy and refused updates as a live page; it only reads."""
+    from fl_server.dashboard.serve import Listening, serve
+
+    with exit_on_fault():
+        where = Listening(host=host, port=port, allowed=tuple(allow_host or ()), with_token=token, plain=http)
+        serve(home, study, where, results=results)
+
+
+@app.command()
 def stop(run_id: Annotated[str, typer.Argument(help="Run.")], home: Home) -> None:
     """Stop a run; its finished rounds are kept, and the study can go on later."""
     from fl_server.commands import stop_run

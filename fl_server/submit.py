@@ -60,7 +60,7 @@ class StudyFolder:
         """Number of the last run; empty before the first."""
         try:
             return str(json.loads((self.path / "run.json").read_text())["run"])
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return ""
 
     def note_run(self, run_id: str) -> None:

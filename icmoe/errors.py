@@ -210,7 +210,15 @@ CATALOGUE: dict[int, Entry] = {
     517: Entry("committed state was damaged", "Nothing: an older one was used and rounds are repeated. Check the disk."),
     518: Entry("site does not sit out", "Nothing; see fl_server status --json for who does."),
     520: Entry("results belong to other data", "Score them where the data are that they were made of."),
+    521: Entry(
+        "page was asked for under a name that is not its own",
+        "Open it as printed at its start, or add the name with --allow-host.",
+    ),
+    522: Entry("token is missing or is another", "Open the page once by the whole address that was printed at its start."),
     523: Entry("file that the page shows cannot be read", "Nothing: the rest of the page holds. If it recurs, check the disk."),
+    524: Entry(
+        "study has no folder here", "See which there are with fl_server list, or leave the study out: the newest is shown."
+    ),
     525: Entry("result of a rival cannot be continued", "Choose another --out, or remove the file."),
     526: Entry("results of rivals do not belong together", "Keep the results of one study and one set of data in a folder."),
 }
