@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
-from consortium import TEXT
+from consortium import FL_SERVER, TEXT, environment
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from test_rounds import Wire, registered
 
 from fl_server import audit
 from fl_server.app import make_strategy, only_run_of, start_state
 from fl_server.beside import audit_path
+from fl_server.dashboard import page
+from fl_server.dashboard.snapshot import Snapshot
 from fl_server.home import Home, find_home
 from fl_server.new_study import study_toml
 from fl_server.roster import Roster
@@ -107,3 +111,54 @@ def living(folder: StudyFolder) -> Iterator[None]:
     """A run of the study lives meanwhile."""
     with only_run_of(folder.study):
         yield
+
+
+class Page(HTMLParser):
+    """What a page says, and what it would run, load or style by itself."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.words, self.inline, self.tags, self.ids, self.links = [], [], [], [], []
+        self._inside = ""
+        self.feed(text)
+        self.said = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        self.tags.append((tag, values))
+        self.ids += [values["id"]] if "id" in values else []
+        self.links += [values[name] for name in ("href", "src") if name in values]
+        self.inline += [name for name in values if name == "style" or name.startswith("on")]
+        self.inline += [tag] if tag == "style" or (tag == "script" and "src" not in values) else []
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def standings(snapshot: Snapshot) -> dict[str, str]:
+    return {site.name: site.standing for site in snapshot.sites}
+
+
+def said(snapshot: Snapshot, **options: object) -> str:
+    return Page(page.render(snapshot, **options)).said
+
+
+def numbers(snapshot: Snapshot) -> list[int]:
+    return [fault.number for fault in snapshot.faults]
+
+
+@contextmanager
+def serving(home: Home, *words: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`fl_server dashboard` as a process on a free port, and the address that it printed."""
+    command = [*FL_SERVER, "dashboard", "--home", str(home.root), "--port", "0", *words]
+    log = home.root / "page.log"
+    with log.open("w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment())
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().strip()
+            assert address.startswith("http"), log.read_text()
+            yield address, process
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
