@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -90,6 +91,14 @@ def test_privacy_at_the_server_is_shown_as_its_rounds_recorded_it(home: Home, ma
     assert f"epsilon {recorded['epsilon']:.3f} at delta 0.01 per site" in said(Feed(home).current())
 
 
+def computed(feed: Feed) -> Snapshot:
+    ends = time.monotonic() + 300
+    while (found := feed.current()).privacy[0].epsilon is None:
+        assert time.monotonic() < ends
+        time.sleep(0.1)
+    return found
+
+
 def test_privacy_at_the_sites_is_what_the_rounds_so_far_cost_and_scores_are_withheld(home: Home, make_study) -> None:
     pytest.importorskip("opacus")
     study = make_study(rounds=4, quorum=2, privacy={"site": {**PRIVATE, "accountant": "rdp"}})
@@ -103,9 +112,14 @@ def test_privacy_at_the_sites_is_what_the_rounds_so_far_cost_and_scores_are_with
         return reply
 
     play(home, study, rounds=2, answer=answer)
-    two = Feed(home).current()
+    feed = Feed(home)
+    first = feed.current()
+    assert first.privacy[0].epsilon is None  # nobody waits for the search for the study's noise
+    assert "an epsilon that is being computed of at most 8" in said(first)
+    two = computed(feed)
+    assert two.etag != first.etag
     play(home, study, rounds=9, answer=answer)
-    four = Feed(home).current()
+    four = computed(feed)
     assert 0.0 < two.privacy[0].epsilon < four.privacy[0].epsilon <= 8.0
     assert four.privacy[0].epsilon == pytest.approx(8.0, rel=0.02)
     text = said(two)

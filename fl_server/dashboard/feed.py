@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from fl_server import audit
 from fl_server.beside import audit_path, is_held
+from fl_server.dashboard.aside import Aside
 from fl_server.dashboard.references import References
 from fl_server.dashboard.snapshot import Phase, RoundRow, SiteRow, Snapshot, Told
 from fl_server.dashboard.spending import spent
@@ -70,6 +71,7 @@ class Feed:
     only: str | None = None
     references: References | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _aside: Aside = field(default_factory=Aside)
     _known: dict[str, tuple[tuple[object, ...], Snapshot]] = field(default_factory=dict)
 
     def folders(self) -> list[StudyFolder]:
@@ -97,10 +99,10 @@ class Feed:
     def _read(self, folder: StudyFolder, names: tuple[str, ...]) -> Snapshot:
         now, held, seen = datetime.now(UTC), is_held(folder.study), self._known.get(folder.path.name)
         wait = seen[1].wait if seen is not None else None
-        stamp = (*_stamps(folder), held, wait is not None and now >= wait.until, *names)
+        stamp = (*_stamps(folder), held, wait is not None and now >= wait.until, len(self._aside.found), *names)
         if seen is not None and seen[0] == stamp:
             return seen[1]
-        snapshot = _Reading(self.home, folder, now, held=held).snapshot(names, self.references)
+        snapshot = _Reading(self.home, folder, now, held, self._aside).snapshot(names, self.references)
         self._known[folder.path.name] = (stamp, snapshot)
         return snapshot
 
@@ -122,6 +124,7 @@ class _Reading:
     folder: StudyFolder
     now: datetime
     held: bool
+    aside: Aside
     faults: list[Told] = field(default_factory=list)
 
     def _try(self, read: Callable[[], T]) -> T | None:
@@ -175,7 +178,7 @@ class _Reading:
             history=tuple(map(_round_row, history)),
             losses_withheld=study.privacy.site is not None,
             scores_withheld=withheld,
-            privacy=tuple(spent(study, state)),
+            privacy=tuple(spent(study, state, self.aside)),
             refused=tuple(refused[:MOST_REFUSED]),
             faults=(*self.faults, *stopped),
             references=references,

@@ -91,7 +91,7 @@ class Spent(Section):
     unit: str
     """Whose presence is hidden: a patient of a site, or a site."""
     epsilon: float | None
-    """Spent by the rounds so far; None where it cannot be computed here."""
+    """Spent by the rounds so far; None until it is computed, and where it cannot be here."""
     limit: float | None
     """Epsilon of the whole study, where it is set."""
     delta: float
