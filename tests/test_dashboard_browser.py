@@ -212,3 +212,17 @@ def test_hostile_names_run_nothing(browser: Browser, make_study, tmp_path: Path)
         browser.wait("document.getElementById('lead').textContent.includes('onerror')", "the name as text")
         assert browser.run("return window.hit ?? null") is None
         assert browser.complaints() == []
+
+
+def test_the_first_study_and_a_newer_one_appear_by_themselves(browser: Browser, make_study, tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home", *NAMES)
+    title = "document.querySelector('h1').textContent"
+    with serving(home) as (address, _):
+        browser.open(address)
+        assert "No study yet" in browser.run(f"return {title}")
+        first = play(home, make_study(name="first", rounds=4, quorum=2), rounds=1)
+        browser.wait(f"{title}.startsWith('first')", "the first study")
+        play(home, make_study(name="second", rounds=4, quorum=2), rounds=1)
+        browser.wait(f"{title}.startsWith('second')", "the newer study")
+        browser.run("document.querySelector('nav[aria-label=Studies] a:not([aria-current])').click()")
+        browser.wait(f"{title}.startsWith('first') && location.search.includes('{first.path.name}')", "the older study")

@@ -19,7 +19,7 @@ import pytest
 from consortium import serve
 from shown import NAMES, make_home, play, serving
 
-from fl_server.dashboard.app import make_app
+from fl_server.dashboard.app import events, make_app
 from fl_server.dashboard.door import HEADERS, LOOPBACK, Door
 from fl_server.dashboard.feed import Feed
 from fl_server.dashboard.page import STATIC
@@ -177,6 +177,22 @@ def events_of(answer: httpx.Response) -> Iterator[dict[str, Any]]:
     for line in answer.iter_lines():
         if line.startswith("data: "):
             yield json.loads(line.removeprefix("data: "))
+
+
+def test_events_of_a_study_that_goes_away_end_without_a_word(make_study, tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home")
+    folder = play(home, make_study(rounds=4, quorum=2), rounds=1)
+
+    async def told() -> list[str]:
+        found = []
+        async for word in events(Feed(home), folder.path.name):
+            found.append(word)
+            folder.study.unlink(missing_ok=True)
+        return found
+
+    first, *rest = asyncio.run(asyncio.wait_for(told(), 30))
+    assert first.startswith("retry: ")
+    assert rest == []
 
 
 def test_events_tell_at_once_and_after_each_round_and_the_process_ends_when_told(make_study, tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ def test_time_left_follows_the_pace_of_the_last_rounds(home: Home, make_study) -
     expected = datetime.fromtimestamp(folder.state.stat().st_mtime, UTC) + timedelta(seconds=6 * 65.0)
     assert abs((found.ends - expected).total_seconds()) <= 1.0
     assert "6 min 30 s until about" in said(found, now=found.ends - timedelta(seconds=390))
+    assert "longer than reckoned until about" in said(found, now=found.ends + timedelta(seconds=1))
 
 
 def test_a_line_breaks_where_a_round_has_no_value_and_fits_its_box() -> None:

@@ -60,7 +60,7 @@ def make_app(feed: Feed) -> FastAPI:
 
 
 async def events(feed: Feed, study: str) -> AsyncIterator[str]:
-    """Yield the state at once and whenever it changed; the page then fetches itself anew.
+    """Yield the state at once and whenever it changed; the page then fetches itself anew. A study that goes away ends it.
 
     Parameters
     ----------
@@ -70,7 +70,10 @@ async def events(feed: Feed, study: str) -> AsyncIterator[str]:
     yield f"retry: {RETRY_MS}\n\n"
     seen, quiet_s = "", 0.0
     while True:
-        snapshot = await run_in_threadpool(feed.current, study)
+        try:
+            snapshot = await run_in_threadpool(feed.current, study)
+        except IcmoeError:
+            return
         if snapshot.etag != seen:
             seen, quiet_s = snapshot.etag, 0.0
             yield event(snapshot)

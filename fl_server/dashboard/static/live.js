@@ -50,8 +50,8 @@ function show(page) {
   const parts = (root) => new Map([...root.querySelectorAll("[data-part]")].map((part) => [part.dataset.part, part]));
   const old = parts(document);
   const fresh = parts(page);
-  if ([...old.keys()].join() !== [...fresh.keys()].join()) {
-    location.reload(); // another kind of page, such as the first one of a study
+  if (body.dataset.folder !== page.body.dataset.folder || [...old.keys()].join() !== [...fresh.keys()].join()) {
+    location.reload(); // another study, or another kind of page, such as the first one of a study
     return;
   }
   for (const [name, part] of fresh) if (!old.get(name).isEqualNode(part)) put(old.get(name), part);
