@@ -132,6 +132,19 @@ def export(
             Console().print(told, markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Folder of a rehearsal, or its results.json.")],
+    b: Annotated[Path, typer.Argument(help="Another one.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """Put two rehearsals side by side: what was set differently, and what that changed, seed by seed."""
+    with exit_on_fault():
+        from icmoe.compare_print import compare_and_print
+
+        compare_and_print(a, b, as_json=as_json)
+
+
 @app.command("audit-privacy")
 def audit_privacy(
     model: Annotated[Path | None, typer.Option(help="Model file written by a study or a rehearsal, *.safetensors.")] = None,

@@ -96,6 +96,7 @@ CATALOGUE: dict[int, Entry] = {
     214: Entry("site does not share a summary", "Nothing, or set share_summary = true in its site file."),
     215: Entry("model is not the study's final one", "Take the file that the coordinator handed out for this study."),
     216: Entry("case of a split file is not in the data", "Name the folder of the data set that the split file was made for."),
+    217: Entry("file is not the results of a rehearsal", "Name a folder that run_sim.py --out wrote, or the results.json in it."),
     220: Entry("file is there already", "Name another file, or replace it with --force."),
     221: Entry("answer is missing", "Give it as an option, or answer the question on a terminal."),
     301: Entry(
