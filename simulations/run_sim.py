@@ -52,6 +52,7 @@ def rehearse_command(
     ] = False,
     scenario: Annotated[Path | None, Option(help="TOML file with [study] and [simulation]; options go on top.")] = None,
     address: Annotated[str | None, Option(help="Existing Ray cluster: auto or HOST:PORT.")] = None,
+    track: Annotated[str | None, Option(help="tensorboard: also write its events below --out; needs the extra [track].")] = None,
 ) -> None:
     """Train one IC-MoE across virtual hospitals and compare it with FedAvg, each hospital alone, and pooled data."""
     study_options = _given(
@@ -77,7 +78,11 @@ def rehearse_command(
                 "checkpoint": str(checkpoint) if checkpoint else None,
             }
         )
-        _run(scenario, study_options, simulation_options, out, resume=resume, as_json=as_json)
+        if track not in {None, "tensorboard"}:
+            raise IcmoeError(
+                Fault(number=210, where="--track", value=str(track), limit="tensorboard", did="Nothing was started.")
+            )
+        _run(scenario, study_options, simulation_options, out, resume=resume, as_json=as_json, track=track)
 
 
 def _run(
@@ -88,18 +93,20 @@ def _run(
     *,
     resume: bool,
     as_json: bool,
+    track: str | None,
 ) -> None:
     # Imported late: --help answers at once, and a wrong option is not paid for with ten seconds of imports.
     from simulations.folder import RunFolder
     from simulations.rehearsal import rehearse
     from simulations.scenario import read_scenario
     from simulations.screen import Screen, comparison_lines, final_table
+    from simulations.tracking import tracking
 
     console = Console(stderr=as_json)
     study, simulation = read_scenario(scenario, study_options, simulation_options)
     name = Path(simulation.data).resolve().name if simulation.data else "phantoms"
     folder = RunFolder(out or Path("runs") / f"{name}-{study.digest[:8]}")
-    with folder.claimed(resume=resume), Screen(console) as screen:
+    with folder.claimed(resume=resume), tracking(track, folder.root) as also, Screen(console, also) as screen:
         if resume and folder.results.exists():
             screen.say(f"{folder.root} is complete; nothing was left to do.")
             results = json.loads(folder.results.read_text())

@@ -19,6 +19,7 @@ from fl_server.run_state import RoundRecord
 from icmoe.server_privacy import spending_sentence
 from simulations.federation import Job
 from simulations.results import CHECK_COLUMNS, check_rows
+from simulations.tracking import Listener, unheard
 
 MOST_ROWS = 20
 """Longest list on the screen."""
@@ -31,10 +32,12 @@ class Screen:
     ----------
     console
         Where to print; lines instead of a live view where it is no terminal.
+    also
+        Told of each event after the screen.
     """
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, also: Listener = unheard) -> None:
+        self._console, self._also = console, also
         self._progress = Progress(
             TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
         )
@@ -90,6 +93,10 @@ class Screen:
 
     def on_event(self, job: Job, record: RoundRecord | None, site: str) -> None:
         """Show a reply of a site, or the end of a round."""
+        self._show(job, record, site)
+        self._also(job, record, site)
+
+    def _show(self, job: Job, record: RoundRecord | None, site: str) -> None:
         name = f"{job.method} seed {job.study.seed}"
         if job is not self._job:
             self._job, self._rows = job, {}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from simulations.phantoms import PhantomSite, write_phantoms
 
@@ -56,9 +57,22 @@ def scores_of(folder: Path) -> dict[str, object]:
 def rehearsed(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("run") / "out"
     methods = "router-aware,fedavg,fedprox,fedadam,personal,personalised,local,pooled"
-    done = run([*RUN_SIM, *TINY, "--methods", methods, "--out", str(out)], environment)
+    done = run([*RUN_SIM, *TINY, "--methods", methods, "--track", "tensorboard", "--out", str(out)], environment)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
+
+
+def test_tensorboards_events_hold_what_the_results_hold(rehearsed: tuple[Path, str]) -> None:
+    out, _ = rehearsed
+    results = json.loads((out / "results.json").read_text())
+    rounds = results["methods"]["router-aware"]["1"]["rounds"]
+    found = EventAccumulator(str(out / "tensorboard" / "router-aware-seed1")).Reload()
+    steps = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in found.Scalars("loss/all sites")]
+    assert steps == [(row["round"], row["loss"]) for row in rounds]
+    site, expert = next(iter(rounds[0]["sites"])), results["experts"][0]
+    usage = [event.value for event in found.Scalars(f"usage/{site}/{expert}")]
+    assert usage == pytest.approx([row["sites"][site]["usage"][0] for row in rounds], rel=1e-6)
+    assert {path.name for path in (out / "tensorboard").iterdir()} >= {"router-aware-seed1", "fedavg-seed1"}
 
 
 def test_phantoms_are_called_phantoms_on_screen_and_in_every_output(rehearsed: tuple[Path, str]) -> None:
