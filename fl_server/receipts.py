@@ -140,7 +140,8 @@ def _without_content(message: Message) -> Message:
 
 
 def _round_of(message: Message) -> object:
-    return message.metadata.message_type, message.content.config_records.get(CONFIG, {}).get(ROUND_KEY)
+    config = message.content.config_records.get(CONFIG)
+    return message.metadata.message_type, None if config is None else config.get(ROUND_KEY)
 
 
 def behind(head: Head | None, given: Head) -> bool:
