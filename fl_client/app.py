@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -45,7 +46,7 @@ from icmoe.exchange import (
     update_of,
 )
 from icmoe.model import ICMoE, build_model
-from icmoe.packing import unpack_records
+from icmoe.packing import array_of, unpack_records
 from icmoe.privacy import patient_faults
 from icmoe.receipts import RECEIPT_KEY, receipt_of
 from icmoe.summary import summarise
@@ -162,8 +163,9 @@ def _request(site_of: SiteOf, kind: str, message: Message, context: Context) -> 
     records, keys = ({ARRAYS, CONFIG}, {STUDY_KEY, ROUND_KEY}) if rounds else ({CONFIG}, {STUDY_KEY})
     config: Mapping[str, object] = message.content.config_records.get(CONFIG, {})
     asked = set(config) - ({RECEIPT_KEY} if kind == "train" else set())
-    if extra := sorted((set(message.content) ^ records) | (asked ^ keys)):
-        raise IcmoeError(Fault(number=301, value=", ".join(extra), did=NOTHING_SENT))
+    untyped = records - {CONFIG, *message.content.array_records}
+    if extra := sorted((set(message.content) ^ records) | untyped | (asked ^ keys)):
+        raise IcmoeError(Fault(number=301, value=", ".join(extra)[:80], did=NOTHING_SENT))
     site = site_of(context, str(config[STUDY_KEY]))
     study = site.approved(config[STUDY_KEY])
     round_number, receipt = config.get(ROUND_KEY, 1), receipt_of(config.get(RECEIPT_KEY))
@@ -181,8 +183,11 @@ def _request(site_of: SiteOf, kind: str, message: Message, context: Context) -> 
 
 
 def _incoming(request: Request) -> State:
-    arrays = request.message.content.array_records[ARRAYS]
-    return {name: torch.from_numpy(array.numpy().copy()) for name, array in sorted(arrays.items())}
+    found = {name: array_of(array) for name, array in sorted(request.message.content.array_records[ARRAYS].items())}
+    if none := [name for name, array in found.items() if array is None or array.dtype != np.float32]:
+        what, value = "tensors are no arrays of float32", ", ".join(none)[:80]
+        raise IcmoeError(Fault(number=301, where=request.site.name, what=what, value=value, did=NOTHING_SENT))
+    return {name: torch.from_numpy(array.copy()) for name, array in found.items() if array is not None}
 
 
 def _model(request: Request, start: State) -> ICMoE:

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from icmoe.atomic import write_atomically
 from icmoe.config import Section
@@ -21,6 +21,15 @@ from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.study import Study, canonical, canonical_json
 
 FOLDER = "approvals"
+
+
+def _time(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("a time with its offset")
+    return text
+
+
+Time = Annotated[str, AfterValidator(_time)]
 
 
 class Approval(Section):
@@ -32,9 +41,9 @@ class Approval(Section):
     """The approved study, whole."""
     bundle: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """Digest of the installed package's app bundle when the study was approved."""
-    approved_at: str
+    approved_at: Time
     """Time, ISO 8601 with offset."""
-    withdrawn_at: str | None = None
+    withdrawn_at: Time | None = None
     """When the approval was withdrawn; it stands where absent."""
 
 

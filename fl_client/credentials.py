@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_ssh_private_key
 
 from icmoe.atomic import write_atomically
-from icmoe.config import Section
+from icmoe.config import PathText, Section
 from icmoe.errors import Fault, IcmoeError
 from icmoe.joining import UNREADABLE, Address, parse_certificate
 from icmoe.private import read_private
@@ -20,9 +20,9 @@ class Coordinator(Section):
 
     address: Address
     """Public host:port of the coordinator."""
-    ca: str
+    ca: PathText
     """Certificate of the consortium's CA, from the start kit."""
-    key: str
+    key: PathText
     """The site's private key; it never leaves."""
     health: Address | None = None
     """host:port of a gRPC health server (Flower's --health-server-address, no TLS), asked by `check` where given."""

@@ -6,6 +6,7 @@ the two neither trains nor spends again (design section 10). One that is damaged
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from safetensors.torch import save
 
 from fl_client.manifest import Outgoing
 from icmoe.atomic import write_atomically
-from icmoe.exchange import state_digest
+from icmoe.exchange import State, state_digest
 from icmoe.study import Study
 
 log = logging.getLogger("fl_client")
@@ -55,7 +56,8 @@ def finished_or(state: Path, study: Study, round_number: int, incoming: str, tra
         return found
     outgoing = train()
     tensors = {name: tensor.contiguous() for name, tensor in (outgoing.tensors or {}).items()}
-    metadata = {**about, "digest": state_digest(tensors), "numbers": json.dumps(dict(outgoing.numbers or {}))}
+    numbers = json.dumps(dict(outgoing.numbers or {}))
+    metadata = {**about, "digest": _digest(tensors, numbers), "numbers": numbers}
     write_atomically(path, save(tensors, metadata=metadata), private=True)
     _prune(path.parent)
     return outgoing
@@ -68,14 +70,19 @@ def _read(path: Path, about: dict[str, str]) -> Outgoing | None:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-            numbers = json.loads(metadata["numbers"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        numbers = json.loads(metadata["numbers"])
+        same = about.items() <= metadata.items() and metadata["digest"] == _digest(tensors, metadata["numbers"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         log.warning("%s is damaged (%s): the round is trained again", path.name, type(error).__name__)
         return None
-    same = about.items() <= metadata.items() and metadata.get("digest") == state_digest(tensors)
     if not same:
         log.warning("%s is not what was kept under this name: the round is trained again", path.name)
     return Outgoing(tensors=tensors, numbers=numbers) if same else None
+
+
+def _digest(tensors: State, numbers: str) -> str:
+    """Return the digest of all that leaves, tensors and numbers."""
+    return hashlib.sha256(f"{state_digest(tensors)}\n{numbers}".encode()).hexdigest()
 
 
 def _prune(folder: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fl_client.records import Records
 from icmoe.atomic import write_atomically
 from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
-from icmoe.exchange import State, state_digest
+from icmoe.exchange import State, state_digest, state_faults
 from icmoe.study import Study
 
 LARGEST_RMS = 10.0
@@ -46,7 +46,7 @@ def accept(records: Records, study: Study, about: Mapping[str, Any], tensors: St
     """
     age = int(about["round"]) - (about["kind"] == "train")
     path = records.state / study.digest[:16] / "last-global.safetensors"
-    last_age, last = _last(path)
+    last_age, last = _last(path, tensors)
     faults = bound_faults(study, tensors, last, rounds=max(1, age - last_age))
     records.write("received", {**about, "digest": state_digest(tensors), "within_bounds": not faults})
     if faults:
@@ -69,15 +69,20 @@ def bound_faults(study: Study, tensors: State, last: State | None, *, rounds: in
     return faults
 
 
-def _last(path: Path) -> tuple[int, State | None]:
+def _last(path: Path, like: State) -> tuple[int, State | None]:
+    """Return the last global model and after how many rounds it came, refused unless it is of this one's form."""
     if not path.exists():
         return 0, None
+    todo = "Remove the file; the next global model is then only checked for its size."
     try:
         with safe_open(path, framework="pt") as file:
-            return int((file.metadata() or {})["age"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            age = int((file.metadata() or {})["age"])
+            last = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        todo = "Remove the file; the next global model is then only checked for its size."
         raise IcmoeError(Fault(number=321, where=str(path), value=type(error).__name__, todo=todo)) from None
+    if faults := state_faults(like, last):
+        raise IcmoeError(Fault(number=321, where=str(path), value=str(faults[0].where), todo=todo))
+    return age, last
 
 
 def _rms(tensor: Tensor) -> float:

@@ -87,7 +87,7 @@ def read_kit(folder: Path, site: str) -> tuple[Kit, dict[str, bytes]]:
         raise _unusable(folder, "checksums differ", ", ".join(changed) or CHECKSUMS)
     try:
         values = tomllib.loads(files["kit.toml"].decode())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _unusable(folder, "kit.toml is not TOML", "") from None
     kit = parse(Kit, values, where=str(folder / "kit.toml"))
     if kit.site != site:
@@ -165,7 +165,7 @@ def _says(site_file: Path, section: str) -> bool:
     """Return whether the site file has this section already."""
     try:
         found = tomllib.loads(site_file.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False  # `check` explains it
     wanted: dict[str, str] = tomllib.loads(section)["coordinator"]
     there = found.get("coordinator")

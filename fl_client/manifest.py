@@ -13,7 +13,11 @@ from fl_client.incoming import STEPS
 from icmoe.errors import IcmoeError
 from icmoe.exchange import (
     DICE_KEY,
+    LARGEST_LOSS,
+    LONGEST_S,
     LOSS_KEY,
+    MOST_IMAGES,
+    MOST_STEPS,
     PATIENTS_KEY,
     SECONDS_KEY,
     SITE_KEY,
@@ -28,7 +32,6 @@ from icmoe.model import build_model
 from icmoe.study import Study
 from icmoe.summary import parse_summary
 
-MOST_IMAGES, MOST_STEPS, LARGEST_LOSS, LONGEST_S = 10**8, 10**8, 1e6, 30 * 86400.0
 SIMPLEX_TOLERANCE = 1e-3
 
 Number = int | float | list[int] | list[float]

@@ -14,7 +14,7 @@ from fl_client.policy import Policy, policy_faults
 from fl_client.records import Records
 from fl_client.signing import Signer
 from icmoe.cache_entries import default_cache_folder
-from icmoe.config import Section, parse, read_toml
+from icmoe.config import PathText, Section, parse, read_toml
 from icmoe.data.folder import read_folder
 from icmoe.data.ingest.index import read_index
 from icmoe.data.ingest.run import Export, store_of
@@ -31,15 +31,15 @@ class SiteFile(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$")]
     """Name registered with the site's key."""
-    data: str | None = None
+    data: PathText | None = None
     """Folder with <name>/{images,masks} and splits/{train,val,test}.csv; or [ingest]."""
     ingest: IngestSettings | None = None
     """An export of DICOM, NIfTI and PNG files."""
-    cache: str | None = None
+    cache: PathText | None = None
     """Feature cache; the user's cache folder where absent."""
-    state: str = "state"
+    state: PathText = "state"
     """Folder of the parts that never leave the site."""
-    checkpoint: str | None = None
+    checkpoint: PathText | None = None
     """Weights file of a sam-vit backbone."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""

@@ -29,7 +29,6 @@ from fl_server.replies import Refusal, Update, parse_update, site_fault
 from fl_server.round_strategy import RoundReport, RoundStrategy, State, unheard
 from fl_server.wrapping import Wrapping
 from icmoe.errors import Fault
-from icmoe.exchange import UPDATE
 from icmoe.study import Study
 
 MOST_REFUSALS = 3
@@ -105,12 +104,12 @@ class _Candidate:
     digest: str
 
 
-def digest_of(reply: Message) -> str:
-    """Return the SHA-256 over names, types, shapes and bytes of an update as sent."""
+def digest_of(update: Update) -> str:
+    """Return the SHA-256 over names, shapes and values of an update; how its sender wrote them down does not enter."""
     sha = hashlib.sha256()
-    for name, array in sorted(reply.content.array_records[UPDATE].items()):
-        sha.update(f"{name}:{array.dtype}:{array.shape};".encode())
-        sha.update(array.data)
+    for name, tensor in sorted(update.tensors.items()):
+        sha.update(f"{name}:{tensor.dtype}:{tensor.shape};".encode())
+        sha.update(tensor.tobytes())
     return sha.hexdigest()
 
 
@@ -218,7 +217,7 @@ class Guard(Wrapping):
         most = SIZE_FACTOR * self.sizes.get(site, update.size)
         if update.size > most:
             raise Refusal("its size is far above what the site announced", str(update.size), f"at most {most}")
-        return _Candidate(reply, update, norm_of(update.tensors), digest_of(reply))
+        return _Candidate(reply, update, norm_of(update.tensors), digest_of(update))
 
     def _compared(self, candidates: list[_Candidate]) -> tuple[list[_Candidate], list[Fault]]:
         """Return the candidates that pass the bounds on the norm and are new, and a fault for each of the others."""

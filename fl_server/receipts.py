@@ -7,8 +7,10 @@ kept across rounds, runs and studies, in one small file per site.
 
 from __future__ import annotations
 
+import copy
 import fcntl
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
@@ -18,11 +20,20 @@ from flwr.supercore.run import Run
 
 from icmoe.atomic import write_atomically
 from icmoe.errors import CATALOGUE, Fault, print_faults
-from icmoe.exchange import CONFIG, NUMBERS
+from icmoe.exchange import CONFIG, NUMBERS, ROUND_KEY
 from icmoe.receipts import EMPTY, LEDGER_KEY, RECEIPT_KEY, Head, head_of, receipt_of, receipt_text
 
 _WENT_BACK = 418
 _ERROR_CODE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """A message to a site that no answer came to yet: as much of it as an answer needs, its round and its receipt."""
+
+    message: Message
+    round: object
+    receipt: Head
 
 
 class Receipted(Grid):
@@ -40,14 +51,18 @@ class Receipted(Grid):
 
     def __init__(self, grid: Grid, sites: Mapping[int, str], folder: Path) -> None:
         self._grid, self._sites, self._folder = grid, sites, folder
-        self._sent: dict[str, tuple[Message, Head]] = {}
+        self._sent: dict[str, _Question] = {}
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send the messages, the training ones with the receipts of their sites."""
         asked = list(messages)
         given = [self._put_receipt(message) for message in asked]
         ids = list(self._grid.push_messages(asked))
-        self._sent.update(zip(ids, zip(asked, given, strict=True), strict=True))
+        self._forget_before(asked)
+        self._sent |= {
+            number: _Question(_without_content(one), _round_of(one), head)
+            for number, one, head in zip(ids, asked, given, strict=True)
+        }
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -81,6 +96,15 @@ class Receipted(Grid):
         """Return the Grid's nodes with their names."""
         return self._grid.get_nodes()
 
+    def _forget_before(self, asked: Iterable[Message]) -> None:
+        """Forget what these sites were asked in other rounds: the guard takes no answer to it, silent sites would fill memory."""
+        now = {message.metadata.dst_node_id: _round_of(message) for message in asked}
+        self._sent = {
+            number: question
+            for number, question in self._sent.items()
+            if now.get(question.message.metadata.dst_node_id, question.round) == question.round
+        }
+
     def _put_receipt(self, message: Message) -> Head:
         """Put the site's receipt into the message itself, which others know by its identity, and return it."""
         head = receipt(self._folder, self._sites.get(message.metadata.dst_node_id, ""))
@@ -92,18 +116,32 @@ class Receipted(Grid):
 
     def _taken(self, reply: Message) -> Message:
         site = self._sites.get(reply.metadata.src_node_id, "")
-        asked, given = self._sent.pop(reply.metadata.reply_to_message_id, (None, EMPTY))
+        asked = self._sent.pop(reply.metadata.reply_to_message_id, None)
         head = _head_in(reply)
-        if not site or reply.has_error() or asked is None:
+        if not site or reply.has_error():
             return reply
-        if behind(head, given):
+        if asked is not None and behind(head, asked.receipt):
             value = f"{head.count} entries" if head is not None else "no ledger"
             did = "Its answer was refused."
-            print_faults([Fault(number=418, where=site, value=value, limit=f"at least {given.count}", did=did)])
-            return Message(Error(_ERROR_CODE + _WENT_BACK, f"ICM{_WENT_BACK} {CATALOGUE[_WENT_BACK].title}"), reply_to=asked)
+            print_faults([Fault(number=418, where=site, value=value, limit=f"at least {asked.receipt.count}", did=did)])
+            return Message(
+                Error(_ERROR_CODE + _WENT_BACK, f"ICM{_WENT_BACK} {CATALOGUE[_WENT_BACK].title}"), reply_to=asked.message
+            )
         if head is not None:
             keep_receipt(self._folder, site, head)
         return reply
+
+
+def _without_content(message: Message) -> Message:
+    """Return the message, by its identity, without the tensors that it carries."""
+    bare = copy.copy(message)
+    bare.content = RecordDict()
+    return bare
+
+
+def _round_of(message: Message) -> object:
+    config = message.content.config_records.get(CONFIG)
+    return message.metadata.message_type, None if config is None else config.get(ROUND_KEY)
 
 
 def behind(head: Head | None, given: Head) -> bool:

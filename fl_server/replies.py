@@ -12,7 +12,22 @@ import numpy.typing as npt
 from flwr.app import ArrayRecord, Message, MetricRecord
 
 from icmoe.errors import CATALOGUE, Fault
-from icmoe.exchange import LOSS_KEY, NUMBERS, SECONDS_KEY, SLICES_KEY, STEPS_KEY, UPDATE, USAGE_KEY, is_personal
+from icmoe.exchange import (
+    DICE_KEY,
+    LARGEST_LOSS,
+    LONGEST_S,
+    LOSS_KEY,
+    MOST_IMAGES,
+    MOST_STEPS,
+    NUMBERS,
+    PATIENTS_KEY,
+    SECONDS_KEY,
+    SLICES_KEY,
+    STEPS_KEY,
+    UPDATE,
+    USAGE_KEY,
+    is_personal,
+)
 from icmoe.packing import array_of
 from icmoe.study import Study
 from icmoe.study_privacy import SitePrivacy
@@ -146,11 +161,11 @@ def parse_update(reply: Message, site: str, study: Study, current: Mapping[str, 
         _require_private(numbers, privacy)
     return Update(
         site=site,
-        size=_whole(numbers, SLICES_KEY),
+        size=_whole(numbers, SLICES_KEY, MOST_IMAGES),
         usage_M=_usage(numbers, study.model.experts),
-        loss=_number(numbers, LOSS_KEY) if privacy is None else None,
-        steps=_whole(numbers, STEPS_KEY),
-        train_s=_number(numbers, SECONDS_KEY) if privacy is None else None,
+        loss=_number(numbers, LOSS_KEY, -LARGEST_LOSS, LARGEST_LOSS) if privacy is None else None,
+        steps=_whole(numbers, STEPS_KEY, MOST_STEPS),
+        train_s=_number(numbers, SECONDS_KEY, 0.0, LONGEST_S) if privacy is None else None,
         size_bytes=sum(len(array.data) for array in arrays.values()),
         tensors=_tensors(arrays, study, current),
     )
@@ -190,17 +205,27 @@ def _tensors(
     return tensors
 
 
-def _number(numbers: MetricRecord, key: str) -> float:
+def score_of(reply: Message) -> tuple[float, int] | None:
+    """Return the validation Dice that a reply tells and of how many patients it is the mean, None where it tells none."""
+    numbers = reply.content.get(NUMBERS) if reply.has_content() else None
+    if not isinstance(numbers, MetricRecord):
+        return None
+    dice, patients = numbers.get(DICE_KEY), numbers.get(PATIENTS_KEY)
+    known = isinstance(dice, float) and 0.0 <= dice <= 1.0 and isinstance(patients, int) and 1 <= patients <= MOST_IMAGES
+    return (dice, patients) if known else None  # type: ignore[return-value]
+
+
+def _number(numbers: MetricRecord, key: str, low: float, high: float) -> float:
     value = numbers.get(key)
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise Refusal(f"{key} is no finite number", repr(value)[:40])
+    if not isinstance(value, int | float) or not low <= value <= high:
+        raise Refusal(f"{key} is no number in its range", repr(value)[:40], f"{low:g} to {high:g}")
     return float(value)
 
 
-def _whole(numbers: MetricRecord, key: str) -> int:
+def _whole(numbers: MetricRecord, key: str, most: int) -> int:
     value = numbers.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise Refusal(f"{key} is no whole number above 0", repr(value)[:40], "at least 1")
+    if not isinstance(value, int) or not 1 <= value <= most:
+        raise Refusal(f"{key} is no whole number in its range", repr(value)[:40], f"1 to {most}")
     return value
 
 

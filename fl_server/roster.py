@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from fl_server.exchanging import ask
 from fl_server.replies import site_fault
 from icmoe.errors import Fault, IcmoeError, print_faults
-from icmoe.exchange import CONFIG, SITE_KEY, SLICES_KEY, STUDY_KEY
+from icmoe.exchange import CONFIG, MOST_IMAGES, SITE_KEY, SLICES_KEY, STUDY_KEY
 from icmoe.study import Study
 
 # An introduction is a name and a number: a site that needs longer than a process start would hold up all others.
@@ -162,7 +162,7 @@ def _introduction(reply: Message | None, registered: str, *, trust_answers: bool
         raise IcmoeError(site_fault(registered, reply.error.reason))
     about = reply.content.config_records.get(CONFIG, ConfigRecord())
     name, size = about.get(SITE_KEY), about.get(SLICES_KEY)
-    if not isinstance(name, str) or not isinstance(size, int) or size < 1:
+    if not isinstance(name, str) or type(size) is not int or not 1 <= size <= MOST_IMAGES:
         what = "a site introduced itself by something else than a name and a size"
         raise IcmoeError(Fault(number=301, where=registered, what=what, value=repr(name)[:40], did=did))
     if registered and name != registered:

@@ -12,17 +12,17 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from fl_server.exchanging import ask
-from fl_server.replies import mean_loss
+from fl_server.replies import mean_loss, score_of
 from fl_server.roster import await_online, online
 from fl_server.round_strategy import RoundReport, RoundStrategy, Tensors, unheard
 from fl_server.run_state import RoundRecord, RunState
 from fl_server.waiting import Watch, begun
 from icmoe.errors import Fault, IcmoeError
-from icmoe.exchange import DICE_KEY, LOSS_KEY, NUMBERS, PATIENTS_KEY
+from icmoe.exchange import LOSS_KEY
 from icmoe.model import names_of
 from icmoe.study import Study
 
@@ -256,14 +256,8 @@ def silences(
 
 def _validation(replies: Iterable[Message], sites: Mapping[int, str]) -> dict[str, tuple[float, int]]:
     """Return validation Dice and patients per site that has validation patients."""
-    found = {}
-    for reply in replies:
-        numbers = reply.content.get(NUMBERS) if reply.has_content() else None
-        if isinstance(numbers, MetricRecord) and numbers.get(PATIENTS_KEY):
-            dice, patients = numbers.get(DICE_KEY), numbers.get(PATIENTS_KEY)
-            if isinstance(dice, float) and isinstance(patients, int) and 0.0 <= dice <= 1.0:
-                found[sites.get(reply.metadata.src_node_id, "")] = (dice, patients)
-    return found
+    scores = {sites.get(reply.metadata.src_node_id, ""): score_of(reply) for reply in replies}
+    return {site: score for site, score in scores.items() if score is not None}
 
 
 def note_validation(state: RunState, found: Mapping[str, tuple[float, int]]) -> None:

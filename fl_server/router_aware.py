@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fl_server.replies import Update, mean_loss, parse_replies
+from fl_server.replies import Update, mean_loss, parse_replies, score_of
 from fl_server.round_strategy import RoundReport, State, Tensors
 from fl_server.weights import balance_step, expert_weights, plain_share
 from icmoe.exchange import (
@@ -27,7 +27,6 @@ from icmoe.exchange import (
     CONFIG,
     DICE_KEY,
     LOSS_KEY,
-    NUMBERS,
     PATIENTS_KEY,
     ROUND_KEY,
     STUDY_KEY,
@@ -134,12 +133,11 @@ class RouterAware(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the validation Dice over the patients of all sites, None where no site has any."""
         del server_round
-        rows = [reply.content[NUMBERS] for reply in replies if reply.has_content() and NUMBERS in reply.content]
-        scored = [(int(row[PATIENTS_KEY]), float(row[DICE_KEY])) for row in rows if row.get(PATIENTS_KEY)]  # type: ignore[arg-type]
-        patients = sum(count for count, _ in scored)
+        scored = [score for reply in replies if (score := score_of(reply)) is not None]
+        patients = sum(count for _, count in scored)
         if not patients:
             return None
-        return MetricRecord({DICE_KEY: sum(count * dice for count, dice in scored) / patients, PATIENTS_KEY: patients})
+        return MetricRecord({DICE_KEY: sum(count * dice for dice, count in scored) / patients, PATIENTS_KEY: patients})
 
 
 def combine(

@@ -7,9 +7,9 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from icmoe.errors import Fault, IcmoeError
 
@@ -19,6 +19,9 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
+
+PathText = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+"""A path as a file of settings writes it; no file system has a name with a zero byte."""
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
@@ -43,6 +46,10 @@ def parse(section: type[SectionT], values: Mapping[str, Any], *, where: str) -> 
     try:
         # TOML has lists where sections have tuples: JSON mode reads lists as tuples and stays strict otherwise.
         return section.model_validate_json(json.dumps(values, default=str))
+    except RecursionError:
+        raise IcmoeError(
+            Fault(number=202, where=where, what="values are nested too deeply", did="Nothing was started.")
+        ) from None
     except ValidationError as error:
         items: list[dict[str, Any]] = [dict(item) for item in error.errors()]
         inner = {item["loc"][:depth] for item in items for depth in range(len(item["loc"]))}
@@ -65,11 +72,23 @@ def read_toml(path: Path) -> dict[str, Any]:
         205 where the file cannot be opened, 204 where it is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(path.read_bytes(), where=str(path))
     except OSError as error:
         raise IcmoeError(Fault(number=205, where=str(path), value=error.strerror or "", did="Nothing was started.")) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise IcmoeError(Fault(number=204, where=str(path), value=str(error), did="Nothing was started.")) from None
+
+
+def parse_toml(data: bytes, *, where: str) -> dict[str, Any]:
+    """Return the tables of a TOML file's bytes.
+
+    Raises
+    ------
+    IcmoeError
+        204 where it is not TOML: a number of too many digits, too, or tables nested beyond reading.
+    """
+    try:
+        return tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise IcmoeError(Fault(number=204, where=where, value=str(error)[:160], did="Nothing was started.")) from None
 
 
 def _fault(section: type[BaseModel], item: dict[str, Any], where: str) -> Fault:

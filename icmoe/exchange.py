@@ -112,6 +112,9 @@ def announced_size(slices: int, *, exact: bool) -> int:
     return slices if exact else 10 * math.ceil(slices / 10)
 
 
+MOST_IMAGES, MOST_STEPS, LARGEST_LOSS, LONGEST_S = 10**8, 10**8, 1e6, 30 * 86400.0
+"""Ranges of the numbers about a round: a site sends none outside, a coordinator takes none."""
+
 # Names of records and keys in messages; anything else in a message is refused by number.
 ARRAYS, UPDATE, CONFIG, NUMBERS = "arrays", "update", "config", "numbers"
 STUDY_KEY, ROUND_KEY = "study", "server-round"

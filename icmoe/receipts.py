@@ -15,7 +15,7 @@ from icmoe.chain import START
 
 LEDGER_KEY, AUDIT_KEY, RECEIPT_KEY = "ledger", "audit", "receipt"
 WORDS, WORD_BITS = 8, 32
-MOST = 2**53
+MOST = 10**15  # fifteen digits, as a receipt has at most
 _RECEIPT = re.compile(r"(0|[1-9][0-9]{0,14}):([0-9a-f]{64})")
 
 

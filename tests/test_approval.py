@@ -262,6 +262,15 @@ def test_a_damaged_approval_stops_the_site_with_its_name(make_study, tmp_path: P
         read_approvals(tmp_path)
 
 
+@pytest.mark.parametrize("when", ["yesterday", "2026-11-26T12:00:00"])
+def test_an_approval_of_no_certain_time_stops_the_site_with_its_name(when: str, make_study, tmp_path: Path) -> None:
+    approve(tmp_path, make_study(), BUNDLE, NOW)
+    (path,) = (tmp_path / "approvals").glob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"approved_at": when}))
+    with pytest.raises(IcmoeError, match=rf"ICM321 .*{path.name}"):
+        read_approvals(tmp_path)
+
+
 def test_an_approval_whose_digest_a_later_schema_would_change_is_no_damage(make_study, tmp_path: Path) -> None:
     study = make_study()
     values = json.loads(canonical(study))

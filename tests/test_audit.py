@@ -14,6 +14,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 from test_client import ask, command, hospital, number_of, request, site, write_site_file
 
 from fl_client.audit import LOG, digests_of_round, read_log, record
@@ -113,8 +114,12 @@ def test_training_itself_stays_far_below_the_bound(audited: Participant) -> None
 def test_the_last_global_model_must_be_whole(audited: Participant) -> None:
     study = audited.studies[0]
     ask(audited, request(study))
-    (audited.state_folder / study.digest[:16] / "last-global.safetensors").write_bytes(b"\x00" * 20)
-    assert number_of(ask(audited, request(study))) == 321
+    kept = audited.state_folder / study.digest[:16] / "last-global.safetensors"
+    other = save({"head.classify.bias": torch.zeros(3)}, metadata={"age": "0"})
+    for damaged in (b"\x00" * 20, other):
+        kept.unlink()
+        kept.write_bytes(damaged)
+        assert number_of(ask(audited, request(study))) == 321
 
 
 def test_hospitals_compare_the_digests_of_a_round(audited: Participant, hospital: Path, tmp_path: Path) -> None:

@@ -154,6 +154,15 @@ def test_what_does_not_belong_in_a_message_is_refused_by_number(name: str, kind:
     assert number_of(ask(site, content(site.studies[0]), kind)) == number
 
 
+def test_arrays_that_are_none_and_records_of_another_type_are_refused_before_anything_is_built(site: Participant, caplog) -> None:
+    study = site.studies[0]
+    broken, untyped = request(study), request(study)
+    broken[ARRAYS]["head.classify.bias"] = Array("float32", (2,), "numpy.ndarray", b"\x93NUMPY\x01\x00\x10\x00{'descr': bad   ")
+    untyped[ARRAYS] = ConfigRecord({"head.classify.bias": 1.0})
+    assert [number_of(ask(site, content)) for content in (broken, untyped)] == [301, 301]
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 @pytest.mark.parametrize("harm", ["NaN", "another shape", "another type", "missing", "extra"])
 def test_a_doctored_global_model_is_refused(harm: str, site: Participant) -> None:
     content = request(site.studies[0])
@@ -257,6 +266,10 @@ BAD_SITES = {
     "hours that are none": ({"policy": '{hours = "9-17"}'}, 202),
     "a coordinator without a port": ({"coordinator": '{address = "x", ca = "a", key = "b"}'}, 202),
     "another site": ({"name": '"Birch"'}, 210),
+    "a path with a zero byte": ({"state": r'"a\u0000b"'}, 202),
+    "a pattern that repeats too often": ({"ingest": '{folder = "x", patient_pattern = "(a{99999999999999999999})"}'}, 202),
+    "a number of too many digits": ({"threads": "9" * 5000}, 204),
+    "tables nested beyond reading": ({"cache": "[" * 20_000}, 204),
 }
 
 

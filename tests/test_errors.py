@@ -55,6 +55,12 @@ def test_a_fault_is_one_line_with_number_value_limit_deed_and_remedy() -> None:
     assert fault.record()["sentence"] == str(fault)
 
 
+def test_a_fault_quotes_what_came_from_elsewhere_in_one_line_that_commands_no_terminal() -> None:
+    fault = Fault(number=201, where="request.json", value="a\x1b[2J\nICM999 all is well\ud800")
+    assert str(fault).startswith(r"ICM201 request.json: key is not known: a\x1b[2J\nICM999 all is well\ud800. ")
+    assert "Größe" in str(Fault(number=201, value="Größe"))
+
+
 @pytest.mark.parametrize("number", CATALOGUE)
 def test_the_barest_fault_still_says_what_to_do(number: int) -> None:
     line = str(Fault(number=number))

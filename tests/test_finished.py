@@ -99,7 +99,7 @@ def test_killed_before_it_is_kept_it_is_trained_and_paid_for_again(audited: Part
     assert len(read_ledger(audited.state_folder, "Alder").entries) == 2
 
 
-@pytest.mark.parametrize("harm", ["cut short", "a bit of a tensor", "gone", "another round's"])
+@pytest.mark.parametrize("harm", ["cut short", "a bit of a tensor", "a number", "gone", "another round's"])
 def test_a_damaged_one_is_trained_and_paid_for_again(harm: str, audited: Participant, trained: list[int]) -> None:
     first = sent(ask(audited, content(audited)))
     (path,) = kept(audited)
@@ -108,6 +108,10 @@ def test_a_damaged_one_is_trained_and_paid_for_again(harm: str, audited: Partici
         path.write_bytes(data[:200])
     elif harm == "a bit of a tensor":
         data[-1] ^= 1
+        path.write_bytes(data)
+    elif harm == "a number":
+        place = data.index(b'\\"loss\\": ') + len(b'\\"loss\\": ')
+        data[place] ^= 1
         path.write_bytes(data)
     elif harm == "gone":
         path.unlink()

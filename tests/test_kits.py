@@ -91,7 +91,13 @@ def test_a_kit_for_another_site_with_another_file_or_consistent_lies_is_refused(
     assert "run.sh" in init(kit, tmp_path)[1]
     (kit / "run.sh").unlink()
     text = (kit / "kit.toml").read_text()
-    for changed, number in ((text + "colour = 1\n", 201), (text.replace("Lesion group", "a\\nb"), 202), ("= ", 310)):
+    for changed, number in (
+        (text + "colour = 1\n", 201),
+        ("a = " + "[" * 20_000, 310),
+        (f"a = {'9' * 5000}", 310),
+        (text.replace("Lesion group", "a\\nb"), 202),
+        ("= ", 310),
+    ):
         (kit / "kit.toml").write_text(changed)
         resum(kit)
         assert f"ICM{number}" in init(kit, tmp_path)[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +81,41 @@ def test_an_answer_that_fell_behind_its_receipt_is_refused_by_number(back: Head 
     assert not replies["Birch"].has_error()
     assert receipt(tmp_path, "Alder") == Head(3, "a" * 64)
     assert "ICM418 Alder: site's ledger went back" in capsys.readouterr().err
+
+
+def test_what_a_silent_site_was_asked_is_not_kept_from_round_to_round(tmp_path: Path) -> None:
+    """Each message holds the whole global model; the answer to an earlier round is refused by the guard in any case."""
+    network = Wire(lambda message, name: None if name == "Cedar" else Message(RecordDict({}), reply_to=message))
+    grid, contents = Receipted(network, SITES, tmp_path), []
+    for number in range(1, 6):
+        content = RecordDict({CONFIG: ConfigRecord({STUDY_KEY: "0" * 64, ROUND_KEY: number})})
+        contents.append(weakref.ref(content))
+        ids = grid.push_messages([Message(content, dst_node_id=node, message_type="train") for node in SITES])
+        assert len(list(grid.pull_messages(ids))) == 2
+        network.asked.clear()
+        del content
+    gc.collect()
+    assert [one() for one in contents] == [None] * 5
+    assert len(grid._sent) == 1  # what Cedar may still answer
+
+
+def test_a_late_answer_counts_against_the_receipt_of_its_own_question(tmp_path: Path) -> None:
+    keep_receipt(tmp_path, "Alder", Head(3, "a" * 64))
+    network = Wire(lambda message, name: None)
+    grid = Receipted(network, SITES, tmp_path)
+    asked = [ConfigRecord({STUDY_KEY: "0" * 64, ROUND_KEY: number}) for number in (1, 1, 2)]
+    messages = [Message(RecordDict({CONFIG: one}), dst_node_id=11, message_type="train") for one in asked]
+    ids = [number for message in messages[:2] for number in grid.push_messages([message])]
+    for message, head in ((messages[0], Head(2, "b" * 64)), (messages[1], Head(4, "d" * 64))):
+        network.deliver(message, wire({"Alder": head}).answer)
+    first, second = grid.pull_messages(ids)
+    assert (number_of(first), second.has_error()) == (418, False)
+    assert receipt(tmp_path, "Alder").count == 4
+    old = grid.push_messages([messages[2]])
+    grid.push_messages([Message(RecordDict({CONFIG: ConfigRecord({ROUND_KEY: 3})}), dst_node_id=11, message_type="train")])
+    network.deliver(messages[2], wire({"Alder": Head(6, "f" * 64)}).answer)
+    assert not next(iter(grid.pull_messages(old))).has_error()
+    assert receipt(tmp_path, "Alder").count == 6
 
 
 def test_answers_of_two_studies_may_arrive_out_of_order(tmp_path: Path) -> None:

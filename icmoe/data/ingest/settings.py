@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from icmoe.config import Section
+from icmoe.config import PathText, Section
 
 Part = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -15,9 +15,9 @@ Part = Annotated[float, Field(ge=0.0, le=1.0)]
 class IngestSettings(Section):
     """Where the export is and how to take it; paths are relative to the site file."""
 
-    folder: str
+    folder: PathText
     """The export: any tree of DICOM, NIfTI and PNG files; it is only read."""
-    store: str = "ingest"
+    store: PathText = "ingest"
     """Where index, pixels and report go; patient data, for the owner alone."""
     labels: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Further names and codes ("SCT:52988006") of segments and regions, by class name of the study."""
@@ -27,7 +27,7 @@ class IngestSettings(Section):
     """Series (S-...) that somebody looked at and found free of burned-in text."""
     patient_pattern: str | None = None
     """Regular expression for paths of PNG and NIfTI files; its first group names the patient."""
-    split_file: str | None = None
+    split_file: PathText | None = None
     """CSV with the columns patient and split (train, val, test); other patients are split by the shares."""
     shares: tuple[Part, Part, Part] = (0.7, 0.1, 0.2)
     """Shares of train, val and test among patients."""
@@ -47,6 +47,6 @@ class IngestSettings(Section):
         try:
             if pattern is not None and re.compile(pattern).groups < 1:
                 raise ValueError("a regular expression with a group in parentheses")
-        except re.error:
+        except (re.error, OverflowError, RecursionError):
             raise ValueError("a valid regular expression") from None
         return pattern
