@@ -12,13 +12,14 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 
 from fl_client.manifest import Outgoing
 from icmoe.atomic import write_atomically
 from icmoe.exchange import State, state_digest
 from icmoe.study import Study
+from icmoe.tensor_file import read_tensors
 
 log = logging.getLogger("fl_client")
 
@@ -67,9 +68,7 @@ def _read(path: Path, about: dict[str, str]) -> Outgoing | None:
     if not path.exists():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        tensors, metadata = read_tensors(path)
         numbers = json.loads(metadata["numbers"])
         same = about.items() <= metadata.items() and metadata["digest"] == _digest(tensors, metadata["numbers"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:

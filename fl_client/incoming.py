@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from icmoe.atomic import write_atomically
 from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.exchange import State, state_digest, state_faults
 from icmoe.study import Study
+from icmoe.tensor_file import read_tensors
 
 LARGEST_RMS = 10.0
 """Largest root mean square of one tensor; the initial tensors have at most 1."""
@@ -75,9 +76,8 @@ def _last(path: Path, like: State) -> tuple[int, State | None]:
         return 0, None
     todo = "Remove the file; the next global model is then only checked for its size."
     try:
-        with safe_open(path, framework="pt") as file:
-            age = int((file.metadata() or {})["age"])
-            last = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        last, metadata = read_tensors(path)
+        age = int(metadata["age"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise IcmoeError(Fault(number=321, where=str(path), value=type(error).__name__, todo=todo)) from None
     if faults := state_faults(like, last):

