@@ -41,6 +41,7 @@ from fl_server.run_state import RunState
 from icmoe.backbone import backbone_digest, load_backbone
 from icmoe.config import parse
 from icmoe.data.folder import read_folder
+from icmoe.errors import Fault, print_faults
 from icmoe.exchange import ARRAYS, BALANCE_BIAS, CONFIG, NUMBERS, ROUND_KEY, STUDY_KEY, UPDATE, global_state
 from icmoe.features import FeatureCache
 from icmoe.model import build_model
@@ -230,10 +231,17 @@ MEASURED: Mapping[str, Callable[[int], Samples]] = {
 
 def main(
     rounds: Annotated[int, typer.Option(min=40, help="Rounds of each.")] = 200,
+    warm_up: Annotated[
+        int | None, typer.Option(help="Rounds that are not looked at. Default: a fifth. The guard fills its memory for 256.")
+    ] = None,
     what: Annotated[str, typer.Option(help="Only what begins with this.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,  # noqa: FBT002
 ) -> None:
     """Print by how many bytes memory grows per round."""
+    if warm_up is not None and not 0 <= warm_up <= rounds - 2 * BLOCKS:
+        limit = f"0 to {rounds - 2 * BLOCKS}"
+        print_faults([Fault(number=202, where="--warm-up", value=str(warm_up), limit=limit, did="Nothing was measured.")])
+        raise typer.Exit(1)
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1  # Flower sets it in the processes that it starts
     torch.set_num_threads(1)
     rows: dict[str, dict[str, Slope]] = {}
@@ -243,7 +251,7 @@ def main(
             samples = measure(rounds)
             tracemalloc.stop()
             kinds = {"resident": samples.resident, "traced": samples.traced}
-            rows[name] = {kind: slope_of(values, rounds // 5) for kind, values in kinds.items()}
+            rows[name] = {kind: slope_of(values, rounds // 5 if warm_up is None else warm_up) for kind, values in kinds.items()}
     if as_json:
         sys.stdout.write(
             json.dumps({name: {kind: asdict(one) for kind, one in row.items()} for name, row in rows.items()}) + "\n"
