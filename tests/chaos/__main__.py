@@ -32,6 +32,7 @@ def ended(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts it in the background has it ignored
     signal.signal(signal.SIGTERM, ended)
     signal.signal(signal.SIGHUP, ended)
     try:
