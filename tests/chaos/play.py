@@ -30,6 +30,7 @@ STUDY_S = 1800.0
 # Quorum and deadline. With all hospitals in each round, the bits are those of the calm run whatever is killed.
 QUORUM = {events.COORDINATOR: (3, 240.0), events.BOTH: (3, 75.0)}
 OTHERS = (2, 75.0)
+DEADLINE_ROUNDS = 2.5  # on a machine so busy that a calm round takes longer, the deadline is this many calm rounds
 
 
 class Player:
@@ -53,6 +54,7 @@ class Player:
 
     def add(self, name: str, family: str) -> None:
         quorum, deadline_s = QUORUM.get(family, OTHERS)
+        deadline_s = max(deadline_s, round(DEADLINE_ROUNDS * self.round_s))
         self.scene.add_study(study_of(name, self.seed, quorum=quorum, deadline_s=deadline_s, rounds=self.rounds))
 
     def play(self, plan: Plan) -> Row:
