@@ -85,11 +85,11 @@ def run(options: Options) -> int:
         log.say(f"nothing can be played here: {why}")
         return 2
     ends = time.monotonic() + 3600 * options.hours if options.hours is not None else float("inf")
-    done = {row["study"] for row in results(options.out) if row["seed"] == options.seed and "study" in row}
+    done = {(row["study"], row["family"]) for row in results(options.out) if row["seed"] == options.seed and "study" in row}
     wanted = [
         plan
         for plan in islice(plans(options.seed, options.rounds, options.cycle), options.studies or 10**4)
-        if plan.index not in done
+        if (plan.index, plan.family) not in done
     ]
     if wanted:
         with scene() as found:
