@@ -54,6 +54,7 @@ def test_what_is_wrong_with_a_result_is_said() -> None:
     assert faults_of({**HELD, "family": COORDINATOR}) == ["bits differ from the calm run"]
     assert faults_of({**HELD, "family": SITES, "finished": False}) == ["it did not finish"]
     assert len(faults_of({**HELD, "family": SITES, "finite": False, "quorum": False})) == 2
+    assert faults_of({**HELD, "family": SITES, "events": [{"fault": "no process"}]}) == ["no process"]
     bad = {**HELD, "family": MALICIOUS, "refused": {**refused, "Inf": 0}, "as_absent": False, "dice": 0.52}
     assert len(faults_of(bad)) == 3
 

@@ -22,7 +22,7 @@ def faults_of(row: Mapping[str, Any]) -> list[str]:
     """
     if not row["finished"]:
         return ["it did not finish"]
-    found = []
+    found = [event["fault"] for event in row.get("events", []) if "fault" in event]
     if not row["finite"]:
         found.append("weights are not finite")
     if not row["quorum"]:

@@ -125,9 +125,13 @@ class Player:
     def _one(self, event: Event, run: Service, watch: Watch, ends: float) -> Row:
         round_, repeated, struck = watch.round, watch.repeated, time.monotonic()
         self.say(f"  round {round_} is committed; {event.kind} {event.site}")
-        heal = events.strike(self.scene, event)
-        struck = time.monotonic() if heal is None else struck
         row = {"kind": event.kind, "site": event.site, "after_round": round_}
+        try:
+            heal = events.strike(self.scene, event)
+        except TimeoutError as error:  # the process to be killed is not there, which it should be
+            self.say(f"  {error}")
+            return {**row, "fault": str(error)}
+        struck = time.monotonic() if heal is None else struck
         try:
             if heal is not None:
                 self._wait(run, watch, lambda: time.monotonic() >= struck + event.hold_s, ends)
