@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from chaos import disks, links
+from chaos import clocks, disks, links
 from chaos.campaign import Options, results, run
 from chaos.events import BOTH, COORDINATOR, CYCLE, KINDS, LIAR, MALICIOUS, POISONED_ROUNDS, POISONS, SITES, plans
 from chaos.judge import faults_of
@@ -126,6 +126,18 @@ def test_a_full_disk_is_full_to_its_last_byte(tmp_path: Path) -> None:
             (tmp_path / "disk" / "one").write_bytes(b"x")
         disks.make_room(tmp_path / "disk")
         (tmp_path / "disk" / "one").write_bytes(b"x")
+
+
+@pytest.mark.skipif(bool(clocks.why_not()), reason=clocks.why_not())
+def test_a_clock_is_wrong_and_waits_are_not(tmp_path: Path) -> None:
+    code = "import time; began = time.monotonic(); time.sleep(0.3); print(time.time(), time.monotonic() - began)"
+    settings = {**os.environ, **clocks.settings(tmp_path / "clock")}
+    for shift, ahead_s in ((clocks.RIGHT, 0), ("+1h", 3600), ("-1h", -3600)):
+        clocks.set_clock(tmp_path / "clock", shift)
+        done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, timeout=60, check=True)
+        now, waited_s = map(float, done.stdout.split())
+        assert abs(now - time.time() - ahead_s) < 30
+        assert 0.25 < waited_s < 10
 
 
 @pytest.mark.network

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from consortium import ROOT
+
+CLOCKWORK = Path(__file__).with_name("clockwork")
 LIBRARY = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 RIGHT = "+0"
 
@@ -20,8 +24,8 @@ def settings(path: Path) -> dict[str, str]:
         "FAKETIME_TIMESTAMP_FILE": str(path),
         "FAKETIME_CACHE_DURATION": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        "DONT_FAKE_MONOTONIC": "1",
         "FAKETIME_DISABLE_SHM": "1",
+        "PYTHONPATH": os.pathsep.join([str(CLOCKWORK), str(ROOT)]),
     }
 
 
