@@ -44,7 +44,16 @@ def test_a_liar_lies_in_twelve_ways_and_never_three_rounds_in_a_row() -> None:
     assert not any({number, number + 1, number + 2} <= set(POISONED_ROUNDS) for number in range(10))
 
 
-HELD = {"finished": True, "finite": True, "quorum": True, "identical": False, "as_absent": True, "dice": 0.5, "calm_dice": 0.5}
+HELD = {
+    "finished": True,
+    "finite": True,
+    "quorum": True,
+    "identical": False,
+    "as_absent": True,
+    "dice": 0.5,
+    "calm_dice": 0.5,
+    "missed": {"hospitalA": 1, "hospitalB": 0},
+}
 
 
 def test_what_is_wrong_with_a_result_is_said() -> None:
@@ -52,6 +61,7 @@ def test_what_is_wrong_with_a_result_is_said() -> None:
     assert faults_of({**HELD, "family": SITES}) == []
     assert faults_of({**HELD, "family": MALICIOUS, "refused": refused}) == []
     assert faults_of({**HELD, "family": COORDINATOR}) == ["bits differ from the calm run"]
+    assert faults_of({**HELD, "family": SITES, "missed": {"hospitalA": 0}}) != []
     assert faults_of({**HELD, "family": SITES, "finished": False}) == ["it did not finish"]
     assert len(faults_of({**HELD, "family": SITES, "finite": False, "quorum": False})) == 2
     assert faults_of({**HELD, "family": SITES, "events": [{"fault": "no process"}]}) == ["no process"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .events import BOTH, COORDINATOR, MALICIOUS
+from .events import BOTH, COORDINATOR, MACHINES, MALICIOUS, SITES
 
 Row = dict[str, Any]
 DICE = 0.01
@@ -29,6 +29,8 @@ def faults_of(row: Mapping[str, Any]) -> list[str]:
         found.append("a round counts without its quorum")
     if row["family"] in {COORDINATOR, BOTH} and not row["identical"]:
         found.append("bits differ from the calm run")
+    if row["family"] in {SITES, MACHINES} and not row["identical"] and not any(row["missed"].values()):
+        found.append("bits differ from the calm run though no hospital missed a round")
     if row["family"] == MALICIOUS:
         found += [f"{kind} was not refused" for kind, number in row["refused"].items() if not number]
         if not row["as_absent"]:

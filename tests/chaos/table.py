@@ -29,7 +29,7 @@ def by_kind(rows: Sequence[Row]) -> Table:
         if not real:
             table.add_row(kind, "0", f"not possible here: {pairs[0][1]['not_possible']}")
             continue
-        studies = {row["study"]: row for row, _ in real}
+        studies = {(row["study"], row["family"]): row for row, _ in real}
         mid = sum(1 <= event["after_round"] < row["rounds"] for row, event in real)
         same = sum(row.get("identical") is True for row in studies.values())
         numbers = sorted({f"ICM{row['refused'][kind]}" for row, _ in real if row.get("refused", {}).get(kind)})
