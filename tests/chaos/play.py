@@ -142,6 +142,7 @@ class Player:
         self._wait(run, watch, lambda: watch.closed or watch.round > round_, ends)
         if watch.closed or watch.round > round_:
             row["recovered_s"] = watch.committed_s - struck
+            self.say(f"  round {watch.round} is committed, {row['recovered_s']:.0f} s after it")
         return {**row, "repeated": watch.repeated - repeated}
 
     def _wait(self, run: Service, watch: Watch, true: Callable[[], bool], ends: float) -> None:
