@@ -21,12 +21,14 @@ STOP_S = 30.0
 KILL_S = 10.0
 
 
-def processes(mark: str) -> dict[int, str]:
-    """Command lines by number of all living processes of a service."""
+def processes(mark: str, session: int = 0) -> dict[int, str]:
+    """Command lines by number of all living processes of a service: by its mark or, as nginx writes over it, its session."""
     wanted, found = f"{MARK}={mark}\0".encode(), {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if wanted in (folder / "environ").read_bytes() + b"\0":
+            state, _, _, own = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            inside = session != 0 and int(own) == session and state != "Z"
+            if inside or wanted in (folder / "environ").read_bytes() + b"\0":
                 found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return found
 
@@ -131,7 +133,8 @@ class Service:
 
     def _end_rest(self) -> None:
         ends = time.monotonic() + KILL_S
-        while pids := list(processes(self.mark)):
+        session = self.process.pid if self.process is not None else 0
+        while pids := list(processes(self.mark, session)):
             signal_all(pids, signal.SIGKILL)
             if self.process is not None:
                 self.process.poll()
