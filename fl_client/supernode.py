@@ -16,8 +16,8 @@ from fl_client.connection import is_refused
 from fl_client.credentials import read_node_key
 from fl_client.flower_private import run_supernode
 from fl_client.site import read_site_file, site_file_of_environment
-from fl_client.supervisor import KEY_NOT_KNOWN
-from fl_client.watchdog import end_with_parent
+from fl_client.supervisor import KEY_NOT_KNOWN, SUPEREXEC_GONE
+from fl_client.watchdog import end_with_child, end_with_parent
 from icmoe.bundle import NAME, PUBLISHER, VERSION, bundle_files
 from icmoe.errors import exit_on_fault
 
@@ -40,7 +40,13 @@ def main(arguments: Sequence[str]) -> None:
             sys.exit(KEY_NOT_KNOWN)
         home = Path(os.environ["FLWR_HOME"])
         shutil.rmtree(home / "apps", ignore_errors=True)  # Flower would run what lies there without another look
-        run_supernode(bundle_files(), f"{PUBLISHER}/{NAME}", VERSION, home, flags)
+        gone = end_with_child("flower-superexec")  # what starts the ClientApps; Flower would stay connected and never answer
+        try:
+            run_supernode(bundle_files(), f"{PUBLISHER}/{NAME}", VERSION, home, flags)
+        except SystemExit:
+            if gone.is_set():
+                sys.exit(SUPEREXEC_GONE)
+            raise
 
 
 if __name__ == "__main__":

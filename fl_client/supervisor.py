@@ -28,6 +28,8 @@ from icmoe.processes import flower_environment, free_port, next_delay, private_f
 
 KEY_NOT_KNOWN = 3
 """Exit code of the child where the coordinator does not know the site's key."""
+SUPEREXEC_GONE = 4
+"""Exit code of the child where Flower's SuperExec, without which nothing is trained, has ended."""
 
 GRACE_S = 5.0
 LOOK_S = "0.25"
@@ -37,6 +39,7 @@ LOG = "supernode.log"
 # Flower ends without a word when the coordinator answers 401.
 _TURNED_AWAY = "the coordinator turned the site away: its clock differs by more than 5 s, or its key was revoked"
 _NOT_LET_IN = "the coordinator does not let the site in: its key is not admitted, or its last connection runs out first (60 s)"
+_NOTHING_TRAINS = "Flower's SuperExec at this site ended, which starts the training: killed, or short of memory"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _LEVEL = re.compile(r"^[A-Z]+\s*:\s+")
 _RUN = re.compile(r"^\[RUN (\d+)")
@@ -159,7 +162,8 @@ def supervise(start: Callable[[], subprocess.Popen[str]], hear: Say, say: Say) -
 def _fault_of(exit_code: int, did: str) -> Fault:
     if exit_code == KEY_NOT_KNOWN:
         return Fault(number=333, did=did)
-    return Fault(number=324, what=_TURNED_AWAY if exit_code == 0 else f"the connection ended with exit code {exit_code}", did=did)
+    known = {0: _TURNED_AWAY, SUPEREXEC_GONE: _NOTHING_TRAINS}
+    return Fault(number=324, what=known.get(exit_code, f"the connection ended with exit code {exit_code}"), did=did)
 
 
 def end_group(child: subprocess.Popen[str]) -> None:

@@ -10,9 +10,15 @@ import ctypes
 import faulthandler
 import os
 import signal
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
 
 START_S = 900.0
 """Seconds in which a site must have read its data, before the study's own deadline counts."""
+
+CHILD_LOOK_S, CHILD_GRACE_S = 1.0, 10.0
 
 _PR_SET_PDEATHSIG = 1
 
@@ -33,3 +39,41 @@ def end_with_parent(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_with_child(word: str) -> threading.Event:
+    """Let this process end, by SIGTERM, once a child of it has ended; return what tells that this was why.
+
+    A process without that child would go on and do nothing. One that does not end by itself within `CHILD_GRACE_S` is ended
+    with exit code 1.
+
+    Parameters
+    ----------
+    word
+        In the command line of the child, which may not have been started yet.
+    """
+    gone = threading.Event()
+    threading.Thread(target=_watch_child, args=(word, gone), daemon=True).start()
+    return gone
+
+
+def _watch_child(word: str, gone: threading.Event) -> None:
+    while not _children(word):
+        time.sleep(CHILD_LOOK_S)
+    while _children(word):
+        time.sleep(CHILD_LOOK_S)
+    gone.set()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(CHILD_GRACE_S)
+    os._exit(1)
+
+
+def _children(word: str) -> set[int]:
+    """Return the numbers of living children; one that has ended has no command line any more."""
+    found = set()
+    for listed in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):
+            for pid in listed.read_text().split():
+                if word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.add(int(pid))
+    return found

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from flwr.app import Array, ArrayRecord, Message
 from flwr.serverapp import Grid
 
+from fl_server.lost import LOOK_S, send_lost_again
 from icmoe.packing import pack_records, unpack_records
 
 
@@ -21,6 +22,8 @@ def ask(
     late: set[str] | None = None,
 ) -> list[Message]:
     """Return the replies that arrive before the deadline, and late ones to earlier messages that come meanwhile.
+
+    What a site lost by being restarted is sent to it again.
 
     Parameters
     ----------
@@ -40,20 +43,24 @@ def ask(
     questions = list(messages)
     for question in questions:  # they may share their content, which is then packed once
         pack_records(question.content, ArrayRecord, Array)
-    waiting, overdue = set(grid.push_messages(questions)), set[str]() if late is None else late
-    ends = time.monotonic() + deadline_s
+    waiting = dict(zip(grid.push_messages(questions), questions, strict=False))
+    overdue = set[str]() if late is None else late
+    next_look, ends = time.monotonic() + LOOK_S, time.monotonic() + deadline_s
     replies: list[Message] = []
     while True:
-        for reply in grid.pull_messages(waiting | overdue):
+        for reply in grid.pull_messages({*waiting, *overdue}):
             if reply.has_content():
                 unpack_records(reply.content)
             if on_reply is not None and reply.metadata.reply_to_message_id in waiting:
                 on_reply(reply)
-            waiting.discard(reply.metadata.reply_to_message_id)
+            waiting.pop(reply.metadata.reply_to_message_id, None)
             overdue.discard(reply.metadata.reply_to_message_id)
             replies.append(reply)
         if not waiting or time.monotonic() >= ends:
             break
+        if time.monotonic() >= next_look:
+            send_lost_again(grid, waiting)
+            next_look = time.monotonic() + LOOK_S
         time.sleep(poll_s)
-    overdue |= waiting
+    overdue.update(waiting)
     return replies

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from poisons import changed
 from test_rounds import ROSTER, SITES, Answer, Wire, honest
 
 from fl_server import audit
@@ -22,7 +22,7 @@ from fl_server.round_strategy import unheard
 from fl_server.rounds import run_rounds
 from fl_server.run_state import RunState
 from icmoe.errors import Fault, IcmoeError
-from icmoe.exchange import CONFIG, NUMBERS, ROUND_KEY, UPDATE
+from icmoe.exchange import CONFIG, ROUND_KEY, UPDATE
 from icmoe.study import Study
 
 # Few enough rounds that the attacker is still asked in the last one.
@@ -32,49 +32,6 @@ ROUNDS = 2
 def run(study: Study, answer: Answer, log: Path | None = None, sites: dict[int, str] = SITES) -> RunState:
     strategy = make_strategy(study, ROSTER, note=unheard if log is None else partial(audit.note, log))
     return run_rounds(Wire(answer), strategy, study, start_state(study), sites=sites, commit=unheard, poll_s=0.005)
-
-
-def first(value: float) -> Callable[[dict[str, np.ndarray], str], None]:
-    """Return a change of the first value of a tensor."""
-
-    def change(tensors: dict[str, np.ndarray], name: str) -> None:
-        tensors[name].reshape(-1)[0] = value
-
-    return change
-
-
-# What is done to an update's tensors, by their names and the name of the first; and what to its numbers.
-TENSORS: dict[str, Callable[[dict[str, np.ndarray], str], object]] = {
-    "NaN": first(np.nan),
-    "Inf": first(np.inf),
-    "1e30": first(1e30),
-    "sign flip x10": lambda tensors, _: tensors.update({key: -10.0 * tensor for key, tensor in tensors.items()}),
-    "wrong shape": lambda tensors, name: tensors.update({name: tensors[name].reshape(1, -1)}),
-    "missing key": lambda tensors, name: tensors.pop(name),
-    "extra key": lambda tensors, name: tensors.update(stranger=tensors[name]),
-    "float64": lambda tensors, name: tensors.update({name: tensors[name].astype(np.float64)}),
-}
-VALUES = {
-    "zero weight": {"slices": 0},
-    "negative weight": {"slices": -30},
-    "size far above announced": {"slices": 10**6},
-    "usage off the simplex": {"usage": [0.9, 0.9, 0.9]},
-}
-
-
-BYTES = {"a broken header": b"\x93NUMPY\x01\x00\x10\x00{'descr': bad   ", "an archive": b"PK\x05\x06" + bytes(18)}
-
-
-def changed(reply: Message, kind: str) -> Message:
-    """Return the reply with one thing made wrong."""
-    tensors = {key: array.numpy().copy() for key, array in reply.content[UPDATE].items()}
-    TENSORS.get(kind, unheard)(tensors, min(tensors))
-    arrays = {key: Array(tensor) for key, tensor in tensors.items()}
-    if kind in BYTES:
-        arrays[min(arrays)] = Array("float32", (3,), "numpy.ndarray", BYTES[kind])
-    reply.content[UPDATE] = ArrayRecord(arrays)
-    reply.content[NUMBERS].update(VALUES.get(kind, {}))
-    return reply
 
 
 POISONS = {

@@ -20,6 +20,7 @@ from test_client import command
 from fl_client.site import ENVIRONMENT, SiteFile
 from fl_client.supervisor import (
     KEY_NOT_KNOWN,
+    SUPEREXEC_GONE,
     Hearing,
     child_environment,
     connection_flags,
@@ -214,6 +215,41 @@ def test_a_hung_process_dies_with_its_parent(tmp_path: Path) -> None:
     parent.kill()
     parent.wait(timeout=10)
     assert within(5, lambda: not alive(pid))
+
+
+WITH_CHILD = """
+import signal, subprocess, sys, time
+from fl_client.watchdog import end_with_child
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+gone = end_with_child("flower-superexec")
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "flower-superexec"])
+print(child.pid, flush=True)
+try:
+    time.sleep(60)
+except SystemExit:
+    sys.exit(7 if gone.is_set() else 0)
+"""
+
+
+@pytest.mark.parametrize("wait", ["time.sleep(60)", "child.wait(); time.sleep(60)"])
+def test_a_process_ends_with_the_child_without_which_it_does_nothing(wait: str) -> None:
+    code = WITH_CHILD.replace("time.sleep(60)", wait)
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=ENV)
+    pid = int(read_line(parent))
+    time.sleep(3)
+    assert parent.poll() is None
+    os.kill(pid, signal.SIGKILL)
+    assert parent.wait(timeout=20) == 7
+
+
+def test_a_site_without_its_superexec_is_told_what_is_missing() -> None:
+    process = start_supervisor(f"import sys; print('born', flush=True); sys.exit({SUPEREXEC_GONE})")
+    try:
+        said = [read_line(process) for _ in range(2)][1]
+    finally:
+        process.kill()
+        process.wait(timeout=10)
+    assert "ICM324 Flower's SuperExec at this site ended, which starts the training: killed, or short of memory." in said
 
 
 @given(lives=st.lists(st.floats(0, 1000), max_size=30))

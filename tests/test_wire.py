@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,70 +22,27 @@ from consortium import (
     study_text,
     wait_until,
 )
+from networks import Cable, CannotLay, hospital_networks, why_no_namespaces
 
 from fl_server.home import Home
 from fl_server.run_state import RunState
 from simulations.phantoms import PhantomSite, write_phantoms
 
 SITES = ("hospitalA", "hospitalB", "hospitalC")
-TCPDUMP, IP = shutil.which("tcpdump"), shutil.which("ip")
-
-
-def ip(*words: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([str(IP), *words], capture_output=True, timeout=20, check=False)
+TCPDUMP = shutil.which("tcpdump")
 
 
 def why_not() -> str:
-    if NGINX is None or TCPDUMP is None or IP is None:
-        return "nginx, tcpdump or ip is not installed"
-    name = f"icmoe-probe-{os.getpid()}"
-    made = ip("netns", "add", name).returncode == 0
-    ip("netns", "del", name)
-    return "" if made else "network namespaces are not permitted here"
-
-
-@dataclass(frozen=True)
-class Cable:
-    """A hospital's namespace, on one switch with this one and the other hospitals."""
-
-    namespace: str
-    here: str
-    there: str
-    device: str
-
-    def inside(self, *words: str) -> list[str]:
-        return [str(IP), "netns", "exec", self.namespace, *words]
+    return "nginx or tcpdump is not installed" if NGINX is None or TCPDUMP is None else why_no_namespaces()
 
 
 @contextmanager
-def hospital_networks(count: int) -> Iterator[list[Cable]]:
-    number = os.getpid() % 200
-    switch, here = f"ic{number}", f"10.213.{number}.1"
-    cables = [Cable(f"icmoe-{os.getpid()}-{k}", here, f"10.213.{number}.{k + 2}", f"ic{number}n{k}") for k in range(count)]
-    commands = [
-        ["link", "add", switch, "type", "bridge"],
-        ["addr", "add", f"{here}/24", "dev", switch],
-        ["link", "set", switch, "up"],
-    ]
-    for k, cable in enumerate(cables):
-        port = f"ic{number}p{k}"
-        commands += [
-            ["netns", "add", cable.namespace],
-            ["link", "add", port, "master", switch, "type", "veth", "peer", "name", cable.device, "netns", cable.namespace],
-            ["link", "set", port, "up"],
-            ["-n", cable.namespace, "addr", "add", f"{cable.there}/24", "dev", cable.device],
-            *(["-n", cable.namespace, "link", "set", device, "up"] for device in ("lo", cable.device)),
-        ]
+def cables_or_skip(count: int) -> Iterator[list[Cable]]:
     try:
-        for command in commands:
-            done = ip(*command)
-            if done.returncode != 0:
-                pytest.skip(f"ip {' '.join(command)}: {done.stderr.decode().strip()}")
-        yield cables
-    finally:
-        ip("link", "del", switch)
-        for cable in cables:
-            ip("netns", "del", cable.namespace)
+        with hospital_networks(count) as cables:
+            yield cables
+    except CannotLay as error:
+        pytest.skip(str(error))
 
 
 def captured(path: Path, *words: str) -> list[str]:
@@ -154,7 +109,7 @@ def test_a_study_between_namespaces_is_one_outbound_port_without_plaintext_of_th
     study_file.write_text(study_text(study))
     people = {"train_patients": 1, "val_patients": 1, "test_patients": 1}
     write_phantoms(tmp_path / "data", seed=1, size_px=32, sites=[PhantomSite(name=site, **people) for site in SITES])
-    with hospital_networks(len(SITES)) as cables:
+    with cables_or_skip(len(SITES)) as cables:
         port = free_port()
         with coordinating(*SITES, address=f"{cables[0].here}:{port}") as coordinator:
             run_captured(coordinator.home, dict(zip(SITES, cables, strict=True)), tmp_path, study_file)

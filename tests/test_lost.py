@@ -1,0 +1,74 @@
+"""A message that a restarted site lost is sent again, so that a round waits for the site and not for its deadline."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+from test_rounds import SITES, Wire, honest, run
+
+from fl_server.exchanging import ask
+from icmoe.exchange import ARRAYS, CONFIG, ROUND_KEY
+
+
+@pytest.fixture(autouse=True)
+def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fl_server.exchanging.LOOK_S", 0.02)
+
+
+class Restarting(Wire):
+    """A wire on which one site loses what it was sent first, and connects anew a moment later."""
+
+    def __init__(self, node: int, kind: str = "train") -> None:
+        super().__init__(self.losing)
+        self.node, self.kind, self.lost = node, kind, list[Message]()
+
+    def losing(self, message: Message, site: str) -> Message | None:
+        if message.metadata.dst_node_id == self.node and message.metadata.message_type == self.kind and not self.lost:
+            self.lost.append(message)
+            return None
+        return honest(message, site)
+
+    def get_nodes(self) -> list[NodeInfo]:
+        now = datetime.now(UTC).isoformat()
+        return [
+            NodeInfo(node_id=node, name=name, status="online", last_activated_at=now if self.lost and node == self.node else "")
+            for node, name in SITES.items()
+        ]
+
+
+def test_a_round_waits_for_a_restarted_site_and_ends_with_the_same_bits(make_study, tmp_path: Path) -> None:
+    study, began = make_study(rounds=2, quorum=3, deadline_s=60.0), time.monotonic()
+    wire = Restarting(12)
+    state, calm = run(study, tmp_path / "a", wire=wire), run(study, tmp_path / "b")
+    assert time.monotonic() - began < 20
+    assert all(np.array_equal(state.arrays[name], tensor) for name, tensor in calm.arrays.items())
+    assert [(row["attempts"], row["faults"]) for row in state.history] == [(1, []), (1, [])]
+    rounds = [m.content[CONFIG][ROUND_KEY] for m in wire.asked if m.metadata.message_type == "train"]
+    assert (rounds.count(1), rounds.count(2)) == (4, 3)
+
+
+def message(kind: str) -> Message:
+    arrays = ArrayRecord({"a": Array(np.zeros(3, np.float32))})
+    content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord({ROUND_KEY: 1})})
+    return Message(content, dst_node_id=12, message_type=kind)
+
+
+def test_a_score_is_not_asked_for_twice_since_a_noised_one_is_paid_for() -> None:
+    wire = Restarting(12, "evaluate")
+    assert ask(wire, [message("evaluate")], deadline_s=0.3, poll_s=0.01) == []
+    assert len(wire.asked) == 1
+
+
+def test_a_site_that_only_takes_long_is_not_asked_twice() -> None:
+    wire = Wire(lambda *_: None)
+    assert ask(wire, [message("train")], deadline_s=0.3, poll_s=0.01) == []
+    before = datetime.fromtimestamp(time.time() - 60, UTC).isoformat()
+    wire.nodes = [NodeInfo(node_id=12, name="Birch", status="online", last_activated_at=before)]
+    assert ask(wire, [message("train")], deadline_s=0.3, poll_s=0.01) == []
+    assert len(wire.asked) == 2
