@@ -2,9 +2,9 @@
 
 `python simulations/benchmarks/memory.py --rounds 200` plays the rounds in this process over a wire that is a fake. The
 coordinator has the strategy of a study with [privacy.server], four sites, of which one is always silent, and commits to
-disk; it keeps a record of every round on purpose, which a second run forgets. The site trains a phantom hospital, with
-ledger and audit log. Resident memory is the kernel's; traced memory is what Python and NumPy hold. The slope is that of the
-means of ten blocks of rounds after a warm-up, with the 95 % interval of an ordinary fit.
+disk; it keeps a record of every round on purpose, which another run forgets. The site trains a phantom hospital, with and
+without ledger and audit log. Resident memory is the kernel's; traced memory is what Python and NumPy hold. The slope is
+that of the means of ten blocks of rounds after a warm-up, with the 95 % interval of an ordinary fit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -180,12 +180,21 @@ def at_coordinator(
     return samples
 
 
-def at_site(rounds: int) -> Samples:
-    """Let one site train the rounds, as its ClientApp does, and return what was held after each."""
+def at_site(rounds: int, *, audited: bool = True) -> Samples:
+    """Let one site train the rounds, as its ClientApp does, and return what was held after each.
+
+    Parameters
+    ----------
+    rounds
+        How many.
+    audited
+        With ledger and audit log, which are read whole before each round, as at a hospital, where each round is a process of
+        its own; without them, as in a rehearsal, where one process trains them all.
+    """
     study, samples = tiny_study(rounds), Samples([], [])
     context = Context(run_id=1, node_id=5, node_config={}, state=RecordDict(), run_config={})
     with tempfile.TemporaryDirectory() as folder:
-        site = _hospital(Path(folder), study)
+        site = replace(_hospital(Path(folder), study), audited=audited)
         client_app = make_client_app(lambda *_: site)
         tensors = global_state(build_model(study, seed=1))
         for number in range(1, rounds + 1):
@@ -213,7 +222,6 @@ def _hospital(folder: Path, study: Study) -> Participant:
         val=data.of("val"),
         cache_folder=folder / "cache",
         state_folder=folder / "state",
-        audited=True,
     )
 
 
@@ -225,7 +233,8 @@ def update_bytes() -> int:
 MEASURED: Mapping[str, Callable[[int], Samples]] = {
     "coordinator, without its record": partial(at_coordinator, record=False),
     "coordinator, as it is": at_coordinator,
-    "site": at_site,
+    "site of a rehearsal": partial(at_site, audited=False),
+    "site of a hospital, in one process": at_site,
 }
 
 
