@@ -14,13 +14,14 @@ import json
 import sys
 import tempfile
 import tracemalloc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import typer
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -66,24 +67,32 @@ class Slope:
     high: float
 
 
-@dataclass(slots=True)
 class Samples:
-    """Bytes after each round."""
+    """Bytes after each round, in arrays that are there from the start: a list of numbers would grow by 80 bytes a round itself.
 
-    resident: list[int]
-    traced: list[int]
+    Parameters
+    ----------
+    rounds
+        How many there will be.
+    """
+
+    def __init__(self, rounds: int) -> None:
+        self.resident, self.traced = np.zeros(rounds), np.zeros(rounds)
+        self._taken = 0
 
     def take(self) -> None:
         """Note what is held now."""
         gc.collect()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        self.resident.append(pages * 4096)
-        self.traced.append(tracemalloc.get_traced_memory()[0])
+        if self._taken < len(self.resident):  # the closing evaluation is one more
+            self.resident[self._taken] = pages * 4096
+            self.traced[self._taken] = tracemalloc.get_traced_memory()[0]
+        self._taken += 1
 
 
-def slope_of(values_bytes: Iterable[int], warm_up: int) -> Slope:
+def slope_of(values_bytes: Sequence[float] | npt.NDArray[np.float64], warm_up: int) -> Slope:
     """Return the slope of what follows the warm-up, from the means of equal blocks: neighbouring rounds are not independent."""
-    kept = np.array(list(values_bytes)[warm_up:], dtype=np.float64)
+    kept = np.asarray(values_bytes[warm_up:], dtype=np.float64)
     length = len(kept) // BLOCKS
     block_means = kept[len(kept) - BLOCKS * length :].reshape(BLOCKS, length).mean(axis=1)
     fit = stats.linregress(np.arange(BLOCKS) * length, block_means)
@@ -166,7 +175,7 @@ def at_coordinator(
         What is put around the strategy, to see whether a leak would show.
     """
     study = tiny_study(rounds, privacy={"server": SERVER}, aggregation=LOOSE)
-    strategy, samples = around(make_strategy(study, Roster(SITES, dict.fromkeys(SITES.values(), 10)))), Samples([], [])
+    strategy, samples = around(make_strategy(study, Roster(SITES, dict.fromkeys(SITES.values(), 10)))), Samples(rounds)
     with tempfile.TemporaryDirectory() as folder:
 
         def commit(state: RunState) -> None:
@@ -191,7 +200,7 @@ def at_site(rounds: int, *, audited: bool = True) -> Samples:
         With ledger and audit log, which are read whole before each round, as at a hospital, where each round is a process of
         its own; without them, as in a rehearsal, where one process trains them all.
     """
-    study, samples = tiny_study(rounds), Samples([], [])
+    study, samples = tiny_study(rounds), Samples(rounds)
     context = Context(run_id=1, node_id=5, node_config={}, state=RecordDict(), run_config={})
     with tempfile.TemporaryDirectory() as folder:
         site = replace(_hospital(Path(folder), study), audited=audited)
