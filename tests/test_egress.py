@@ -262,7 +262,7 @@ def test_a_refusal_is_written_down_as_well(audited: Participant) -> None:
 
 def test_the_number_of_a_refusal_leaves_also_where_the_log_cannot_be_written(audited: Participant) -> None:
     (audited.state_folder / "audit.jsonl").mkdir(parents=True)
-    assert number_of(ask(audited, request(audited.studies[0]))) == 304
+    assert number_of(ask(audited, request(audited.studies[0]))) == 335
 
 
 def test_a_site_may_send_fewer_bits(audited: Participant) -> None:
