@@ -273,15 +273,16 @@ def test_two_processes_cannot_spend_the_same_budget(records: Records, private: S
     assert len(records.verify()[0].entries) == most
 
 
-@given(count=st.integers(0, 2**53 - 1), digest=st.integers(0, 2**256 - 1).map(lambda number: f"{number:064x}"))
+@given(count=st.integers(0, 10**15 - 1), digest=st.integers(0, 2**256 - 1).map(lambda number: f"{number:064x}"))
 def test_a_head_survives_its_journey(count: int, digest: str) -> None:
     head = Head(count, digest)
     assert head_of(numbers_of(head)) == head
-    if count < 10**15:
-        assert receipt_of(receipt_text(head)) == head
+    assert receipt_of(receipt_text(head)) == head
 
 
-@pytest.mark.parametrize("bad", [None, "", [1], [True, *[0] * 8], [-1, *[0] * 8], [1, 2**32, *[0] * 7], [1.0, *[0] * 8]])
+@pytest.mark.parametrize(
+    "bad", [None, "", [1], [True, *[0] * 8], [-1, *[0] * 8], [1, 2**32, *[0] * 7], [1.0, *[0] * 8], [10**15, *[0] * 8]]
+)
 def test_what_is_no_head_is_none(bad: object) -> None:
     assert head_of(bad) is None
     assert receipt_of(bad) is None
