@@ -39,7 +39,7 @@ from icmoe.exchange import LOSS_KEY, NUMBERS, SECONDS_KEY, SLICES_KEY, UPDATE, i
 from icmoe.study import Study
 
 __all__ = ["hospital"]
-KILLS = int(os.environ.get("ICMOE_KILLS", "10"))
+KILLS = int(os.environ.get("ICMOE_KILLS", "6"))
 SEED = int(os.environ.get("ICMOE_KILL_SEED", "7"))
 ROUNDS = 4  # as many finished updates as a site keeps: each new one can be counted
 SITES = {11: "Alder", 12: "Birch"}
