@@ -6,7 +6,6 @@ The supervisor imports this module, which therefore loads neither PyTorch nor an
 from __future__ import annotations
 
 import json
-import logging
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +17,6 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from icmoe.atomic import write_atomically
-
-log = logging.getLogger("fl_client")
 
 FILE, SAID = "doing.json", "said.json"
 EVERY_S = 0.5

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -98,7 +99,7 @@ class Panel:
         doing = doing_now(self.state)
         if doing is None:
             return table_of({**self.status, "doing": None})
-        now = {name: getattr(doing, name) for name in type(doing).__slots__}
+        now = asdict(doing)
         bar = Table.grid(padding=(0, 1))
         bar.add_row(ProgressBar(total=max(doing.steps, 1), completed=doing.step, width=40), now_line(now))
         return Group(table_of({**self.status, "doing": now}), bar)

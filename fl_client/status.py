@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,13 @@ from rich.table import Table
 from fl_client.accounts import account_of
 from fl_client.approval import read_approvals, standing
 from fl_client.audit import LOG
-from fl_client.doing import SAID, Doing, doing_now
+from fl_client.doing import SAID, doing_now
 from fl_client.history import rounds_of
 from fl_client.ledger import FILE as LEDGER
 from fl_client.site import SiteFile, read_named, records_of
+from icmoe.processes import is_locked
 
 Status = dict[str, Any]
-
-
-def is_running(state: Path) -> bool:
-    """Return whether an `fl_client` of the site takes part at this moment: it holds the supervisor's lock."""
-    try:
-        with (state / "supervisor.lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def status_of(path: Path, settings: SiteFile) -> Status:
@@ -59,13 +48,13 @@ def status_of(path: Path, settings: SiteFile) -> Status:
     state = path.parent / settings.state
     book, lines = records_of(path, settings).agreement()
     account, rounds = account_of(settings, book), rounds_of(lines)
-    running, doing = is_running(state), doing_now(state)
+    running, doing = is_locked(state / "supervisor.lock"), doing_now(state)
     return {
         "site": settings.name,
         "running": running,
         "connection": _connection(state),
         "studies": [approval.study.name for approval in standing(read_approvals(state))],
-        "doing": _plain(doing) if doing is not None and running else None,
+        "doing": asdict(doing) if doing is not None and running else None,
         "last_round": rounds[-1] if rounds else None,
         "last_release": next((row for row in reversed(rounds) if row["outcome"] == "sent"), None),
         "epsilon_spent": account["epsilon_spent"],
@@ -148,7 +137,3 @@ def _connection(state: Path) -> Status | None:
         return {"says": str(found["says"]), "since": float(found["since"]), "run": found["run"]}
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _plain(doing: Doing) -> Status:
-    return {name: getattr(doing, name) for name in Doing.__slots__}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from fl_server.guard import Memory
 from fl_server.run_state import latest_state
 from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError
+from icmoe.processes import is_locked
 from icmoe.study import read_study
 
 _LIFTED = TypeAdapter(dict[str, int])
@@ -35,14 +35,7 @@ def lock_path(study: Path) -> Path:
 
 def is_held(study: Path) -> bool:
     """Return whether a run of the study lives on this machine; a run that begins at that instant looks again at once."""
-    try:
-        with lock_path(study).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+    return is_locked(lock_path(study))
 
 
 def read_lifted(study: Path) -> dict[str, int]:

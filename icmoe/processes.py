@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import sysconfig
@@ -72,3 +73,15 @@ def private_files() -> Iterator[None]:
         yield
     finally:
         os.umask(before)
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds this lock file; not where there is none, or it cannot be opened."""
+    try:
+        with path.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

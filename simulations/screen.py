@@ -15,11 +15,11 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fl_server.round_strategy import unheard
 from fl_server.run_state import RoundRecord
 from icmoe.server_privacy import spending_sentence
-from simulations.federation import Job
+from simulations.federation import Job, Listener
 from simulations.results import CHECK_COLUMNS, check_rows
-from simulations.tracking import Listener, unheard
 
 MOST_ROWS = 20
 """Longest list on the screen."""

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fl_server.round_strategy import unheard
 from fl_server.run_state import RoundRecord
 from icmoe.errors import Fault, IcmoeError
 from icmoe.model import names_of
-from simulations.federation import Job
+from simulations.federation import Job, Listener
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-Listener = Callable[[Job, RoundRecord | None, str], None]
 FOLDER = "tensorboard"
-
-
-def unheard(job: Job, record: RoundRecord | None, site: str) -> None:
-    """Take an event and do nothing."""
 
 
 @contextmanager
