@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fl_client.budget import Budget, epsilon_of_history, history_of
 from fl_client.ledger import Book, Entry
+from fl_client.pages import rendered
 from fl_client.site import SiteFile, read_named, records_of
 from icmoe.atomic import write_atomically
 from icmoe.errors import print_faults
@@ -113,11 +114,9 @@ def sentences_of(account: Account) -> list[str]:
 
 def page_of(account: Account, book: Book, lines: int) -> str:
     """Return the page for the data protection officer as HTML that stands by itself."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # for this page only
-
-    pages = Environment(loader=PackageLoader("fl_client", "."), autoescape=True, undefined=StrictUndefined)
     budget = account["budget"]
-    return pages.get_template("ledger.html.j2").render(
+    return rendered(
+        "ledger.html.j2",
         account=account,
         sentences=sentences_of(account),
         factor=_factor(budget["epsilon"]) if budget else None,

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from fl_client.accounts import account_of, sentences_of
 from fl_client.history import Row, cells, rounds_of
+from fl_client.pages import rendered
 from fl_client.site import read_named, records_of
 from icmoe.atomic import write_atomically
 from icmoe.private import file_errors
@@ -40,8 +39,8 @@ def write_report(path: Path, name: str, out: Path | None) -> Path:
     records = records_of(path, settings)
     book, lines = records.agreement()
     rounds = rounds_of(lines)
-    pages = Environment(loader=PackageLoader("fl_client", "."), autoescape=True, undefined=StrictUndefined)
-    text = pages.get_template("site_report.html.j2").render(
+    text = rendered(
+        "site_report.html.j2",
         site=settings.name,
         studies=[_study(digest, rounds) for digest in dict.fromkeys(row["digest"] for row in rounds)],
         sentences=sentences_of(account_of(settings, book)),

@@ -192,9 +192,3 @@ def test_a_terminal_gets_a_panel_unless_it_asks_for_none(here: tuple[Path, Parti
     os.close(master)
     assert b"connected; waiting" in text
     assert (b"validation Dice" in text) is not plain
-
-
-def test_the_supervisor_does_without_pytorch() -> None:
-    """It lives beside every training, and its start is the first that a person waits for."""
-    code = "import sys, fl_client.supervisor; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
