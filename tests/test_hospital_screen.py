@@ -19,9 +19,11 @@ from typer.testing import CliRunner
 
 from fl_client import cli
 from fl_client.doing import FILE, Doing, doing_now, telling
+from fl_client.history import rounds_of
 from fl_client.participant import Participant
 from fl_client.screen import Panel, Run, screen
 from fl_client.site import read_named
+from fl_client.site_report import HEIGHT, WIDTH, points
 from fl_client.supervisor import Hearing, only_one
 from icmoe.model import ICMoE
 
@@ -169,6 +171,7 @@ import sys, time
 from pathlib import Path
 from fl_client.screen import Run, form_of, screen
 from fl_client.site import read_named
+from fl_client.site_report import HEIGHT, WIDTH, points
 path = Path(sys.argv[1])
 with screen(path, read_named(path, "Alder"), form_of(plain="--plain" in sys.argv, as_json=False), Run()) as say:
     say("connected; waiting for the coordinator to ask")
@@ -192,3 +195,18 @@ def test_a_terminal_gets_a_panel_unless_it_asks_for_none(here: tuple[Path, Parti
     os.close(master)
     assert b"connected; waiting" in text
     assert (b"validation Dice" in text) is not plain
+
+
+def test_a_round_that_is_declined_before_its_model_is_written_down_has_a_row_of_its_own() -> None:
+    about = {"kind": "train", "study": "s", "name": "tiny", "round": 1, "run": "7"}
+    sent = {**about, "event": "sent", "time": "2", "numbers": {"val-dice": 0.5}}
+    lines = [{**about, "event": "received", "time": "1"}, sent, {**about, "event": "declined", "time": "3", "number": 304}]
+    assert [(row["time"], row["outcome"], row["val_dice"]) for row in rounds_of(lines)] == [
+        ("1", "sent", 0.5),
+        ("3", "declined", None),
+    ]
+
+
+def test_the_curve_rises_with_dice_from_left_to_right() -> None:
+    assert points({1: 0.0, 3: 1.0}) == [(0.0, HEIGHT), (WIDTH, 0.0)]
+    assert points({}) == []

@@ -69,6 +69,9 @@ def test_tensorboards_events_hold_what_the_results_hold(rehearsed: tuple[Path, s
     found = EventAccumulator(str(out / "tensorboard" / "router-aware-seed1")).Reload()
     steps = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in found.Scalars("loss/all sites")]
     assert steps == [(row["round"], row["loss"]) for row in rounds]
+    for way in ("up", "down"):
+        sizes = [event.value for event in found.Scalars(f"bytes/{way}")]
+        assert sizes == pytest.approx([row[f"bytes_{way}"] for row in rounds], rel=1e-6)
     site, expert = next(iter(rounds[0]["sites"])), results["experts"][0]
     usage = [event.value for event in found.Scalars(f"usage/{site}/{expert}")]
     assert usage == pytest.approx([row["sites"][site]["usage"][0] for row in rounds], rel=1e-6)
