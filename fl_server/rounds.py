@@ -7,6 +7,7 @@ this halves what is sent down and saves a process start per site and round.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -275,7 +276,8 @@ def note_validation(state: RunState, found: Mapping[str, tuple[float, int]]) -> 
         if site in record["sites"]:
             record["sites"][site]["val_dice"] = dice
     patients = sum(count for _, count in found.values())
-    record["val_dice"] = sum(dice * count for dice, count in found.values()) / patients
+    # the sum rounded once: the order in which sites answer must not show in the last digit
+    record["val_dice"] = math.fsum(dice * count for dice, count in found.values()) / patients
 
 
 def round_record(number: int, report: RoundReport, study: Study, outcome: Outcome) -> RoundRecord:

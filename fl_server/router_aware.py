@@ -10,6 +10,7 @@ With ``usage_exponent = 0``, no floor, no cap, no gate and no shrinkage this is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -137,7 +138,7 @@ class RouterAware(Strategy):
         patients = sum(count for _, count in scored)
         if not patients:
             return None
-        return MetricRecord({DICE_KEY: sum(count * dice for dice, count in scored) / patients, PATIENTS_KEY: patients})
+        return MetricRecord({DICE_KEY: math.fsum(count * dice for dice, count in scored) / patients, PATIENTS_KEY: patients})
 
 
 def combine(

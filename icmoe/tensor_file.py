@@ -18,11 +18,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises
     ------
     OSError, SafetensorError, ValueError
-        Where the file cannot be read, is damaged, or holds a type that NumPy does not know, such as bfloat16.
+        Where the file cannot be read, is damaged, or holds a type that NumPy or ``from_numpy`` does not know, such as bfloat16.
     """
     with safe_open(path, framework="np") as file:
         try:
-            arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        except (TypeError, AttributeError) as error:
+            tensors = {name: torch.from_numpy(file.get_tensor(name)) for name in sorted(file.keys())}
+        except (TypeError, AttributeError) as error:  # from PyTorch where a package has taught NumPy the type
             raise ValueError(str(error)) from None
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}, file.metadata() or {}
+        return tensors, file.metadata() or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -268,6 +269,17 @@ def test_evaluation_is_weighted_by_patients(make_study) -> None:
     found = configured(make_study()).aggregate_evaluate(1, replies)
     assert found["val-dice"] == pytest.approx((0.5 + 3 * 0.8) / 4)
     assert configured(make_study()).aggregate_evaluate(1, replies[2:]) is None
+
+
+def test_evaluation_has_the_same_bits_in_any_order(make_study) -> None:
+    scores = [0.253821542836829, 0.27021494370522003, 0.430753027909426, 0.24317617866004962]
+    rows = [{"val-dice": dice, "val-patients": 1} for dice in scores]
+    strategy = configured(make_study())
+    found = {
+        strategy.aggregate_evaluate(1, [reply_of(node, {NUMBERS: MetricRecord(rows[node - 1])}) for node in order])["val-dice"]
+        for order in itertools.permutations((1, 2, 3, 4))
+    }
+    assert len(found) == 1
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(0, 1), st.integers(0, 99))
