@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from fl_server import flower, submit
 from fl_server.beside import lift
 from fl_server.home import read_home
-from fl_server.run_state import RoundRecord
+from fl_server.round_log import RoundRecord
 from icmoe.bundle import bundle_digest, bundle_files
 from icmoe.errors import Fault, IcmoeError
 

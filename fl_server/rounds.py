@@ -19,8 +19,9 @@ from flwr.serverapp import Grid
 from fl_server.exchanging import ask
 from fl_server.replies import mean_loss, score_of
 from fl_server.roster import await_online, online
+from fl_server.round_log import RoundRecord
 from fl_server.round_strategy import RoundReport, RoundStrategy, Tensors, unheard
-from fl_server.run_state import RoundRecord, RunState
+from fl_server.run_state import RunState
 from fl_server.waiting import Watch, begun
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import LOSS_KEY

@@ -1,4 +1,7 @@
-"""What is committed after each round, and the last commits, which are kept under their rounds' numbers."""
+"""What is committed after each round, and the last commits, which are kept under their rounds' numbers.
+
+The commits share one file of the settled rounds' records (`fl_server.round_log`), which only grows.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +18,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from fl_server.round_log import RoundLog
 from fl_server.round_strategy import State, Tensors
 from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError, print_faults
 from icmoe.study import Study
-
-RoundRecord = dict[str, Any]
 
 KEPT = 3
 
@@ -47,12 +50,12 @@ class RunState:
     study_digest: str
     arrays: Tensors
     round: int = 0
-    history: list[RoundRecord] = field(default_factory=list)
+    history: RoundLog = field(default_factory=RoundLog)
     extra: State = field(default_factory=dict)
     closed: bool = False
 
     def commit(self, path: Path, *, keep: int = 0) -> None:
-        """Write the state atomically.
+        """Write the state atomically, and before it what its log has settled.
 
         Parameters
         ----------
@@ -62,15 +65,26 @@ class RunState:
             Last commits to keep under their rounds' numbers, this one among them; older ones are removed.
         """
         tensors: State = {**{f"global.{name}": value for name, value in self.arrays.items()}, **self.extra}
-        header = {"study": self.study_digest, "round": self.round, "history": self.history, "closed": self.closed}
+        settled, last = self.history.settle(_log_path(path))
+        header = {"study": self.study_digest, "round": self.round, "closed": self.closed}
+        header |= {"settled": asdict(settled), "last": last}
         text = json.dumps({**header, "sha256": _digest(header, tensors)})
         write_atomically(path, save(dict(sorted(tensors.items())), metadata={"state": text}))
         if keep:
             _keep(path, self.round, keep)
 
     @staticmethod
-    def load(path: Path, study: Study) -> RunState:
+    def load(path: Path, study: Study, *, newest: Path | None = None) -> RunState:
         """Return the committed state.
+
+        Parameters
+        ----------
+        path
+            The commit.
+        study
+            Whose it must be.
+        newest
+            Beside which the log of the rounds lies; `path` unless an older commit is read.
 
         Raises
         ------
@@ -83,7 +97,8 @@ class RunState:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
             if header.pop("sha256") != _digest(header, tensors):
                 raise ValueError("its digest differs")
-            digest, done, history, closed = (header[key] for key in ("study", "round", "history", "closed"))
+            digest, done, closed = (header[key] for key in ("study", "round", "closed"))
+            history = RoundLog.opened(_log_path(newest or path), header["settled"], header["last"])
         except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise IcmoeError(Fault(number=502, where=path.name, what="committed state is damaged", value=str(error))) from None
         if digest != study.digest:
@@ -127,7 +142,7 @@ def newest_readable(path: Path, study: Study) -> tuple[RunState | None, list[Fau
     except IcmoeError as error:
         for older in reversed(_kept(path)) if study.privacy.server is None else ():
             try:
-                state = RunState.load(older, study)
+                state = RunState.load(older, study, newest=path)
             except IcmoeError:
                 continue
             did = f"The commit of round {state.round} was used."
@@ -148,6 +163,10 @@ def _keep(path: Path, number: int, keep: int) -> None:
         older.unlink(missing_ok=True)
 
 
+def _log_path(path: Path) -> Path:
+    return path.with_suffix(".rounds.jsonl")
+
+
 def _numbered(path: Path, number: int) -> Path:
     return path.with_suffix(f".{number:05d}{path.suffix}")
 
@@ -156,7 +175,7 @@ def _kept(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.stem}.[0-9][0-9][0-9][0-9][0-9]{path.suffix}"))
 
 
-def _digest(header: RoundRecord, tensors: State) -> str:
+def _digest(header: Mapping[str, Any], tensors: State) -> str:
     sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name}:{tensor.dtype}:{tensor.shape};".encode())

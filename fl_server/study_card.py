@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fl_server.run_state import RoundRecord
+from fl_server.round_log import RoundRecord
 from icmoe.accounting import study_epsilon
 from icmoe.errors import IcmoeError
 from icmoe.modelcard import PrivacySpent, SiteLine, write_card

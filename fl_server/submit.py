@@ -13,7 +13,8 @@ from fl_server import audit, flower
 from fl_server.beside import audit_path, waiting_path
 from fl_server.guard import Memory
 from fl_server.home import Home
-from fl_server.run_state import RoundRecord, RunState, latest_state
+from fl_server.round_log import RoundRecord, last_score
+from fl_server.run_state import RunState, latest_state
 from icmoe.atomic import write_atomically
 from icmoe.bundle import PACKAGES, bundle_files
 from icmoe.errors import Fault, IcmoeError
@@ -257,8 +258,6 @@ def summary(home: Home) -> list[dict[str, Any]]:
             study, state = read_study(folder.study), folder.progress()
             row |= {"study": study.name, "rounds": study.rounds, "rounds_done": state.round if state else 0}
             row |= {"sits_out": sitting_out(state), "audit_head": audit.head(audit_path(folder.study))}
-            row["val_dice"] = (
-                next((r["val_dice"] for r in reversed(state.history) if r["val_dice"] is not None), None) if state else None
-            )
+            row["val_dice"] = last_score(state.history) if state else None
         rows.append(row)
     return rows

@@ -24,8 +24,9 @@ from fl_client.participant import Participant
 from fl_server.app import make_strategy, start_state
 from fl_server.data_check import DataCheck, check_data
 from fl_server.roster import Roster, meet
+from fl_server.round_log import RoundRecord
 from fl_server.rounds import run_rounds
-from fl_server.run_state import RoundRecord, RunState
+from fl_server.run_state import RunState
 from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Study

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,7 +17,8 @@ import torch
 from rich.markup import escape
 
 from fl_server.data_check import DataCheck
-from fl_server.run_state import RoundRecord, RunState
+from fl_server.round_log import RoundRecord
+from fl_server.run_state import RunState
 from icmoe.atomic import write_atomically
 from icmoe.backbone import Backbone, load_backbone
 from icmoe.cache_entries import default_cache_folder
@@ -256,7 +257,7 @@ def score_methods(
         seed = str(job.study.seed)
         if job.method != "alone":
             test, own = federated_test(examiner, job.study, run, examiner.site.state_folder)
-            record = {"rounds": run.history, "test": test, "own_test": own}
+            record = {"rounds": list(run.history), "test": test, "own_test": own}
             methods[job.method][seed] = record | _write(out, examiner, job, job.method, tensors(run.arrays))
             continue
         if "local" in simulation.methods:
@@ -298,7 +299,7 @@ def _write(out: RunFolder, examiner: Examiner, job: Job, method: str, state: Sta
     return {"model": str(path.relative_to(out.root))}
 
 
-def part_of(history: list[RoundRecord], names: tuple[str, ...]) -> list[RoundRecord]:
+def part_of(history: Iterable[RoundRecord], names: tuple[str, ...]) -> list[RoundRecord]:
     """Return the rounds of some nodes of an "alone" job; nothing travels there, so no bytes."""
     rounds = []
     for record in history:

@@ -15,8 +15,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fl_server.round_log import RoundRecord
 from fl_server.round_strategy import unheard
-from fl_server.run_state import RoundRecord
 from icmoe.server_privacy import spending_sentence
 from simulations.federation import Job, Listener
 from simulations.results import CHECK_COLUMNS, check_rows

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fl_server.round_log import RoundRecord
 from fl_server.round_strategy import unheard
-from fl_server.run_state import RoundRecord
 from icmoe.errors import Fault, IcmoeError
 from icmoe.model import names_of
 from simulations.federation import Job, Listener

@@ -17,6 +17,7 @@ from fl_server.dashboard.feed import Feed
 from fl_server.dashboard.references import read_references
 from fl_server.dashboard.snapshot import SiteRow, Snapshot
 from fl_server.home import Home
+from fl_server.round_log import RoundLog
 from fl_server.run_state import RunState
 from fl_server.waiting import begun, write_wait
 from icmoe.errors import IcmoeError
@@ -133,8 +134,7 @@ def test_time_left_follows_the_pace_of_the_last_rounds(home: Home, make_study) -
     study = make_study(rounds=10, quorum=2, deadline_s=600.0)
     folder = play(home, study, rounds=4)
     state = RunState.load(folder.state, study)
-    for record in state.history:
-        record["seconds"] = {"train": 60.0, "aggregate": 5.0}
+    state.history = RoundLog([{**record, "seconds": {"train": 60.0, "aggregate": 5.0}} for record in state.history])
     state.commit(folder.state)
     write_wait(folder.study, begun("answers", "round 5 of 10", 5, 600.0, NAMES, asked=NAMES))
     with living(folder):

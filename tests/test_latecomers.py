@@ -11,8 +11,9 @@ from test_rounds import SITES, Wire, honest, registered
 from fl_server.app import make_strategy, run_study, start_state
 from fl_server.new_study import study_toml
 from fl_server.roster import meet, welcome
+from fl_server.round_log import RoundRecord
 from fl_server.rounds import run_rounds
-from fl_server.run_state import RoundRecord, RunState, latest_state
+from fl_server.run_state import RunState, latest_state
 from icmoe.study import Study, read_study
 
 

@@ -74,7 +74,7 @@ def test_a_study_that_ends_leaves_its_model_and_the_card_of_it(make_study, tmp_p
     study = read_study(path)
     state = start_state(study)
     state.round, state.closed = study.rounds, True
-    state.history = [{"sites": {"Alder": {"val_dice": 0.5}}}]
+    state.history.append({"sites": {"Alder": {"val_dice": 0.5}}})
     state.commit(path.with_suffix(".state.safetensors"))
     run_study(None, path, run="1")  # type: ignore[arg-type]  # nothing is left to ask the sites
     found = rows((tmp_path / "study.model.md").read_text())

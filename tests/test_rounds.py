@@ -285,6 +285,7 @@ def test_the_last_commits_are_kept_and_one_stands_in_for_a_damaged_newest(make_s
         "study.state.00004.safetensors",
         "study.state.00005.safetensors",
         "study.state.00006.safetensors",
+        "study.state.rounds.jsonl",
         path.name,
     ]
     content = bytearray(path.read_bytes())

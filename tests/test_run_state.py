@@ -14,11 +14,12 @@ from icmoe.errors import IcmoeError
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        (b'\\"round\\": 2, \\"history', b'\\"round\\": 1, \\"history'),
+        (b'\\"round\\": 2, \\"closed', b'\\"round\\": 1, \\"closed'),
         (b'\\"closed\\": true', b'\\"closed\\": null'),
-        (b'\\"history\\"', b'\\"histery\\"'),
+        (b'\\"settled\\"', b'\\"settlet\\"'),
+        (b'\\"size_bytes\\"', b'\\"size_pages\\"'),
     ],
-    ids=["round", "closed", "a key"],
+    ids=["round", "closed", "a key", "a key of the log"],
 )
 def test_a_state_whose_header_was_changed_is_refused(old: bytes, new: bytes, make_study, tmp_path: Path) -> None:
     study, path = make_study(rounds=2), tmp_path / "s"

@@ -19,7 +19,8 @@ from fl_server.dashboard.spending import spent
 from fl_server.dashboard.standing import site_rows
 from fl_server.dashboard.told import refused_rows, stopping, told
 from fl_server.home import Home
-from fl_server.run_state import RoundRecord, RunState, newest_readable
+from fl_server.round_log import RoundRecord
+from fl_server.run_state import RunState, newest_readable
 from fl_server.submit import StudyFolder, sitting_out
 from fl_server.waiting import Wait, read_wait, wait_path
 from icmoe.errors import Fault, IcmoeError, file_fault
@@ -150,7 +151,7 @@ class _Reading:
 
     def _of(self, study: Study, about: Snapshot, references: References | None) -> Snapshot:
         state = self._state(study)
-        history = state.history if state is not None else []
+        history = list(state.history) if state is not None else []
         wait = self._try(lambda: read_wait(self.folder.study)) if self.held else None
         refused = refused_rows(self._try(lambda: audit.read(audit_path(self.folder.study))) or [], history)
         stopped = [] if self.held else stopping(self.folder)
@@ -174,7 +175,7 @@ class _Reading:
             pace_s=pace_s,
             ends=self._ends(study, pace_s, len(history)) if phase == "running" else None,
             experts=names_of(study.model),
-            sites=tuple(self._sites(state, wait, refused)),
+            sites=tuple(self._sites(state, history, wait, refused)),
             history=tuple(map(_round_row, history)),
             losses_withheld=study.privacy.site is not None,
             scores_withheld=withheld,
@@ -185,10 +186,10 @@ class _Reading:
             references_differ=() if references is None else tuple(references.differing(study)),
         )
 
-    def _sites(self, state: RunState | None, wait: Wait | None, refused: list[Told]) -> list[SiteRow]:
+    def _sites(self, state: RunState | None, history: list[RoundRecord], wait: Wait | None, refused: list[Told]) -> list[SiteRow]:
         return site_rows(
             self.home.consortium.site_names,
-            [] if state is None else state.history,
+            history,
             wait=wait,
             out=sitting_out(state),
             refused=[row.site for row in refused],

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from fl_server.dashboard.snapshot import SiteRow, Standing
-from fl_server.run_state import RoundRecord
+from fl_server.round_log import RoundRecord
 from fl_server.waiting import Wait
 
 
