@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from test_rounds import Wire, honest, run
+from test_rounds import SITES, Wire, honest, run
 
 from fl_server.roster import meet
 from icmoe.errors import IcmoeError
@@ -43,7 +44,7 @@ def test_numbers_that_no_round_has_are_refused_and_the_record_stays_plain(number
     state = run(make_study(rounds=1), tmp_path / "s", told(**numbers))
     (fault,) = state.history[0]["faults"]
     assert (fault["number"], fault["where"]) == (504, "Cedar")
-    json.dumps(state.history, allow_nan=False)
+    json.dumps(list(state.history), allow_nan=False)
 
 
 @pytest.mark.parametrize("size", [True, 0, -3, 10**9, 2.0])
@@ -92,3 +93,21 @@ def test_a_head_that_is_kept_can_be_handed_back() -> None:
     last = Head(10**15 - 1, "ab" * 32)
     assert receipt_of(receipt_text(last)) == last == head_of(numbers_of(last))
     assert head_of([10**15, *numbers_of(last)[1:]]) is None
+
+
+@pytest.mark.parametrize("first", ["Alder", "Birch", "Cedar"])
+def test_a_rounds_score_does_not_tell_who_answered_first(first: str, make_study, tmp_path: Path) -> None:
+    dice = {"Alder": 0.25382154283682900, "Birch": 0.27021494370522003, "Cedar": 0.43075302790942600}
+
+    def answer(message: Message, site: str) -> Message | None:
+        reply = honest(message, site)
+        if NUMBERS in reply.content:
+            reply.content[NUMBERS]["val-dice"] = dice[site]
+        return reply
+
+    class Hasty(Wire):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            return sorted(super().pull_messages(message_ids), key=lambda reply: SITES[reply.metadata.src_node_id] != first)
+
+    state = run(make_study(rounds=1), tmp_path / "s", wire=Hasty(answer))
+    assert state.history[0]["val_dice"] == math.fsum(2 * score for score in dice.values()) / 6

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -131,24 +130,6 @@ def test_the_validation_score_of_a_round_is_that_of_its_model(make_study, tmp_pa
     assert [row["val_dice"] for row in state.history] == pytest.approx([0.2, 0.3, 0.9])
     assert state.history[0]["sites"]["Birch"]["val_dice"] == pytest.approx(0.2)
     assert state.closed
-
-
-@pytest.mark.parametrize("first", ["Alder", "Birch", "Cedar"])
-def test_a_rounds_score_does_not_tell_who_answered_first(first: str, make_study, tmp_path: Path) -> None:
-    dice = {"Alder": 0.25382154283682900, "Birch": 0.27021494370522003, "Cedar": 0.43075302790942600}
-
-    def answer(message: Message, site: str) -> Message | None:
-        reply = honest(message, site)
-        if NUMBERS in reply.content:
-            reply.content[NUMBERS]["val-dice"] = dice[site]
-        return reply
-
-    class Hasty(Wire):
-        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-            return sorted(super().pull_messages(message_ids), key=lambda reply: SITES[reply.metadata.src_node_id] != first)
-
-    state = run(make_study(rounds=1), tmp_path / "s", wire=Hasty(answer))
-    assert state.history[0]["val_dice"] == math.fsum(2 * score for score in dice.values()) / 6
 
 
 def test_a_score_that_is_none_is_not_entered(make_study, tmp_path: Path) -> None:
