@@ -19,7 +19,8 @@ test: .venv/.ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	$(RUN) -m pytest --cov --cov-report=term -q
+	$(RUN) -m pytest -q --cov --cov-report= -m "not network" -n 2 --dist loadfile
+	$(RUN) -m pytest -q --cov --cov-append --cov-report=term -m network
 
 setup: .venv/.ready
 

@@ -7,12 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from icmoe.backbone import backbone_digest, grid_of, widths
 from icmoe.config import parse
 from icmoe.features import Features
 from icmoe.profiles import merged
 from icmoe.study import Study
+
+# How long an example takes says how busy the machine is, nothing about the code.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True, scope="session")
