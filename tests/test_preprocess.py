@@ -13,14 +13,14 @@ from icmoe.preprocess import apply_view, prepare, restore, target, view_target
 from icmoe.window import Window, normalise, series_window
 
 sides = st.integers(1, 70)
-settings.register_profile("quick", max_examples=40, deadline=None)
-settings.load_profile("quick")
+quick = settings(max_examples=40)
 
 
 def _ramp(height: int, width: int) -> np.ndarray:
     return np.add.outer(np.linspace(0.0, 0.5, height), np.linspace(0.0, 0.5, width)).astype(np.float32)
 
 
+@quick
 @given(sides, sides, st.integers(1, 6), st.integers(1, 40), st.integers(0, 2**31))
 def test_area_fractions_sum_to_one_and_keep_the_area(height: int, width: int, K: int, side: int, seed: int):
     classes = np.random.default_rng(seed).integers(0, K, (height, width)).astype(np.uint8)
@@ -44,6 +44,7 @@ def test_target_refuses_a_class_beyond_K():
         target(np.full((2, 2), 3, np.uint8), 3, 4)
 
 
+@quick
 @given(sides, sides, st.integers(8, 64))
 def test_prepare_fills_the_upper_left_and_pads_with_zero(height: int, width: int, size: int):
     square = prepare(normalise(np.ones((height, width), np.float32), Window(0.0, 1.0)), size)
@@ -70,6 +71,7 @@ def test_prepare_windows_clips_and_survives_pixels_that_are_not_finite():
     assert torch.equal(prepare(normalise(image, Window(0.0, 10.0)), 3), expected.expand(3, 3, 3))
 
 
+@quick
 @given(st.integers(16, 70), st.integers(16, 70), st.sampled_from([64, 96, 128]))
 def test_restore_undoes_the_letterbox(height: int, width: int, size: int):
     image = _ramp(height, width)
@@ -79,6 +81,7 @@ def test_restore_undoes_the_letterbox(height: int, width: int, size: int):
     assert np.abs(restored[0].numpy() - image)[inner].max() < 0.02
 
 
+@quick
 @given(sides, sides, st.integers(2, 4), st.integers(4, 64), st.integers(0, 2**31))
 def test_restore_keeps_probabilities(height: int, width: int, K: int, side: int, seed: int):
     logits = torch.randn(K, side, side, generator=torch.Generator().manual_seed(seed))
@@ -102,6 +105,7 @@ def test_padding_does_not_bleed_into_the_restored_border():
     assert torch.equal(restore(square, (40, 80)), torch.ones(1, 40, 80))
 
 
+@quick
 @given(sides, sides, st.integers(0, 2**31))
 def test_flip_moves_image_and_target_alike(height: int, width: int, seed: int):
     classes = np.random.default_rng(seed).integers(0, 2, (height, width)).astype(np.uint8)
