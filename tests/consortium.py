@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import json
 import os
 import shutil
 import signal
@@ -39,7 +38,7 @@ from icmoe.atomic import write_atomically
 from icmoe.errors import IcmoeError
 from icmoe.joining import make_request, parse_certificate, public_text
 from icmoe.processes import free_port, program
-from icmoe.study import Study, canonical
+from icmoe.study import Study
 
 ROOT = Path(__file__).parents[1]
 PEM = Encoding.PEM
@@ -129,17 +128,6 @@ def write_key_pair(path: Path) -> Path:
     key = make_node_key(path)
     path.with_suffix(".pub").write_text(public_text(key.public_key()))
     return path
-
-
-def study_text(study: Study) -> str:
-    """The study as TOML with every default spelled out."""
-    values = json.loads(canonical(study))
-    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if not isinstance(value, dict | list)]
-    lines += [f"[[labels]]\nname = {json.dumps(label['name'])}\nvalues = {label['values']}" for label in values["labels"]]
-    for section, keys in values.items():
-        if isinstance(keys, dict):
-            lines.append(f"[{section}]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in keys.items()))
-    return "\n".join(lines) + "\n"
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from consortium import study_text
 
 from fl_server import flower, submit
+from fl_server.new_study import study_toml
 from fl_server.submit import StudyFolder, follow
 from icmoe.errors import Fault, IcmoeError
 
@@ -26,7 +26,7 @@ KILLED = "Task failed with unknown error."
 )
 def test_a_run_that_ended(make_study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status, reasons, numbers, said) -> None:
     study, folder = make_study(), StudyFolder(tmp_path)
-    folder.study.write_text(study_text(study))
+    folder.study.write_text(study_toml(study))
     folder.note_run("5")
     if reasons:
         (tmp_path / "study.faults.json").write_text(json.dumps(reasons))

@@ -24,13 +24,13 @@ from consortium import (
     listens,
     participating,
     running,
-    study_text,
     supernode_command,
     wait_until,
     write_key_pair,
 )
 
 from fl_server.home import Home
+from fl_server.new_study import study_toml
 from icmoe.study import Study
 from simulations.phantoms import PhantomSite, write_phantoms
 
@@ -53,7 +53,7 @@ def studies(make_study) -> dict[str, Study]:
 def coordinator(studies: dict[str, Study]) -> Iterator[Coordinator]:
     with coordinating(*NAMES) as found:
         for name, study in studies.items():
-            found.study(name).write_text(study_text(study))
+            found.study(name).write_text(study_toml(study))
         _make_hospitals(found.home, ["first", "second"])
         yield found
 

@@ -20,12 +20,12 @@ from consortium import (
     fl_server,
     free_port,
     running,
-    study_text,
     wait_until,
 )
 from networks import Cable, CannotLay, hospital_networks, why_no_namespaces
 
 from fl_server.home import Home
+from fl_server.new_study import study_toml
 from fl_server.run_state import RunState
 from icmoe.bundle import bundle_files
 from simulations.phantoms import PhantomSite, write_phantoms
@@ -108,7 +108,7 @@ def test_a_study_between_namespaces_is_one_outbound_port_without_plaintext_of_th
         pytest.skip(reason)
     study_file = tmp_path / "study.toml"
     study = make_study(name="wire", quorum=3, deadline_s=120.0, model={"bottleneck": 512})  # tensors large beside the requests
-    study_file.write_text(study_text(study))
+    study_file.write_text(study_toml(study))
     people = {"train_patients": 1, "val_patients": 1, "test_patients": 1}
     write_phantoms(tmp_path / "data", seed=1, size_px=32, sites=[PhantomSite(name=site, **people) for site in SITES])
     with cables_or_skip(len(SITES)) as cables:

@@ -22,11 +22,11 @@ from consortium import (
     free_port,
     listens,
     make_home,
-    study_text,
 )
 from networks import Cable, hospital_networks, remove_left_behind, why_no_namespaces
 
 from fl_server.home import Home
+from fl_server.new_study import study_toml
 from fl_server.run_state import RunState, latest_state
 from fl_server.submit import StudyFolder, folder_of
 from icmoe.backbone import backbone_digest
@@ -113,7 +113,7 @@ class Scene:
         self.studies[study.name] = study
         path = self.study_file(study.name)
         path.parent.mkdir(exist_ok=True)
-        path.write_text(study_text(study))
+        path.write_text(study_toml(study))
         for site in NAMES:
             client(self.site_file(site), "approve", str(path), "--yes")
 
