@@ -32,7 +32,7 @@ from simulations.alone import POOLED, of_site
 from simulations.cards import write_cards
 from simulations.exhibits import overlays
 from simulations.expert_use import expert_use
-from simulations.federation import Engine, Job, run_jobs, write_sites
+from simulations.federation import Engine, Job, require_cluster, run_jobs, write_sites
 from simulations.folder import FIGURE, REPORT, RESULTS, RunFolder
 from simulations.hospitals import Hospitals, find_hospitals, make_sites
 from simulations.methods import AFTERWARDS, ALONE, study_for
@@ -130,6 +130,7 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
     clock = Clock(screen)
     began = time.perf_counter()
     device = available_device(simulation.device)
+    require_cluster(simulation.address)
     torch.set_num_threads(os.cpu_count() or 1)
     with clock.phase("read"):
         hospitals = find_hospitals(simulation, study, folder.phantoms, lambda done, total: screen.progress("read", done, total))

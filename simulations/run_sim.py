@@ -12,13 +12,14 @@ from rich.console import Console
 
 from icmoe.errors import Fault, IcmoeError, exit_on_fault, print_faults
 from icmoe.platform import require_supported_platform
+from icmoe.usage import OneCommand
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 Option = typer.Option
 
 
-@app.command()
+@app.command(cls=OneCommand)
 def rehearse_command(
     data: Annotated[
         Path | None,
