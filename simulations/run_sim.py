@@ -100,7 +100,7 @@ def _run(
     from simulations.folder import RunFolder
     from simulations.rehearsal import rehearse
     from simulations.scenario import read_scenario
-    from simulations.screen import Screen, comparison_lines, final_table
+    from simulations.screen import Screen, comparison_lines, cross_table, final_table
     from simulations.tracking import tracking
 
     console = Console(stderr=as_json)
@@ -113,6 +113,8 @@ def _run(
             results = json.loads(folder.results.read_text())
         else:
             results = rehearse(study, simulation, folder, screen)
+    if (everywhere := cross_table(results, console)) is not None:
+        console.print(everywhere)
     console.print(final_table(results))
     for line in comparison_lines(results):
         console.print(line, highlight=False, soft_wrap=True)

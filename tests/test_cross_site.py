@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 from test_report import _Page, _results
 
 from simulations.cross_site import cross_site, matrix_rows
 from simulations.report import render
+from simulations.screen import cross_table
 from simulations.site_plots import check_plots, cross_plots, usage_plots
 
 SUMMARY = {"images": 20, "patients": 10, "labels": [{"patients": 10, "images": 10}], "modalities": ["MR"]}
@@ -54,6 +58,16 @@ def test_columns_without_a_test_patient_are_left_out_of_the_report():
     assert "Each model at each site" in words
     assert "Local of B" in words
     assert any("Local of B: A 0.100, C 0.600, mean of sites 0.350" in text for text in page.alternatives)
+
+
+@pytest.mark.parametrize("width", [80, 40])
+def test_the_terminal_shows_the_matrix_where_it_fits(width: int):
+    results = _results(cross_site=cross_site({"fedavg": {"1": shared(0.5, None, 0.7)}, "local": {"1": local(0.4, 0.6)}}, "ABC"))
+    console = Console(width=width, file=io.StringIO())
+    console.print(cross_table(results, console))
+    printed = " ".join(console.file.getvalue().split())
+    assert ("Local of B" in printed and "0.350" in printed) == (width == 80)
+    assert ("in the report" in printed) == (width == 40)
 
 
 def test_results_without_the_matrix_have_no_section():
