@@ -280,7 +280,10 @@ def ingest(
     ] = False,
     encode: Annotated[bool, typer.Option(help="Run the frozen backbone over the images at the end.")] = True,
 ) -> None:
-    """Read the export that the site file names: find series, pair them with masks, check them, keep what may be used."""
+    """Read the export that the site file names: find series, pair and check them, keep what may be used.
+
+    Exit code 1 where that is no image at all.
+    """
     from fl_client.ingesting import encode_site, ingest_site, print_encoded, print_report
 
     with exit_on_fault():
@@ -296,6 +299,8 @@ def ingest(
         finally:  # what was ingested stays and is told, whatever keeps the backbone from running
             if as_json:
                 sys.stdout.write(json.dumps(reports, indent=1) + "\n")
+        if not all(report["used"] for report in reports):
+            raise typer.Exit(1)  # told above; a script must not go on
 
 
 @app.command("personalise")

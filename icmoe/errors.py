@@ -6,6 +6,7 @@ A number is never reused; a retired one stays in the catalogue with the word "re
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -305,8 +306,12 @@ def print_faults(faults: Sequence[Fault], *, stderr: bool = True) -> None:
 
 def file_fault(error: OSError) -> Fault:
     """Return what an error of the file system says: the disk is full, or a folder may not be read or written to."""
-    value = error.strerror or type(error).__name__
-    return Fault(number=205, where=str(error.filename or ""), value=value, did="The command stopped there.")
+    value, did = error.strerror or type(error).__name__, "The command stopped there."
+    where = str(error.filename or "")
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        todo = "Make room, or name a place on another disk."
+        return Fault(number=205, where=where, what="file cannot be written", value=value, did=did, todo=todo)
+    return Fault(number=205, where=where, value=value, did=did)
 
 
 @contextmanager

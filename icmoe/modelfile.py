@@ -86,7 +86,8 @@ def read_model(path: Path) -> tuple[ICMoE | Mixture, ModelHeader]:
         tensor does not fit the study in the header.
     """
     if not path.is_file():
-        raise IcmoeError(Fault(number=205, where=str(path), what="model file is not there", did="It was not used."))
+        what = "a model is a file, and this is a folder" if path.is_dir() else "model file is not there"
+        raise IcmoeError(Fault(number=205, where=str(path), what=what, did="It was not used."))
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import click
-from typer.core import TyperGroup
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from icmoe.errors import Fault, print_faults
 
@@ -17,19 +20,46 @@ EXIT_CODE = 2
 class Commands(TyperGroup):
     """Commands of a program whose usage errors are numbered: `typer.Typer(cls=Commands)`."""
 
+    def __init__(self, *arguments: Any, **settings: Any) -> None:  # noqa: ANN401  (Click's own signature)
+        super().__init__(*arguments, **settings)
+        for command in self.commands.values():
+            _restore_help(command)
+
     def main(self, *arguments: Any, **settings: Any) -> NoReturn:  # noqa: ANN401  (Click's own signature)
         """Run the command that the arguments name and end the process."""
-        try:
-            code = super().main(*arguments, **{**settings, "standalone_mode": False})
-        except click.exceptions.NoArgsIsHelpError as error:
-            error.show()
-            sys.exit(EXIT_CODE)
-        except click.UsageError as error:
-            print_faults([usage_fault(error)])
-            sys.exit(EXIT_CODE)
-        except click.Abort:
-            sys.exit(1)
-        sys.exit(code if isinstance(code, int) else 0)
+        _end_with(partial(super().main, *arguments, **{**settings, "standalone_mode": False}))
+
+
+class OneCommand(TyperCommand):
+    """The only command of a script, with the same sentences: `@app.command(cls=OneCommand)`."""
+
+    def main(self, *arguments: Any, **settings: Any) -> NoReturn:  # noqa: ANN401  (Click's own signature)
+        """Run the command and end the process."""
+        _end_with(partial(super().main, *arguments, **{**settings, "standalone_mode": False}))
+
+
+def _end_with(run: Callable[[], object]) -> NoReturn:
+    """Run what the arguments ask for and end the process with its code, or with what is wrong about them."""
+    try:
+        code = run()
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(EXIT_CODE)
+    except click.UsageError as error:
+        print_faults([usage_fault(error)])
+        sys.exit(EXIT_CODE)
+    except click.Abort:
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _restore_help(command: click.Command) -> None:
+    """Give arguments their help again: from 8.5 on, Click empties what this Typer has set before it calls Click."""
+    hints = get_type_hints(inspect.unwrap(command.callback), include_extras=True) if command.callback else {}
+    for parameter in command.params:
+        told = [extra.help for extra in getattr(hints.get(parameter.name or ""), "__metadata__", ()) if extra.help]
+        if isinstance(parameter, TyperArgument) and told:
+            parameter.help = told[0]
 
 
 def usage_fault(error: click.UsageError) -> Fault:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +33,8 @@ from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Study
 from simulations.alone import POOLED, Alone, spread_out
 
+CLUSTER_TIMEOUT_S = 10.0
+"""For a connection to a Ray cluster that is named; Ray itself retries for minutes."""
 POLL_S = 0.05
 # Flower's engine runs at most this many clients at once, whatever the cluster has.
 MOST_ACTORS = 32
@@ -232,3 +235,21 @@ def quiet_libraries() -> None:
 
 
 __all__ = ["POOLED", "Engine", "Job", "SitesOnDisk", "quiet_libraries", "run_jobs", "write_sites"]
+
+
+def require_cluster(address: str) -> None:
+    """Stop where nobody listens at the address of the Ray cluster; Ray itself would try for minutes.
+
+    Raises
+    ------
+    IcmoeError
+        505 with what the connection said.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host:
+        return  # one on this machine
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CLUSTER_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        value = error.strerror or str(error) if isinstance(error, OSError) else "not HOST:PORT"
+        raise IcmoeError(Fault(number=505, where=address, value=value, did="Nothing was started.")) from None

@@ -6,7 +6,7 @@ import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from icmoe.atomic import write_atomically
@@ -39,7 +39,7 @@ class RunFolder:
 
     @contextmanager
     def claimed(self, *, resume: bool) -> Iterator[None]:
-        """Hold the folder for this process.
+        """Hold the folder for this process; a start that is refused before anything is committed leaves no trace.
 
         Parameters
         ----------
@@ -59,6 +59,7 @@ class RunFolder:
             raise IcmoeError(
                 Fault(number=502, where=str(self.root), what="folder holds a run already", did="Nothing was started.")
             )
+        had_phantoms = self.phantoms.exists()
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             lock = (self.work / "lock").open("w")
@@ -70,7 +71,21 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise IcmoeError(Fault(number=502, where=str(self.root), what="another process writes here")) from None
-            yield
+            try:
+                yield
+            except IcmoeError:
+                self._leave_as_found(had_phantoms=had_phantoms)
+                raise
+
+    def _leave_as_found(self, *, had_phantoms: bool) -> None:
+        """Remove what a refused start made: the corrected command needs no other --out and no --resume."""
+        if any(path.name != "lock" for path in self.work.iterdir()):
+            return  # something is committed
+        shutil.rmtree(self.work)
+        if not had_phantoms:  # written for settings that were refused
+            shutil.rmtree(self.phantoms, ignore_errors=True)
+        with suppress(OSError):  # it held something else
+            self.root.rmdir()
 
     def check_identity(self, identity: Mapping[str, str]) -> None:
         """Write what the run is, or compare with what was written by the run that is continued.

@@ -16,7 +16,7 @@ from icmoe.study import Study
 from simulations.alone import of_site
 from simulations.folder import RunFolder
 from simulations.methods import AFTERWARDS
-from simulations.scoring import Examiner, tensors
+from simulations.scoring import Examiner, dice_by_site, tensors
 
 Record = dict[str, Any]
 NAME = "personalised"
@@ -40,17 +40,20 @@ def personalised_record(examiner: Examiner, study: Study, run: RunState, alone: 
     out
         Where the models are published.
     """
-    scores, chosen, models = [], {}, {}
+    scores, chosen, models, by_site = [], {}, {}, {}
     for site in examiner.hospitals.training:
         found = site_model(examiner, study, tensors(run.arrays), tensors(of_site(alone.arrays, site)), site, work)
         model = mixture_of(study, found.states, found.weights)
-        scores += examiner.scored(model, study, [site])
+        patients = examiner.scored(model, study)
+        scores += [patient for patient in patients if patient.site == site]
+        by_site[site] = dice_by_site(examiner.record(study, patients))
         chosen[site] = {"choice": found.choice, "weights": found.weights, "val_dice": found.val_dice}
         path = out.model(NAME, study.seed, site)
         write_model(path, joined(found.states), _header(examiner, study, NAME).model_copy(update={"weights": found.weights}))
         models[site] = str(path.relative_to(out.root))
     test = examiner.record(study, scores)
-    return {"rounds": [], "test": test, "own_test": test, "chosen": chosen, "model": None, "models": models}
+    scored = {"test": test, "own_test": test, "by_site": by_site}
+    return {"rounds": [], **scored, "chosen": chosen, "model": None, "models": models}
 
 
 def site_model(examiner: Examiner, study: Study, state: State, own: State, site: str, work: Path) -> Personal:

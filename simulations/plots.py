@@ -110,7 +110,8 @@ def method_colours(results: Results) -> dict[str, str]:
     return {method: SERIES[index % len(SERIES)] for index, method in enumerate(methods(results))}
 
 
-def _plot(key: str, title: str, caption: str, alternative: str, height_in: float, draw: Callable[[Axes], object]) -> Plot:
+def as_plot(key: str, title: str, caption: str, alternative: str, height_in: float, draw: Callable[[Axes], object]) -> Plot:
+    """Return what `draw` puts on the axes as a picture of the page."""
     with mpl.rc_context(STYLE | {"svg.hashsalt": key}):
         figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
         draw(figure.subplots())
@@ -174,7 +175,7 @@ def _curves(results: Results, key: str, title: str, hint: str) -> Plot | None:
         for method, points in curves.items()
     ]
     caption = f"Line: mean over seeds, band: least to largest seed; {hint}."
-    return _plot(f"curve-{key.replace('_', '-')}", title, caption, f"{title}. {'; '.join(words)}.", 2.7, draw)
+    return as_plot(f"curve-{key.replace('_', '-')}", title, caption, f"{title}. {'; '.join(words)}.", 2.7, draw)
 
 
 def _curve(axes: Axes, points: Sequence[Point], colour: str, marker: str, label: str) -> None:
@@ -215,7 +216,7 @@ def _site_bars(results: Results) -> Plot | None:
     if "personalised" in names:
         caption += " Personalised: each at its own."
     height_in = 0.7 + len(rows) * max(0.42, 0.13 * len(names))
-    return _plot("bars", "Test Dice by site and method", caption, _bars_in_words(results, rows), height_in, draw)
+    return as_plot("bars", "Test Dice by site and method", caption, _bars_in_words(results, rows), height_in, draw)
 
 
 def _has_score(results: Results, site: str) -> bool:
@@ -241,24 +242,40 @@ def _usage_map(results: Results) -> Plot | None:
     largest = max(max(row) for row in usage) or 1.0
 
     def draw(axes: Axes) -> None:
-        for y, row in enumerate(usage):
-            for x, share in enumerate(row):
-                # Opacity, at most 0.75, lets the same ink stay readable on light and dark pages.
-                axes.add_patch(Rectangle((x, y), 0.96, 0.94, facecolor=HEAT, alpha=0.05 + 0.7 * share / largest, linewidth=0))
-                axes.text(x + 0.48, y + 0.48, f"{100 * share:.0f}%", ha="center", va="center", fontsize=8.5)
-        axes.set_xlim(0, count)
-        axes.set_ylim(len(rows), 0)
-        axes.set_yticks([y + 0.48 for y in range(len(rows))], list(rows))
-        axes.set_xticks([x + 0.48 for x in range(count)], columns, rotation=30, ha="right", rotation_mode="anchor")
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
+        heat(axes, [[share / largest for share in row] for row in usage], _percent(usage), rows, columns)
 
     words = []
     for site, row in zip(rows, usage, strict=True):
         words.append(f"{site}: " + ", ".join(f"{name} {100 * share:.0f}%" for name, share in zip(columns, row, strict=True)))
     caption = f"{method_name(method)}, last round, mean over seeds: share of gate mass per expert; a row sums to 100 %."
     height_in = 0.9 + 0.34 * len(rows)
-    return _plot("usage", "Usage by site and expert", caption, f"Usage in the last round. {'; '.join(words)}.", height_in, draw)
+    return as_plot("usage", "Usage by site and expert", caption, f"Usage in the last round. {'; '.join(words)}.", height_in, draw)
+
+
+def _percent(usage: Sequence[Sequence[float]]) -> list[list[str]]:
+    return [[f"{100 * share:.0f}%" for share in row] for row in usage]
+
+
+def heat(
+    axes: Axes,
+    shares: Sequence[Sequence[float | None]],
+    texts: Sequence[Sequence[str]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+) -> None:
+    """Draw a table whose cells are the darker the larger their share, 0 to 1; a cell of None has its text alone."""
+    for y, row in enumerate(shares):
+        for x, share in enumerate(row):
+            if share is not None:
+                # Opacity, at most 0.75, lets the same ink stay readable on light and dark pages.
+                axes.add_patch(Rectangle((x, y), 0.96, 0.94, facecolor=HEAT, alpha=0.05 + 0.7 * share, linewidth=0))
+            axes.text(x + 0.48, y + 0.48, texts[y][x], ha="center", va="center", fontsize=8.5)
+    axes.set_xlim(0, len(columns))
+    axes.set_ylim(len(rows), 0)
+    axes.set_yticks([y + 0.48 for y in range(len(rows))], list(rows))
+    axes.set_xticks([x + 0.48 for x in range(len(columns))], list(columns), rotation=30, ha="right", rotation_mode="anchor")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
 
 
 BYTES = {"up (sites to server)": ("bytes_up",), "down (server to sites)": ("bytes_down",)}
@@ -295,7 +312,7 @@ def _stacked(results: Results, key: str, title: str, unit: str, parts: Mapping[s
         for m, row in values.items()
     ]
     caption = "Sum over rounds and sites, mean over seeds." if key == "bytes" else "Sum over rounds, mean over seeds."
-    return _plot(key, title, caption, f"{title}. {'; '.join(words)}.", 0.7 + 0.36 * len(values), draw)
+    return as_plot(key, title, caption, f"{title}. {'; '.join(words)}.", 0.7 + 0.36 * len(values), draw)
 
 
 def _scaled(values: Sequence[float | None], scale: float) -> list[float | None]:

@@ -32,7 +32,7 @@ from simulations.alone import POOLED, of_site
 from simulations.cards import write_cards
 from simulations.exhibits import overlays
 from simulations.expert_use import expert_use
-from simulations.federation import Engine, Job, run_jobs, write_sites
+from simulations.federation import Engine, Job, require_cluster, run_jobs, write_sites
 from simulations.folder import FIGURE, REPORT, RESULTS, RunFolder
 from simulations.hospitals import Hospitals, find_hospitals, make_sites
 from simulations.methods import AFTERWARDS, ALONE, study_for
@@ -130,6 +130,7 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
     clock = Clock(screen)
     began = time.perf_counter()
     device = available_device(simulation.device)
+    require_cluster(simulation.address)
     torch.set_num_threads(os.cpu_count() or 1)
     with clock.phase("read"):
         hospitals = find_hospitals(simulation, study, folder.phantoms, lambda done, total: screen.progress("read", done, total))
@@ -256,18 +257,17 @@ def score_methods(
         run = states[job.method, job.study.seed]
         seed = str(job.study.seed)
         if job.method != "alone":
-            test, own = federated_test(examiner, job.study, run, examiner.site.state_folder)
-            record = {"rounds": list(run.history), "test": test, "own_test": own}
+            found = federated_test(examiner, job.study, run, examiner.site.state_folder)
+            record = {"rounds": list(run.history), **found}
             methods[job.method][seed] = record | _write(out, examiner, job, job.method, tensors(run.arrays))
             continue
         if "local" in simulation.methods:
-            test, own, everywhere = local_test(examiner, job.study, run)
-            record = {"rounds": part_of(run.history, examiner.hospitals.training), "test": test, "own_test": own}
+            record = {"rounds": part_of(run.history, examiner.hospitals.training), **local_test(examiner, job.study, run)}
             models = {
                 name: _write(out, examiner, job, "local", tensors(of_site(run.arrays, name)), name)["model"]
                 for name in examiner.hospitals.training
             }
-            methods["local"][seed] = record | {"everywhere": everywhere, "model": None, "models": models}
+            methods["local"][seed] = record | {"model": None, "models": models}
         if "pooled" in simulation.methods:
             record = {"rounds": part_of(run.history, (POOLED,)), "test": pooled_test(examiner, job.study, run), "own_test": None}
             methods["pooled"][seed] = record | _write(out, examiner, job, "pooled", tensors(of_site(run.arrays, POOLED)))

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from icmoe.atomic import write_atomically
+from simulations.cross_site import matrix_rows
 from simulations.expert_use import use_tables
 from simulations.findings import (
     ALONE,
@@ -34,8 +35,9 @@ from simulations.findings import (
     worth_it,
 )
 from simulations.overlays import CLASS_COLOURS, EXPERT_COLOURS, OUTLINE_COLOUR, Colours, Overlay, panels
-from simulations.plots import plots
+from simulations.plots import Plot, plots
 from simulations.results import CHECK_COLUMNS, check_rows
+from simulations.site_plots import check_plots, cross_plots, usage_plots
 
 __all__ = ["Overlay", "Row", "final_table", "flattened", "render", "write_report"]
 
@@ -92,9 +94,8 @@ def render(results: Results, overlays: Sequence[Overlay]) -> str:
     environment = Environment(
         loader=PackageLoader("simulations", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template(
-        "report.html.j2"
-    ).render(
+    matrix_columns, cross_rows = matrix_rows(results)
+    return environment.get_template("report.html.j2").render(
         results=results,
         facts=_facts(results),
         configuration=flattened(results.get("configuration", {})),
@@ -104,7 +105,11 @@ def render(results: Results, overlays: Sequence[Overlay]) -> str:
         findings=worth_it(results),
         comparisons=results.get("comparisons", []),
         remarks=remarks(results),
-        plots=[(plot, Markup(plot.svg)) for plot in plots(results)],  # noqa: S704 - our own plots; Matplotlib escapes names
+        plots=_pictures(plots(results) + usage_plots(results)),
+        cross_columns=matrix_columns,
+        cross_rows=cross_rows,
+        cross_plots=_pictures(cross_plots(results)),
+        check_plots=_pictures(check_plots(results)),
         use_tables=use_tables(results["expert_use"]) if results.get("expert_use") else [],
         overlays=[(overlay.title, panels(overlay)) for overlay in overlays],
         class_colours=_coloured(results.get("labels", [])[1:], CLASS_COLOURS),
@@ -123,6 +128,10 @@ def render(results: Results, overlays: Sequence[Overlay]) -> str:
         frozen=_frozen(results),
         note=LITE_MEDSAM_NOTE if results.get("backbone", {}).get("name") == "lite-medsam" else "",
     )
+
+
+def _pictures(drawn: Sequence[Plot]) -> list[tuple[Plot, Markup]]:
+    return [(plot, Markup(plot.svg)) for plot in drawn]  # noqa: S704 - our own plots; Matplotlib escapes names
 
 
 def flattened(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from icmoe.accounting import study_epsilon, training_spending
 from icmoe.data.slices import SiteData
 from icmoe.model import names_of
 from icmoe.study import Study
+from simulations.cross_site import cross_site
 from simulations.hospitals import Hospitals
 from simulations.scenario import Simulation
 
@@ -122,6 +123,7 @@ def results_record(
         "expert_use": expert_use,
         "methods": methods,
         "summary": summary,
+        "cross_site": cross_site(methods, list(hospitals.sites)),
         "privacy": (promise := privacy_record(study)),
         "comparisons": comparisons(summary, methods) + ([] if promise is None else [privacy_comparison(promise)]),
         "seconds": dict(seconds),

@@ -12,13 +12,14 @@ from rich.console import Console
 
 from icmoe.errors import Fault, IcmoeError, exit_on_fault, print_faults
 from icmoe.platform import require_supported_platform
+from icmoe.usage import OneCommand
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 Option = typer.Option
 
 
-@app.command()
+@app.command(cls=OneCommand)
 def rehearse_command(
     data: Annotated[
         Path | None,
@@ -99,7 +100,7 @@ def _run(
     from simulations.folder import RunFolder
     from simulations.rehearsal import rehearse
     from simulations.scenario import read_scenario
-    from simulations.screen import Screen, comparison_lines, final_table
+    from simulations.screen import Screen, comparison_lines, cross_table, final_table
     from simulations.tracking import tracking
 
     console = Console(stderr=as_json)
@@ -112,6 +113,8 @@ def _run(
             results = json.loads(folder.results.read_text())
         else:
             results = rehearse(study, simulation, folder, screen)
+    if (everywhere := cross_table(results, console)) is not None:
+        console.print(everywhere)
     console.print(final_table(results))
     for line in comparison_lines(results):
         console.print(line, highlight=False, soft_wrap=True)

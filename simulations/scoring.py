@@ -90,20 +90,32 @@ def tensors(arrays: Tensors) -> State:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def federated_test(examiner: Examiner, study: Study, run: RunState, state_folder: Path) -> tuple[Record, Record | None]:
-    """Return the global model's test record and, in personal mode, each site's own model on its own test."""
+def dice_by_site(record: Record) -> dict[str, float | None]:
+    """Return the Dice at each site of a test record: a row of the matrix of models and sites."""
+    return {name: row["dice"] for name, row in record["sites"].items()}
+
+
+def federated_test(examiner: Examiner, study: Study, run: RunState, state_folder: Path) -> Record:
+    """Return the test record of the global model; in personal mode also of each site's own model, `own_test` and `by_site`."""
     state = tensors(run.arrays)
     record = examiner.record(study, examiner.scores(study, state))
     if not study.aggregation.personal:
-        return record, None
+        return {"test": record, "own_test": None}
     own: list[PatientScore] = []
+    by_site: dict[str, dict[str, float | None]] = {}
     for name in examiner.hospitals.training:
-        own += examiner.scores(study, with_personal(state, state_folder, study, name, study.rounds), [name])
-    return record, examiner.record(study, own)
+        patients = examiner.scores(study, with_personal(state, state_folder, study, name, study.rounds))
+        by_site[name] = dice_by_site(examiner.record(study, patients))
+        own += [patient for patient in patients if patient.site == name]
+    return {"test": record, "own_test": examiner.record(study, own), "by_site": by_site}
 
 
-def local_test(examiner: Examiner, study: Study, run: RunState) -> tuple[Record, Record, dict[str, float]]:
-    """Return the mean over the local models, each model on its own site's test, and each model's Dice over all patients."""
+def local_test(examiner: Examiner, study: Study, run: RunState) -> Record:
+    """Return the scores of the local models.
+
+    Their mean (`test`), each on its own site's test (`own_test`), each over all patients (`everywhere`) and each at every
+    site (`by_site`).
+    """
     each: dict[str, Record] = {}
     own: list[PatientScore] = []
     for name in examiner.hospitals.training:
@@ -111,7 +123,12 @@ def local_test(examiner: Examiner, study: Study, run: RunState) -> tuple[Record,
         each[name] = examiner.record(study, patients)
         own += [patient for patient in patients if patient.site == name]
     everywhere = {name: record["pooled"]["dice"] for name, record in each.items()}
-    return mean_record(list(each.values())), examiner.record(study, own), everywhere
+    return {
+        "test": mean_record(list(each.values())),
+        "own_test": examiner.record(study, own),
+        "everywhere": everywhere,
+        "by_site": {name: dice_by_site(record) for name, record in each.items()},
+    }
 
 
 def pooled_test(examiner: Examiner, study: Study, run: RunState) -> Record:

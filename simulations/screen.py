@@ -12,17 +12,21 @@ from typing import Any
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fl_server.round_log import RoundRecord
 from fl_server.round_strategy import unheard
 from icmoe.server_privacy import spending_sentence
+from simulations.cross_site import matrix_rows
 from simulations.federation import Job, Listener
 from simulations.results import CHECK_COLUMNS, check_rows
 
 MOST_ROWS = 20
 """Longest list on the screen."""
+WIDEST = 10_000
+"""Characters; more than any terminal has."""
 
 
 class Screen:
@@ -180,6 +184,21 @@ def final_table(results: dict[str, Any]) -> Table:
             _cell(row["dice_worst_site"], None),
             _cell(row["dice_pooled"], row["dice_std"]),
         )
+    return table
+
+
+def cross_table(results: dict[str, Any], console: Console) -> RenderableType | None:
+    """Return the Dice of each model at each site, or where to find it if it does not fit; None where one row says nothing new."""
+    columns, rows = matrix_rows(results)
+    if len(rows) < 2:
+        return None
+    table = Table(title="Test Dice of each model at each site", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("model", *columns):
+        table.add_column(column, no_wrap=True, justify="left" if column == "model" else "right")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    if len(rows) > MOST_ROWS or console.measure(table, options=console.options.update(width=WIDEST)).maximum > console.width:
+        return f"Each of {len(rows)} models at each site: in the report."
     return table
 
 

@@ -113,6 +113,21 @@ def test_results_hold_what_the_schema_promises(rehearsed: tuple[Path, str]) -> N
     assert check["findings"] == check["declined"] == check["faults"] == []
 
 
+def test_the_matrix_of_models_and_sites_holds_the_scores_of_each(rehearsed: tuple[Path, str]) -> None:
+    results = json.loads((rehearsed[0] / "results.json").read_text())
+    rows = {(row["method"], row["site"]): row for row in results["cross_site"]}
+    methods, names = results["methods"], list(results["sites"])
+    for method in ("router-aware", "fedavg", "fedprox", "fedadam", "personal", "pooled"):
+        sites = methods[method]["1"]["test"]["sites"]
+        assert {name: score["mean"] for name, score in rows[method, None]["dice"].items()} == {n: sites[n]["dice"] for n in names}
+    for method in ("local", "personal", "personalised"):
+        own = methods[method]["1"]["own_test"]["sites"]
+        for name in names:
+            assert rows[method, name]["dice"][name] == {"mean": own[name]["dice"], "std": None}
+            assert all(rows[method, name]["dice"][other]["mean"] is not None for other in names)
+    assert len(rows) == len(results["cross_site"]) == 6 + 3 * len(names)
+
+
 def test_federated_methods_send_updates_and_local_training_sends_nothing(rehearsed: tuple[Path, str]) -> None:
     methods = json.loads((rehearsed[0] / "results.json").read_text())["methods"]
     shared = methods["router-aware"]["1"]["rounds"][0]["sites"]["Alder"]["bytes_up"]
