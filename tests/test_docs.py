@@ -203,7 +203,7 @@ def typed(text: str, folder: Path, environment: dict[str, str]) -> tuple[int, st
     ours, theirs = pty.openpty()
     command = ["/bin/bash", "-e", "-u", "-o", "pipefail", "-c", text]
     try:
-        os.write(ours, b"y\n")
+        os.write(ours, b"yes\n")
         done = subprocess.run(
             command,
             cwd=folder,
