@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_type_hints
 
 import click
 import typer
+from pydantic import BaseModel
 from typer.main import get_command
 
 from fl_client.cli import app as fl_client
@@ -35,7 +36,7 @@ from simulations.run_sim import app as run_sim
 from simulations.scenario import Simulation
 
 PAGE = Path(__file__).resolve().parents[1] / "deploy" / "reference.md"
-FILES = {
+FILES: dict[str, tuple[str, type[BaseModel]]] = {
     "The study file": ("fl_server schema study", Study),
     "The consortium file": ("fl_server schema consortium", Consortium),
     "The site file": ("fl_client schema", SiteFile),
@@ -186,7 +187,7 @@ def _one_kind(schema: Mapping[str, Any]) -> str:
         return f"list of {PLURALS.get(kind, kind)}"
     if schema.get("type") == "object" and isinstance(schema.get("additionalProperties"), dict):
         return f"table of {_one_kind(schema['additionalProperties'])}"
-    return TYPES.get(schema.get("type", ""), schema.get("type", "value"))
+    return TYPES.get(schema.get("type", ""), str(schema.get("type", "value")))
 
 
 def _allowed(choices: list[dict[str, Any]]) -> str:
