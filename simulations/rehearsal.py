@@ -127,8 +127,7 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
     IcmoeError
         With its faults; no results are written then, and --resume continues.
     """
-    clock = Clock(screen)
-    began = time.perf_counter()
+    clock, began = Clock(screen), time.perf_counter()
     device = available_device(simulation.device)
     require_cluster(simulation.address)
     torch.set_num_threads(os.cpu_count() or 1)
