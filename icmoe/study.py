@@ -11,10 +11,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from icmoe.config import Section, parse, read_toml
-from icmoe.profiles import spelled_out
+from icmoe.profiles import PROFILES, spelled_out
 from icmoe.study_privacy import Privacy
 
 Count = Annotated[int, Field(ge=0, le=64)]
@@ -217,8 +217,16 @@ class UpdateBounds(Section):
     """Largest norm in units of the round's median, from three updates on; unused under [privacy.server]."""
 
 
+def _with_profile(schema: dict[str, Any]) -> None:
+    """Let editors know the word that a study's file may have and the study itself has not."""
+    told = "Stands for the values of `icmoe/profiles.py`; what the file names itself stays."
+    schema["properties"]["profile"] = {"enum": list(PROFILES), "title": "Profile", "type": "string", "description": told}
+
+
 class Study(Section):
     """One federated study."""
+
+    model_config = ConfigDict(json_schema_extra=_with_profile)
 
     schema_version: Literal[1] = 1
     """Version of this schema."""

@@ -26,7 +26,6 @@ from icmoe.atomic import write_atomically
 from icmoe.cli import app as icmoe
 from icmoe.config import json_schema
 from icmoe.errors import CATALOGUE
-from icmoe.profiles import PROFILES
 from icmoe.study import Study
 from simulations.ablation import app as ablation
 from simulations.evidence import privacy
@@ -142,9 +141,6 @@ def _files() -> Iterator[str]:
         yield f"## {title}\n"
         told = f"`{command}` prints this as JSON Schema. " if command else ""
         yield f"{told}What keys demand of each other is not in this list; the commands that read the file say it.\n"
-        if section is Study:
-            names = ", ".join(f"`{name}`" for name in PROFILES)
-            yield f"The word `profile` ({names}) stands for the values of `icmoe/profiles.py`.\n"
         schema = json.loads(json_schema(section))
         yield from _section(schema, schema.get("$defs", {}), "")
 

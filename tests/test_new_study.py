@@ -130,6 +130,8 @@ def test_the_schema_accepts_what_the_study_accepts_and_points_at_the_rest(make_s
     bad = {**good, "round": 3, "quorum": 0, "name": "NO"}
     assert len(list(checker.iter_errors(bad))) == 3
     assert schema["properties"]["rounds"]["description"] == "Number of rounds."
+    assert checker.is_valid({**good, "profile": "lite"})
+    assert not checker.is_valid({**good, "profile": "heavy"})
 
 
 def test_the_file_names_its_schema_for_editors(tmp_path: Path):
