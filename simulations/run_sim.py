@@ -53,7 +53,7 @@ def rehearse_command(
     ] = False,
     scenario: Annotated[Path | None, Option(help="TOML file with [study] and [simulation]; options go on top.")] = None,
     address: Annotated[str | None, Option(help="Existing Ray cluster: auto or HOST:PORT.")] = None,
-    track: Annotated[str | None, Option(help="tensorboard: also write its events below --out; needs the extra [track].")] = None,
+    track: Annotated[str | None, Option(help="tensorboard or mlflow: also write its runs to --out; extra [track].")] = None,
 ) -> None:
     """Train one IC-MoE across virtual hospitals and compare it with FedAvg, each hospital alone, and pooled data."""
     study_options = _given(
@@ -79,9 +79,9 @@ def rehearse_command(
                 "checkpoint": str(checkpoint) if checkpoint else None,
             }
         )
-        if track not in {None, "tensorboard"}:
+        if track not in {None, "tensorboard", "mlflow"}:
             raise IcmoeError(
-                Fault(number=210, where="--track", value=str(track), limit="tensorboard", did="Nothing was started.")
+                Fault(number=210, where="--track", value=str(track), limit="tensorboard, mlflow", did="Nothing was started.")
             )
         _run(scenario, study_options, simulation_options, out, resume=resume, as_json=as_json, track=track)
 

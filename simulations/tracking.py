@@ -1,11 +1,11 @@
-"""A rehearsal as TensorBoard shows it, on request: losses, Dice, bytes and the use of the experts, round by round."""
+"""A rehearsal as TensorBoard or MLflow shows it, on request: losses, Dice, bytes and the use of the experts, round by round."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from fl_server.round_log import RoundRecord
 from fl_server.round_strategy import unheard
@@ -13,22 +13,42 @@ from icmoe.errors import Fault, IcmoeError
 from icmoe.model import names_of
 from simulations.federation import Job, Listener
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
-FOLDER = "tensorboard"
+class Tracker(Protocol):
+    """Where the figures of a rehearsal go; each method and seed is a run of its own there."""
+
+    def write(self, job: Job, scalars: Mapping[str, float], number: int) -> None:
+        """Write the figures of a round."""
+
+    def close(self, *, finished: bool) -> None:
+        """End all runs."""
+
+
+def _tensorboard(folder: Path) -> Tracker:
+    from simulations.to_tensorboard import TensorBoard
+
+    return TensorBoard(folder)
+
+
+def _mlflow(folder: Path) -> Tracker:
+    from simulations.to_mlflow import MLflow
+
+    return MLflow(folder)
+
+
+TRACKERS: dict[str, Callable[[Path], Tracker]] = {"tensorboard": _tensorboard, "mlflow": _mlflow}
 
 
 @contextmanager
 def tracking(tracker: str | None, folder: Path) -> Iterator[Listener]:
-    """Write what is told, one run of TensorBoard's per method and seed, while inside.
+    """Write what is told, one run of the tracker's per method and seed, while inside.
 
     Parameters
     ----------
     tracker
-        "tensorboard"; nothing is written where None.
+        Key of `TRACKERS`; nothing is written where None.
     folder
-        Of the rehearsal; the events go into `tensorboard/METHOD-seedS` below it. A resumed rehearsal adds to them.
+        Of the rehearsal; what is written lies below it. A resumed rehearsal adds to it.
 
     Yields
     ------
@@ -43,29 +63,33 @@ def tracking(tracker: str | None, folder: Path) -> Iterator[Listener]:
     if tracker is None:
         yield unheard
         return
-    writers: dict[str, SummaryWriter] = {}
-    make = _writer_class()
+    try:
+        to = TRACKERS[tracker](folder)
+    except ImportError:
+        did, todo = "Nothing was started.", "Install icmoe-federated[track]."
+        raise IcmoeError(Fault(number=213, where=f"--track {tracker}", did=did, todo=todo)) from None
 
     def listen(job: Job, record: RoundRecord | None, site: str) -> None:
         del site
-        if record is None:
-            return
-        name = f"{job.method}-seed{job.study.seed}"
-        if name not in writers:
-            writers[name] = make(str(folder / FOLDER / name))
-        write_round(writers[name], job, record)
-        writers[name].flush()
+        if record is not None:
+            to.write(job, scalars_of(job, record), record["round"])
 
+    finished = False
     try:
         yield listen
+        finished = True
     finally:
-        for writer in writers.values():
-            writer.close()
+        to.close(finished=finished)
 
 
-def write_round(writer: SummaryWriter, job: Job, record: RoundRecord) -> None:
-    """Write one round; what a site withheld is left out."""
-    number, names = record["round"], names_of(job.study.model)
+def run_name(job: Job) -> str:
+    """Return the tracker's name of a method and seed."""
+    return f"{job.method}-seed{job.study.seed}"
+
+
+def scalars_of(job: Job, record: RoundRecord) -> dict[str, float]:
+    """Return the figures of a round by their names; what a site withheld is left out."""
+    names = names_of(job.study.model)
     scalars = {
         "loss/all sites": record["loss"],
         "val Dice/all sites": record["val_dice"],
@@ -78,15 +102,4 @@ def write_round(writer: SummaryWriter, job: Job, record: RoundRecord) -> None:
         scalars |= {f"usage/{site}/{expert}": share for expert, share in zip(names, row["usage"] or (), strict=False)}
     if spent := record.get("privacy"):
         scalars["privacy/epsilon of the server"] = spent["epsilon"]
-    for tag, value in scalars.items():
-        if value is not None:
-            writer.add_scalar(tag, value, number)
-
-
-def _writer_class() -> type[SummaryWriter]:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        todo = "Install icmoe-federated[track]."
-        raise IcmoeError(Fault(number=213, where="--track tensorboard", did="Nothing was started.", todo=todo)) from None
-    return SummaryWriter
+    return {name: value for name, value in scalars.items() if value is not None}

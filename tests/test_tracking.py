@@ -1,24 +1,67 @@
-"""Tracking that cannot be done ends with a sentence; what is written `tests/test_run_sim.py` reads back."""
+"""MLflow's runs read back; what cannot be done ends with a sentence. `tests/test_run_sim.py` reads TensorBoard's events."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from test_run_sim import RUN_SIM
 
 from icmoe.errors import IcmoeError
-from simulations.tracking import tracking
+from simulations.federation import Job
+from simulations.tracking import scalars_of, tracking
 
 
-def test_without_the_package_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(IcmoeError) as caught, tracking("tensorboard", tmp_path):
+@pytest.mark.parametrize(("tracker", "package"), [("tensorboard", "torch.utils.tensorboard"), ("mlflow", "mlflow")])
+def test_without_the_package_a_sentence(tracker: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"simulations.to_{tracker}", raising=False)
+    with pytest.raises(IcmoeError) as caught, tracking(tracker, tmp_path):
         pass
-    assert "ICM213 --track tensorboard" in str(caught.value)
+    assert f"ICM213 --track {tracker}" in str(caught.value)
     assert "icmoe-federated[track]" in str(caught.value)
+
+
+def record(number: int) -> dict[str, Any]:
+    row = {"loss": 0.5 / number, "val_dice": None, "usage": [0.5, 0.25, 0.25]}
+    told = {"loss": 0.5 / number, "val_dice": 0.1 * number, "usage_spread": None, "bytes_up": 7, "bytes_down": 9}
+    return {"round": number, "sites": {"Alder": row}, "privacy": {"epsilon": 0.25 * number}, **told}
+
+
+def tracked(job: Job, folder: Path, *records: dict[str, Any] | None) -> None:
+    with tracking("mlflow", folder) as listen:
+        for one in records:
+            listen(job, one, "")
+
+
+def test_mlflows_runs_hold_each_round_and_a_resumed_rehearsal_adds_to_them(make_study, tmp_path: Path) -> None:
+    job = Job(method="router-aware", study=make_study(), names=("Alder",), state_path=tmp_path / "s")
+    with pytest.raises(KeyError, match="loss"):
+        tracked(job, tmp_path, None, record(1), {})  # the last one breaks off the rehearsal
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("rehearsal").experiment_id
+    (run,) = client.search_runs([experiment])
+    assert (run.info.run_name, run.info.status) == ("router-aware-seed3", "FAILED")
+    assert run.data.tags["study digest"] == job.study.digest
+    assert run.data.params["method"] == "router-aware"
+    tracked(job, tmp_path, record(2))
+    (run,) = client.search_runs([experiment])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == pytest.approx(scalars_of(job, record(2)))
+    for name, value in scalars_of(job, record(1)).items():
+        assert next((one.step, one.value) for one in client.get_metric_history(run.info.run_id, name)) == (1, value)
+    assert "usage/Alder/basic-1" in run.data.metrics
+    assert "val Dice/Alder" not in run.data.metrics  # withheld
+
+
+def test_a_start_that_is_refused_leaves_nothing_of_mlflow(tmp_path: Path) -> None:
+    with tracking("mlflow", tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_tracker_is_refused() -> None:
