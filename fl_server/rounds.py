@@ -25,7 +25,7 @@ from fl_server.run_state import RunState
 from fl_server.waiting import Watch, begun
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import LOSS_KEY
-from icmoe.model import names_of
+from icmoe.experts import names_of
 from icmoe.study import Study
 
 # A site that answers at once that it cannot now is not asked again at once.

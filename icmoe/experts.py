@@ -9,11 +9,15 @@ Every expert maps the normalised embedding to a hidden map `hidden_BbHW`; its co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from icmoe.pointwise import Pointwise
+from icmoe.study import ModelShape
 
 
 class BasicExpert(nn.Module):
@@ -128,28 +132,59 @@ class Expert(nn.Module):
         return hidden_BbHW
 
 
-def make_experts(
-    *, basic: int, semantic: int, adaptive: int, channels: int, bottleneck: int, classes: int
-) -> tuple[nn.ModuleList, tuple[str, ...]]:
-    """Return the experts in their fixed order (basic, semantic, adaptive) and their names, such as "semantic-2".
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of expert; `ModelShape` has its number under `<name>_experts`.
 
     Parameters
     ----------
-    basic, semantic, adaptive
-        Number of experts of each kind, at least 0.
-    channels, bottleneck
-        Widths C and b.
+    name
+        As in the experts' names, "semantic-2".
+    body
+        Makes one from the widths C and b and the number P of prototypes.
+    usage_weighted
+        Whether the router's usage weighs its tensors at the server; plain FedAvg does otherwise.
+    personal
+        Whether personal mode keeps it at the site.
+    """
+
+    name: str
+    body: Callable[[int, int, int], nn.Module]
+    usage_weighted: bool
+    personal: bool
+
+
+KINDS = (
+    Kind("basic", lambda channels, bottleneck, _: BasicExpert(channels, bottleneck), usage_weighted=False, personal=False),
+    Kind("semantic", SemanticExpert, usage_weighted=True, personal=False),
+    Kind("adaptive", lambda channels, bottleneck, _: AdaptiveExpert(channels, bottleneck), usage_weighted=True, personal=True),
+)
+"""All kinds, in the order in which a model holds them."""
+
+
+def kinds_of(shape: ModelShape) -> list[Kind]:
+    """Return the kind of each expert of the model, in its order."""
+    return [kind for kind in KINDS for _ in range(getattr(shape, f"{kind.name}_experts"))]
+
+
+def make_experts(shape: ModelShape, *, channels: int, classes: int) -> nn.ModuleList:
+    """Return the experts that `shape` asks for, in the order of `KINDS`.
+
+    Parameters
+    ----------
+    shape
+        Numbers of experts and width b.
+    channels
+        Width C.
     classes
         Number K of classes; a semantic expert holds 4 prototypes per class.
     """
-    bodies: list[nn.Module] = [BasicExpert(channels, bottleneck) for _ in range(basic)]
-    bodies += [SemanticExpert(channels, bottleneck, 4 * classes) for _ in range(semantic)]
-    bodies += [AdaptiveExpert(channels, bottleneck) for _ in range(adaptive)]
-    experts = nn.ModuleList(Expert(body, channels, bottleneck) for body in bodies)
-    return experts, expert_names(basic=basic, semantic=semantic, adaptive=adaptive)
+    width = shape.bottleneck
+    bodies = [kind.body(channels, width, 4 * classes) for kind in kinds_of(shape)]  # first of all: a seed gives what it gave
+    return nn.ModuleList(Expert(body, channels, width) for body in bodies)
 
 
-def expert_names(*, basic: int, semantic: int, adaptive: int) -> tuple[str, ...]:
-    """Return the experts' names in the model's order."""
-    kinds = (("basic", basic), ("semantic", semantic), ("adaptive", adaptive))
-    return tuple(f"{kind}-{number + 1}" for kind, count in kinds for number in range(count))
+def names_of(shape: ModelShape) -> tuple[str, ...]:
+    """Return the names of the experts that `shape` asks for, in the model's order."""
+    counts = [(kind.name, getattr(shape, f"{kind.name}_experts")) for kind in KINDS]
+    return tuple(f"{name}-{number + 1}" for name, count in counts for number in range(count))

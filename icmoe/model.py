@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from icmoe.backbone import widths
 from icmoe.contrast import prototype_pull, semantic_contrast
-from icmoe.experts import Expert, expert_names, make_experts
+from icmoe.experts import Expert, make_experts, names_of
 from icmoe.features import Features
 from icmoe.losses import (
     cross_entropy,
@@ -156,14 +156,7 @@ class ICMoE(nn.Module):
             self.register_buffer("round_prototypes_KD", self.prototypes_KD.detach().clone(), persistent=False)
             if shape.experts:
                 self.norm = nn.GroupNorm(8, channels)
-                self.experts, _ = make_experts(
-                    basic=shape.basic_experts,
-                    semantic=shape.semantic_experts,
-                    adaptive=shape.adaptive_experts,
-                    channels=channels,
-                    bottleneck=shape.bottleneck,
-                    classes=classes,
-                )
+                self.experts = make_experts(shape, channels=channels, classes=classes)
                 self.router = Router(channels, shape.experts, shape.bottleneck, shape.router_noise)
                 self.vote_head = Pointwise(channels, classes)
                 # Moved by the server from the sites' usage, never by a gradient.
@@ -281,11 +274,6 @@ class ICMoE(nn.Module):
         frozen_BCN = features.embedding_BCHW.flatten(2)
         pull_B = prototype_pull(z_BDN, class_BN, F.normalize(self.prototypes_KD, dim=1))
         return semantic_contrast(z_BDN, frozen_BCN, class_BN, wrong_BN, self.round_prototypes_KD, generator) + pull_B
-
-
-def names_of(shape: ModelShape) -> tuple[str, ...]:
-    """Return the names of the experts that `shape` asks for, in the model's order."""
-    return expert_names(basic=shape.basic_experts, semantic=shape.semantic_experts, adaptive=shape.adaptive_experts)
 
 
 def total_loss(terms: dict[str, Tensor], weights: LossWeights) -> Tensor:

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from icmoe import __version__
 from icmoe.atomic import write_atomically
 from icmoe.backbone import file_digest
-from icmoe.model import names_of
+from icmoe.experts import names_of
 from icmoe.modelfile import ModelHeader
 from icmoe.study import BackboneName
 

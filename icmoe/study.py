@@ -100,7 +100,7 @@ class ModelShape(Section):
     @property
     def experts(self) -> int:
         """Number of experts M; 0 is the plain frozen backbone with its mask head."""
-        return self.basic_experts + self.semantic_experts + self.adaptive_experts
+        return sum(getattr(self, name) for name in type(self).model_fields if name.endswith("_experts"))
 
 
 class LossWeights(Section):

@@ -8,9 +8,11 @@ from torch.nn import functional as F
 
 from icmoe import losses
 from icmoe.contrast import prototype_pull, semantic_contrast
-from icmoe.experts import AdaptiveExpert, BasicExpert, SemanticExpert, expert_names, make_experts
+from icmoe.exchange import is_personal, is_usage_weighted
+from icmoe.experts import KINDS, AdaptiveExpert, BasicExpert, SemanticExpert, make_experts, names_of
 from icmoe.model import build_model
 from icmoe.router import Router
+from icmoe.study import ModelShape
 
 C, b, H, W = 6, 4, 7, 9
 
@@ -84,10 +86,24 @@ def test_no_image_of_a_batch_sees_another(kind, x_BCHW: torch.Tensor) -> None:
 
 
 def test_experts_come_in_a_fixed_order_with_names() -> None:
-    experts, names = make_experts(basic=2, semantic=1, adaptive=1, channels=C, bottleneck=b, classes=2)
-    assert names == ("basic-1", "basic-2", "semantic-1", "adaptive-1") == expert_names(basic=2, semantic=1, adaptive=1)
+    shape = ModelShape(basic_experts=2, semantic_experts=1, adaptive_experts=1, bottleneck=b)
+    experts = make_experts(shape, channels=C, classes=2)
+    assert names_of(shape) == ("basic-1", "basic-2", "semantic-1", "adaptive-1")
     assert [type(expert.body) for expert in experts] == [BasicExpert, BasicExpert, SemanticExpert, AdaptiveExpert]
     assert all(not expert.up.weight.any() and not expert.up.bias.any() for expert in experts)
+
+
+def test_the_study_counts_each_kind_once() -> None:
+    counts = [name for name in ModelShape.model_fields if name.endswith("_experts")]
+    assert counts == [f"{kind.name}_experts" for kind in KINDS]
+    assert ModelShape(basic_experts=3, semantic_experts=0, adaptive_experts=1).experts == 4
+
+
+def test_a_kind_says_itself_how_the_server_and_personal_mode_treat_it() -> None:
+    shape = ModelShape(basic_experts=1, semantic_experts=2, adaptive_experts=1)
+    tensors = [f"experts.{index}.up.weight" for index in range(5)]
+    assert [is_usage_weighted(name, shape) for name in tensors] == [False, True, True, True, False]  # there is no fifth
+    assert [is_personal(name, shape) for name in [*tensors, "router.logits.weight"]] == [False, False, False, True, False, True]
 
 
 def test_the_router_is_noisy_in_training_only(x_BCHW: torch.Tensor) -> None:
