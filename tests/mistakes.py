@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import matplotlib.font_manager  # noqa: F401  (keeps a list of fonts for all programs, made at its first import)
 import typer
-from consortium import TEXT, make, study_text
+from consortium import TEXT, make
 from PIL import Image
 from predictions import write_random_model
 from typer.testing import CliRunner
@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from fl_client.cli import app as hospital
 from fl_client.kit import join
 from fl_server.cli import app as coordinator
+from fl_server.new_study import study_toml
 from icmoe.cli import app as researcher
 from icmoe.study import Study
 from simulations.phantoms import PhantomSite, write_phantoms
@@ -67,7 +68,7 @@ def lay_out(folder: Path, study: Study) -> None:
     (folder / "empty").touch()
     for name in ("photo.jpg", "photos/photo.jpg"):
         Image.new("L", (32, 32), 90).save(folder / name)
-    (folder / "study.toml").write_text(study_text(study))
+    (folder / "study.toml").write_text(study_toml(study))
     (folder / "results.json").write_text(json.dumps({"schema_version": 1}))
     write_random_model(folder / "model.safetensors", study)
     _lay_out_consortium(folder)

@@ -186,7 +186,7 @@ def test_a_history_of_another_version_is_a_fault_and_no_traceback(home: Home, ma
     folder = play(home, study, rounds=2)
     for change in ({"sites": 3}, {"faults": None}, {"val_dice": "high"}, {"seconds": None}, {"bytes_up": -0.5}):
         state = RunState.load(folder.state, study)
-        state.history[-1] |= change
+        state.history[-1].update(change)
         state.commit(folder.state)
         found = Feed(home).current()
         assert (numbers(found), found.study) == ([523], "tiny"), change

@@ -47,4 +47,4 @@ def test_reading_again_and_again_keeps_nothing(tmp_path: Path) -> None:
     gc.collect()
     here = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(inclusive=True, filename_pattern=tensor_file.__file__)])
     tracemalloc.stop()
-    assert sum(trace.size for trace in here.traces) / 500 < 40  # opened for PyTorch it is 170
+    assert sum(trace.size for trace in here.traces) / 500 < 85  # names that Python interns; opened for PyTorch it is 170
