@@ -116,7 +116,7 @@ def test_a_study_between_namespaces_is_one_outbound_port_without_plaintext_of_th
         with coordinating(*SITES, address=f"{cables[0].here}:{port}") as coordinator:
             run_captured(coordinator.home, dict(zip(SITES, cables, strict=True)), tmp_path, study_file)
             folder = next(coordinator.home.runs.glob("*/study.toml")).parent  # receipts lie beside it
-            history = RunState.load(folder / "study.state.safetensors", study).history
+            history = list(RunState.load(folder / "study.state.safetensors", study).history)  # the folder goes with the block
             site_files = [tmp_path / site / f"{site}.toml" for site in SITES]
             assert_as_simulated(folder / "study.model.safetensors", study, site_files, tmp_path)
     for site, cable in zip(SITES, cables, strict=True):
