@@ -60,7 +60,7 @@ class RoundLog(Sequence[RoundRecord]):
             self._path, self._settled, self._size_bytes, self._sha = path, 0, 0, hashlib.sha256()
         done, last = self._fresh[:-1], self._fresh[-1:]
         lines = b"".join(json.dumps(record).encode() + b"\n" for record in done)
-        if not path.exists() or path.stat().st_size != self._size_bytes + len(lines) or lines:
+        if lines or not path.exists() or path.stat().st_size != self._size_bytes:
             _write_at(path, self._size_bytes, lines)
         self._sha.update(lines)
         self._settled, self._size_bytes, self._fresh = self._settled + len(done), self._size_bytes + len(lines), last

@@ -189,9 +189,9 @@ def follow(
     while time.monotonic() < ends:
         if (stamp := folder.stamp()) != seen:
             state, seen = folder.progress(), stamp
-        for record in state.history[told:] if state is not None else []:
-            tell(record)
-            told += 1
+            for record in state.history[told:] if state is not None else []:
+                tell(record)
+                told += 1
         if (line := folder.waiting()) != said:
             say(line)
             said = line

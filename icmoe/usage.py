@@ -23,7 +23,7 @@ class Commands(TyperGroup):
     def __init__(self, *arguments: Any, **settings: Any) -> None:  # noqa: ANN401  (Click's own signature)
         super().__init__(*arguments, **settings)
         for command in self.commands.values():
-            _restore_help(command)
+            restore_help(command)
 
     def main(self, *arguments: Any, **settings: Any) -> NoReturn:  # noqa: ANN401  (Click's own signature)
         """Run the command that the arguments name and end the process."""
@@ -53,7 +53,7 @@ def _end_with(run: Callable[[], object]) -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _restore_help(command: click.Command) -> None:
+def restore_help(command: click.Command) -> None:
     """Give arguments their help again: from 8.5 on, Click empties what this Typer has set before it calls Click."""
     hints = get_type_hints(inspect.unwrap(command.callback), include_extras=True) if command.callback else {}
     for parameter in command.params:

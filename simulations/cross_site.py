@@ -12,6 +12,11 @@ Record = dict[str, Any]
 MEAN = "mean of sites"
 
 
+def dice_by_site(test: Record) -> dict[str, float | None]:
+    """Return the Dice at each site of a test record: a row of the matrix."""
+    return {name: row["dice"] for name, row in test["sites"].items()}
+
+
 def cross_site(methods: Mapping[str, Mapping[str, Record]], sites: Sequence[str]) -> list[Record]:
     """Return a row per model: Dice on each site's test patients and their mean, each with its spread over the seeds.
 
@@ -33,7 +38,7 @@ def cross_site(methods: Mapping[str, Mapping[str, Record]], sites: Sequence[str]
         runs = list(by_seed.values())
         owners = list(runs[0].get("by_site", {})) if runs else []
         if runs and "models" not in runs[0]:  # one model for all, which a mean over models is not
-            rows.append(_row(method, None, [_at_sites(run["test"]) for run in runs], sites))
+            rows.append(_row(method, None, [dice_by_site(run["test"]) for run in runs], sites))
         rows += [_row(method, owner, [run["by_site"][owner] for run in runs], sites) for owner in owners]
     return rows
 
@@ -50,10 +55,6 @@ def matrix_rows(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
     """Return the columns and rows of the matrix as texts."""
     names, columns, scores = matrix(results)
     return columns, [(name, *map(_text, row)) for name, row in zip(names, scores, strict=True)]
-
-
-def _at_sites(test: Record) -> dict[str, float | None]:
-    return {name: row["dice"] for name, row in test["sites"].items()}
 
 
 def _row(method: str, owner: str | None, seeds: Sequence[Mapping[str, float | None]], sites: Sequence[str]) -> Record:

@@ -234,9 +234,6 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-__all__ = ["POOLED", "Engine", "Job", "SitesOnDisk", "quiet_libraries", "run_jobs", "write_sites"]
-
-
 def require_cluster(address: str) -> None:
     """Stop where nobody listens at the address of the Ray cluster; Ray itself would try for minutes.
 
@@ -253,3 +250,6 @@ def require_cluster(address: str) -> None:
     except (OSError, ValueError) as error:
         value = error.strerror or str(error) if isinstance(error, OSError) else "not HOST:PORT"
         raise IcmoeError(Fault(number=505, where=address, value=value, did="Nothing was started.")) from None
+
+
+__all__ = ["POOLED", "Engine", "Job", "SitesOnDisk", "quiet_libraries", "require_cluster", "run_jobs", "write_sites"]

@@ -14,9 +14,10 @@ from icmoe.modelfile import ModelHeader, read_model, write_model
 from icmoe.personalise import GLOBAL, OWN, TUNED, OwnData, Personal, personalise, tune
 from icmoe.study import Study
 from simulations.alone import of_site
+from simulations.cross_site import dice_by_site
 from simulations.folder import RunFolder
 from simulations.methods import AFTERWARDS
-from simulations.scoring import Examiner, dice_by_site, tensors
+from simulations.scoring import Examiner, tensors
 
 Record = dict[str, Any]
 NAME = "personalised"

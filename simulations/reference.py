@@ -6,12 +6,11 @@ of a terminal or on the machine.
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import click
 import typer
@@ -27,6 +26,7 @@ from icmoe.cli import app as icmoe
 from icmoe.config import json_schema
 from icmoe.errors import CATALOGUE
 from icmoe.study import Study
+from icmoe.usage import restore_help
 from simulations.ablation import app as ablation
 from simulations.evidence import privacy
 from simulations.evidence.__main__ import app as evidence
@@ -103,18 +103,9 @@ def _command(typed: str, command: click.Command, level: str) -> Iterator[str]:
     if command.help:
         yield " ".join(command.help.split()) + "\n"
     if parameters := [parameter for parameter in command.params if parameter.name != "help"]:
-        meanings = _meanings(command)
-        rows = ((*_parameter(parameter), meanings.get(str(parameter.name), "")) for parameter in parameters)
+        restore_help(command)
+        rows = ((*_parameter(parameter), getattr(parameter, "help", None) or "") for parameter in parameters)
         yield from _table(("option", "value", "default", "meaning"), rows)
-
-
-def _meanings(command: click.Command) -> dict[str, str]:
-    """Return the help of each parameter as the function declares it: Click 8.5 loses what Typer 0.20 says of arguments."""
-    declared = get_type_hints(inspect.unwrap(command.callback), include_extras=True) if command.callback else {}
-    said = {
-        name: [getattr(extra, "help", None) for extra in getattr(kind, "__metadata__", ())] for name, kind in declared.items()
-    }
-    return {name: next(filter(None, texts), "") for name, texts in said.items()}
 
 
 def _parameter(found: click.Parameter) -> tuple[str, str, str]:

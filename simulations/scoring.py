@@ -23,6 +23,7 @@ from icmoe.metrics import PatientScore, evaluation_record
 from icmoe.model import ICMoE, build_model
 from icmoe.study import Study
 from simulations.alone import POOLED, of_site
+from simulations.cross_site import dice_by_site
 from simulations.hospitals import Hospitals
 
 Record = dict[str, Any]
@@ -88,11 +89,6 @@ def patient_label(site: str, hospital: str, patient: str) -> str:
 def tensors(arrays: Tensors) -> State:
     """Return NumPy arrays as tensors."""
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-def dice_by_site(record: Record) -> dict[str, float | None]:
-    """Return the Dice at each site of a test record: a row of the matrix of models and sites."""
-    return {name: row["dice"] for name, row in record["sites"].items()}
 
 
 def federated_test(examiner: Examiner, study: Study, run: RunState, state_folder: Path) -> Record:
