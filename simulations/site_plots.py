@@ -92,6 +92,7 @@ def _panels(usage: Mapping[str, Mapping[int, Sequence[float]]], experts: Sequenc
         figure = axes.get_figure(root=True)
         assert figure is not None
         axes.remove()
+        top = 108 * max((max(row) for rows in usage.values() for row in rows.values()), default=1.0)
         grid = figure.subplots(math.ceil(len(experts) / PANELS), PANELS, sharex=True, sharey=True, squeeze=False).flat
         for index, panel in enumerate(grid):
             if index >= len(experts):
@@ -102,7 +103,7 @@ def _panels(usage: Mapping[str, Mapping[int, Sequence[float]]], experts: Sequenc
                 marker = MARKERS[number % len(MARKERS)]
                 panel.plot(list(rows), shares, color=SERIES[number], marker=marker, markersize=3, linewidth=1, label=site)
             panel.set_title(experts[index], fontsize=8.5)
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, top)  # of all panels: the first one's own would cut the others
             panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
             panel.grid(axis="y")
         figure.supxlabel("round", fontsize=9)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 from test_report import _Page, _results
 
 from simulations.cross_site import cross_site, matrix_rows
 from simulations.report import render
 from simulations.screen import cross_table
-from simulations.site_plots import check_plots, cross_plots, usage_plots
+from simulations.site_plots import _panels, check_plots, cross_plots, usage_plots
 
 SUMMARY = {"images": 20, "patients": 10, "labels": [{"patients": 10, "images": 10}], "modalities": ["MR"]}
 RELEASED = {**SUMMARY, "in_plane_mm": [0.5, 1.0], "between_mm": None, "side_px": [128, 160]}
@@ -80,6 +81,24 @@ def test_usage_by_round_has_a_panel_per_expert():
     assert "basic-1: A 75% to 75%, B 25% to 25%; semantic-1: A 25% to 25%, B 75% to 75%." in plot.alternative
     assert all(f">{expert}</text>" in plot.svg for expert in ("basic-1", "semantic-1"))
     assert [name for _, name, _ in plot.legend] == ["A", "B"]
+
+
+def test_usage_by_round_goes_from_the_first_round_to_the_last():
+    results = _results()
+    method = results["methods"]["router-aware"]
+    for run in method.values():
+        run["rounds"][0]["sites"]["A"] = {**run["rounds"][0]["sites"]["A"], "usage": [0.5, 0.5]}
+    assert "basic-1: A 50% to 75%, B 25% to 25%" in usage_plots(results)[0].alternative
+
+
+def test_no_panel_cuts_off_what_another_expert_is_used_more():
+    figure = Figure()
+    _panels({"A": {1: [0.1, 0.9], 2: [0.2, 0.8]}}, ["basic-1", "semantic-1"])(figure.subplots())
+    assert len(figure.axes) == 2
+    for panel in figure.axes:
+        low, high = panel.get_ylim()
+        assert low == 0
+        assert high > max(max(line.get_ydata()) for line in panel.get_lines())
 
 
 def test_the_plots_of_the_data_show_what_was_released_and_no_more():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from icmoe.errors import IcmoeError
+from icmoe.errors import Fault, IcmoeError
 from icmoe.profiles import merged
 from icmoe.study import derived_seed
 from simulations.folder import RunFolder
@@ -108,6 +108,23 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path) -> None:
         folder.check_identity({"data": "x", "studies": "y"})
         with pytest.raises(IcmoeError, match=r"ICM502.*data"):
             folder.check_identity({"data": "other", "studies": "y"})
+
+
+def draw_and_refuse(folder: RunFolder) -> None:
+    with folder.claimed(resume=False):
+        folder.phantoms.mkdir(exist_ok=True)
+        raise IcmoeError(Fault(number=202))
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_refused_start_takes_its_own_phantoms_along_and_no_others(before: bool, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "out")
+    if before:
+        folder.phantoms.mkdir(parents=True)
+    with pytest.raises(IcmoeError, match="ICM202"):
+        draw_and_refuse(folder)
+    assert folder.phantoms.exists() == before
+    assert not folder.work.exists()
 
 
 def test_results_appear_last(tmp_path: Path) -> None:

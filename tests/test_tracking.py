@@ -55,6 +55,7 @@ def test_mlflows_runs_hold_each_round_and_a_resumed_rehearsal_adds_to_them(make_
     for name, value in scalars_of(job, record(1)).items():
         assert next((one.step, one.value) for one in client.get_metric_history(run.info.run_id, name)) == (1, value)
     assert "usage/Alder/basic-1" in run.data.metrics
+    assert (run.data.metrics["bytes/up"], run.data.metrics["bytes/down"]) == (7, 9)
     assert "val Dice/Alder" not in run.data.metrics  # withheld
 
 
