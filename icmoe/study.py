@@ -9,10 +9,11 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
+from icmoe.backbones import BACKBONES, DEFAULT
 from icmoe.config import Section, parse, read_toml
 from icmoe.profiles import PROFILES, spelled_out
 from icmoe.study_privacy import Privacy
@@ -21,7 +22,10 @@ Count = Annotated[int, Field(ge=0, le=64)]
 Weight = Annotated[float, Field(ge=0.0, le=100.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
-BackboneName = Literal["lite-medsam", "sam-vit-b", "sam-vit-l", "sam-vit-h", "sam-vit-test"]
+if TYPE_CHECKING:
+    BackboneName = str
+else:
+    BackboneName = Literal[tuple(BACKBONES)]
 View = Literal["identity", "flip", "dark", "bright"]
 ServerOptimizer = Literal["none", "adam", "yogi"]
 RobustRule = Literal["none", "trimmed-mean", "median", "multi-krum", "bulyan"]
@@ -67,7 +71,7 @@ class Label(Section):
 class BackboneChoice(Section):
     """The frozen image encoder, known by the SHA-256 of its weights."""
 
-    name: BackboneName = "lite-medsam"
+    name: BackboneName = DEFAULT
     """Architecture."""
     digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """SHA-256 of the weights file."""

@@ -9,11 +9,14 @@ Shapes: B images, C channels, H x W grid of the stage, L = H W tokens, w side of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from icmoe.backbones import Architecture
 
 WIDTHS = (64, 128, 160, 320)
 DEPTHS = (2, 2, 6, 2)
@@ -221,3 +224,16 @@ class TinyViT(nn.Module):
             x = stage(x)
             outputs.append(x)
         return Encoded(self.neck(x), (outputs[0], outputs[1]))
+
+
+def architecture(name: str) -> Architecture:
+    """Return LiteMedSAM's encoder as `icmoe.backbone` builds it; there is one of any `name`."""
+    del name
+    widths = (4 * WIDTHS[1], WIDTHS[2])
+    return Architecture(stride=4, channels=OUT_CHANNELS, block_widths=widths, build=lambda _: TinyViT(), own=_own)
+
+
+def _own(weights: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
+    del encoder  # its weights do not depend on the input size
+    prefix = "image_encoder."
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from icmoe.atomic import write_atomically
+from icmoe.backbones import BACKBONES
 from simulations.cross_site import matrix_rows
 from simulations.expert_use import use_tables
 from simulations.findings import (
@@ -52,10 +53,6 @@ METHOD_MEANINGS = {
     "local": "each site alone, no exchange",
     "pooled": "all images in one place, which hospitals may not do; the upper reference",
 }
-LITE_MEDSAM_NOTE = (
-    "The lite-medsam weights come from an unofficial repackaging of the LiteMedSAM branch of bowang-lab/MedSAM; "
-    "their digest is checked and printed below."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +123,7 @@ def render(results: Results, overlays: Sequence[Overlay]) -> str:
         seconds=[(name, _text(number(value), 1)) for name, value in results.get("seconds", {}).items()],
         models=[(method_name(m), run["model"]) for m in methods(results) for run in runs(results, m) if run.get("model")],
         frozen=_frozen(results),
-        note=LITE_MEDSAM_NOTE if results.get("backbone", {}).get("name") == "lite-medsam" else "",
+        note=BACKBONES[results["backbone"]["name"]].note if "backbone" in results else "",
     )
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from icmoe.backbones import BACKBONES, choices
 from icmoe.errors import Fault, IcmoeError, exit_on_fault, print_faults
 from icmoe.platform import require_supported_platform
 from icmoe.usage import OneCommand
@@ -39,8 +40,8 @@ def rehearse_command(
     alpha: Annotated[
         float | None, Option(help="Deal patients to the virtual sites by Dirichlet(alpha); small is uneven.")
     ] = None,
-    backbone: Annotated[str | None, Option(help="lite-medsam, sam-vit-b, sam-vit-l, sam-vit-h or sam-vit-test.")] = None,
-    checkpoint: Annotated[Path | None, Option(help="Weights file of a sam-vit backbone.")] = None,
+    backbone: Annotated[str | None, Option(help=f"{choices(seeded=True)}.")] = None,
+    checkpoint: Annotated[Path | None, Option(help="Weights file of a backbone that brings none.")] = None,
     image_size: Annotated[int | None, Option(help="Side of the encoder's input, pixels, a multiple of 32.")] = None,
     t: Annotated[float | None, Option(help="Exponent of the usage weights; 0 is FedAvg.")] = None,
     seed: Annotated[int | None, Option(help="One seed.")] = None,
@@ -62,7 +63,7 @@ def rehearse_command(
             "training": _given({"local_epochs": local_epochs}),
             "backbone": _given({"name": backbone, "image_size": image_size}),
             "aggregation": _given({"usage_exponent": t}),
-            "test_only": True if backbone == "sam-vit-test" else None,
+            "test_only": True if backbone in BACKBONES and BACKBONES[backbone].seeded else None,
         }
     )
     with exit_on_fault():

@@ -9,14 +9,14 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from icmoe.backbone import backbone_digest
+from icmoe.backbones import BACKBONES, DEFAULT
 from icmoe.config import Section, parse, read_toml
 from icmoe.errors import Fault, IcmoeError
 from icmoe.profiles import merged, spelled_out
-from icmoe.study import BackboneName, Study
+from icmoe.study import Study
 from simulations.methods import AFTERWARDS, DEFAULT_METHODS, METHODS
 
 DEFAULT_LABELS = [{"name": "background", "values": [0]}, {"name": "lesion", "values": [1, 255]}]
-DEFAULT_BACKBONE: BackboneName = "lite-medsam"
 PHANTOM_STUDY: dict[str, Any] = {"rounds": 6, "training": {"local_epochs": 3}}
 """The embedded default: small enough for two cores and four minutes."""
 
@@ -131,7 +131,7 @@ def with_backbone(values: dict[str, Any], checkpoint: str | None) -> dict[str, A
     backbone = values.get("backbone", {})
     if not isinstance(backbone, dict) or "digest" in backbone:
         return values
-    name = backbone.get("name", DEFAULT_BACKBONE)
-    if name not in BackboneName.__args__:  # type: ignore[attr-defined]
+    name = backbone.get("name", DEFAULT)
+    if name not in BACKBONES:
         return merged(values, {"backbone": {"digest": "0" * 64}})
     return merged(values, {"backbone": {"digest": backbone_digest(name, Path(checkpoint) if checkpoint else None)}})

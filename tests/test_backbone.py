@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 import torch
 
 from icmoe import backbone as backbones
-from icmoe.backbone import LITE_MEDSAM_DIGEST, backbone_digest, folded, grid_of, load_backbone, projection, widths
+from icmoe.backbone import backbone_digest, folded, grid_of, load_backbone, projection, widths
+from icmoe.backbones import BACKBONES, DEFAULT
 from icmoe.errors import IcmoeError
 from icmoe.sam import SHAPES, FoldedAttention, SamEncoder, VitShape, fitted, relative_positions
 from icmoe.study import BackboneChoice
 from icmoe.tinyvit import TinyViT
 
+ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 GOLDEN_EMBEDDING = [-0.002269, 0.120906, 0.017177]
 GOLDEN_BLOCK_STD = 3.35111
@@ -42,7 +45,7 @@ def test_lite_medsam_loads_strictly_and_gives_the_published_features() -> None:
     backbone = load_backbone("lite-medsam", image_size=128, device=CPU)
     images = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     features = backbone.encode(images)
-    assert backbone.digest == LITE_MEDSAM_DIGEST
+    assert backbone.digest == BACKBONES[DEFAULT].wheel.digest
     assert features.embedding_BCHW.shape == (1, 256, 32, 32)
     assert [block.shape for block in features.blocks] == [(1, 128, 32, 32)] * 2
     # Golden: measured once when this module equalled the published implementation to 3e-6 at 256 px.
@@ -80,9 +83,9 @@ def test_positions_are_resampled_to_another_input_size() -> None:
     weights = small_encoder(64).vit.state_dict()
     smaller = small_encoder(32, seed=5)
     taken = fitted(
-        {f"image_encoder.{name}": value for name, value in weights.items()} | {"mask_decoder.x": torch.zeros(1)}, smaller.vit
+        {f"image_encoder.{name}": value for name, value in weights.items()} | {"mask_decoder.x": torch.zeros(1)}, smaller
     )
-    smaller.vit.load_state_dict(taken, strict=True)
+    smaller.load_state_dict(taken, strict=True)
     assert smaller.vit.pos_embed.shape == (1, 4, 4, 24)
     assert smaller.vit.pos_embed.mean().item() == pytest.approx(weights["pos_embed"].mean().item(), abs=0.3)
     table = torch.arange(7.0)[:, None]
@@ -202,3 +205,47 @@ def test_widths_and_grid_are_known_without_weights() -> None:
     assert grid_of(BackboneChoice(name="sam-vit-test", digest="0" * 64, image_size=64)) == backbone.grid
     assert grid_of(BackboneChoice(name="sam-vit-b", digest="0" * 64, image_size=1024)) == 64
     assert grid_of(BackboneChoice(digest="0" * 64, image_size=128)) == 32
+
+
+NEWCOMER = """
+from torch import nn
+from icmoe.backbones import Architecture
+
+class Pooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 12, 8, 8)
+    def forward(self, images):
+        embedding = self.patch(images)
+        return embedding, (embedding,)
+
+def architecture(name):
+    return Architecture(stride=8, channels=12, block_widths=(12,), build=lambda _: Pooled(), own=lambda table, _: table)
+"""
+REGISTERED = """
+import sys, torch
+from pathlib import Path
+from icmoe.backbones import BACKBONES, Known, choices
+BACKBONES["pooled"] = Known(module="pooled_encoder", licence="MIT")
+from icmoe.backbone import backbone_digest, load_backbone
+from icmoe.config import parse
+from icmoe.model import build_model
+from icmoe.study import Study
+import pooled_encoder
+path = Path(sys.argv[1])
+torch.save(pooled_encoder.Pooled().state_dict(), path)
+labels = [{"name": "background", "values": [0]}, {"name": "lesion", "values": [1]}]
+chosen = {"name": "pooled", "digest": backbone_digest("pooled", path), "image_size": 64}
+study = parse(Study, {"name": "new", "seed": 1, "labels": labels, "backbone": chosen}, where="here")
+backbone = load_backbone("pooled", image_size=64, checkpoint=path, expected_digest=chosen["digest"], device=torch.device("cpu"))
+output = build_model(study, seed=1)(backbone.encode(torch.rand(2, 3, 64, 64)))
+print(choices(seeded=False), tuple(output.logits_BKhw.shape))
+"""
+
+
+def test_a_new_backbone_is_one_module_and_one_line(tmp_path: Path) -> None:
+    (tmp_path / "pooled_encoder.py").write_text(NEWCOMER)
+    command = [sys.executable, "-c", REGISTERED, str(tmp_path / "weights.pth")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert done.stdout.strip() == "lite-medsam, sam-vit-b, sam-vit-l, sam-vit-h or pooled (2, 2, 16, 16)", done.stderr

