@@ -46,6 +46,7 @@ from flwr.supernode import start_client_internal
 
 from icmoe.bundle import differences
 from icmoe.errors import CATALOGUE, Fault
+from icmoe.processes import sweep_often
 
 log = logging.getLogger("fl_client")
 
@@ -155,6 +156,7 @@ def run_supernode(files: Mapping[str, bytes], fab_id: str, fab_version: str, hom
     start_client_internal.http_request_response = guarded(connect, mine, fab_id, fab_version)  # type: ignore[attr-defined]
     start_client_internal._verify_fab = _verdict
     sys.argv = ["flower-supernode", *arguments, "--trusted-entities", str(_write_entities(home))]
+    sweep_often()
     flower_supernode()
 
 

@@ -39,6 +39,7 @@ from icmoe.errors import Fault, IcmoeError, print_faults
 from icmoe.exchange import global_state
 from icmoe.model import build_model
 from icmoe.modelfile import ModelHeader, write_model
+from icmoe.processes import sweep_often
 from icmoe.study import Study, derived_seed, read_study
 
 log = logging.getLogger("fl_server")
@@ -105,6 +106,7 @@ def main(grid: Grid, context: Context) -> None:
     faults.unlink(missing_ok=True)
     try:
         with only_run_of(path):
+            sweep_often()
             run_study(grid, path, run=str(context.run_id))
     except IcmoeError as error:
         write_atomically(faults, json.dumps([fault.record() for fault in error.faults]).encode())

@@ -71,7 +71,7 @@ class Architecture:
     stride
         Pixels per token.
     channels
-        Of the embedding.
+        Of the embedding, a multiple of 8.
     block_widths
         Channels of each block output, after folding to the embedding's grid.
     build

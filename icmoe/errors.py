@@ -48,7 +48,7 @@ CATALOGUE: dict[int, Entry] = {
     113: Entry("image has no contrast", "A constant image teaches nothing; check the export."),
     114: Entry("pixel spacing is not usable", "Give positive millimetres in all three spacing columns, or leave them out."),
     115: Entry("phantoms cannot be written", "Name a new or empty folder in a place you may write to."),
-    116: Entry("file is neither DICOM, NIfTI nor PNG", "Nothing, or remove it from the export."),
+    116: Entry("file is of no form that is read", "Nothing, or remove it from the export."),
     117: Entry("file is damaged or outside the limits", "Export it again."),
     118: Entry("pixels cannot be decoded", "Export the image again, uncompressed if need be."),
     119: Entry("object holds no picture", "Nothing: such objects are passed over."),

@@ -214,13 +214,13 @@ from icmoe.backbones import Architecture
 class Pooled(nn.Module):
     def __init__(self):
         super().__init__()
-        self.patch = nn.Conv2d(3, 12, 8, 8)
+        self.patch = nn.Conv2d(3, 16, 8, 8)
     def forward(self, images):
         embedding = self.patch(images)
         return embedding, (embedding,)
 
 def architecture(name):
-    return Architecture(stride=8, channels=12, block_widths=(12,), build=lambda _: Pooled(), own=lambda table, _: table)
+    return Architecture(stride=8, channels=16, block_widths=(16,), build=lambda _: Pooled(), own=lambda table, _: table)
 """
 REGISTERED = """
 import sys, torch

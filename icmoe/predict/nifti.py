@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from icmoe.data.ingest.geometry import matrix_of, normal
+from icmoe.data.ingest.nifti import RAS_TO_LPS
 from icmoe.data.ingest.records import Plane
-from icmoe.data.ingest.volumes import RAS_TO_LPS, through_axis
+from icmoe.data.ingest.volumes import through_axis
 from icmoe.errors import Fault, IcmoeError
 from icmoe.predict.stacks import Series, Stack
 

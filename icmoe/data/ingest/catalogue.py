@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from icmoe.data.ingest.forms import MASKS
 from icmoe.data.ingest.index import LeftOut
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, Patch, is_image
@@ -24,7 +25,7 @@ from icmoe.data.ingest.walking import case, stem
 if TYPE_CHECKING:
     from icmoe.data.ingest.geometry import Grid
 
-FORMS = ("seg", "contours", "volume", "picture")
+FORMS = (*MASKS, "volume", "picture")
 """Kinds of masks, the one that says most about its image first."""
 KEPT = 1024
 """Records that are held in memory."""
@@ -68,7 +69,7 @@ class Use:
     form
         One of `FORMS`.
     patches
-        Of a SEG object or an RTSTRUCT.
+        Of a form of `MASKS`.
     grids
         Per patch, or one for a volume: where its pixels lie; None for pixel by pixel.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +10,13 @@ import numpy.typing as npt
 from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 
-from icmoe.data.ingest.geometry import plane_matrix
+from icmoe.data.ingest.geometry import Grid, plane_matrix
 from icmoe.data.ingest.headers import identity, integer, named_patient, referenced_frames, sequence, text
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
+from icmoe.data.ingest.refusals import OFF_IMAGE
 
 OFF_PLANE_MM = 0.5
 """How far a contour may lie from the image that it refers to."""
@@ -23,13 +24,15 @@ CLOSED = frozenset({"CLOSED_PLANAR", "CLOSEDPLANAR_XOR"})
 """Types of contours that enclose something; within a region those that enclose each other leave holes."""
 
 
-def contours_record(data: Dataset, names: LabelNames, hashes: Pseudonyms) -> FileRecord:
+def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -> FileRecord:
     """Return the record of an RTSTRUCT.
 
     Parameters
     ----------
-    data
-        Its header.
+    path
+        Not used: the header says it all.
+    header
+        Of the file.
     names
         What regions may be called.
     hashes
@@ -40,6 +43,8 @@ def contours_record(data: Dataset, names: LabelNames, hashes: Pseudonyms) -> Fil
     Refusal
         120 where no region names a class of the study; 117 where the contours cannot be parsed.
     """
+    del path
+    data = header
     with refusing(117, "contours cannot be parsed"):
         labels = {number: names.index(called) for number, called in _regions(data).items()}
         if not any(label is not None for label in labels.values()):
@@ -57,7 +62,7 @@ def contours_record(data: Dataset, names: LabelNames, hashes: Pseudonyms) -> Fil
         )
 
 
-def read_contours(path: Path) -> list[npt.NDArray[np.float64]]:
+def opened(path: Path) -> list[npt.NDArray[np.float64]]:
     """Return the points of every contour of a file in its order, N x 3 each, mm.
 
     Raises
@@ -68,6 +73,46 @@ def read_contours(path: Path) -> list[npt.NDArray[np.float64]]:
     data = open_dicom(path, pixels=False, tags=[Tag("ROIContourSequence")])
     with refusing(117, "contours cannot be parsed"):
         return [_points(item) for _, item in _contours(data)]
+
+
+def draw(
+    points: Sequence[npt.NDArray[np.float64]],
+    patches: Sequence[Patch],
+    grids: Sequence[Grid | None],
+    plane: Plane | None,
+    shape: tuple[int, int],
+) -> npt.NDArray[np.uint8]:
+    """Return the class of every pixel of an image; contours of one region that enclose each other leave holes.
+
+    Parameters
+    ----------
+    points
+        From `opened`.
+    patches
+        That belong to the image.
+    grids
+        Not used: contours have none.
+    plane
+        Of the image; pairing asks for one.
+    shape
+        Height and width, pixels.
+
+    Raises
+    ------
+    Refusal
+        121 where a contour does not lie in the image's plane or mostly outside the image.
+    """
+    del grids
+    assert plane is not None
+    classes = np.zeros(shape, dtype=np.uint8)
+    regions: dict[tuple[int, int], npt.NDArray[np.bool_]] = {}
+    for patch in patches:
+        filled = fill(points[patch.number], plane, shape)
+        key = (patch.label, patch.group)
+        regions[key] = regions[key] ^ filled if key in regions else filled
+    for (label, _), filled in regions.items():
+        classes[filled] = np.maximum(classes[filled], label)
+    return classes
 
 
 def fill(points_N3: npt.NDArray[np.float64], plane: Plane, shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
@@ -101,7 +146,7 @@ def fill(points_N3: npt.NDArray[np.float64], plane: Plane, shape: tuple[int, int
     rows, columns = rows.ravel()[inside], columns.ravel()[inside]
     on_image = (rows >= 0) & (rows < shape[0]) & (columns >= 0) & (columns < shape[1])
     if rows.size and on_image.mean() < 0.5:
-        raise Refusal(121, "most of the mask lies off the image")
+        raise Refusal(121, OFF_IMAGE)
     filled = np.zeros(shape, dtype=bool)
     filled[rows[on_image], columns[on_image]] = True
     return filled

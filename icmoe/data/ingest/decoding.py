@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ import numpy.typing as npt
 from icmoe.data.images import read_classes, read_grey
 from icmoe.data.ingest.burned_in import holds_text
 from icmoe.data.ingest.catalogue import Use
-from icmoe.data.ingest.contours import fill, read_contours
+from icmoe.data.ingest.forms import MASKS, module_of
 from icmoe.data.ingest.geometry import share_within, upright
 from icmoe.data.ingest.jobs import SeriesJob, Wanted
-from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pixels import Shown, read_pictures
-from icmoe.data.ingest.records import FrameResult, Kind, Plane
-from icmoe.data.ingest.segmentations import read_patch
+from icmoe.data.ingest.records import FrameResult, Kind
+from icmoe.data.ingest.refusals import OFF_IMAGE, Refusal, refusing
 from icmoe.data.ingest.volumes import SCALING_ERROR, read_volume, through_axis
 from icmoe.data.picture import Picture, picture_digest, picture_of, ranks_digest
 from icmoe.data.store import Stored, entry_path, read_stored, smallest, write_stored
@@ -28,7 +26,6 @@ from icmoe.errors import IcmoeError
 from icmoe.window import ValueCounts, Window
 
 Classes = npt.NDArray[np.uint8]
-OFF_IMAGE = "most of the mask lies off the image"
 MAX_KEPT = 2**22
 """Values of a series' frames that are held in memory at a time."""
 TWO_READINGS = "two masks mark the same object differently; exclude one of them"
@@ -197,41 +194,16 @@ class _Masks:
         classes = np.zeros(shape, dtype=np.uint8)
         for place, use in enumerate(frame.uses):
             match use.form:
-                case "seg":
-                    own = self._segments(use, shape)
-                case "contours":
-                    own = self._contours(use, shape, frame.plane)
                 case "volume":
                     own = self._volume(use, shape)
-                case _:
+                case "picture":
                     own = self._picture(use.path)
+                case form:
+                    reader = module_of(MASKS[form])
+                    own = reader.draw(self._once(use.path, reader.opened), use.patches, use.grids, frame.plane, shape)
             if place and _are_two_readings(classes, own, whole=use.form in {"volume", "picture"}):
                 raise Refusal(122, TWO_READINGS)
             np.maximum(classes, own, out=classes)
-        return classes
-
-    def _segments(self, use: Use, shape: tuple[int, int]) -> Classes:
-        classes = np.zeros(shape, dtype=np.uint8)
-        seg = self._once(use.path, partial(open_dicom, pixels=True))
-        for patch, grid in zip(use.patches, use.grids, strict=True):
-            marked = read_patch(seg, patch)
-            if grid is not None and share_within(marked[..., None], [grid], shape) < 0.5:
-                raise Refusal(121, OFF_IMAGE)
-            placed = marked if grid is None else grid.take(marked[..., None], shape)
-            classes[placed] = np.maximum(classes[placed], patch.label)
-        return classes
-
-    def _contours(self, use: Use, shape: tuple[int, int], plane: Plane | None) -> Classes:
-        classes = np.zeros(shape, dtype=np.uint8)
-        points = self._once(use.path, read_contours)
-        regions: dict[tuple[int, int], npt.NDArray[np.bool_]] = {}
-        for patch in use.patches:
-            assert plane is not None
-            filled = fill(points[patch.number], plane, shape)
-            key = (patch.label, patch.group)
-            regions[key] = regions[key] ^ filled if key in regions else filled
-        for (label, _), filled in regions.items():
-            classes[filled] = np.maximum(classes[filled], label)
         return classes
 
     def _volume(self, use: Use, shape: tuple[int, int]) -> Classes:

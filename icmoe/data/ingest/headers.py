@@ -24,8 +24,6 @@ from icmoe.data.ingest.records import MODALITIES, SAFE_MODALITIES, FileRecord, F
 
 MAX_FRAMES = 100_000
 MAX_PIXELS = 2**26
-SEGMENTATIONS = frozenset({"1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"})
-STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 WRITTEN_INTO = {
     "1.2.840.10008.5.1.4.1.1.7": "a secondary capture",
     "1.2.840.10008.5.1.4.1.1.3": "an ultrasound picture",

@@ -9,7 +9,7 @@ import logging
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pydicom
 from pydicom.dataelem import RawDataElement
@@ -22,6 +22,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
+from icmoe.data.ingest.forms import volume_of
 from icmoe.data.ingest.refusals import Refusal, refusing
 
 MAX_BYTES = 2**32
@@ -34,15 +35,13 @@ HEAD_BYTES = 352
 
 IDENTITY = (Tag("SOPClassUID"), Tag("SOPInstanceUID"))
 
-Content = Literal["dicom", "nifti", "png", "other"]
-
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 logging.getLogger("nibabel").setLevel(logging.CRITICAL + 1)
 
 
-def content_of(path: Path) -> Content:
-    """Return what a file is by its first bytes; its name has no say.
+def content_of(path: Path) -> str:
+    """Return what a file is by its first bytes: "dicom", "png", a key of `VOLUMES` or "other"; its name has no say.
 
     Raises
     ------
@@ -61,12 +60,11 @@ def content_of(path: Path) -> Content:
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
     if head.startswith(b"\x1f\x8b"):
-        with refusing(116, "a compressed file that is no NIfTI volume"):
+        with refusing(116, "a compressed file that is no volume"):
             head = zlib.decompressobj(wbits=31).decompress(head, HEAD_BYTES) or head
-    if _is_nifti(head):
-        return "nifti"
     # DICOM without preamble starts with an element of group 2 or 8, in either byte order.
-    return "dicom" if head[:2] in {b"\x02\x00", b"\x08\x00", b"\x00\x08"} else "other"
+    plain = "dicom" if head[:2] in {b"\x02\x00", b"\x08\x00", b"\x00\x08"} else "other"
+    return volume_of(head) or plain
 
 
 def open_dicom(path: Path, *, pixels: bool, tags: Sequence[BaseTag] | None = None) -> FileDataset:
@@ -153,10 +151,4 @@ def _complete_syntax(data: FileDataset) -> None:
     data.file_meta.TransferSyntaxUID = plain if little in {True, None} else ExplicitVRBigEndian
 
 
-def _is_nifti(head: bytes) -> bool:
-    return head[:4] in {b"\x5c\x01\0\0", b"\0\0\x01\x5c", b"\x1c\x02\0\0", b"\0\0\x02\x1c"} and (
-        head[344:348] in {b"n+1\0", b"ni1\0"} or head[4:8] in {b"n+2\0", b"ni2\0"}
-    )
-
-
-__all__ = ["Content", "Dataset", "Refusal", "content_of", "open_dicom", "refusing"]
+__all__ = ["Dataset", "Refusal", "content_of", "open_dicom", "refusing"]

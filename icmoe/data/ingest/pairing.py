@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icmoe.data.ingest.catalogue import Catalogue, Key, Use
+from icmoe.data.ingest.forms import MASKS
 from icmoe.data.ingest.geometry import OFF_GRID_PX, Grid, grid_between, height_mm, matrix_of, parallel, plane_matrix
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.refusals import Refusal
@@ -260,7 +261,7 @@ def _use(path: str, record: FileRecord, parts: Iterable[tuple[Patch, Grid | None
 def _patch_grid(record: FileRecord, patch: Patch, image: FileRecord, frame: int) -> Grid | None:
     """Return where a SEG frame's pixels lie on the image, None for pixel by pixel."""
     plane, shape = image.frames[frame].plane, (image.rows, image.columns)
-    if record.kind == "contours":
+    if MASKS[record.kind].on_planes:
         if plane is None or not plane[9]:
             raise Refusal(121, "the image of a contour has no known geometry")
         return None
@@ -279,7 +280,7 @@ def _patch_grid(record: FileRecord, patch: Patch, image: FileRecord, frame: int)
 
 def _same_plane(record: FileRecord, patch: Plane, image: Plane) -> bool:
     near = abs(height_mm((*patch[:3], *image[3:11])) - height_mm(image)) <= OFF_PLANE_MM
-    return near and (record.kind == "contours" or parallel(patch, image))  # of a contour only a point is known
+    return near and (MASKS[record.kind].on_planes or parallel(patch, image))  # of a contour only a point is known
 
 
 def _overlaps(grid: Grid, mask: tuple[int, ...], image: tuple[int, int]) -> bool:

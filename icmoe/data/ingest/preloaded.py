@@ -10,8 +10,14 @@ import gc
 gc.disable()  # there is no garbage yet, and looking for it takes a sixth of the time
 
 from icmoe.data.ingest import decoding, reading  # noqa: E402
+from icmoe.data.ingest.forms import MASKS, VOLUMES, module_of  # noqa: E402
 
 __all__ = ["decoding", "reading"]
+
+for volume in VOLUMES.values():
+    module_of(volume)
+for mask in MASKS.values():
+    module_of(mask)
 
 gc.freeze()
 gc.enable()

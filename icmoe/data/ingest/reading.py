@@ -10,14 +10,13 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from icmoe.data.images import read_grey
-from icmoe.data.ingest.contours import contours_record
-from icmoe.data.ingest.headers import SEGMENTATIONS, STRUCTURE_SET, image_record, read_header, text
+from icmoe.data.ingest.forms import MASKS, VOLUMES, mask_of, module_of
+from icmoe.data.ingest.headers import image_record, read_header, text
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.opening import Refusal, content_of, refusing
 from icmoe.data.ingest.pixels import plain_pixels_of
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, FramePlace, refused
-from icmoe.data.ingest.segmentations import segmentation_record
 from icmoe.data.ingest.volumes import looks_like_classes, volume_record
 from icmoe.data.ingest.walking import own_folders, stem
 from icmoe.errors import IcmoeError
@@ -39,7 +38,7 @@ class Reader:
     names
         What segments may be called.
     patient_pattern
-        Names the patient in paths of PNG and NIfTI files.
+        Names the patient in paths of pictures and volumes.
     """
 
     root: Path
@@ -64,7 +63,7 @@ class Reader:
         match content_of(path):
             case "dicom":
                 return self._dicom(path)
-            case "nifti":
+            case content if content in VOLUMES:
                 record = volume_record(path)
                 return record.model_copy(update={**self._owner(relative), "series": self.hashes.of("file", relative)})
             case "png":
@@ -73,15 +72,13 @@ class Reader:
                 series = f"{PurePosixPath(relative).parent}\0{owner['patient']}"
                 return record.model_copy(update={**owner, "series": self.hashes.of("folder", series)})
             case _:
-                raise Refusal(116, "file is neither DICOM, NIfTI nor PNG")
+                raise Refusal(116, f"file is neither DICOM, {', '.join(form.title for form in VOLUMES.values())} nor PNG")
 
     def _dicom(self, path: Path) -> FileRecord:
         header = read_header(path)
-        kind = text(header, "SOPClassUID")
-        if kind in SEGMENTATIONS:
-            return segmentation_record(path, self.names, self.hashes)
-        if kind == STRUCTURE_SET:
-            return contours_record(header, self.names, self.hashes)
+        if form := mask_of(text(header, "SOPClassUID")):
+            marks: FileRecord = module_of(MASKS[form]).record(path, header, self.names, self.hashes)
+            return marks
         record = image_record(header, self.hashes)
         return record.model_copy(update=plain_pixels_of(path, header))
 
@@ -93,7 +90,7 @@ class Reader:
         """
         found = re.search(self.patient_pattern or BIDS, relative)
         path = PurePosixPath(relative)
-        volume = path.name.lower().endswith((".nii", ".nii.gz"))
+        volume = path.name.lower().endswith(tuple(ending for form in VOLUMES.values() for ending in form.endings))
         named = "/".join(own_folders(relative)) or (stem(relative) if volume else ".")
         return {"patient": self.hashes.patient(found.group(1) if found and found.group(1) else named)}
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints
 
 Plane = tuple[float, float, float, float, float, float, float, float, float, float, float]
 """Position of the first pixel's centre (3), direction along a row (3), along a column (3), distance of rows and of
@@ -22,7 +22,8 @@ MODALITIES = SAFE_MODALITIES | frozenset(
 
 Shared = Annotated[str, AfterValidator(sys.intern)]
 """A text that many records have, in memory once."""
-Kind = Literal["image", "seg", "contours", "volume", "picture", "none"]
+Kind = Annotated[str, StringConstraints(pattern=r"^[a-z-]{1,16}$")]
+"""image, volume, picture, none, or a key of `MASKS`."""
 
 
 class Record(BaseModel):

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+OFF_IMAGE = "most of the mask lies off the image"
+
 
 class Refusal(Exception):
     """A file, or a frame of it, is not used.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +11,13 @@ import numpy.typing as npt
 from pydicom.dataset import Dataset
 from pydicom.pixels import pixel_array
 
+from icmoe.data.ingest.geometry import Grid, share_within
 from icmoe.data.ingest.headers import group_plane, identity, integer, named_patient, referenced_frames, sequence, text
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pseudonyms import Pseudonyms
-from icmoe.data.ingest.records import FileRecord, Patch
+from icmoe.data.ingest.records import FileRecord, Patch, Plane
+from icmoe.data.ingest.refusals import OFF_IMAGE
 
 if TYPE_CHECKING:
     from highdicom.seg import SegmentDescription
@@ -23,13 +25,15 @@ if TYPE_CHECKING:
 BROKEN = "segmentation object does not follow the standard"
 
 
-def segmentation_record(path: Path, names: LabelNames, hashes: Pseudonyms) -> FileRecord:
+def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -> FileRecord:
     """Return the record of a SEG object.
 
     Parameters
     ----------
     path
         The file.
+    header
+        Not used: it lacks what a segment is.
     names
         What segments may be called.
     hashes
@@ -42,6 +46,7 @@ def segmentation_record(path: Path, names: LabelNames, hashes: Pseudonyms) -> Fi
     """
     from highdicom.seg import SegmentDescription  # a third of a second with the first description, which it checks by tables
 
+    del header
     seg = open_dicom(path, pixels=False)
     with refusing(117, BROKEN):
         described = [SegmentDescription.from_dataset(item, copy=False) for item in seg.SegmentSequence]
@@ -58,6 +63,45 @@ def segmentation_record(path: Path, names: LabelNames, hashes: Pseudonyms) -> Fi
             listed=tuple(sorted(set(listed_instances(seg, hashes)))),
             **(identity(seg, hashes) | named_patient(seg, hashes)),
         )
+
+
+def opened(path: Path) -> Dataset:
+    """Return the object with its pixels."""
+    return open_dicom(path, pixels=True)
+
+
+def draw(
+    seg: Dataset, patches: Sequence[Patch], grids: Sequence[Grid | None], plane: Plane | None, shape: tuple[int, int]
+) -> npt.NDArray[np.uint8]:
+    """Return the class of every pixel of an image.
+
+    Parameters
+    ----------
+    seg
+        From `opened`.
+    patches
+        That belong to the image.
+    grids
+        Where the pixels of each lie; None for pixel by pixel.
+    plane
+        Not used: the grids know.
+    shape
+        Height and width, pixels.
+
+    Raises
+    ------
+    Refusal
+        118 where a frame cannot be decoded, 121 where most of it lies off the image.
+    """
+    del plane
+    classes = np.zeros(shape, dtype=np.uint8)
+    for patch, grid in zip(patches, grids, strict=True):
+        marked = read_patch(seg, patch)
+        if grid is not None and share_within(marked[..., None], [grid], shape) < 0.5:
+            raise Refusal(121, OFF_IMAGE)
+        placed = marked if grid is None else grid.take(marked[..., None], shape)
+        classes[placed] = np.maximum(classes[placed], patch.label)
+    return classes
 
 
 def read_patch(seg: Dataset, patch: Patch) -> npt.NDArray[np.bool_]:

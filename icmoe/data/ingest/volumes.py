@@ -1,46 +1,37 @@
-"""NIfTI volumes, read by nibabel: their axes in DICOM's convention, cut into slices along the thick or axial direction."""
+"""Volumes of any form, cut into slices along the thick or axial direction."""
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from icmoe.data.ingest.opening import Refusal, refusing
+from icmoe.data.ingest.forms import VOLUMES, module_of
+from icmoe.data.ingest.opening import content_of
 from icmoe.data.ingest.records import FileRecord, FramePlace, Plane
+from icmoe.data.ingest.refusals import Refusal
 
-MAX_VOXELS = 2**28
 MASK_VALUES = 32
 """Most distinct whole values that a mask has; an image has more."""
 SCALING_ERROR = 1e-3
 """How far from a whole number a class may lie that a file stores with a scale, such as 255 times 1/255 in float32."""
-RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def read_volume(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
-    """Return the voxels, three axes, and the 4 x 4 matrix from voxel index to DICOM's axes, mm.
+    """Return the voxels of a file of any of `VOLUMES`, three axes, and the matrix from voxel index to DICOM's axes, mm.
 
     Raises
     ------
     Refusal
-        117 where it cannot be read, 119 where it is no volume of at most `MAX_VOXELS` voxels.
+        117 where it cannot be read, 119 where it holds no single volume.
     """
-    # nibabel chooses a reader by the name's ending; the content has been looked at, and the name has no say.
-    with refusing(117, "NIfTI volume is damaged"), path.open("rb") as raw:
-        compressed = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        image = _image(gzip.GzipFile(fileobj=raw) if compressed else raw)
-        shape = image.shape
-        if len(shape) < 3 or any(extent != 1 for extent in shape[3:]) or min(shape) < 1 or int(np.prod(shape)) > MAX_VOXELS:
-            raise Refusal(119, f"a NIfTI file of {len(shape)} axes; one volume of at most {MAX_VOXELS} voxels is needed")
-        voxels = np.asanyarray(image.dataobj).reshape(shape[:3])
-        matrix = RAS_TO_LPS @ np.asarray(image.affine, dtype=np.float64)
-        if voxels.dtype.kind not in "iuf" or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-9:
-            raise Refusal(117, "NIfTI volume has no usable axes or no real numbers")
-    return voxels, matrix
+    form = VOLUMES.get(content_of(path))
+    if form is None:
+        raise Refusal(117, "file is no volume any more")
+    found: tuple[npt.NDArray[Any], npt.NDArray[np.float64]] = module_of(form).read(path)
+    return found
 
 
 def volume_record(path: Path) -> FileRecord:
@@ -95,12 +86,3 @@ def looks_like_classes(values: npt.NDArray[Any]) -> bool:
         return False
     found = np.unique(values)
     return len(found) <= MASK_VALUES and bool((np.abs(np.rint(found) - found) < SCALING_ERROR).all())
-
-
-def _image(stream: Any) -> Any:  # noqa: ANN401  # nibabel carries no types
-    import nibabel  # most exports hold no volume
-
-    start = stream.read(4)
-    stream.seek(0)
-    kind = nibabel.Nifti2Image if start in {b"\x1c\x02\0\0", b"\0\0\x02\x1c"} else nibabel.Nifti1Image
-    return kind.from_stream(stream)

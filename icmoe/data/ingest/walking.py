@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from icmoe.data.ingest.forms import VOLUMES
 from icmoe.errors import Fault, IcmoeError
 
 GENERIC = re.compile(
@@ -19,6 +20,10 @@ GENERIC = re.compile(
     re.I,
 )
 """Folder names that say what lies in them or when it was taken, not whose it is: visits of one patient stay together."""
+
+ENDING = re.compile(
+    "|".join(re.escape(end) for form in VOLUMES.values() for end in form.endings).join(("(", r"|\.png|\.dcm|\.dicom|\.ima)$"))
+)
 
 
 def walk(root: Path, exclude: Sequence[str]) -> Iterator[tuple[str, int, int]]:
@@ -73,7 +78,7 @@ def _require_open(root: Path, shut: Sequence[OSError]) -> None:
 def stem(relative: str) -> str:
     """Return a file's name without ending and without a word for "mask", in lower case, to compare names by."""
     name = PurePosixPath(relative).name.lower()
-    name = re.sub(r"(\.nii\.gz|\.nii|\.png|\.dcm|\.dicom|\.ima)$", "", name)
+    name = ENDING.sub("", name)
     return re.sub(r"[_-](mask|seg|segmentation|label|labels|gt|roi)$", "", name)
 
 

@@ -1,0 +1,54 @@
+"""NIfTI volumes, read by nibabel, their axes in DICOM's convention."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icmoe.data.ingest.refusals import Refusal, refusing
+
+MAX_VOXELS = 2**28
+RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def is_one(head: bytes) -> bool:
+    """Return whether a file begins as NIfTI-1 or NIfTI-2 does, in either byte order."""
+    return head[:4] in {b"\x5c\x01\0\0", b"\0\0\x01\x5c", b"\x1c\x02\0\0", b"\0\0\x02\x1c"} and (
+        head[344:348] in {b"n+1\0", b"ni1\0"} or head[4:8] in {b"n+2\0", b"ni2\0"}
+    )
+
+
+def read(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
+    """Return the voxels, three axes, and the 4 x 4 matrix from voxel index to DICOM's axes, mm.
+
+    Raises
+    ------
+    Refusal
+        117 where it cannot be read, 119 where it is no volume of at most `MAX_VOXELS` voxels.
+    """
+    # nibabel chooses a reader by the name's ending; the content has been looked at, and the name has no say.
+    with refusing(117, "NIfTI volume is damaged"), path.open("rb") as raw:
+        compressed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        image = _image(gzip.GzipFile(fileobj=raw) if compressed else raw)
+        shape = image.shape
+        if len(shape) < 3 or any(extent != 1 for extent in shape[3:]) or min(shape) < 1 or int(np.prod(shape)) > MAX_VOXELS:
+            raise Refusal(119, f"a NIfTI file of {len(shape)} axes; one volume of at most {MAX_VOXELS} voxels is needed")
+        voxels = np.asanyarray(image.dataobj).reshape(shape[:3])
+        matrix = RAS_TO_LPS @ np.asarray(image.affine, dtype=np.float64)
+        if voxels.dtype.kind not in "iuf" or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-9:
+            raise Refusal(117, "NIfTI volume has no usable axes or no real numbers")
+    return voxels, matrix
+
+
+def _image(stream: Any) -> Any:  # noqa: ANN401  # nibabel carries no types
+    import nibabel  # most exports hold no volume
+
+    start = stream.read(4)
+    stream.seek(0)
+    kind = nibabel.Nifti2Image if start in {b"\x1c\x02\0\0", b"\0\0\x02\x1c"} else nibabel.Nifti1Image
+    return kind.from_stream(stream)
