@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, TextIO
 
 import torch
@@ -30,7 +31,6 @@ from fl_server.round_strategy import RoundStrategy, unheard
 from fl_server.rounds import clock, run_rounds
 from fl_server.router_aware import RouterAware
 from fl_server.run_state import KEPT, RunState, latest_state
-from fl_server.server_optimizer import ServerOptimized
 from fl_server.study_card import write_study_card
 from fl_server.sums import FromSums
 from fl_server.waiting import begun, write_wait
@@ -40,6 +40,7 @@ from icmoe.exchange import global_state
 from icmoe.model import build_model
 from icmoe.modelfile import ModelHeader, write_model
 from icmoe.processes import sweep_often
+from icmoe.strategies import SERVER_OPTIMIZERS
 from icmoe.study import Study, derived_seed, read_study
 
 log = logging.getLogger("fl_server")
@@ -69,7 +70,8 @@ def make_strategy(
     private, robust = study.privacy.server is not None, study.aggregation.robust != "none"
     form = FromSums if study.aggregation.form == "sums" and not private else RouterAware
     mean = form(study, roster.sites, roster.sizes, IDENTITY if private or robust else None)
-    strategy: RoundStrategy = mean if study.aggregation.optimizer == "none" else ServerOptimized(mean)
+    stepped = SERVER_OPTIMIZERS[study.aggregation.optimizer]
+    strategy: RoundStrategy = resolve_name(stepped)(mean) if stepped else mean
     if private:
         strategy = Private(strategy, study, roster.sites)
     elif robust:

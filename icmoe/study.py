@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, field_val
 from icmoe.backbones import BACKBONES, DEFAULT
 from icmoe.config import Section, parse, read_toml
 from icmoe.profiles import PROFILES, spelled_out
+from icmoe.strategies import SERVER_OPTIMIZERS
 from icmoe.study_privacy import Privacy
 
 Count = Annotated[int, Field(ge=0, le=64)]
@@ -24,10 +25,11 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 if TYPE_CHECKING:
     BackboneName = str
+    ServerOptimizer = str
 else:
     BackboneName = Literal[tuple(BACKBONES)]
+    ServerOptimizer = Literal[tuple(SERVER_OPTIMIZERS)]
 View = Literal["identity", "flip", "dark", "bright"]
-ServerOptimizer = Literal["none", "adam", "yogi"]
 RobustRule = Literal["none", "trimmed-mean", "median", "multi-krum", "bulyan"]
 # Sites that each rule needs for f malicious ones, as factor of f and constant.
 _ROBUST: dict[str, tuple[int, int]] = {
@@ -181,9 +183,9 @@ class Aggregation(Section):
     balance_step: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05
     """Per-round step of the balance bias towards even use."""
     optimizer: ServerOptimizer = "none"
-    """Adaptive server optimiser (Reddi et al., arXiv 2003.00295)."""
+    """Step of the server after the mean: adam and yogi are adaptive (Reddi et al., arXiv 2003.00295)."""
     server_learning_rate: Annotated[float, Field(gt=0.0, le=10.0)] = 0.01
-    """eta of the adaptive server optimiser; unused for "none"."""
+    """eta of the server's step; unused for "none"."""
     robust: RobustRule = "none"
     """Rule that bears malicious sites, applied to each expert and to the rest by itself, in place of the mean."""
     malicious_sites: Annotated[int, Field(ge=1, le=1000)] = 1

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from fl_server.roster import Roster, meet
 from fl_server.rounds import run_rounds
 from fl_server.run_state import RunState, latest_state
 from fl_server.server_optimizer import ServerOptimized
+from fl_server.wrapping import Wrapping
 from icmoe.errors import IcmoeError
 from icmoe.exchange import ARRAYS, BALANCE_BIAS, CONFIG, NUMBERS, ROUND_KEY, UPDATE
 from icmoe.packing import unpack_records
+from icmoe.strategies import SERVER_OPTIMIZERS
 from icmoe.study import Study
 
 SITES = {11: "Alder", 12: "Birch", 13: "Cedar"}
@@ -380,3 +383,7 @@ def test_the_wait_ends_at_the_deadline(make_study) -> None:
     began = time.monotonic()
     assert ask(wire, [copy.copy(message)], deadline_s=0.2, poll_s=0.02) == []
     assert 0.15 < time.monotonic() - began < 3
+
+
+def test_every_step_that_a_study_may_ask_of_the_server_has_its_class():
+    assert all(issubclass(resolve_name(place), Wrapping) for place in SERVER_OPTIMIZERS.values() if place)

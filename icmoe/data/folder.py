@@ -95,8 +95,8 @@ def read_split(root: Path, name: str, labels: Sequence[Label], *, progress: Prog
         raise IcmoeError(Fault(number=109, where=repr(name), what="name of a split is needed, not a path", did=_NOT_STARTED))
     where = next((option for option in (f"splits/{name}.csv", f"{name}.csv") if _is(Path.is_file, root / option)), None)
     if where is None:
-        what = "split file is missing"
-        raise IcmoeError(Fault(number=109, where=f"splits/{name}.csv or {name}.csv", what=what, did=_NOT_STARTED))
+        what, looked_for = "split file is missing", f"{root}/splits/{name}.csv or {root}/{name}.csv"
+        raise IcmoeError(Fault(number=109, where=looked_for, what=what, did=_NOT_STARTED))
     rows = read_rows(root / where, name, where=where, same_split=False)
     if not rows:
         raise IcmoeError(Fault(number=110, where=where, what="no image is listed", did=_NOT_STARTED))

@@ -129,7 +129,7 @@ def _text(path: Path, where: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise IcmoeError(Fault(number=109, where=where, what="split file is missing", did=_NOT_STARTED)) from None
+        raise IcmoeError(Fault(number=109, where=str(path), what="split file is missing", did=_NOT_STARTED)) from None
     except OSError as error:
         raise IcmoeError(_fault(where, "split file cannot be opened", error.strerror or "")) from None
     except UnicodeDecodeError as error:
