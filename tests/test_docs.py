@@ -40,8 +40,8 @@ from simulations.scenario import read_scenario
 
 PAGES = pages()
 BLOCKS = [block for name in PAGES for block in blocks_of(name)]
-DEADLINE_S = 180
-"""Of one block; all of them take about a minute on an idle machine."""
+DEADLINE_S = 600
+"""Of one block; all of them take about two minutes on an idle machine."""
 TREES = programs()
 STARTS = {"fl_client": "fl_client.cli", "fl_server": "fl_server.cli", "icmoe": "icmoe.cli"}
 
