@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from icmoe.adamw import AdamW
 from icmoe.dataset import Batch, TrainingSet
 from icmoe.errors import Fault, IcmoeError
 from icmoe.losses import proximal
@@ -118,19 +119,16 @@ def train_round(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     start = pull_to or [parameter.detach().clone() for parameter in trained]
     anchor = anchor_of(model, study)
-    fused = device.type == "cuda"
-    optimizer = torch.optim.AdamW(trained, weight_decay=study.training.weight_decay, fused=fused)
+    optimizer = AdamW(trained, weight_decay=study.training.weight_decay, fused=device.type == "cuda")
     gradient = _Gradient(model, study, trained, start, anchor, torch.Generator(device).manual_seed(seed))
     parts, sums = Parts(data.batch_size), _Sums()
     model.train()
     model.start_round()
     began = time.perf_counter()
     for step, batch in enumerate(data.batches(steps=steps, seed=seed, device=device)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(study, round_number=round_number, step=step, steps=steps)
         measured = parts.run(partial(gradient.of, batch))
         torch.nn.utils.clip_grad_norm_(trained, study.training.clip_norm)
-        optimizer.step()
+        optimizer.step(learning_rate(study, round_number=round_number, step=step, steps=steps))
         for part in measured:
             sums.add(part)
         if on_step is not None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from icmoe import adamw
 from icmoe.backbone import load_backbone
 from icmoe.data.folder import read_folder
 from icmoe.data.slices import load_image
@@ -174,18 +175,19 @@ def recorded(prepared, make_study, monkeypatch: pytest.MonkeyPatch, **training: 
     chosen = make_study(training={**study.training.model_dump(), "views": list(study.training.views), **training})
     seen: dict[str, list] = {"norms": [], "rates": [], "decay": []}
 
-    class Spy(torch.optim.AdamW):
-        def step(self, closure=None):
-            gradients = [p.grad for group in self.param_groups for p in group["params"]]
-            seen["norms"].append(torch.stack([gradient.norm() for gradient in gradients]).norm().item())
-            seen["rates"].append(self.param_groups[0]["lr"])
-            seen["decay"].append(self.param_groups[0]["weight_decay"])
-            return super().step(closure)
+    taken = adamw.adamw
 
-    monkeypatch.setattr(torch.optim, "AdamW", Spy)
-    train_round(
-        build_model(chosen, seed=1), TrainingSet(site.of("train"), chosen, cache), chosen, round_number=2, seed=1, device=CPU
-    )
+    def spy(parameters, gradients, *moments, **settings):
+        seen["norms"].append(torch.stack([gradient.norm() for gradient in gradients]).norm().item())
+        seen["rates"].append(settings["lr"])
+        seen["decay"].append(settings["weight_decay"])
+        return taken(parameters, gradients, *moments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adamw, "adamw", spy)
+        train_round(
+            build_model(chosen, seed=1), TrainingSet(site.of("train"), chosen, cache), chosen, round_number=2, seed=1, device=CPU
+        )
     return chosen, seen
 
 
