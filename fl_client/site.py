@@ -40,7 +40,7 @@ class SiteFile(Section):
     state: PathText = "state"
     """Folder of the parts that never leave the site."""
     checkpoint: PathText | None = None
-    """Weights file of a sam-vit backbone."""
+    """Weights file of a backbone that brings none."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     threads: Annotated[int, Field(ge=1, le=256)] = 1

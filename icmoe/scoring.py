@@ -44,7 +44,7 @@ def score_folder(
     root, split
         Folder and name of the split.
     checkpoint
-        Weights of a sam-vit backbone.
+        Weights of a backbone that brings none.
     device_name
         cpu, cuda or cuda:N.
     cache_folder

@@ -249,7 +249,7 @@ class Study(Section):
     retries: Annotated[int, Field(ge=0, le=100)] = 2
     """Times that a round below its quorum is asked again, each within the deadline, before the run stops."""
     test_only: bool = False
-    """Stamped on every output; the only studies that may use `sam-vit-test`."""
+    """Stamped on every output; the only studies that may use a seeded backbone."""
     labels: Annotated[tuple[Label, ...], Field(min_length=2, max_length=32)]
     """Classes; the first is the background."""
     backbone: BackboneChoice
@@ -278,8 +278,8 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _test_backbone_only_in_tests(self) -> Study:
-        if self.backbone.name == "sam-vit-test" and not self.test_only:
-            raise ValueError("sam-vit-test only with test_only = true")
+        if BACKBONES[self.backbone.name].seeded and not self.test_only:
+            raise ValueError(f"{self.backbone.name} only with test_only = true")
         return self
 
     @model_validator(mode="after")

@@ -132,10 +132,10 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
     require_cluster(simulation.address)
     torch.set_num_threads(os.cpu_count() or 1)
     with clock.phase("read"):
-        backbone = _backbone(study, simulation, device)  # first: what is wrong with its file is said before phantoms are drawn
         hospitals = find_hospitals(simulation, study, folder.phantoms, lambda done, total: screen.progress("read", done, total))
     report_sites(hospitals, screen)
     with clock.phase("encode"):
+        backbone = _backbone(study, simulation, device)
         before = backbone.weights_digest()
         cache = _encoded(hospitals, study, backbone, screen)
     jobs = make_jobs(study, simulation, hospitals, folder)

@@ -123,7 +123,7 @@ def render(results: Results, overlays: Sequence[Overlay]) -> str:
         seconds=[(name, _text(number(value), 1)) for name, value in results.get("seconds", {}).items()],
         models=[(method_name(m), run["model"]) for m in methods(results) for run in runs(results, m) if run.get("model")],
         frozen=_frozen(results),
-        note=BACKBONES[results["backbone"]["name"]].note if "backbone" in results else "",
+        note=_backbone_note(results),
     )
 
 
@@ -232,6 +232,12 @@ def _exclusions(results: Results) -> list[tuple[str, str]]:
         for name in sites(results)
         for fault in results["sites"][name].get("exclusions", [])
     ]
+
+
+def _backbone_note(results: Mapping[str, Any]) -> str:
+    """Return what is to be said of the backbone; nothing of one that is not known here."""
+    known = BACKBONES.get(results.get("backbone", {}).get("name", ""))
+    return known.note if known else ""
 
 
 def _frozen(results: Results) -> bool | None:

@@ -41,7 +41,7 @@ class Simulation(Section):
     address: str = "local"
     """Ray cluster: local, auto or HOST:PORT."""
     checkpoint: str | None = None
-    """Weights file of a sam-vit backbone."""
+    """Weights file of a backbone that brings none."""
     exact_counts: bool = True
     """Whether sites announce their exact size; at real hospitals it is rounded up to ten."""
     phantom_seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 7

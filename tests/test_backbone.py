@@ -13,7 +13,7 @@ import torch
 
 from icmoe import backbone as backbones
 from icmoe.backbone import backbone_digest, folded, grid_of, load_backbone, projection, widths
-from icmoe.backbones import BACKBONES, DEFAULT
+from icmoe.backbones import BACKBONES, DEFAULT_WEIGHTS, architecture_of
 from icmoe.errors import IcmoeError
 from icmoe.sam import SHAPES, FoldedAttention, SamEncoder, VitShape, fitted, relative_positions
 from icmoe.study import BackboneChoice
@@ -45,7 +45,7 @@ def test_lite_medsam_loads_strictly_and_gives_the_published_features() -> None:
     backbone = load_backbone("lite-medsam", image_size=128, device=CPU)
     images = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     features = backbone.encode(images)
-    assert backbone.digest == BACKBONES[DEFAULT].wheel.digest
+    assert backbone.digest == DEFAULT_WEIGHTS.digest
     assert features.embedding_BCHW.shape == (1, 256, 32, 32)
     assert [block.shape for block in features.blocks] == [(1, 128, 32, 32)] * 2
     # Golden: measured once when this module equalled the published implementation to 3e-6 at 256 px.
@@ -195,6 +195,14 @@ def test_finer_blocks_are_folded_without_losing_a_pixel() -> None:
     assert sorted(folded(block, 2).flatten().tolist()) == sorted(block.flatten().tolist())
     assert folded(block, 2).shape == (1, 8, 2, 2)
     assert folded(block, 4) is block
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone_has_its_architecture(name: str) -> None:
+    found = architecture_of(name)
+    assert found.channels % 8 == 0
+    assert 32 % found.stride == 0
+    assert found.block_widths
 
 
 def test_widths_and_grid_are_known_without_weights() -> None:

@@ -18,6 +18,7 @@ from dicom_builders import (
     contour,
     derived,
     enhanced,
+    image,
     item,
     lying,
     numbers,
@@ -240,6 +241,15 @@ def test_a_keyhole_leaves_its_hole(tmp_path: Path):
     want[6:9, 7:10] = 0
     ((found,),) = (used(tmp_path)[1],)
     assert np.count_nonzero(found != want) <= 3, "pixels under the slit may fall to either side"
+
+
+def test_an_image_without_a_place_that_a_structure_set_lists_is_background(tmp_path: Path):
+    sources = [*volume(VOLUME[:2]), image(VOLUME[2])]
+    drawn = contour(square(sources[0], 2.4, 3.4, 12.6, 15.6), sources[0])
+    put(tmp_path, [*sources, structures([drawn], listed=sources)])
+    _, classes, data = used(tmp_path)
+    assert sorted(int(one.sum()) for one in classes) == [0, 0, 120]
+    assert 104 not in numbers(data)
 
 
 def test_a_contour_off_the_plane_of_its_image_is_refused(tmp_path: Path):

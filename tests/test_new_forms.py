@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 from dicom_builders import image, save
 
+from icmoe.data.ingest.forms import MASKS, VOLUMES
+from icmoe.data.ingest.records import FileRecord
+
 ROOT = Path(__file__).resolve().parents[1]
 BOXES = "1.2.826.0.1.3680043.8.498.7"
 # Python runs this at the start of every process, as the two lines in `forms.py` would be.
@@ -58,10 +61,10 @@ if __name__ == "__main__":
 """
 
 
-def ingested(root: Path, tmp_path: Path) -> list[object]:
-    code = tmp_path / "code"
+def ingested(root: Path, tmp_path: Path, *, registered: bool) -> list[object]:
+    code = tmp_path / f"code-{registered}"
     code.mkdir()
-    sources = {"sitecustomize": REGISTERED, "cubes": CUBES, "boxes": DRAWN, "ingest": INGEST}
+    sources = {"sitecustomize": REGISTERED if registered else "", "cubes": CUBES, "boxes": DRAWN, "ingest": INGEST}
     for name, text in sources.items():
         (code / f"{name}.py").write_text(text)
     path = os.pathsep.join(map(str, (code, ROOT, ROOT / "tests")))
@@ -82,8 +85,9 @@ def test_a_new_form_of_volumes_serves_images_and_masks(tmp_path: Path):
     for folder, values in (("images", voxels), ("labels", marks)):
         (root / folder).mkdir(parents=True)
         (root / folder / "p1.cube").write_bytes(b"CUBE" + np.asarray(values.shape, "<u2").tobytes() + values.tobytes())
-    found = ingested(root, tmp_path)
-    assert sorted(found) == [0, 0, 42, 42]
+    before = ingested(root, tmp_path, registered=False)
+    assert sum("ICM116" in str(said) for said in before) == len(before) - 1 == 2  # and ICM108: there is no image
+    assert sorted(ingested(root, tmp_path, registered=True)) == [0, 0, 42, 42]
 
 
 def test_a_new_dicom_object_of_marks_is_drawn_on_the_image_that_it_names(tmp_path: Path):
@@ -94,4 +98,10 @@ def test_a_new_dicom_object_of_marks_is_drawn_on_the_image_that_it_names(tmp_pat
     marks = image(np.zeros((20, 24), np.uint16), SOPClassUID=BOXES, **said)
     save(grey, root / "image.dcm")
     save(marks, root / "marks.dcm")
-    assert ingested(root, tmp_path) == [60]
+    assert ingested(root, tmp_path, registered=True) == [60]
+
+
+def test_keys_of_forms_fit_into_records_and_are_nobody_elses():
+    keys = [*VOLUMES, *MASKS]
+    assert all(FileRecord(kind=key).kind == key for key in keys)
+    assert len({*keys, "image", "volume", "picture", "none", "dicom", "png", "other"}) == len(keys) + 7

@@ -17,9 +17,9 @@ from fl_server.app import make_strategy, start_state
 from fl_server.exchanging import ask
 from fl_server.roster import Roster, meet
 from fl_server.rounds import run_rounds
+from fl_server.router_aware import RouterAware
 from fl_server.run_state import RunState, latest_state
 from fl_server.server_optimizer import ServerOptimized
-from fl_server.wrapping import Wrapping
 from icmoe.errors import IcmoeError
 from icmoe.exchange import ARRAYS, BALANCE_BIAS, CONFIG, NUMBERS, ROUND_KEY, UPDATE
 from icmoe.packing import unpack_records
@@ -385,5 +385,7 @@ def test_the_wait_ends_at_the_deadline(make_study) -> None:
     assert 0.15 < time.monotonic() - began < 3
 
 
-def test_every_step_that_a_study_may_ask_of_the_server_has_its_class():
-    assert all(issubclass(resolve_name(place), Wrapping) for place in SERVER_OPTIMIZERS.values() if place)
+@pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
+def test_every_step_that_a_study_may_ask_of_the_server_is_taken_inside_the_guard(name: str, make_study):
+    inner = make_strategy(make_study(aggregation={"optimizer": name}), ROSTER).inner
+    assert isinstance(inner, resolve_name(SERVER_OPTIMIZERS[name]) if SERVER_OPTIMIZERS[name] else RouterAware)

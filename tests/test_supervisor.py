@@ -295,6 +295,9 @@ def test_the_child_sees_no_telemetry_no_updates_no_installation_and_the_sites_ow
     assert env[ENVIRONMENT] == str(tmp_path / "a.toml")
     assert float(env["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"]) < 1.0
     assert env["NO_PROXY"] == env["no_proxy"] == "pacs,127.0.0.1,localhost"
+    assert env["MALLOC_ARENA_MAX"] == "2"
+    chosen = child_environment(tmp_path / "a.toml", tmp_path / "state", {"MALLOC_ARENA_MAX": "8"})
+    assert chosen["MALLOC_ARENA_MAX"] == "8"
     assert (Path(env["PATH"].split(os.pathsep)[0]) / "flower-superexec").exists()
 
 

@@ -63,7 +63,7 @@ def read_rows(path: Path, split: str, *, where: str, same_split: bool) -> list[R
     split
         Name that the rows get.
     where
-        The file's name in faults.
+        The file's name in faults; where it is missing, its whole path stands there.
     same_split
         Whether the split column must say `split` too.
 

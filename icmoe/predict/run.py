@@ -228,7 +228,7 @@ def predict_study(
     form
         Of `Form`.
     checkpoint
-        Weights of a sam-vit backbone.
+        Weights of a backbone that brings none.
     device_name
         cpu, cuda or cuda:N.
     maps

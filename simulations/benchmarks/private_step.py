@@ -21,8 +21,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from icmoe.backbone import backbone_digest, grid_of, widths
-from icmoe.backbones import DEFAULT
+from icmoe.backbone import grid_of, widths
+from icmoe.backbones import DEFAULT_WEIGHTS
 from icmoe.clipping import clipped_sum, noised
 from icmoe.config import parse
 from icmoe.dataset import Batch
@@ -59,7 +59,7 @@ def lite_study() -> Study:
         "seed": 1,
         "profile": "lite",
         "labels": [{"name": "background", "values": [0]}, {"name": "lesion", "values": [255]}],
-        "backbone": {"digest": backbone_digest(DEFAULT, None)},
+        "backbone": {"digest": DEFAULT_WEIGHTS.digest},
         "privacy": {"site": PRIVACY},
     }
     return parse(Study, spelled_out(values, where="benchmark"), where="benchmark")

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from icmoe.backbone import Backbone, backbone_digest, grid_of, load_backbone
-from icmoe.backbones import DEFAULT
+from icmoe.backbone import Backbone, grid_of, load_backbone
+from icmoe.backbones import DEFAULT, DEFAULT_WEIGHTS
 from icmoe.errors import exit_on_fault
 from icmoe.exchange import global_state, update_of
 from icmoe.features import FeatureCache, Features
@@ -106,7 +106,7 @@ def compare(
 
 def lite_medsam() -> tuple[Study, Callable[[Tensor], Features]]:
     """Return study and encoder of the default backbone at 128 px."""
-    study = study_of(BackboneChoice(digest=backbone_digest(DEFAULT, None)))
+    study = study_of(BackboneChoice(digest=DEFAULT_WEIGHTS.digest))
     return study, load_backbone(DEFAULT, image_size=128, device=torch.device("cpu")).encode
 
 

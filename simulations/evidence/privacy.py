@@ -33,8 +33,8 @@ from fl_server.router_aware import combine
 from fl_server.weights import plain_share
 from icmoe.accounting import study_epsilon, training_spending
 from icmoe.atomic import write_atomically
-from icmoe.backbone import backbone_digest, load_backbone
-from icmoe.backbones import DEFAULT
+from icmoe.backbone import load_backbone
+from icmoe.backbones import DEFAULT, DEFAULT_WEIGHTS
 from icmoe.cache_entries import default_cache_folder
 from icmoe.config import parse
 from icmoe.data.folder import read_folder
@@ -156,7 +156,7 @@ def study_of(cohort: Cohort, target: float | None, variant: str, seed: int) -> S
         "rounds": ROUNDS,
         "profile": "lite",
         "labels": LABELS,
-        "backbone": {"digest": backbone_digest(DEFAULT, None)},
+        "backbone": {"digest": DEFAULT_WEIGHTS.digest},
         "training": {"views": ["identity"], "local_epochs": math.ceil(4 * fewer)},
     }
     if target is not None:

@@ -69,6 +69,8 @@ def played(rounds: int) -> list[dict[Process, int]]:
                 sys.exit(f"no round within {DEADLINE_S:.0f} s; look at {found.root}")
             time.sleep(0.5)
         found.services.stop("run")
+    if len(samples) < rounds:
+        sys.exit(f"the run ended after {len(samples)} of {rounds} rounds")
     return samples
 
 

@@ -93,7 +93,7 @@ def draw(
     grids
         Not used: contours have none.
     plane
-        Of the image; pairing asks for one.
+        Of the image; None only where no patch belongs to it.
     shape
         Height and width, pixels.
 
@@ -103,10 +103,10 @@ def draw(
         121 where a contour does not lie in the image's plane or mostly outside the image.
     """
     del grids
-    assert plane is not None
     classes = np.zeros(shape, dtype=np.uint8)
     regions: dict[tuple[int, int], npt.NDArray[np.bool_]] = {}
     for patch in patches:
+        assert plane is not None
         filled = fill(points[patch.number], plane, shape)
         key = (patch.label, patch.group)
         regions[key] = regions[key] ^ filled if key in regions else filled

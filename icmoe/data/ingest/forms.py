@@ -1,5 +1,7 @@
 """The forms of volumes and masks that an export may hold, a line each; what reads one is imported when it is met.
 
+Keys are lower-case letters and hyphens, at most 16, and none of image, volume, picture, none, dicom, png, other.
+
 A module of `VOLUMES` has `is_one(head) -> bool`, of the first bytes of a file (of its content where it is gzipped), and
 `read(path) -> (voxels, matrix)`: three axes of real numbers and the 4 x 4 matrix from voxel index to DICOM's axes in mm,
 or `Refusal`. It serves images as well as masks of classes.

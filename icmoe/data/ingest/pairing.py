@@ -259,7 +259,7 @@ def _use(path: str, record: FileRecord, parts: Iterable[tuple[Patch, Grid | None
 
 
 def _patch_grid(record: FileRecord, patch: Patch, image: FileRecord, frame: int) -> Grid | None:
-    """Return where a SEG frame's pixels lie on the image, None for pixel by pixel."""
+    """Return where the pixels of a part lie on the image, None for pixel by pixel or where it has none."""
     plane, shape = image.frames[frame].plane, (image.rows, image.columns)
     if MASKS[record.kind].on_planes:
         if plane is None or not plane[9]:

@@ -42,7 +42,7 @@ class FramePlace(Record):
 
 
 class Patch(Record):
-    """One frame of a SEG object or one contour of an RTSTRUCT: which class it marks, and on which image."""
+    """One part of a mask, such as a frame of a SEG object or a contour: which class it marks, and on which image."""
 
     number: int
     """Frame number from 0, or the contour's place in its file."""
@@ -103,7 +103,7 @@ class FileRecord(Record):
     affine: tuple[float, ...] = ()
     """Of a volume: rows 1 to 3 of the matrix from voxel index to DICOM's axes, mm."""
     patches: tuple[Patch, ...] = ()
-    """Of a SEG object or an RTSTRUCT."""
+    """Of a form of `MASKS`."""
     listed: tuple[str, ...] = ()
     """Keyed hashes of the instances that a mask says it was drawn on: without a patch they are background."""
 

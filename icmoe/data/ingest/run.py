@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icmoe.data.ingest import index
+from icmoe.data.ingest.forms import MASKS, VOLUMES
 from icmoe.data.ingest.parallel import preload
 from icmoe.data.ingest.records import RECIPE_VERSION
 from icmoe.data.ingest.settings import IngestSettings
@@ -199,7 +200,9 @@ def gone_digests(store: Path) -> Iterator[list[str]]:
 def _recipe(export: Export) -> str:
     """Return what the records of files depend on besides the files."""
     settings = export.settings
-    return json.dumps([RECIPE_VERSION, {k: list(v) for k, v in sorted(settings.labels.items())}, settings.patient_pattern])
+    forms = [sorted(VOLUMES), {name: sorted(form.sop_classes) for name, form in sorted(MASKS.items())}]
+    labels = {name: list(called) for name, called in sorted(settings.labels.items())}
+    return json.dumps([RECIPE_VERSION, labels, settings.patient_pattern, forms])
 
 
 def _start_over(connection: sqlite3.Connection, export: Export) -> None:

@@ -25,7 +25,8 @@ def read_volume(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
     Raises
     ------
     Refusal
-        117 where it cannot be read, 119 where it holds no single volume.
+        116 where it is a link or damaged before its form is known, 117 where it cannot be read, 119 where it holds no
+        single volume.
     """
     form = VOLUMES.get(content_of(path))
     if form is None:
