@@ -15,7 +15,7 @@ from rich.table import Table
 from fl_client.audit import read_log
 from fl_client.site import read_named
 from icmoe.chain import Entry
-from icmoe.exchange import DICE_KEY, LOSS_KEY, SECONDS_KEY, STEPS_KEY
+from icmoe.exchange import DICE_KEY, LOSS_KEY, PATIENTS_KEY, SECONDS_KEY, STEPS_KEY
 
 Row = dict[str, Any]
 _NUMBERS = {"val_dice": DICE_KEY, "loss": LOSS_KEY, "steps": STEPS_KEY, "seconds": SECONDS_KEY}
@@ -33,7 +33,8 @@ def rounds_of(lines: Sequence[Entry]) -> list[Row]:
     -------
     list
         time, study, digest, run, round, outcome ("asked", "sent", "declined", "held back"), number of the refusal, and
-        val_dice, loss, steps and seconds where they were sent; what was not is None. `val_dice` is of the model that came in.
+        val_dice, loss, steps and seconds where they were sent; what was not is None. `val_dice` is of the model that came in,
+        and None too where the site has no validation patient.
     """
     rows: list[Row] = []
     for line in lines:
@@ -45,6 +46,8 @@ def rounds_of(lines: Sequence[Entry]) -> list[Row]:
             numbers = line.get("numbers") or {}
             rows[-1] |= {"outcome": line["event"], "number": line.get("number"), "ended": line["time"]}
             rows[-1] |= {name: numbers.get(key) for name, key in _NUMBERS.items()}
+            if numbers.get(PATIENTS_KEY) == 0:  # what was sent then is a zero that nobody scored
+                rows[-1]["val_dice"] = None
     return rows
 
 

@@ -207,6 +207,13 @@ def test_a_round_that_is_declined_before_its_model_is_written_down_has_a_row_of_
     ]
 
 
+@pytest.mark.parametrize(("patients", "shown"), [(0, None), (2, 0.0)])
+def test_a_score_of_no_patient_is_no_score(patients: int, shown: float | None) -> None:
+    about = {"kind": "train", "study": "s", "name": "tiny", "round": 1, "run": "7", "time": "1"}
+    sent = {**about, "event": "sent", "numbers": {"val-dice": 0.0, "val-patients": patients}}
+    assert [row["val_dice"] for row in rounds_of([{**about, "event": "received"}, sent])] == [shown]
+
+
 def test_the_curve_rises_with_dice_from_left_to_right() -> None:
     assert points({1: 0.0, 3: 1.0}) == [(0.0, HEIGHT), (WIDTH, 0.0)]
     assert points({}) == []
