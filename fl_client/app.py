@@ -31,20 +31,8 @@ from fl_client.personal import keep_personal, with_personal
 from fl_client.watchdog import START_S, end_after, end_with_parent
 from icmoe.batch_independence import mixing_faults
 from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
-from icmoe.exchange import (
-    ARRAYS,
-    CONFIG,
-    ROUND_KEY,
-    SITE_KEY,
-    SLICES_KEY,
-    STUDY_KEY,
-    SUMMARY_KEY,
-    State,
-    global_state,
-    load_state,
-    state_digest,
-    update_of,
-)
+from icmoe.exchange import State, global_state, load_state, state_digest, update_of
+from icmoe.messages import ARRAYS, CONFIG, ROUND_KEY, SITE_KEY, SLICES_KEY, STUDY_KEY, SUMMARY_KEY
 from icmoe.model import ICMoE, build_model
 from icmoe.packing import array_of, unpack_records
 from icmoe.privacy import patient_faults

@@ -22,9 +22,6 @@ from icmoe.bundle import bundle_digest, bundle_files
 from icmoe.chain import START
 from icmoe.data.slices import SiteData
 from icmoe.errors import Fault, IcmoeError
-from icmoe.exchange import global_state, update_of
-from icmoe.model import build_model
-from icmoe.privacy import patient_faults
 from icmoe.study import Study, read_study
 from icmoe.study_privacy import SitePrivacy
 
@@ -129,6 +126,9 @@ def print_audit(path: Path, name: str, round_number: int | None, study: str | No
 
 
 def _terms(study: Study) -> dict[str, str]:
+    from icmoe.exchange import global_state, update_of  # PyTorch, which the lists and the log can do without
+    from icmoe.model import build_model
+
     model = build_model(study, seed=0)
     start = global_state(model)
     update = update_of(model, start, personal=study.aggregation.personal, shape=study.model)
@@ -177,6 +177,8 @@ def _leaves(privacy: SitePrivacy) -> str:
 def _require_patients(study: Study, data: SiteData | None) -> None:
     privacy = study.privacy.site
     if privacy is not None and data is not None:
+        from icmoe.privacy import patient_faults
+
         patients = len({item.patient for item in data.of("train")})
         if faults := patient_faults(privacy, patients):
             raise IcmoeError(*faults)

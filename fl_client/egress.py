@@ -16,7 +16,8 @@ from torch import Tensor
 from fl_client.manifest import Outgoing, manifest_of
 from fl_client.participant import Participant
 from icmoe.errors import CATALOGUE, Fault, IcmoeError
-from icmoe.exchange import CONFIG, NUMBERS, UPDATE, state_digest
+from icmoe.exchange import state_digest
+from icmoe.messages import CONFIG, NUMBERS, UPDATE
 from icmoe.packing import pack_records
 from icmoe.receipts import Head
 from icmoe.study import Study

@@ -15,7 +15,7 @@ from rich.table import Table
 from fl_client.audit import read_log
 from fl_client.site import read_named
 from icmoe.chain import Entry
-from icmoe.exchange import DICE_KEY, LOSS_KEY, PATIENTS_KEY, SECONDS_KEY, STEPS_KEY
+from icmoe.messages import DICE_KEY, LOSS_KEY, PATIENTS_KEY, SECONDS_KEY, STEPS_KEY
 
 Row = dict[str, Any]
 _NUMBERS = {"val_dice": DICE_KEY, "loss": LOSS_KEY, "steps": STEPS_KEY, "seconds": SECONDS_KEY}

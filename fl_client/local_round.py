@@ -13,16 +13,8 @@ from fl_client.manifest import Numbers
 from fl_client.participant import Participant
 from icmoe.dataset import TrainingSet
 from icmoe.evaluation import score_slices
-from icmoe.exchange import (
-    DICE_KEY,
-    LOSS_KEY,
-    PATIENTS_KEY,
-    SECONDS_KEY,
-    SLICES_KEY,
-    STEPS_KEY,
-    USAGE_KEY,
-    announced_size,
-)
+from icmoe.exchange import announced_size
+from icmoe.messages import DICE_KEY, LOSS_KEY, PATIENTS_KEY, SECONDS_KEY, SLICES_KEY, STEPS_KEY, USAGE_KEY
 from icmoe.model import ICMoE
 from icmoe.privacy import noised_score, private_round
 from icmoe.study import Study, derived_seed

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fl_client.incoming import STEPS
 from icmoe.errors import IcmoeError
-from icmoe.exchange import (
+from icmoe.exchange import global_state, update_of
+from icmoe.messages import (
     DICE_KEY,
     LARGEST_LOSS,
     LONGEST_S,
@@ -25,8 +26,6 @@ from icmoe.exchange import (
     STEPS_KEY,
     SUMMARY_KEY,
     USAGE_KEY,
-    global_state,
-    update_of,
 )
 from icmoe.model import build_model
 from icmoe.study import Study

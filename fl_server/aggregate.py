@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
-from icmoe.exchange import ARRAYS, LOSS_KEY, NUMBERS, SECONDS_KEY, SLICES_KEY, STEPS_KEY, UPDATE, USAGE_KEY
+from icmoe.messages import ARRAYS, LOSS_KEY, NUMBERS, SECONDS_KEY, SLICES_KEY, STEPS_KEY, UPDATE, USAGE_KEY
 from icmoe.study import Aggregation, Study
 
 IDENTITY = Aggregation(usage_exponent=0.0, floor=0.0, cap=1.0, min_contributors=1, shrinkage=False, balance_step=0.0)

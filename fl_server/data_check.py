@@ -18,7 +18,7 @@ from fl_server.exchanging import ask
 from fl_server.outliers import Finding, outliers
 from fl_server.replies import reported_number
 from icmoe.errors import Fault, IcmoeError
-from icmoe.exchange import CONFIG, STUDY_KEY, SUMMARY_KEY
+from icmoe.messages import CONFIG, STUDY_KEY, SUMMARY_KEY
 from icmoe.study import Study
 from icmoe.summary import SiteSummary, parse_summary
 

@@ -20,7 +20,7 @@ from flwr.supercore.run import Run
 
 from icmoe.atomic import write_atomically
 from icmoe.errors import CATALOGUE, Fault, print_faults
-from icmoe.exchange import CONFIG, NUMBERS, ROUND_KEY
+from icmoe.messages import CONFIG, NUMBERS, ROUND_KEY
 from icmoe.receipts import EMPTY, LEDGER_KEY, RECEIPT_KEY, Head, head_of, receipt_of, receipt_text
 
 _WENT_BACK = 418

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from flwr.app import ArrayRecord, Message, MetricRecord
 
 from icmoe.errors import CATALOGUE, Fault
-from icmoe.exchange import (
+from icmoe.exchange import is_personal
+from icmoe.messages import (
     DICE_KEY,
     LARGEST_LOSS,
     LONGEST_S,
@@ -26,7 +27,6 @@ from icmoe.exchange import (
     STEPS_KEY,
     UPDATE,
     USAGE_KEY,
-    is_personal,
 )
 from icmoe.packing import array_of
 from icmoe.study import Study

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from fl_server.exchanging import ask
 from fl_server.replies import site_fault
 from icmoe.errors import Fault, IcmoeError, print_faults
-from icmoe.exchange import CONFIG, MOST_IMAGES, SITE_KEY, SLICES_KEY, STUDY_KEY
+from icmoe.messages import CONFIG, MOST_IMAGES, SITE_KEY, SLICES_KEY, STUDY_KEY
 from icmoe.study import Study
 
 # An introduction is a name and a number: a site that needs longer than a process start would hold up all others.

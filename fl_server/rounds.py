@@ -24,8 +24,8 @@ from fl_server.round_strategy import RoundReport, RoundStrategy, Tensors, unhear
 from fl_server.run_state import RunState
 from fl_server.waiting import Watch, begun
 from icmoe.errors import Fault, IcmoeError
-from icmoe.exchange import LOSS_KEY
 from icmoe.experts import names_of
+from icmoe.messages import LOSS_KEY
 from icmoe.study import Study
 
 # A site that answers at once that it cannot now is not asked again at once.

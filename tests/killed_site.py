@@ -26,7 +26,8 @@ from fl_client.budget import epsilon_of_history
 from fl_client.participant import Participant, read_site
 from icmoe.accounting import Spending
 from icmoe.atomic import write_atomically
-from icmoe.exchange import ARRAYS, CONFIG, ROUND_KEY, STUDY_KEY, UPDATE, global_state
+from icmoe.exchange import global_state
+from icmoe.messages import ARRAYS, CONFIG, ROUND_KEY, STUDY_KEY, UPDATE
 from icmoe.model import build_model
 from icmoe.privacy import private_round
 from icmoe.study import Study

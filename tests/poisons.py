@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message
 
-from icmoe.exchange import NUMBERS, UPDATE
+from icmoe.messages import NUMBERS, UPDATE
 
 Tensors = dict[str, np.ndarray]
 

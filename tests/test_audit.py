@@ -22,7 +22,8 @@ from fl_client.incoming import LARGEST_RMS, STEPS, bound_faults
 from fl_client.participant import Participant
 from icmoe.chain import START
 from icmoe.errors import IcmoeError
-from icmoe.exchange import ARRAYS, UPDATE, State, global_state, state_digest
+from icmoe.exchange import State, global_state, state_digest
+from icmoe.messages import ARRAYS, UPDATE
 from icmoe.model import build_model
 from icmoe.study import Study
 

@@ -21,7 +21,7 @@ from test_rounds import ROSTER, SITES, Wire, honest
 from fl_server.app import make_strategy, start_state
 from fl_server.rounds import run_rounds
 from fl_server.run_state import KEPT, RunState, latest_state
-from icmoe.exchange import CONFIG, ROUND_KEY
+from icmoe.messages import CONFIG, ROUND_KEY
 from icmoe.study import Study
 
 KILLS = int(os.environ.get("ICMOE_KILLS", "10"))

@@ -228,7 +228,7 @@ def test_what_a_site_wrote_into_its_message_is_not_shown(home: Home, make_study)
 
 
 def test_a_site_that_sits_out_is_named_and_a_large_update_shows_norm_and_bound(home: Home, make_study) -> None:
-    from icmoe.exchange import UPDATE
+    from icmoe.messages import UPDATE
 
     def answer(message: Message, site: str) -> Message | None:
         reply = lifelike(message, site)

@@ -23,7 +23,7 @@ from fl_server.data_check import DataCheck, check_data
 from fl_server.outliers import nearest_median, outliers
 from icmoe.data.folder import read_folder
 from icmoe.errors import CATALOGUE
-from icmoe.exchange import CONFIG, STUDY_KEY, SUMMARY_KEY
+from icmoe.messages import CONFIG, STUDY_KEY, SUMMARY_KEY
 from icmoe.study import Study
 from icmoe.summary import LabelSummary, SiteSummary, parse_summary, summarise
 from simulations.phantoms import PhantomSite, write_phantoms

@@ -22,7 +22,8 @@ from fl_client.manifest import Outgoing, manifest_of, update_shapes
 from fl_client.participant import Participant
 from fl_client.policy import Policy
 from icmoe.errors import IcmoeError
-from icmoe.exchange import NUMBERS, UPDATE, state_digest
+from icmoe.exchange import state_digest
+from icmoe.messages import NUMBERS, UPDATE
 from icmoe.receipts import AUDIT_KEY, LEDGER_KEY, head_of
 from icmoe.study import Study
 

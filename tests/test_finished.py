@@ -15,7 +15,7 @@ from fl_client.audit import read_log
 from fl_client.finished import KEPT
 from fl_client.ledger import read_ledger
 from fl_client.participant import Participant
-from icmoe.exchange import NUMBERS, UPDATE
+from icmoe.messages import NUMBERS, UPDATE
 
 __all__ = ["hospital", "site"]
 

@@ -25,7 +25,7 @@ from fl_server.round_strategy import unheard
 from fl_server.rounds import run_rounds
 from fl_server.run_state import RunState
 from icmoe.errors import CATALOGUE
-from icmoe.exchange import CONFIG, NUMBERS, STUDY_KEY, SUMMARY_KEY
+from icmoe.messages import CONFIG, NUMBERS, STUDY_KEY, SUMMARY_KEY
 from icmoe.receipts import EMPTY, RECEIPT_KEY, receipt_text
 from icmoe.study import Study
 from icmoe.summary import summarise

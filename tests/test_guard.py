@@ -22,7 +22,7 @@ from fl_server.round_strategy import unheard
 from fl_server.rounds import run_rounds
 from fl_server.run_state import RunState
 from icmoe.errors import Fault, IcmoeError
-from icmoe.exchange import CONFIG, ROUND_KEY, UPDATE
+from icmoe.messages import CONFIG, ROUND_KEY, UPDATE
 from icmoe.study import Study
 
 # Few enough rounds that the attacker is still asked in the last one.

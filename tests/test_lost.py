@@ -13,7 +13,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from test_rounds import SITES, Wire, honest, run
 
 from fl_server.exchanging import ask
-from icmoe.exchange import ARRAYS, CONFIG, ROUND_KEY
+from icmoe.messages import ARRAYS, CONFIG, ROUND_KEY
 
 
 @pytest.fixture(autouse=True)

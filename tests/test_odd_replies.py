@@ -14,7 +14,7 @@ from test_rounds import SITES, Wire, honest, run
 
 from fl_server.roster import meet
 from icmoe.errors import IcmoeError
-from icmoe.exchange import CONFIG, NUMBERS, ROUND_KEY, UPDATE
+from icmoe.messages import CONFIG, NUMBERS, ROUND_KEY, UPDATE
 from icmoe.receipts import Head, head_of, numbers_of, receipt_of, receipt_text
 
 

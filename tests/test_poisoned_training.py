@@ -17,7 +17,7 @@ from fl_server.roster import Roster
 from fl_server.round_strategy import unheard
 from fl_server.rounds import run_rounds
 from fl_server.run_state import RunState
-from icmoe.exchange import ARRAYS, CONFIG, NUMBERS, ROUND_KEY, UPDATE
+from icmoe.messages import ARRAYS, CONFIG, NUMBERS, ROUND_KEY, UPDATE
 from icmoe.study import Study
 
 ROUNDS = 4

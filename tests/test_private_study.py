@@ -19,7 +19,7 @@ from fl_server.replies import parse_replies
 from icmoe.accounting import Spending, epsilon
 from icmoe.config import parse
 from icmoe.errors import IcmoeError
-from icmoe.exchange import CONFIG, NUMBERS, STUDY_KEY, UPDATE
+from icmoe.messages import CONFIG, NUMBERS, STUDY_KEY, UPDATE
 from icmoe.profiles import LITE, spelled_out
 from icmoe.study import Study, read_study
 

@@ -17,7 +17,7 @@ from test_rounds import SITES, Wire
 from fl_client.ledger import read_ledger
 from fl_client.participant import Participant
 from fl_server.receipts import Receipted, behind, keep_receipt, receipt
-from icmoe.exchange import ARRAYS, CONFIG, NUMBERS, ROUND_KEY, STUDY_KEY
+from icmoe.messages import ARRAYS, CONFIG, NUMBERS, ROUND_KEY, STUDY_KEY
 from icmoe.receipts import EMPTY, LEDGER_KEY, RECEIPT_KEY, Head, numbers_of, receipt_of, receipt_text
 
 __all__ = ["hospital", "site"]

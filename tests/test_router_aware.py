@@ -17,7 +17,8 @@ from fl_server.replies import parse_replies
 from fl_server.roster import Roster
 from fl_server.router_aware import RouterAware, combine
 from fl_server.weights import expert_weights
-from icmoe.exchange import ARRAYS, BALANCE_BIAS, CONFIG, NUMBERS, UPDATE, expert_of, is_usage_weighted
+from icmoe.exchange import BALANCE_BIAS, expert_of, is_usage_weighted
+from icmoe.messages import ARRAYS, CONFIG, NUMBERS, UPDATE
 from icmoe.study import Study
 
 SITES = {1: "Alder", 2: "Birch", 3: "Cedar"}

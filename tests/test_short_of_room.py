@@ -21,8 +21,9 @@ from icmoe.backbone import load_backbone
 from icmoe.data.folder import read_folder
 from icmoe.dataset import TrainingSet
 from icmoe.errors import CATALOGUE
-from icmoe.exchange import UPDATE, global_state
+from icmoe.exchange import global_state
 from icmoe.features import FeatureCache
+from icmoe.messages import UPDATE
 from icmoe.model import ICMoE, build_model
 from icmoe.parts import Parts, is_out_of_memory
 from icmoe.patient_batches import draw_samples

@@ -35,7 +35,8 @@ from fl_server.receipts import Receipted
 from fl_server.roster import Roster
 from fl_server.rounds import run_rounds
 from fl_server.run_state import RunState
-from icmoe.exchange import LOSS_KEY, NUMBERS, SECONDS_KEY, SLICES_KEY, UPDATE, is_personal
+from icmoe.exchange import is_personal
+from icmoe.messages import LOSS_KEY, NUMBERS, SECONDS_KEY, SLICES_KEY, UPDATE
 from icmoe.study import Study
 
 __all__ = ["hospital"]

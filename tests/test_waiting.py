@@ -15,7 +15,7 @@ from fl_server.beside import is_held, lock_path
 from fl_server.rounds import run_rounds
 from fl_server.waiting import Wait, begun, read_wait, wait_path, write_wait
 from icmoe.errors import IcmoeError
-from icmoe.exchange import CONFIG, ROUND_KEY
+from icmoe.messages import CONFIG, ROUND_KEY
 from icmoe.study import Study
 
 

@@ -19,7 +19,7 @@ if SCHEDULE in os.environ and any(word.endswith("flwr-clientapp") for word in sy
     from flwr.clientapp import ClientApp
     from poisons import changed
 
-    from icmoe.exchange import CONFIG, ROUND_KEY, UPDATE
+    from icmoe.messages import CONFIG, ROUND_KEY, UPDATE
     from icmoe.packing import pack_records, unpack_records
 
     _honest = ClientApp.__call__
