@@ -225,7 +225,7 @@ class _Descent:
         if privacy.optimizer == "sgd":
             self._move = partial(_sgd_step, torch.optim.SGD(self.parameters, momentum=0.9, weight_decay=decay))
         else:
-            self._move = AdamW(self.parameters, weight_decay=decay, fused=False).step
+            self._move = AdamW(self.parameters, weight_decay=decay, fused=self.parameters[0].is_cuda).step
 
     def step(self, gradient_D: Tensor, rate: float, *, last: int) -> None:
         """Take one step at a learning rate; `last` counts the steps that are left, this one included."""

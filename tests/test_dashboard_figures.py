@@ -170,3 +170,9 @@ def test_numbers_read_as_people_write_them() -> None:
     row = SiteRow(name="Alder", standing="answered", dice_R=(None, 0.4, 0.5))
     assert page.dice_sentence(Snapshot(consortium="x"), row) == "0.500 in round 3, from 0.400 in round 2."
     assert page.loss_sentence(row) == "No loss yet."
+
+
+@pytest.mark.parametrize(("phase", "done"), [("complete", 1), ("running", 1), ("waits for sites", 0), ("not running", 0)])
+def test_only_a_complete_study_is_known_to_have_no_score(phase: str, done: int):
+    snapshot = Snapshot.model_validate({"consortium": "x", "study": "s", "phase": phase, "rounds": 1, "rounds_done": done})
+    assert ("no site with validation patients sent one" in page.render(snapshot)) is (phase == "complete")

@@ -56,7 +56,7 @@ from exports import LESION, export_of, taken
 from icmoe.data.slices import load_mask
 if __name__ == "__main__":
     root, place = map(Path, sys.argv[1:])
-    data = taken(export_of(root, place))
+    data = taken(export_of(root, place, shares=(1.0, 0.0, 0.0)))
     print(json.dumps([int(load_mask(part.mask, LESION).sum()) for part in data.slices] + [str(why) for why in data.exclusions]))
 """
 
@@ -98,6 +98,8 @@ def test_a_new_dicom_object_of_marks_is_drawn_on_the_image_that_it_names(tmp_pat
     marks = image(np.zeros((20, 24), np.uint16), SOPClassUID=BOXES, **said)
     save(grey, root / "image.dcm")
     save(marks, root / "marks.dcm")
+    before = ingested(root, tmp_path, registered=False)
+    assert not any(isinstance(said, int) and said for said in before)
     assert ingested(root, tmp_path, registered=True) == [60]
 
 

@@ -200,9 +200,9 @@ def gone_digests(store: Path) -> Iterator[list[str]]:
 def _recipe(export: Export) -> str:
     """Return what the records of files depend on besides the files."""
     settings = export.settings
-    forms = [sorted(VOLUMES), {name: sorted(form.sop_classes) for name, form in sorted(MASKS.items())}]
+    masks = [[name, sorted(form.sop_classes), form.on_planes] for name, form in MASKS.items()]  # their order is a choice too
     labels = {name: list(called) for name, called in sorted(settings.labels.items())}
-    return json.dumps([RECIPE_VERSION, labels, settings.patient_pattern, forms])
+    return json.dumps([RECIPE_VERSION, labels, settings.patient_pattern, sorted(VOLUMES), masks])
 
 
 def _start_over(connection: sqlite3.Connection, export: Export) -> None:

@@ -41,7 +41,7 @@ def volume_record(path: Path) -> FileRecord:
     Raises
     ------
     Refusal
-        117 or 119.
+        116, 117 or 119.
     """
     voxels, matrix = read_volume(path)
     axis = through_axis(matrix)
