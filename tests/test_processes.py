@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from fresh import printed
 
 
 def collected(*, swept: bool) -> bool:
@@ -22,8 +21,7 @@ def collected(*, swept: bool) -> bool:
         "    kept = [[] for _ in range(900)]\n"
         "print(gone() is None)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    return done.stdout.strip() == "True"
+    return printed(script) == "True"
 
 
 def test_old_garbage_of_a_large_process_is_found_soon():

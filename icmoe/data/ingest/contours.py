@@ -44,21 +44,20 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
         120 where no region names a class of the study; 117 where the contours cannot be parsed.
     """
     del path
-    data = header
     with refusing(117, "contours cannot be parsed"):
-        labels = {number: names.index(called) for number, called in _regions(data).items()}
+        labels = {number: names.index(called) for number, called in _regions(header).items()}
         if not any(label is not None for label in labels.values()):
             raise Refusal(120, f"no region is called like a class of the study (it has {len(labels)})")
         patches = []
-        for number, (region, item) in enumerate(_contours(data)):
+        for number, (region, item) in enumerate(_contours(header)):
             label = labels.get(region)
             if label is not None and text(item, "ContourGeometricType").upper() in CLOSED:
                 patches.append(_patch(number, label, region, item, hashes))
         return FileRecord(
             kind="contours",
             patches=tuple(patches),
-            listed=tuple(sorted({hashes.of("uid", uid) for uid in _listed(data)})),
-            **(identity(data, hashes) | named_patient(data, hashes) | {"space": _space(data, hashes)}),
+            listed=tuple(sorted({hashes.of("uid", uid) for uid in _listed(header)})),
+            **(identity(header, hashes) | named_patient(header, hashes) | {"space": _space(header, hashes)}),
         )
 
 
