@@ -23,9 +23,10 @@ SCRIPT = Path(__file__).parents[1] / "simulations" / "benchmarks" / "training_st
 def test_the_benchmark_prints_both_figures_of_each_ratio() -> None:
     command = [sys.executable, str(SCRIPT), "--skip-sam-b", "--repeats", "1", "--json"]
     rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
-    assert [row["bar"] for row in rows] == [10.0, 150.0, 150.0]
+    assert [row["bar"] for row in rows] == [10.0, 1 / 150, 1 / 150]
     for row in rows:
-        assert row["ratio"] == pytest.approx(row["other"] / row["ours"])
+        assert row["ratio"] == pytest.approx(row["ours"] / row["limit"] if row["at_most"] else row["limit"] / row["ours"])
+        assert row["met"] == (row["ratio"] <= row["bar"] if row["at_most"] else row["ratio"] >= row["bar"])
     assert rows[1]["ours"] < rows[2]["ours"] + 1  # the balance bias travels down only
 
 

@@ -6,20 +6,15 @@ the least of the repeats. SAM ViT-B has random weights here: its cost does not d
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from flwr.app import Array, ArrayRecord
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from icmoe.backbone import Backbone, grid_of, load_backbone
@@ -30,22 +25,11 @@ from icmoe.features import FeatureCache, Features
 from icmoe.model import ICMoE, build_model, total_loss
 from icmoe.sam import SHAPES, SamEncoder
 from icmoe.study import BackboneChoice, Label, Study
+from simulations.benchmarks.row import Row, show
 
 BATCH = 4
 SAM_B_PARAMETERS = 93_735_472
 LABELS = (Label(name="background", values=(0,)), Label(name="lesion", values=(255,)))
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One comparison: what, the two figures, their ratio and the bar."""
-
-    what: str
-    ours: float
-    other: float
-    unit: str
-    ratio: float
-    bar: float
 
 
 def study_of(choice: BackboneChoice) -> Study:
@@ -138,25 +122,36 @@ def update_bytes(study: Study) -> tuple[int, int]:
     return size(update), size(state)
 
 
+def rows(*, quick: bool) -> list[Row]:
+    """Return all comparisons.
+
+    Parameters
+    ----------
+    quick
+        One step each, without SAM ViT-B.
+    """
+    torch.set_num_threads(1)
+    return measure(1 if quick else 10, with_sam_b=not quick)
+
+
 def measure(repeats: int, *, with_sam_b: bool) -> list[Row]:
-    """Return all comparisons."""
-    rows = []
-    parts = [("step, lite-medsam 128 px", lite_medsam, BATCH, repeats, 10.0)]
+    """Return all comparisons, with so many steps of which the fastest counts."""
+    found = []
+    parts = [("lite-medsam, 128 px", lite_medsam, BATCH, repeats, 10.0, "")]
     if with_sam_b:
-        parts.append(("step, sam-vit-b 1024 px, random weights, one image scaled to four", sam_vit_b, 1, min(repeats, 3), 50.0))
-    for what, make, at_once, count, bar in parts:
+        note = "random weights; one image encoded, its time scaled to the batch"
+        parts.append(("sam-vit-b, 1024 px", sam_vit_b, 1, min(repeats, 3), 50.0, note))
+    for what, make, at_once, count, bar, note in parts:
         study, encode = make()
         with TemporaryDirectory() as folder:
             cached_s, uncached_s = compare(study, encode, Path(folder), count, at_once)
-        rows.append(Row(what, cached_s, uncached_s, "CPU s", uncached_s / cached_s, bar))
-    study, _ = lite_medsam()
-    up_bytes, down_bytes = update_bytes(study)
-    whole = 4 * SAM_B_PARAMETERS
-    rows.append(Row("update of a site and round, up, against all of SAM-B", up_bytes, whole, "bytes", whole / up_bytes, 150.0))
-    rows.append(
-        Row("global model to a site and round, down, against all of SAM-B", down_bytes, whole, "bytes", whole / down_bytes, 150.0)
-    )
-    return rows
+        names = {"what": f"training step on cached features, {what}", "against": "with the frozen encoder in it"}
+        found.append(Row(**names, ours=cached_s, limit=uncached_s, unit="CPU s", bar=bar, at_most=False, note=note))
+    up_bytes, down_bytes = update_bytes(lite_medsam()[0])
+    for what, sent in (("update of a site and round, up", up_bytes), ("global model to a site and round, down", down_bytes)):
+        whole: dict[str, Any] = {"against": "all of SAM ViT-B", "limit": 4 * SAM_B_PARAMETERS, "bar": 1 / 150}
+        found.append(Row(what=what, ours=sent, unit="bytes", at_most=True, **whole))
+    return found
 
 
 def main(
@@ -167,14 +162,8 @@ def main(
     """Compare training steps with and without the feature cache, and bytes with sending all of SAM-B."""
     torch.set_num_threads(1)
     with exit_on_fault():
-        rows = measure(repeats, with_sam_b=not skip_sam_b)
-    if as_json:
-        sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-        return
-    table = Table("what", "ours", "other", "unit", "ratio", "bar")
-    for row in rows:
-        table.add_row(row.what, f"{row.ours:,.3f}", f"{row.other:,.3f}", row.unit, f"{row.ratio:.0f}x", f"{row.bar:.0f}x")
-    Console().print(table)
+        found = measure(repeats, with_sam_b=not skip_sam_b)
+    show(found, as_json=as_json)
 
 
 if __name__ == "__main__":
