@@ -109,7 +109,7 @@ def digest_of(update: Update) -> str:
     sha = hashlib.sha256()
     for name, tensor in sorted(update.tensors.items()):
         sha.update(f"{name}:{tensor.dtype}:{tensor.shape};".encode())
-        sha.update(tensor.tobytes())
+        sha.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
     return sha.hexdigest()
 
 

@@ -32,7 +32,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from fl_server.aggregate import in_one_reply
-from fl_server.replies import Update, parse_replies
+from fl_server.replies import PIECE, Update, parse_replies
 from fl_server.round_strategy import RoundReport, RoundStrategy, State
 from fl_server.wrapping import Wrapping
 from icmoe.errors import Fault, IcmoeError
@@ -128,7 +128,8 @@ def site_weights(update: Update, study: Study) -> npt.NDArray[np.float64]:
 
 def norm_of(tensors: Mapping[str, npt.NDArray[np.generic]]) -> float:
     """Return the L2 norm over all tensors together, in float64; integers count as their values."""
-    return math.sqrt(math.fsum(float(np.sum(np.square(tensor, dtype=np.float64))) for tensor in tensors.values()))
+    pieces = (tensor.reshape(-1)[start : start + PIECE] for tensor in tensors.values() for start in range(0, tensor.size, PIECE))
+    return math.sqrt(math.fsum(float(np.sum(np.square(piece, dtype=np.float64))) for piece in pieces))
 
 
 def contribution(update: Update, study: Study, clip_norm: float) -> Values:

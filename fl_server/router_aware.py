@@ -19,11 +19,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fl_server.replies import Update, mean_loss, parse_replies, score_of
+from fl_server.replies import PIECE, Update, is_finite, mean_loss, only_finite, parse_replies, score_of
 from fl_server.round_strategy import RoundReport, State, Tensors
 from fl_server.weights import balance_step, expert_weights, plain_share
 from icmoe.exchange import BALANCE_BIAS, expert_of, is_usage_weighted
 from icmoe.messages import ARRAYS, CONFIG, DICE_KEY, LOSS_KEY, PATIENTS_KEY, ROUND_KEY, STUDY_KEY
+from icmoe.packing import NUMPY, bytes_of
 from icmoe.study import Aggregation, Study
 
 
@@ -79,13 +80,18 @@ class RouterAware(Strategy):
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the new global arrays, or None without any update: the model does not move then."""
         del server_round
-        updates, faults = parse_replies(replies, self.sites, self.study, self._current)
-        self.report = RoundReport([update.without_tensors() for update in updates], faults)
+        self.report = RoundReport()
+        updates, faults = parse_replies(replies, self.sites, self.study, self._current, values=False)
+        moved = self._moved(updates) if updates else {}
+        if not all(map(is_finite, moved.values())):  # NaN and infinity stay in a sum, so one look at it is enough
+            updates, odd = only_finite(updates)
+            faults += odd
+            moved = self._moved(updates) if updates else {}
+        self.report.updates, self.report.faults = [update.without_tensors() for update in updates], faults
         if not updates:
             return None, None
-        moved = self._moved(updates)
         metrics = MetricRecord() if (loss := mean_loss(updates)) is None else MetricRecord({LOSS_KEY: loss})
-        return ArrayRecord({name: Array(tensor) for name, tensor in moved.items()}), metrics
+        return ArrayRecord({name: flower_array(tensor) for name, tensor in moved.items()}), metrics
 
     def _moved(self, updates: Sequence[Update]) -> Tensors:
         """Return the global tensors after the round; at least one update."""
@@ -131,13 +137,20 @@ class RouterAware(Strategy):
         return MetricRecord({DICE_KEY: math.fsum(count * dice for dice, count in scored) / patients, PATIENTS_KEY: patients})
 
 
+def flower_array(tensor: npt.NDArray[np.float32]) -> Array:
+    """Return ``Array(tensor)``, whose header is written once for all tensors of a shape."""
+    return Array(tensor.dtype.name, tensor.shape, NUMPY, bytes_of(tensor))
+
+
 def combine(
     tensor: npt.NDArray[np.float32],
     deltas: list[npt.NDArray[np.float32] | None],
     share_S: npt.NDArray[np.float64],
     step: float,
 ) -> npt.NDArray[np.float32]:
-    """Return ``tensor + step * sum_k share_k delta_k`` in float32, one pass per update, in the order given.
+    """Return ``tensor + step * sum_k share_k delta_k`` in float32, added in the order given.
+
+    A piece of all updates after the other, so that the sum stays in the processor's cache.
 
     Parameters
     ----------
@@ -151,7 +164,13 @@ def combine(
         s in [0, 1].
     """
     moved = tensor.copy()
-    for share, delta in zip(share_S, deltas, strict=True):
-        if delta is not None:
-            moved += np.float32(step * share) * delta
+    given = [(np.float32(step * share), delta) for share, delta in zip(share_S, deltas, strict=True) if delta is not None]
+    moved_N, given_N = moved.reshape(-1), [(share, delta.reshape(-1)) for share, delta in given]
+    scaled_N = np.empty(min(PIECE, moved.size), dtype=np.float32)
+    for start in range(0, moved.size, PIECE):
+        piece_N = moved_N[start : start + PIECE]
+        part_N = scaled_N[: len(piece_N)]
+        with np.errstate(invalid="ignore", over="ignore"):  # the caller looks at the sum
+            for share, delta_N in given_N:
+                piece_N += np.multiply(delta_N[start : start + PIECE], share, out=part_N)
     return moved

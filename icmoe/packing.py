@@ -5,7 +5,10 @@ A record that is not packed is left as it is; what is in it is checked afterward
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, MutableMapping
+from functools import lru_cache
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 PACKED = "packed"
+NUMPY = "numpy.ndarray"
+"""What Flower calls NumPy's file format."""
+HEADER_BYTES = 128
+"""Length to which NumPy fills the header of an array of up to six or so axes."""
 
 
 def pack(tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
@@ -32,7 +39,7 @@ def unpack(packed: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]] | None:
 
 
 def array_of(item: Any) -> npt.NDArray[Any] | None:  # noqa: ANN401  # Flower's type, which this package does not know
-    """Return the array that a message claims to hold, None where its bytes are none.
+    """Return the array that a message claims to hold, read-only where it needed no copy; None where its bytes are none.
 
     Parameters
     ----------
@@ -40,11 +47,47 @@ def array_of(item: Any) -> npt.NDArray[Any] | None:  # noqa: ANN401  # Flower's 
         Flower's array: NumPy's file format, as the sender wrote it. NumPy reads no pickle here, but a wrong header makes it
         raise nearly anything, and an archive is no array.
     """
+    data: bytes = item.data
+    if item.stype == NUMPY and (plain := _plain_array(data[:HEADER_BYTES])) is not None:
+        dtype, shape, size_bytes = plain
+        if len(data) == HEADER_BYTES + size_bytes:
+            return np.ndarray(shape, dtype, data, HEADER_BYTES)
     try:
         found = item.numpy()
     except Exception:  # noqa: BLE001  # from another machine: whatever its bytes make the reader raise, they are no array
         return None
     return found if isinstance(found, np.ndarray) else None
+
+
+def bytes_of(tensor: npt.NDArray[Any]) -> bytes:
+    """Return an array in NumPy's file format 1.0, as `numpy.save` writes it, in C order."""
+    flat_N = np.ascontiguousarray(tensor).reshape(-1)
+    return b"".join((_header(tensor.dtype, tensor.shape), flat_N.view(np.uint8).data if flat_N.size else b""))
+
+
+@lru_cache(maxsize=1024)
+def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    file = BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+@lru_cache(maxsize=1024)
+def _plain_array(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], int] | None:
+    """Return type, shape and bytes of an array of numbers in C order, None for any other: NumPy's own reader judges that.
+
+    The updates of all sites and rounds share their few headers, and reading one takes longer than adding a small tensor.
+    """
+    file = BytesIO(header)
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            return None
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception:  # noqa: BLE001  # as in `array_of`
+        return None
+    if fortran_order or dtype.kind not in "biuf" or not dtype.isnative or file.tell() != HEADER_BYTES:
+        return None
+    return dtype, shape, math.prod(shape) * dtype.itemsize
 
 
 def pack_records(content: MutableMapping[str, Any], record: type, array: type) -> None:
@@ -72,7 +115,7 @@ def unpack_records(content: MutableMapping[str, Any]) -> None:
     """
     for name, found in list(content.items()):
         packed: Any = found.get(PACKED) if set(found) == {PACKED} else None
-        array = array_of(packed)
+        array = None if packed is None else array_of(packed)
         tensors = None if array is None else unpack(array)
         if tensors is not None:
             content[name] = type(found)({key: type(packed)(tensor) for key, tensor in tensors.items()})

