@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulations.benchmarks import step_bound
+from simulations.benchmarks import rounds_needed, step_bound
 from simulations.benchmarks.federated_round import figures, ratio_interval, timings
 from simulations.benchmarks.ingest import STEPS
 from simulations.benchmarks.private_step import BACK_ENDS, measure
 from simulations.benchmarks.row import Row
+from simulations.scenario import read_scenario
 
 SCRIPT = Path(__file__).parents[1] / "simulations" / "benchmarks" / "training_step.py"
 
@@ -98,3 +99,26 @@ def test_a_private_step_is_measured_beside_the_plain_one() -> None:
     assert [row.what for row in rows] == list(BACK_ENDS)
     assert (rows[0].time_ratio, rows[0].memory_ratio) == (1.0, 1.0)
     assert all(row.seconds > 0.0 and row.time_ratio == pytest.approx(row.seconds / rows[0].seconds) for row in rows)
+
+
+@given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=9), st.floats(0.0, 1.0))
+def test_the_rounds_needed_are_those_before_which_no_round_was_good_enough(dice: list[float], target: float) -> None:
+    needed = rounds_needed.rounds_to(target, dice)
+    before = dice if needed is None else dice[: needed - 1]
+    assert all(value < target for value in before)
+    assert needed is None or dice[needed - 1] >= target
+
+
+def test_the_settings_that_are_compared_are_studies_and_no_two_alike(tmp_path: Path) -> None:
+    studies = []
+    for setting in rounds_needed.settings():
+        path = tmp_path / "scenario.toml"
+        path.write_text(rounds_needed.scenario_of(setting))
+        options = {"backbone": {"name": "sam-vit-test", "image_size": 32}, "test_only": True}
+        study, _ = read_scenario(path, options, {"methods": ["router-aware"]})
+        assert (study.training.local_epochs, study.aggregation.optimizer) == setting[1:]
+        studies.append(study)
+    assert len({study.digest for study in studies}) == len(studies) == 10
+    assert studies[0].aggregation.usage_exponent == 0.0
+    assert studies[0].training.schedule == "constant"
+    assert rounds_needed.RECIPE in rounds_needed.settings()

@@ -25,6 +25,7 @@ PARTS = {
     "aggregation": "aggregation",
     "training-step": "training_step",
     "step-bound": "step_bound",
+    "rounds-needed": "rounds_needed",
 }
 """Modules of this package with a function `rows(quick=...)`, by the names for --only, in the order of their running."""
 DEADLINE_S = 5400.0
