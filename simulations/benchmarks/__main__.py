@@ -25,7 +25,9 @@ PARTS = {
     "aggregation": "aggregation",
     "training-step": "training_step",
     "step-bound": "step_bound",
+    "private-step": "private_step",
     "rounds-needed": "rounds_needed",
+    "round": "federated_round",
 }
 """Modules of this package with a function `rows(quick=...)`, by the names for --only, in the order of their running."""
 DEADLINE_S = 5400.0

@@ -37,12 +37,13 @@ def train(message: Message, context: Context) -> Message:
     torch.set_num_threads(1)
     settings = context.run_config
     study, round_number = read_study(Path(str(settings["study"]))), int(message.content.config_records["config"]["server-round"])  # type: ignore[arg-type]
-    data = read_folder(Path(str(settings["data"])), study.labels)[str(settings["site"])]
-    cache, device = FeatureCache.of(Path(str(settings["cache"])), study), torch.device("cpu")
+    site, device = str(context.node_config["site"]), torch.device("cpu")
+    data = read_folder(Path(str(settings["data"])), study.labels)[site]
+    cache = FeatureCache.of(Path(str(settings["caches"])) / site / "cache", study)
     model = build_model(study, seed=0)
     model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
     scores = score_slices(model.eval(), data.of("val"), study.labels, cache, device, surfaces=False)
-    seed = derived_seed(study, "train", str(settings["site"]), round_number)
+    seed = derived_seed(study, "train", site, round_number)
     done = train_round(
         model, TrainingSet(data.of("train"), study, cache), study, round_number=round_number, seed=seed, device=device, steps=None
     )
@@ -85,5 +86,5 @@ def main(grid: Grid, context: Context) -> None:
     study = read_study(Path(str(context.run_config["study"])))
     model = build_model(study, seed=derived_seed(study, "model"))
     arrays = ArrayRecord({name: Array(tensor.numpy()) for name, tensor in global_state(model).items()})
-    ones = {"min_train_nodes": 1, "min_available_nodes": 1, "fraction_evaluate": 0.0}
-    Timed(Path(str(context.run_config["log"])), **ones).start(grid, arrays, num_rounds=study.rounds)
+    both = {"min_train_nodes": 2, "min_available_nodes": 2, "fraction_evaluate": 0.0}
+    Timed(Path(str(context.run_config["log"])), **both).start(grid, arrays, num_rounds=study.rounds)

@@ -1,6 +1,6 @@
 """What a round of the product costs beside a bare Flower app that trains the same step: TLS, keys, nginx, pin, approval, audit.
 
-`python simulations/benchmarks/federated_round.py` starts both federations on loopback, one site each, and lets them take
+`python simulations/benchmarks/federated_round.py` starts both federations on loopback, two sites each, and lets them take
 turns, block after block of rounds. Prints the medians of the time from one round's end to the next, their ratio with a
 bootstrap interval, and milliseconds per phase. Needs nginx.
 """
@@ -29,10 +29,12 @@ from rich.table import Table
 from icmoe.backbone import backbone_digest
 from icmoe.errors import exit_on_fault
 from icmoe.processes import free_port, program
+from simulations.benchmarks.row import Row
 from simulations.phantoms import PhantomSite, write_phantoms
 
-SITE = "Alder"
+SITES = ("Alder", "Birch")
 DEADLINE_S = 1200.0
+BLOCKS, ROUNDS = 5, 9
 BARE = """\
 [project]
 name = "bare"
@@ -46,15 +48,14 @@ clientapp = "bare_app:client"
 [tool.flwr.app.config]
 study = ""
 data = ""
-site = ""
-cache = ""
+caches = ""
 log = ""
 """
 STUDY = """\
 name = "{name}"
 seed = {seed}
 rounds = {rounds}
-quorum = 1
+quorum = 2
 deadline_s = 300.0
 test_only = true
 [[labels]]
@@ -101,10 +102,9 @@ class Bench:
         """The coordinator's folder."""
         return self.folder / "home"
 
-    @property
-    def site_file(self) -> Path:
-        """The hospital's site file."""
-        return self.folder / "hospital" / f"{SITE}.toml"
+    def site_file(self, site: str) -> Path:
+        """Return a hospital's site file, in a folder of its own."""
+        return self.folder / "hospitals" / site / f"{site}.toml"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -122,15 +122,15 @@ class Bench:
             raise RuntimeError(f"{words}: {done.stdout}{done.stderr}")
         return done.stdout
 
-    def client(self, *words: object) -> str:
-        """Run a command of the hospital."""
-        return self.command("fl_client", "--site", SITE, "--config", self.site_file, *words)
+    def client(self, site: str, *words: object) -> str:
+        """Run a command of a hospital."""
+        return self.command("fl_client", "--site", site, "--config", self.site_file(site), *words)
 
     @contextmanager
     def running(self, *words: object) -> Iterator[None]:
         """Keep a program running."""
         line = [str(words[0]) if "/" in str(words[0]) else program(str(words[0])), *map(str, words[1:])]
-        with (self.folder / f"{Path(line[0]).name}-{len(line)}.log").open("wb") as log:
+        with (self.folder / f"{Path(line[0]).name}.log").open("ab") as log:
             process = subprocess.Popen(line, env=self.environment, stdout=log, stderr=log)
             try:
                 yield
@@ -140,16 +140,17 @@ class Bench:
 
 
 def lay_out(bench: Bench) -> None:
-    """Write data, consortium and bare app, and take the hospital through kit and site file."""
-    sites = [PhantomSite(name=SITE, train_patients=4, val_patients=1, test_patients=1)]
+    """Write data, consortium and bare app, and take the hospitals through kit and site file."""
+    sites = [PhantomSite(name=site, train_patients=4, val_patients=1, test_patients=1) for site in SITES]
     write_phantoms(bench.folder / "data", seed=1, size_px=32, sites=sites)
     text = f'name = "benchmark"\n[coordinator]\naddress = "127.0.0.1:{bench.public}"\nsuperlink_port = {bench.superlink}\n'
-    (bench.folder / "consortium.toml").write_text(f'{text}[[sites]]\nname = "{SITE}"\n')
+    (bench.folder / "consortium.toml").write_text(text + "".join(f'[[sites]]\nname = "{site}"\n' for site in SITES))
     bench.command("fl_server", "provision", bench.folder / "consortium.toml", "--out", bench.home)
-    bench.client("init", "--kit", bench.home / "sites" / SITE / "kit")
-    made = bench.site_file.read_text()
-    own = 'data = "../data"\ncache = "cache"\nallow_test_only = true\n'
-    bench.site_file.write_text(made[: made.index("[ingest]")] + own + made[made.index("[coordinator]") :])
+    for site in SITES:
+        bench.client(site, "init", "--kit", bench.home / "sites" / site / "kit")
+        made = bench.site_file(site).read_text()
+        own = f'data = "{bench.folder / "data"}"\ncache = "cache"\nallow_test_only = true\n'
+        bench.site_file(site).write_text(made[: made.index("[ingest]")] + own + made[made.index("[coordinator]") :])
     (bench.folder / "bare").mkdir()
     (bench.folder / "bare" / "pyproject.toml").write_text(BARE)
     shutil.copy(Path(__file__).with_name("bare_app.py"), bench.folder / "bare")
@@ -159,12 +160,13 @@ def lay_out(bench: Bench) -> None:
 
 
 def write_study(bench: Bench, block: int, rounds: int) -> Path:
-    """Write the study of a block and let the hospital approve it."""
+    """Write the study of a block and let the hospitals approve it."""
     path = bench.folder / f"block{block}.toml"
     digest = backbone_digest("sam-vit-test", None)
     path.write_text(STUDY.format(name=path.stem, seed=block, rounds=rounds, digest=digest))
-    bench.client("approve", path, "--yes")
-    bench.client("prepare")
+    for site in SITES:
+        bench.client(site, "approve", path, "--yes")
+        bench.client(site, "prepare")
     return path
 
 
@@ -181,7 +183,11 @@ def product_block(bench: Bench, study: Path) -> list[Timing]:
         records = [json.loads(text) for text in run.stdout]
     ends = sorted(ended.values())[: len(records)]  # the last commit is that of the closing evaluation
     rows = [
-        {"ended": end, "train": record["sites"][SITE]["seconds"], "aggregate": record["seconds"]["aggregate"]}
+        {
+            "ended": end,
+            "train": max(one["seconds"] for one in record["sites"].values()),
+            "aggregate": record["seconds"]["aggregate"],
+        }
         for end, record in zip(ends, records, strict=True)
     ]
     return timings(rows)
@@ -190,8 +196,8 @@ def product_block(bench: Bench, study: Path) -> list[Timing]:
 def bare_block(bench: Bench, study: Path, rounds: int) -> list[Timing]:
     """Run the same study as a bare Flower app and return its rounds after the first."""
     log = study.with_suffix(".jsonl")
-    paths = {"study": study, "data": bench.folder / "data", "cache": bench.folder / "hospital" / "cache", "log": log}
-    settings = " ".join(f"{key}={json.dumps(str(value))}" for key, value in {**paths, "site": SITE}.items())
+    paths = {"study": study, "data": bench.folder / "data", "caches": bench.folder / "hospitals", "log": log}
+    settings = " ".join(f"{key}={json.dumps(str(value))}" for key, value in paths.items())
     told = bench.command("flwr", "run", bench.folder / "bare", "bare", "--run-config", settings, "--format", "json")
     run_id = json.loads(told[told.index("{") :])["run-id"]
     ends, status = time.monotonic() + DEADLINE_S, ""
@@ -215,10 +221,10 @@ def timings(rows: Sequence[dict[str, Any]]) -> list[Timing]:
 
 @contextmanager
 def both(folder: Path) -> Iterator[Bench]:
-    """Start both federations, each with its site connected."""
+    """Start both federations, each with its sites connected."""
     bench = Bench(folder, free_port(), free_port(), free_port())
     lay_out(bench)
-    write_study(bench, 0, 1)  # the site starts with a study that it approved
+    write_study(bench, 0, 1)  # the sites start with a study that they approved
     nginx = shutil.which("nginx", path=bench.environment["PATH"])
     if nginx is None:
         raise RuntimeError("nginx is not installed")
@@ -228,10 +234,11 @@ def both(folder: Path) -> Iterator[Bench]:
         time.sleep(15.0)
         configuration = bench.home / "coordinator" / "proxy" / "nginx.conf"
         stack.enter_context(bench.running(nginx, "-e", "stderr", "-c", configuration))
-        bench.command("fl_server", "admit", bench.site_file.with_suffix("") / "request.json", "--home", bench.home)
-        stack.enter_context(bench.running("fl_client", "--site", SITE, "--config", bench.site_file))
-        node = ["--insecure", "--superlink", f"127.0.0.1:{bench.bare}", "--port", free_port()]
-        stack.enter_context(bench.running("flower-supernode", *node))
+        for site in SITES:
+            bench.command("fl_server", "admit", bench.site_file(site).with_suffix("") / "request.json", "--home", bench.home)
+            stack.enter_context(bench.running("fl_client", "--site", site, "--config", bench.site_file(site)))
+            node = ["--insecure", "--superlink", f"127.0.0.1:{bench.bare}", "--port", free_port()]
+            stack.enter_context(bench.running("flower-supernode", *node, "--node-config", f'site="{site}"'))
         time.sleep(15.0)
         yield bench
 
@@ -259,21 +266,40 @@ def figures(product: Sequence[Timing], bare: Sequence[Timing]) -> dict[str, Any]
     return found
 
 
-def main(
-    blocks: Annotated[int, typer.Option(min=1, help="Turns of each side.")] = 5,
-    rounds: Annotated[int, typer.Option(min=2, help="Rounds of a block; the first is not timed.")] = 9,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,  # noqa: FBT002
-) -> None:
-    """Let the product and a bare Flower app take turns and compare their rounds."""
+def compared(blocks: int, rounds: int) -> dict[str, Any]:
+    """Let both take turns and return the figures."""
     product: list[Timing] = []
     bare: list[Timing] = []
-    with exit_on_fault(), TemporaryDirectory() as folder, both(Path(folder)) as bench:
+    with TemporaryDirectory() as folder, both(Path(folder)) as bench:
         for block in range(1, blocks + 1):
             study = write_study(bench, block, rounds)
             product += product_block(bench, study)
             bare += bare_block(bench, study, rounds)
             sys.stderr.write(f"block {block}: {json.dumps(figures(product, bare))}\n")
-    found = figures(product, bare)
+    return figures(product, bare)
+
+
+def rows(*, quick: bool) -> list[Row]:
+    """Return the comparison of at least forty rounds a side; `quick` takes one."""
+    found = compared(1, 2) if quick else compared(BLOCKS, ROUNDS)
+    ours, other = found["product"], found["bare"]
+    phases = ", ".join(f"{phase} {ours[phase]:,.0f} and {other[phase]:,.0f}" for phase in ("training", "aggregation", "rest"))
+    note = "{}; ratio {:.3f} ({:.3f} to {:.3f})".format(phases, *found["ratio"])
+    what = f"round of a deployed study, {len(SITES)} sites, median of {found['rounds'][0]}"
+    against = f"a bare Flower app that trains the same, median of {found['rounds'][1]}"
+    return [
+        Row(what=what, against=against, ours=ours["whole"], limit=other["whole"], unit="ms", bar=1.05, at_most=True, note=note)
+    ]
+
+
+def main(
+    blocks: Annotated[int, typer.Option(min=1, help="Turns of each side.")] = BLOCKS,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds of a block; the first is not timed.")] = ROUNDS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,  # noqa: FBT002
+) -> None:
+    """Let the product and a bare Flower app take turns and compare their rounds."""
+    with exit_on_fault():
+        found = compared(blocks, rounds)
     if as_json:
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
         return

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -35,6 +35,7 @@ from icmoe.privacy import only_trained
 from icmoe.profiles import spelled_out
 from icmoe.study import Study
 from icmoe.training import anchor_of
+from simulations.benchmarks.row import Row
 
 TIME_BAR, MEMORY_BAR = 3.0, 2.0
 PRIVACY = {"noise_multiplier": 1.0, "delta": 1e-3, "patients": 100, "sample_rate": 0.2, "steps": 1}
@@ -42,7 +43,7 @@ BACK_ENDS: dict[str, BackEnd | None] = {"plain step": None, "one by one": one_by
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Cost:
     """A kind of step and its cost, absolute and relative to the plain step on the same batch."""
 
     what: str
@@ -126,14 +127,25 @@ def cost(what: str, slices: int, slices_at_once: int, repeats: int, device_name:
     return best, (_peak_bytes(device) - before) / 1e6
 
 
-def measure(slices: int, slices_at_once: int, repeats: int, device_name: str) -> list[Row]:
+def measure(slices: int, slices_at_once: int, repeats: int, device_name: str) -> list[Cost]:
     """Return a row per kind of step, the plain one first."""
     found = {}
     for what in BACK_ENDS:
         with get_context("spawn").Pool(1) as process:
             found[what] = process.apply(cost, (what, slices, slices_at_once, repeats, device_name))
     plain_s, plain_mb = found["plain step"]
-    return [Row(what, seconds, mb, seconds / plain_s, mb / plain_mb) for what, (seconds, mb) in found.items()]
+    return [Cost(what, seconds, mb, seconds / plain_s, mb / plain_mb) for what, (seconds, mb) in found.items()]
+
+
+def rows(*, quick: bool) -> list[Row]:
+    """Return time and memory of each private step beside the plain one; `quick` takes two patients and one step."""
+    plain, *private = measure(2, 1, 1, "cpu") if quick else measure(16, 16, 5, "cpu")
+    found = []
+    for cost in private:
+        common: dict[str, Any] = {"what": f"step with DP-SGD, {cost.what}", "against": "the plain step", "at_most": True}
+        found.append(Row(ours=cost.seconds, limit=plain.seconds, unit="CPU s", bar=TIME_BAR, **common))
+        found.append(Row(ours=cost.megabytes, limit=plain.megabytes, unit="MB peak", bar=MEMORY_BAR, **common))
+    return found
 
 
 def _now(device: torch.device) -> float:
