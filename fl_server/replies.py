@@ -6,10 +6,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, Message, MetricRecord
 
 from icmoe.errors import CATALOGUE, Fault
 from icmoe.exchange import is_personal
@@ -29,10 +30,13 @@ from icmoe.messages import (
     USAGE_KEY,
 )
 from icmoe.packing import array_of
+from icmoe.quantise import EXPONENT, HIGHEST_EXPONENT, LARGEST, LOWEST_EXPONENT, Dequantised, out_of_range, sent_shapes
 from icmoe.study import Study
 from icmoe.study_privacy import SitePrivacy
 
 SIMPLEX_TOLERANCE = 1e-3
+
+Form = Literal["float32", "int8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +60,7 @@ class Update:
     size_bytes
         Bytes of the tensors as sent.
     tensors
-        Deltas by name, float32.
+        Deltas by name, float32; of an update in int8 each is made when it is asked for.
     """
 
     site: str
@@ -100,6 +104,7 @@ def parse_replies(
     sites: Mapping[int, str],
     study: Study,
     current: Mapping[str, npt.NDArray[np.float32]],
+    form: Form | None = None,
 ) -> tuple[list[Update], list[Fault]]:
     """Return the usable updates in site-name order and one fault per reply that is none.
 
@@ -113,6 +118,8 @@ def parse_replies(
         Decides which tensors are expected.
     current
         The round's global tensors.
+    form
+        Of the updates; the study's where None.
     """
     updates: dict[str, Update] = {}
     faults: list[Fault] = []
@@ -124,7 +131,7 @@ def parse_replies(
         try:
             if not site or site in updates:
                 raise Refusal("it is from a node that was not asked" if not site else "it is the second of one round")
-            updates[site] = parse_update(reply, site, study, current)
+            updates[site] = parse_update(reply, site, study, current, form)
         except Refusal as refusal:
             faults.append(refusal.fault(site))
     return [updates[site] for site in sorted(updates)], faults
@@ -142,8 +149,10 @@ def reported_number(reason: str | None) -> int:
     return number if number in CATALOGUE else 304
 
 
-def parse_update(reply: Message, site: str, study: Study, current: Mapping[str, npt.NDArray[np.float32]]) -> Update:
-    """Return the update of a reply that is no error.
+def parse_update(
+    reply: Message, site: str, study: Study, current: Mapping[str, npt.NDArray[np.float32]], form: Form | None = None
+) -> Update:
+    """Return the update of a reply that is no error; parameters as for `parse_replies`.
 
     Raises
     ------
@@ -167,7 +176,7 @@ def parse_update(reply: Message, site: str, study: Study, current: Mapping[str, 
         steps=_whole(numbers, STEPS_KEY, MOST_STEPS),
         train_s=_number(numbers, SECONDS_KEY, 0.0, LONGEST_S) if privacy is None else None,
         size_bytes=sum(len(array.data) for array in arrays.values()),
-        tensors=_tensors(arrays, study, current),
+        tensors=_tensors(arrays, study, current, form or study.update.form),
     )
 
 
@@ -180,29 +189,36 @@ def _require_private(numbers: MetricRecord, privacy: SitePrivacy) -> None:
 
 
 def _tensors(
-    arrays: ArrayRecord, study: Study, current: Mapping[str, npt.NDArray[np.float32]]
-) -> dict[str, npt.NDArray[np.float32]]:
+    arrays: ArrayRecord, study: Study, current: Mapping[str, npt.NDArray[np.float32]], form: Form
+) -> Mapping[str, npt.NDArray[np.float32]]:
     personal = study.aggregation.personal
-    expected = {
-        name for name in current if not name.endswith("balance_bias_M") and not (personal and is_personal(name, study.model))
+    shapes = {
+        name: tensor.shape
+        for name, tensor in current.items()
+        if not name.endswith("balance_bias_M") and not (personal and is_personal(name, study.model))
     }
-    if set(arrays) != expected:
-        missing, extra = sorted(expected - set(arrays)), sorted(set(arrays) - expected)
+    expected = sent_shapes(shapes) if form == "int8" else shapes
+    if set(arrays) != set(expected):
+        missing, extra = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
         value = f"{len(missing)} missing, {len(extra)} extra, such as {(missing + extra)[0][:60]}"
         raise Refusal("its tensors are not the study's", value, f"{len(expected)} tensors")
-    tensors = {}
-    for name in sorted(expected):
-        tensor = array_of(arrays[name])
-        if tensor is None:
-            raise Refusal(f"{name} is no array", f"{len(arrays[name].data)} bytes", f"float32 {current[name].shape}")
-        if tensor.dtype != np.float32 or tensor.shape != current[name].shape:
-            value, limit = f"{tensor.dtype} {tensor.shape}", f"float32 {current[name].shape}"
-            raise Refusal(f"{name} has another type or shape", value, limit)
-        if not np.isfinite(tensor).all():
-            value = f"{np.count_nonzero(~np.isfinite(tensor))} of {tensor.size} values"
-            raise Refusal(f"{name} holds NaN or infinity", value, "finite")
-        tensors[name] = tensor
-    return tensors
+    tensors = {name: _tensor(arrays[name], name, shape, form) for name, shape in sorted(expected.items())}
+    return Dequantised(tensors) if form == "int8" else tensors
+
+
+def _tensor(array: Array, name: str, shape: tuple[int, ...], form: Form) -> npt.NDArray[Any]:
+    tensor = array_of(array)
+    if tensor is None:
+        raise Refusal(f"{name} is no array", f"{len(array.data)} bytes", f"{form} {shape}")
+    if tensor.dtype != np.dtype(form) or tensor.shape != shape:
+        raise Refusal(f"{name} has another type or shape", f"{tensor.dtype} {tensor.shape}", f"{form} {shape}")
+    if form == "int8" and (wrong := out_of_range(name, tensor)):
+        limit = f"{LOWEST_EXPONENT} to {HIGHEST_EXPONENT}" if name.endswith(EXPONENT) else f"{-LARGEST} to {LARGEST}"
+        raise Refusal(f"{name} holds what no update in int8 does", f"{wrong} of {tensor.size} values", limit)
+    if not np.isfinite(tensor).all():
+        value = f"{np.count_nonzero(~np.isfinite(tensor))} of {tensor.size} values"
+        raise Refusal(f"{name} holds NaN or infinity", value, "finite")
+    return tensor
 
 
 def score_of(reply: Message) -> tuple[float, int] | None:

@@ -19,7 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fl_server.replies import Update, mean_loss, parse_replies, score_of
+from fl_server.replies import Form, Update, mean_loss, parse_replies, score_of
 from fl_server.round_strategy import RoundReport, State, Tensors
 from fl_server.weights import balance_step, expert_weights, plain_share
 from icmoe.exchange import BALANCE_BIAS, expert_of, is_usage_weighted
@@ -39,7 +39,7 @@ class RouterAware(Strategy):
     sizes
         Announced sizes n_k, so that the largest site is asked first and no core idles at the end of a round.
     settings
-        Weights in place of the study's own, for a wrapper that hands in one aggregate.
+        Weights in place of the study's own, for a wrapper that hands in one aggregate, which is float32.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class RouterAware(Strategy):
     ) -> None:
         self.study = study
         self.settings = study.aggregation if settings is None else settings
+        self._form: Form = study.update.form if settings is None else "float32"
         self.sites = sites
         self.sizes = {} if sizes is None else sizes
         self._current: Tensors = {}
@@ -79,7 +80,7 @@ class RouterAware(Strategy):
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the new global arrays, or None without any update: the model does not move then."""
         del server_round
-        updates, faults = parse_replies(replies, self.sites, self.study, self._current)
+        updates, faults = parse_replies(replies, self.sites, self.study, self._current, self._form)
         self.report = RoundReport([update.without_tensors() for update in updates], faults)
         if not updates:
             return None, None
