@@ -12,6 +12,12 @@ Error feedback is Seide et al.'s (1-bit stochastic gradient descent, Interspeech
 The scale of a row is a power of two, which costs half a bit on average. For that 2^k q and e are exact in float32, so that
 site and coordinator, a hospital's process and a simulation, hold the same bits; a scale cannot be NaN, infinite, negative or
 zero; and no value that is sent has more than seven significant bits.
+
+Everything after the coordinator's door sees 2^k q as an update in float32: bounds, weights, sums, robust rules. What is owed
+takes the weights of the round in which it is sent. Under [privacy.site] x is made of noised tensors alone, so q and e are
+post-processing. Under [privacy.server] the norm of 2^k q may be above that of delta, and is clipped to C all the same, so
+the sensitivity is that of float32; e makes a site's update depend on its own past rounds and on the models released before,
+which composition over rounds allows, and on no other site.
 """
 
 from __future__ import annotations

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fl_client.manifest import update_shapes
+from icmoe.backbones import DEFAULT_WEIGHTS
+from icmoe.study import BackboneChoice
+from simulations.benchmarks import bytes_up
+from simulations.benchmarks.bytes_up import samed_parameters
 from simulations.benchmarks.federated_round import figures, ratio_interval, timings
 from simulations.benchmarks.ingest import STEPS
 from simulations.benchmarks.private_step import BACK_ENDS, measure
+from simulations.benchmarks.training_step import study_of
 
 SCRIPT = Path(__file__).parents[1] / "simulations" / "benchmarks" / "training_step.py"
 
@@ -58,3 +65,12 @@ def test_a_private_step_is_measured_beside_the_plain_one() -> None:
     assert [row.what for row in rows] == list(BACK_ENDS)
     assert (rows[0].time_ratio, rows[0].memory_ratio) == (1.0, 1.0)
     assert all(row.seconds > 0.0 and row.time_ratio == pytest.approx(row.seconds / rows[0].seconds) for row in rows)
+
+
+def test_bytes_are_those_of_a_message_and_the_bar_is_met() -> None:
+    (row,) = bytes_up.rows(quick=True)
+    assert samed_parameters() == 4_205_796
+    assert row.limit == 4 * 4_205_796
+    values = sum(math.prod(shape) for shape in update_shapes(study_of(BackboneChoice(digest=DEFAULT_WEIGHTS.digest))).values())
+    assert values < row.ours < 1.15 * values
+    assert row.met
