@@ -63,7 +63,7 @@ def quantised_update(
         wanted = tensor if before is None else tensor + before[name]
         steps, exponent_R = quantised(_coarse(wanted, bits, name).numpy())
         sent[name], sent[name + EXPONENT] = from_numpy(steps), from_numpy(exponent_R)
-        left[name] = wanted - from_numpy(dequantised(steps, exponent_R))
+        left[name] = (wanted - from_numpy(dequantised(steps, exponent_R))).contiguous()
     _keep(left, path, kept)
     return dict(sorted(sent.items()))
 

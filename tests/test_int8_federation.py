@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fl_server.round_strategy import unheard
 from fl_server.rounds import run_rounds
 from fl_server.run_state import RunState
 from icmoe.errors import IcmoeError
+from icmoe.messages import CONFIG, ROUND_KEY
 from icmoe.study import Study
 from simulations.methods import study_for
 
@@ -84,6 +86,36 @@ def test_hospitals_and_simulated_sites_hold_the_same_bits(site: Participant, mak
     simulated = played(study, site, tmp_path / "simulated")
     hospitals = played(study, site, tmp_path / "hospitals", audited=True)
     assert all(np.array_equal(hospitals.arrays[name], tensor) for name, tensor in simulated.arrays.items())
+
+
+@pytest.mark.parametrize(("cut_off", "audited"), [((2, "Cedar"), False), ((2, "Birch"), True), ((3, "Cedar"), True)])
+def test_a_study_that_was_cut_off_within_a_round_ends_with_the_same_bits(
+    cut_off: tuple[int, str], audited: bool, site: Participant, make_study, tmp_path: Path
+) -> None:
+    """Some sites have trained the round, and kept what they owe after it, when it is asked again."""
+    study, path = make_study(rounds=3, update=INT8), tmp_path / "state.safetensors"
+    undisturbed = played(study, site, tmp_path / "undisturbed", audited=audited)
+    names = {
+        name: replace(site, name=name, studies=(study,), state_folder=tmp_path / name, audited=audited) for name in ROSTER.sizes
+    }
+    answer, cuts = federation(names), [cut_off]
+
+    def answer_until_cut(message: Message, name: str) -> Message:
+        reply = answer(message, name)
+        if (message.content[CONFIG].get(ROUND_KEY), name) in cuts:
+            cuts.clear()
+            raise KeyboardInterrupt
+        return reply
+
+    def go_on() -> RunState:
+        state = RunState.load(path, study) if path.exists() else start_state(study)
+        wire, commit = Wire(answer_until_cut), partial(RunState.commit, path=path)
+        return run_rounds(wire, make_strategy(study, ROSTER), study, state, sites=SITES, commit=commit, poll_s=0.005)
+
+    with pytest.raises(KeyboardInterrupt):
+        go_on()
+    resumed = go_on()
+    assert all(np.array_equal(resumed.arrays[name], tensor) for name, tensor in undisturbed.arrays.items())
 
 
 def test_the_ledger_of_a_private_study_does_not_know_the_form(site: Participant, make_study, tmp_path: Path) -> None:
