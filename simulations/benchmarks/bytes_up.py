@@ -3,6 +3,11 @@
 `python -m simulations.benchmarks --only bytes` counts the bytes of the one array in which an update's tensors travel. SAMed
 (Zhang and Liu, arXiv 2304.13785) trains updates of rank 4 to query and value in SAM ViT-B's attention, and SAM's whole mask
 decoder; its side is that many float32 without any header.
+
+What the form does to Dice, on the four phantom hospitals of `make demo`, router-aware, seeds 1 to 3: `run_sim.py --scenario`
+with and without ``[study.update] form = "int8"``, then `icmoe compare`. Test Dice over all patients is 0.7081, 0.7044 and
+0.7117 in either form: no pixel of the 6 test patients changed, while the models differ by 2e-4 to 5e-4 of their norm.
+Validation Dice differed by at most 0.0001 in any round.
 """
 
 from __future__ import annotations
