@@ -26,6 +26,7 @@ from fl_client.incoming import accept
 from fl_client.ledger import Book, Entry, new_entry
 from fl_client.local_round import size_of, train_here, validation_numbers
 from fl_client.manifest import Outgoing
+from fl_client.owed import KEPT, quantised_update
 from fl_client.participant import Participant, site_from_environment
 from fl_client.personal import keep_personal, with_personal
 from fl_client.watchdog import START_S, end_after, end_with_parent
@@ -37,6 +38,7 @@ from icmoe.model import ICMoE, build_model
 from icmoe.packing import array_of, unpack_records
 from icmoe.privacy import patient_faults
 from icmoe.receipts import RECEIPT_KEY, receipt_of
+from icmoe.study import Study
 from icmoe.summary import summarise
 
 log = logging.getLogger("fl_client")
@@ -123,7 +125,17 @@ def _trained(request: Request, start: State, model: ICMoE) -> Outgoing:
     with telling(site.state_folder if site.records is not None else None, doing) as on_step:
         numbers |= train_here(site, study, model, round_number, on_step)
     keep_personal(global_state(model), site.state_folder, study, site.name, round_number)
-    return Outgoing(tensors=update_of(model, start, personal=study.aggregation.personal, shape=study.model), numbers=numbers)
+    update = update_of(model, start, personal=study.aggregation.personal, shape=study.model)
+    return Outgoing(tensors=_in_form(update, site, study, round_number), numbers=numbers)
+
+
+def _in_form(update: State, site: Participant, study: Study, round_number: int) -> State:
+    """Return the update in the form that the study asks for."""
+    if study.update.form == "float32":
+        return update
+    kept = KEPT if site.records is not None else 2  # a simulation's coordinator repeats the round that was cut off, no other
+    bits = site.policy.mantissa_bits
+    return quantised_update(update, site.state_folder, study, site.name, round_number, bits=bits, kept=kept)
 
 
 def _spend(request: Request, incoming: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.text import Text
 from fl_client.approval import approve, changes, read_approvals, withdraw
 from fl_client.audit import digests_of_round, read_log
 from fl_client.budget import budget_faults, prospect
-from fl_client.leaves import LEAVES, RECORDS
+from fl_client.leaves import IN_INT8, LEAVES, RECORDS
 from fl_client.site import SiteFile, read_named, records_of, site_data, study_faults
 from icmoe.accounting import study_epsilon
 from icmoe.bundle import bundle_digest, bundle_files
@@ -126,13 +127,14 @@ def print_audit(path: Path, name: str, round_number: int | None, study: str | No
 
 
 def _terms(study: Study) -> dict[str, str]:
-    from icmoe.exchange import global_state, update_of  # PyTorch, which the lists and the log can do without
+    from fl_client.manifest import update_shapes  # PyTorch, which the lists and the log can do without
+    from icmoe.exchange import global_state
     from icmoe.model import build_model
+    from icmoe.quantise import sent_shapes
 
-    model = build_model(study, seed=0)
-    start = global_state(model)
-    update = update_of(model, start, personal=study.aggregation.personal, shape=study.model)
-    down, up = (4 * sum(tensor.numel() for tensor in state.values()) for state in (start, update))
+    shapes, in_int8 = update_shapes(study), study.update.form == "int8"
+    down = 4 * sum(tensor.numel() for tensor in global_state(build_model(study, seed=0)).values())
+    up = sum(map(math.prod, sent_shapes(shapes).values())) if in_int8 else 4 * sum(map(math.prod, shapes.values()))
     labels = ", ".join(f"{label.name} {list(label.values)}" for label in study.labels)
     backbone = study.backbone
     return {
@@ -143,6 +145,7 @@ def _terms(study: Study) -> dict[str, str]:
         "quorum": f"{study.quorum} (the coordinator's word)",
         "deadline": f"{study.deadline_s:g} s per round; training that takes longer is ended",
         "bytes": f"{down:,} in and {up:,} out per round",
+        **({"form": IN_INT8} if in_int8 else {}),
         "what leaves": LEAVES if study.privacy.site is None else _leaves(study.privacy.site),
         "test": "yes: the backbone may be untrained, results say nothing" if study.test_only else "no",
     }

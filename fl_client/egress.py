@@ -6,7 +6,7 @@ No other module of this package makes a message or a record of one; a test reads
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from icmoe.errors import CATALOGUE, Fault, IcmoeError
 from icmoe.exchange import state_digest
 from icmoe.messages import CONFIG, NUMBERS, UPDATE
 from icmoe.packing import pack_records
+from icmoe.quantise import EXPONENT
 from icmoe.receipts import Head
 from icmoe.study import Study
 
@@ -69,7 +70,8 @@ def release(request: Request, outgoing: Outgoing) -> Message:
     request
         What was asked.
     outgoing
-        The answer. An update is rounded here, where the site's policy says so.
+        The answer. An update in float32 is rounded here, where the site's policy says so; one in int8 was before, since its
+        rounding is made up for, and is held to it here.
 
     Raises
     ------
@@ -128,7 +130,7 @@ def _require_declared(request: Request, outgoing: Outgoing) -> None:
     site = request.site
     bound = site.policy.largest_update_norm
     manifest = manifest_of(request.study, site.name, request.kind, exact=site.exact_counts, largest_norm=bound)
-    faults = list(manifest.faults(outgoing))
+    faults = [*manifest.faults(outgoing), *_too_fine(outgoing, site.policy.mantissa_bits)]
     if not faults:
         return
     if site.records is not None:
@@ -137,12 +139,19 @@ def _require_declared(request: Request, outgoing: Outgoing) -> None:
     raise IcmoeError(*(Fault(number=416, where=f"{site.name}, {request.kind}", value=fault, did=did) for fault in faults[:20]))
 
 
+def _too_fine(outgoing: Outgoing, bits: int) -> Iterator[str]:
+    """Yield what of an update in int8 has more bits than the site lets leave."""
+    for name, tensor in (outgoing.tensors or {}).items():
+        whole = isinstance(tensor, Tensor) and tensor.dtype == torch.int8 and not name.endswith(EXPONENT)
+        if whole and not torch.equal(rounded_to(tensor.float(), bits), tensor.float()):
+            yield f"{name} has more than {bits} bits of mantissa"
+
+
 def _rounded(outgoing: Outgoing, bits: int) -> Outgoing:
     if outgoing.tensors is None or bits >= MANTISSA_BITS:
         return outgoing
-    whole: Mapping[str, Tensor] = outgoing.tensors
-    same = {name: tensor for name, tensor in whole.items() if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32}
-    return replace(outgoing, tensors={name: same.get(name, rounded_to(tensor, bits)) for name, tensor in whole.items()})
+    floats = {name: one for name, one in outgoing.tensors.items() if isinstance(one, Tensor) and one.dtype == torch.float32}
+    return replace(outgoing, tensors={**outgoing.tensors, **{name: rounded_to(one, bits) for name, one in floats.items()}})
 
 
 def _message(outgoing: Outgoing, asked: Message) -> Message:

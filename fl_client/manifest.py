@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,10 +29,13 @@ from icmoe.messages import (
     USAGE_KEY,
 )
 from icmoe.model import build_model
+from icmoe.quantise import Dequantised, out_of_range, sent_shapes
 from icmoe.study import Study
 from icmoe.summary import parse_summary
 
 SIMPLEX_TOLERANCE = 1e-3
+
+_TYPES = {"float32": torch.float32, "int8": torch.int8}
 
 Number = int | float | list[int] | list[float]
 Numbers = dict[str, Number]
@@ -79,14 +83,17 @@ class Manifest:
     Parameters
     ----------
     shapes
-        Shape of each float32 tensor; None where the answer has no tensors.
+        Shape of each tensor as it leaves; None where the answer has no tensors.
+    form
+        Type of all of them, as the study calls it.
     numbers, texts
         Rules; None where the answer has none.
     largest_norm
-        Of all tensors together.
+        Of all tensors together, as the coordinator will read them.
     """
 
     shapes: Mapping[str, tuple[int, ...]] | None = None
+    form: Literal["float32", "int8"] = "float32"
     numbers: Mapping[str, Rule] | None = None
     texts: Mapping[str, Rule] | None = None
     largest_norm: float = math.inf
@@ -99,18 +106,20 @@ class Manifest:
 
     def _of_tensors(self, tensors: Mapping[str, Tensor] | None) -> Iterator[str]:
         yield from _other_names(self.shapes, tensors)
-        square = 0.0
+        sound: dict[str, Tensor] = {}
         for name, shape in sorted((self.shapes or {}).items()):
             if name not in (tensors or {}):
                 continue
             tensor = (tensors or {})[name]
-            if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
-                yield f"{name} is not float32 of shape {shape}"
+            if not isinstance(tensor, Tensor) or tensor.dtype != _TYPES[self.form] or tuple(tensor.shape) != shape:
+                yield f"{name} is not {self.form} of shape {shape}"
+            elif self.form == "int8" and out_of_range(name, tensor.numpy()):
+                yield f"{name} holds values outside their range"
             elif not bool(torch.isfinite(tensor).all()):
                 yield f"{name} holds NaN or infinity"
             else:
-                square += float(tensor.double().square().sum())
-        if math.sqrt(square) > self.largest_norm:
+                sound[name] = tensor
+        if len(sound) == len(self.shapes or {}) and _norm(sound, self.form) > self.largest_norm:
             yield f"norm of the update is above {self.largest_norm:.4g}"
 
 
@@ -137,20 +146,29 @@ def manifest_of(study: Study, site: str, kind: str, *, exact: bool = False, larg
         return Manifest(texts={SUMMARY_KEY: _summary(study)})
     if kind == "evaluate":
         return Manifest(numbers=_scores(study))
-    shapes = update_shapes(study)
+    shapes, form = update_shapes(study), study.update.form
     farthest = STEPS * study.training.learning_rate * math.sqrt(sum(map(math.prod, shapes.values())))
     return Manifest(
-        shapes=shapes,
+        shapes=sent_shapes(shapes) if form == "int8" else shapes,
+        form=form,
         numbers={**_scores(study), **_training(study, exact=exact)},
         largest_norm=min(farthest, largest_norm or math.inf),
     )
 
 
 def update_shapes(study: Study) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of an update."""
+    """Return the shape of every tensor of an update, in whatever form it leaves."""
     model = build_model(study, seed=0)
     update = update_of(model, global_state(model), personal=study.aggregation.personal, shape=study.model)
     return {name: tuple(tensor.shape) for name, tensor in update.items()}
+
+
+def _norm(tensors: Mapping[str, Tensor], form: str) -> float:
+    """Return the norm of a whole update, as it is read."""
+    values: Mapping[str, object] = tensors
+    if form == "int8":
+        values = Dequantised({name: tensor.numpy() for name, tensor in tensors.items()})
+    return math.sqrt(sum(float(torch.as_tensor(value).double().square().sum()) for value in values.values()))
 
 
 def _scores(study: Study) -> dict[str, Rule]:

@@ -39,7 +39,7 @@ class Policy(Section):
     largest_update_norm: Annotated[float, Field(gt=0.0, le=1e9)] | None = None
     """Largest norm of an update; the study's bound, 1000 steps of its learning rate, holds where absent or smaller."""
     mantissa_bits: Annotated[int, Field(ge=4, le=23)] = 23
-    """Bits of mantissa that leave of each number of an update; 23 is float32 as it is."""
+    """Bits of mantissa that leave of each number of an update; 23 is float32 as it is, int8 has at most 6."""
 
     @field_validator("hours")
     @classmethod

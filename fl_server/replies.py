@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +30,15 @@ from icmoe.messages import (
     USAGE_KEY,
 )
 from icmoe.packing import array_of
+from icmoe.quantise import EXPONENT, HIGHEST_EXPONENT, LARGEST, LOWEST_EXPONENT, Dequantised, out_of_range, sent_shapes
 from icmoe.study import Study
 from icmoe.study_privacy import SitePrivacy
 
 SIMPLEX_TOLERANCE = 1e-3
 PIECE = 65_536
 """Values of a tensor that are worked on at a time: a piece of the sum, of an update and of their product stay in the cache."""
+
+Form = Literal["float32", "int8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +62,7 @@ class Update:
     size_bytes
         Bytes of the tensors as sent.
     tensors
-        Deltas by name, float32.
+        Deltas by name, float32; of an update in int8 each is made when it is asked for.
     """
 
     site: str
@@ -102,6 +106,7 @@ def parse_replies(
     sites: Mapping[int, str],
     study: Study,
     current: Mapping[str, npt.NDArray[np.float32]],
+    form: Form | None = None,
     *,
     values: bool = True,
 ) -> tuple[list[Update], list[Fault]]:
@@ -117,6 +122,8 @@ def parse_replies(
         Decides which tensors are expected.
     current
         The round's global tensors.
+    form
+        Of the updates; the study's where None.
     values
         False where the caller finds out itself whether all values are finite.
     """
@@ -130,7 +137,7 @@ def parse_replies(
         try:
             if not site or site in updates:
                 raise Refusal("it is from a node that was not asked" if not site else "it is the second of one round")
-            updates[site] = parse_update(reply, site, study, current, values=values)
+            updates[site] = parse_update(reply, site, study, current, form, values=values)
         except Refusal as refusal:
             faults.append(refusal.fault(site))
     return [updates[site] for site in sorted(updates)], faults
@@ -149,9 +156,15 @@ def reported_number(reason: str | None) -> int:
 
 
 def parse_update(
-    reply: Message, site: str, study: Study, current: Mapping[str, npt.NDArray[np.float32]], *, values: bool = True
+    reply: Message,
+    site: str,
+    study: Study,
+    current: Mapping[str, npt.NDArray[np.float32]],
+    form: Form | None = None,
+    *,
+    values: bool = True,
 ) -> Update:
-    """Return the update of a reply that is no error; arguments as for `parse_replies`.
+    """Return the update of a reply that is no error; parameters as for `parse_replies`.
 
     Raises
     ------
@@ -175,7 +188,7 @@ def parse_update(
         steps=_whole(numbers, STEPS_KEY, MOST_STEPS),
         train_s=_number(numbers, SECONDS_KEY, 0.0, LONGEST_S) if privacy is None else None,
         size_bytes=sum(len(array.data) for array in arrays.values()),
-        tensors=_tensors(arrays, study, current),
+        tensors=_tensors(arrays, study, current, form or study.update.form),
     )
     if values:
         require_finite(update)
@@ -216,24 +229,35 @@ def _require_private(numbers: MetricRecord, privacy: SitePrivacy) -> None:
         raise Refusal("its size is not the study's public one", repr(numbers.get(SLICES_KEY))[:40], str(privacy.patients))
 
 
-def _tensors(arrays: ArrayRecord, study: Study, current: Mapping[str, npt.NDArray[np.float32]]) -> Sent:
+def _tensors(
+    arrays: ArrayRecord, study: Study, current: Mapping[str, npt.NDArray[np.float32]], form: Form
+) -> Mapping[str, npt.NDArray[np.float32]]:
     personal = study.aggregation.personal
-    expected = {
-        name for name in current if not name.endswith("balance_bias_M") and not (personal and is_personal(name, study.model))
+    shapes = {
+        name: tensor.shape
+        for name, tensor in current.items()
+        if not name.endswith("balance_bias_M") and not (personal and is_personal(name, study.model))
     }
-    if set(arrays) != expected:
-        missing, extra = sorted(expected - set(arrays)), sorted(set(arrays) - expected)
+    expected = sent_shapes(shapes) if form == "int8" else shapes
+    if set(arrays) != set(expected):
+        missing, extra = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
         value = f"{len(missing)} missing, {len(extra)} extra, such as {(missing + extra)[0][:60]}"
         raise Refusal("its tensors are not the study's", value, f"{len(expected)} tensors")
     sent = Sent({name: arrays[name] for name in sorted(expected)})
     for name, tensor in sent.items():
-        if tensor.dtype != np.float32 or tensor.shape != current[name].shape:
-            value, limit = f"{tensor.dtype} {tensor.shape}", f"float32 {current[name].shape}"
-            raise Refusal(f"{name} has another type or shape", value, limit)
-    return sent
+        _require_form(name, tensor, expected[name], form)
+    return Dequantised(sent) if form == "int8" else sent
 
 
-class Sent(Mapping[str, npt.NDArray[np.float32]]):
+def _require_form(name: str, tensor: npt.NDArray[Any], shape: tuple[int, ...], form: Form) -> None:
+    if tensor.dtype != np.dtype(form) or tensor.shape != shape:
+        raise Refusal(f"{name} has another type or shape", f"{tensor.dtype} {tensor.shape}", f"{form} {shape}")
+    if form == "int8" and (wrong := out_of_range(name, tensor)):
+        limit = f"{LOWEST_EXPONENT} to {HIGHEST_EXPONENT}" if name.endswith(EXPONENT) else f"{-LARGEST} to {LARGEST}"
+        raise Refusal(f"{name} holds what no update in int8 does", f"{wrong} of {tensor.size} values", limit)
+
+
+class Sent(Mapping[str, npt.NDArray[Any]]):
     """A site's tensors by sorted name, each read from the reply's bytes when it is wanted.
 
     Objects for all tensors of all sites would take more memory than the model. Almost always such an array is a view of
@@ -248,7 +272,7 @@ class Sent(Mapping[str, npt.NDArray[np.float32]]):
     def __init__(self, arrays: Mapping[str, Array]) -> None:
         self._arrays = arrays
 
-    def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
         """Return a tensor.
 
         Raises
@@ -261,7 +285,7 @@ class Sent(Mapping[str, npt.NDArray[np.float32]]):
         item = self._arrays[name]
         tensor = array_of(item)
         if tensor is None:
-            raise Refusal(f"{name} is no array", f"{len(item.data)} bytes", "an array of float32")
+            raise Refusal(f"{name} is no array", f"{len(item.data)} bytes", "an array of numbers")
         return tensor
 
     def __iter__(self) -> Iterator[str]:

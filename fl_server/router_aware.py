@@ -19,7 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fl_server.replies import PIECE, Update, is_finite, mean_loss, only_finite, parse_replies, score_of
+from fl_server.replies import PIECE, Form, Update, is_finite, mean_loss, only_finite, parse_replies, score_of
 from fl_server.round_strategy import RoundReport, State, Tensors
 from fl_server.weights import balance_step, expert_weights, plain_share
 from icmoe.exchange import BALANCE_BIAS, expert_of, is_usage_weighted
@@ -40,7 +40,7 @@ class RouterAware(Strategy):
     sizes
         Announced sizes n_k, so that the largest site is asked first and no core idles at the end of a round.
     settings
-        Weights in place of the study's own, for a wrapper that hands in one aggregate.
+        Weights in place of the study's own, for a wrapper that hands in one aggregate, which is float32.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class RouterAware(Strategy):
     ) -> None:
         self.study = study
         self.settings = study.aggregation if settings is None else settings
+        self._form: Form = study.update.form if settings is None else "float32"
         self.sites = sites
         self.sizes = {} if sizes is None else sizes
         self._current: Tensors = {}
@@ -81,7 +82,7 @@ class RouterAware(Strategy):
         """Return the new global arrays, or None without any update: the model does not move then."""
         del server_round
         self.report = RoundReport()
-        updates, faults = parse_replies(replies, self.sites, self.study, self._current, values=False)
+        updates, faults = parse_replies(replies, self.sites, self.study, self._current, self._form, values=False)
         moved = self._moved(updates) if updates else {}
         if not all(map(is_finite, moved.values())):  # NaN and infinity stay in a sum, so one look at it is enough
             updates, odd = only_finite(updates)

@@ -214,6 +214,13 @@ class Aggregation(Section):
         return self
 
 
+class UpdateForm(Section):
+    """How an update is written down on its way up; the global model comes down as float32 in any case."""
+
+    form: Literal["float32", "int8"] = "float32"
+    """float32 as trained, or int8: a byte per value and one per row, a fourth; what rounding leaves out is sent a round later."""
+
+
 class UpdateBounds(Section):
     """What the server refuses of an update by its norm, all tensors together."""
 
@@ -262,6 +269,8 @@ class Study(Section):
     """Local training."""
     aggregation: Aggregation = Aggregation()
     """What the server does with the updates."""
+    update: UpdateForm = UpdateForm()
+    """Form of an update."""
     guard: UpdateBounds = UpdateBounds()
     """Bounds of an update."""
     privacy: Privacy = Privacy()
@@ -303,7 +312,7 @@ class Study(Section):
 
     @model_serializer(mode="wrap")
     def _without_later_additions(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _written(self, write(self), later=("privacy", "guard", "retries"))
+        return _written(self, write(self), later=("privacy", "update", "guard", "retries"))
 
     @property
     def classes(self) -> int:

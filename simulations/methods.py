@@ -37,8 +37,8 @@ def study_for(method: str, base: Study, seed: int) -> Study:
     Parameters
     ----------
     method
-        A name of `METHODS`; "local" and "pooled" share one study, without any averaging and without privacy: nothing
-        leaves there.
+        A name of `METHODS`; "local" and "pooled" share one study, without any averaging, without privacy and in
+        float32: nothing leaves there.
     base
         The router-aware study.
     seed
@@ -53,4 +53,5 @@ def study_for(method: str, base: Study, seed: int) -> Study:
     values["quorum"] = 1 if method in ALONE else base.quorum
     if method in ALONE:
         values.pop("privacy", None)
+        values.pop("update", None)
     return parse(Study, values, where=f"method {method}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -20,7 +21,7 @@ from test_client import CONTEXT, command, hospital, number_of, request, write_si
 from fl_client.app import make_client_app
 from fl_client.approval import approve, approved_studies, approved_study, changes, read_approvals, withdraw
 from fl_client.audit import read_log
-from fl_client.leaves import LEAVES
+from fl_client.leaves import IN_INT8, LEAVES
 from fl_client.participant import site_from_environment
 from fl_client.policy import Policy, limit_gpu, policy_faults, require_hour
 from fl_client.site import ENVIRONMENT
@@ -89,6 +90,17 @@ def test_the_command_shows_what_is_asked_and_what_leaves(hospital: Path, make_st
     assert "Changed since tiny" in again
     assert "│ rounds │ 7 │ 9 │" in again.replace("┃", "│")
     assert [approval.study.rounds for approval in read_approvals(tmp_path / "state")] == [7, 9]
+
+
+def test_a_hospital_is_told_of_updates_in_int8(hospital: Path, make_study, tmp_path: Path) -> None:
+    path = write_site_file(tmp_path, hospital)
+    texts = []
+    for form in ("float32", "int8"):
+        file = write_study_file(tmp_path / f"{form}.toml", make_study(name=form, update={"form": form}))
+        texts.append(" ".join(command(path, "approve", str(file), "--yes").output.replace("│", " ").split()))
+    assert [IN_INT8 in text for text in texts] == [False, True]
+    floats, bytes_ = (int(re.search(r"in and ([0-9,]+) out", text)[1].replace(",", "")) for text in texts)
+    assert 0.25 * floats < bytes_ < 0.3 * floats
 
 
 def test_without_a_yes_nothing_is_approved(hospital: Path, make_study, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulations.benchmarks import rounds_needed, step_bound
+from fl_client.manifest import update_shapes
+from icmoe.backbones import DEFAULT_WEIGHTS
+from icmoe.study import BackboneChoice
+from simulations.benchmarks import bytes_up, rounds_needed, step_bound
+from simulations.benchmarks.bytes_up import samed_parameters
 from simulations.benchmarks.federated_round import figures, ratio_interval, timings
 from simulations.benchmarks.ingest import STEPS
 from simulations.benchmarks.private_step import BACK_ENDS, measure
 from simulations.benchmarks.row import Row
+from simulations.benchmarks.training_step import study_of
 from simulations.scenario import read_scenario
 
 SCRIPT = Path(__file__).parents[1] / "simulations" / "benchmarks" / "training_step.py"
@@ -122,3 +128,12 @@ def test_the_settings_that_are_compared_are_studies_and_no_two_alike(tmp_path: P
     assert studies[0].aggregation.usage_exponent == 0.0
     assert studies[0].training.schedule == "constant"
     assert rounds_needed.RECIPE in rounds_needed.settings()
+
+
+def test_bytes_are_those_of_a_message_and_the_bar_is_met() -> None:
+    (row,) = bytes_up.rows(quick=True)
+    assert samed_parameters() == 4_205_796
+    assert row.limit == 4 * 4_205_796
+    values = sum(math.prod(shape) for shape in update_shapes(study_of(BackboneChoice(digest=DEFAULT_WEIGHTS.digest))).values())
+    assert values < row.ours < 1.15 * values
+    assert row.met

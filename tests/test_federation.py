@@ -31,7 +31,7 @@ from consortium import (
 
 from fl_server.home import Home
 from fl_server.new_study import study_toml
-from icmoe.study import Study
+from icmoe.study import Study, UpdateForm
 from simulations.phantoms import PhantomSite, write_phantoms
 
 pytestmark = [pytest.mark.network, pytest.mark.skipif(NGINX is None and not os.environ.get("CI"), reason=NO_NGINX)]
@@ -44,7 +44,7 @@ def studies(make_study) -> dict[str, Study]:
     base = make_study(name="first", quorum=3, deadline_s=180.0)
     return {
         "first": base,
-        "second": base.model_copy(update={"name": "second", "seed": 4, "rounds": 1}),
+        "second": base.model_copy(update={"name": "second", "seed": 4, "update": UpdateForm(form="int8")}),
         "unknown": base.model_copy(update={"name": "unknown", "seed": 5}),
     }
 
@@ -191,18 +191,24 @@ def test_a_study_survives_the_kill_of_its_superlink_and_equals_the_simulation(
     assert_as_simulated(folder / "study.model.safetensors", study, site_files, tmp_path)
 
 
-def test_a_second_study_runs_on_the_same_superlink(coordinator: Coordinator, sites: None) -> None:
+def test_a_second_study_runs_on_the_same_superlink_in_int8_and_equals_the_simulation(
+    coordinator: Coordinator, sites: None, studies: dict[str, Study], tmp_path: Path
+) -> None:
     home = str(coordinator.home.root)
     done = fl_server("run", str(coordinator.study("second")), "--home", home, "--json", timeout_s=240)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(record["round"], sorted(record["sites"])) for record in records] == [(1, list(NAMES))]
+    assert [(record["round"], sorted(record["sites"])) for record in records] == [(1, list(NAMES)), (2, list(NAMES))]
+    assert all(site["bytes_up"] < 0.5 * site["bytes_down"] for record in records for site in record["sites"].values())
     listed = json.loads(fl_server("list", "--home", home, "--json").stdout)
-    assert (listed[0]["study"], listed[0]["status"], listed[0]["rounds_done"]) == ("second", "finished:completed", 1)
+    assert (listed[0]["study"], listed[0]["status"], listed[0]["rounds_done"]) == ("second", "finished:completed", 2)
     complete = fl_server("run", str(coordinator.study("second")), "--home", home)
     assert complete.returncode == 0
     assert "second is complete" in complete.stdout
     assert len(json.loads(fl_server("list", "--home", home, "--json").stdout)) == len(listed)  # nothing was submitted
+    folder = coordinator.home.runs / f"second-{studies['second'].digest[:12]}"
+    site_files = [coordinator.site_file(name) for name in NAMES]
+    assert_as_simulated(folder / "study.model.safetensors", studies["second"], site_files, tmp_path)
 
 
 def test_a_run_that_fails_says_why_and_exits_with_one(coordinator: Coordinator, sites: None) -> None:

@@ -24,6 +24,7 @@ from simulations.scenario import chosen
 PARTS = {
     "aggregation": "aggregation",
     "training-step": "training_step",
+    "bytes": "bytes_up",
     "step-bound": "step_bound",
     "private-step": "private_step",
     "rounds-needed": "rounds_needed",

@@ -1,0 +1,102 @@
+"""An update in int8, and what its rounding left out: owed to the next update and kept at the site until then.
+
+A round starts from what the site's last round before it left, whatever was asked in between, and leaves its own under its own
+number. Trained again it therefore starts from the same and ends with the same bytes. Where nothing can be read, a site owes
+nothing: its updates are then rounded once without being made up for, and training goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save
+from torch import Tensor, from_numpy, isfinite
+
+from fl_client.egress import rounded_to
+from icmoe.atomic import write_atomically
+from icmoe.errors import Fault, IcmoeError
+from icmoe.exchange import State, state_digest, state_faults
+from icmoe.quantise import EXPONENT, MANTISSA_BITS, dequantised, quantised
+from icmoe.study import Study
+from icmoe.tensor_file import read_tensors
+
+log = logging.getLogger("fl_client")
+
+KEPT = 4
+"""Rounds whose remainder is kept: a coordinator whose newest commits are damaged goes back by so many."""
+
+
+def owed_path(folder: Path, study: Study, site: str, round_number: int) -> Path:
+    """Return where what a round left out is kept."""
+    return folder / study.digest[:16] / site / f"owed-{round_number:05d}.safetensors"
+
+
+def quantised_update(
+    update: State, folder: Path, study: Study, site: str, round_number: int, *, bits: int, kept: int = KEPT
+) -> State:
+    """Return the update with what earlier rounds owe, in int8, after keeping what its own rounding leaves out.
+
+    Parameters
+    ----------
+    update
+        Trained minus global tensors, float32.
+    folder
+        The site's state folder.
+    study, site, round_number
+        Whose update it is.
+    bits
+        Bits of mantissa that may leave of each number; what fewer than the form's own leave out is owed as well.
+    kept
+        Rounds to keep.
+
+    Raises
+    ------
+    IcmoeError
+        304 where the update is not finite; nothing is kept of it then.
+    """
+    path = owed_path(folder, study, site, round_number)
+    before = _last(path, update)
+    sent, left = State(), State()
+    for name, tensor in sorted(update.items()):
+        wanted = tensor if before is None else tensor + before[name]
+        steps, exponent_R = quantised(_coarse(wanted, bits, name).numpy())
+        sent[name], sent[name + EXPONENT] = from_numpy(steps), from_numpy(exponent_R)
+        left[name] = (wanted - from_numpy(dequantised(steps, exponent_R))).contiguous()
+    _keep(left, path, kept)
+    return dict(sorted(sent.items()))
+
+
+def _coarse(wanted: Tensor, bits: int, name: str) -> Tensor:
+    if not bool(isfinite(wanted).all()):
+        did = "The round's update was not sent."
+        raise IcmoeError(Fault(number=304, where=name, what="update holds NaN or infinity", limit="finite", did=did))
+    return rounded_to(wanted, bits) if bits < MANTISSA_BITS else wanted
+
+
+def _last(path: Path, like: State) -> State | None:
+    """Return what the last round before that of `path` left, None where there is none that can be used."""
+    earlier = [one for one in _kept(path) if one.name < path.name]
+    if not earlier:
+        return None
+    try:
+        owed, metadata = read_tensors(earlier[-1])
+        whole = metadata.get("digest") == state_digest(owed) and not state_faults(like, owed)
+    except (OSError, SafetensorError, ValueError) as error:
+        log.warning("%s is damaged (%s): what it held is not made up for", earlier[-1].name, type(error).__name__)
+        return None
+    if not whole:
+        log.warning("%s is not what was kept under this name: what it held is not made up for", earlier[-1].name)
+    return owed if whole else None
+
+
+def _keep(left: State, path: Path, kept: int) -> None:
+    write_atomically(path, save(left, metadata={"digest": state_digest(left)}), private=True)
+    earlier = [one for one in _kept(path) if one.name <= path.name]
+    for one in {*_kept(path)} - {*earlier[-kept:]}:  # later ones are of rounds that the coordinator lost and asks for anew
+        one.unlink(missing_ok=True)
+
+
+def _kept(path: Path) -> list[Path]:
+    return sorted(path.parent.glob("owed-*.safetensors"))
