@@ -7,10 +7,11 @@ import hashlib
 import json
 import os
 import sqlite3
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from icmoe.data.ingest.records import FileRecord, FrameResult, Record
 from icmoe.errors import Fault, IcmoeError
@@ -53,6 +54,19 @@ class LeftOut(Record):
     frames: int = 1
 
 
+_locks: weakref.WeakSet[TextIO] = weakref.WeakSet()
+"""Of the indexes that this process has claimed."""
+
+
+def _let_go() -> None:
+    """Close the locks in a forked process: it would hold them for a moment after its parent was killed."""
+    for lock in _locks:
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 @contextmanager
 def claimed(folder: Path) -> Iterator[sqlite3.Connection]:
     """Open the index for writing, one process at a time.
@@ -77,6 +91,7 @@ def claimed(folder: Path) -> Iterator[sqlite3.Connection]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise IcmoeError(Fault(number=130, where=str(folder), did="Nothing was read.")) from None
+        _locks.add(lock)
         descriptor = os.open(folder / INDEX, os.O_CREAT | os.O_RDWR, 0o600)
         os.close(descriptor)
         with _connected(folder) as connection:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from icmoe.data.ingest import index
 from icmoe.data.ingest.forms import MASKS, VOLUMES
-from icmoe.data.ingest.parallel import preload
 from icmoe.data.ingest.records import RECIPE_VERSION
 from icmoe.data.ingest.settings import IngestSettings
 from icmoe.errors import Fault, IcmoeError
@@ -88,8 +87,6 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
         what = "export is not a folder" if export.root.exists() else "export is not there"
         raise IcmoeError(_no_export(export, what, "Correct folder under [ingest]."))
     _require_apart(export)
-    if not index.is_index(export.store):
-        preload()  # all files are new: workers get ready while these are listed
     hashes = site_pseudonyms(export.secret_folder)
     splits = _splits(export.split_file)
     with index.claimed(export.store) as connection:
@@ -108,14 +105,10 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
         if not new and not files.gone() and index.meta(connection, "complete") == basis:
             _clean(connection, export.store)
             return False
-        if new:
-            preload()
-        from icmoe.data.ingest.work import publish, read_files
+        from icmoe.data.ingest.work import work_through
 
         index.put_meta(connection, {"complete": "", "cleaned": "", "site": export.site})
-        read_files(connection, export, hashes, files, on_progress)
-        files.drop_gone()
-        publish(connection, export, hashes, files, splits, on_progress)
+        work_through(connection, export, hashes, files, splits, on_progress)
         index.put_meta(connection, {"complete": basis})
         _clean(connection, export.store)
         return True
