@@ -11,7 +11,7 @@ from pydicom.dataset import Dataset
 from pydicom.pixels import pixel_array
 
 from icmoe.data.ingest.geometry import Grid, share_within
-from icmoe.data.ingest.headers import group_plane, identity, integer, named_patient, referenced_frames, sequence, text
+from icmoe.data.ingest.headers import EMPTY, group_plane, identity, integer, named_patient, referenced_frames, sequence, text
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pseudonyms import Pseudonyms
@@ -186,7 +186,7 @@ def _names_of(segment: Dataset) -> list[str]:
 
 def _patches(seg: Dataset, labels: dict[int, int], hashes: Pseudonyms) -> Iterable[Patch]:
     groups = sequence(seg, "PerFrameFunctionalGroupsSequence")
-    shared = (sequence(seg, "SharedFunctionalGroupsSequence") or [Dataset()])[0]
+    shared = (sequence(seg, "SharedFunctionalGroupsSequence") or [EMPTY])[0]
     whole = text(seg, "SegmentationType") == "LABELMAP"
     for number, own in enumerate(groups):
         segments = labels if whole else {_segment(own, shared): labels.get(_segment(own, shared))}
@@ -200,7 +200,7 @@ def _patches(seg: Dataset, labels: dict[int, int], hashes: Pseudonyms) -> Iterab
 
 def _segment(own: Dataset, shared: Dataset) -> int:
     name = "SegmentIdentificationSequence"
-    return integer((sequence(own, name) or sequence(shared, name) or [Dataset()])[0], "ReferencedSegmentNumber")
+    return integer((sequence(own, name) or sequence(shared, name) or [EMPTY])[0], "ReferencedSegmentNumber")
 
 
 def _images(own: Dataset, shared: Dataset, hashes: Pseudonyms) -> list[tuple[str, int]]:
