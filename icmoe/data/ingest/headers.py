@@ -225,7 +225,11 @@ def group_plane(own: Dataset, shared: Dataset) -> Plane | None:
 
 
 def plane_of(position: Dataset, orientation: Dataset, measures: Dataset) -> Plane | None:
-    """Return a plane, or None where one of its parts is missing or cannot be; unknown pixel distances are 0."""
+    """Return a plane, or None where one of its parts is missing or cannot be; unknown pixel distances are 0.
+
+    The ratio of a pixel's sides (PixelAspectRatio) gives no distance: without one such pictures are taken as they are stored,
+    as those are whose rows and columns lie at different distances.
+    """
     where = numbers(position, "ImagePositionPatient", 3)
     axes = numbers(orientation, "ImageOrientationPatient", 6)
     if where is None or axes is None or max(map(abs, where)) > 1e5:
