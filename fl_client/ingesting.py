@@ -22,7 +22,7 @@ from fl_client.progress import bars
 from fl_client.site import SiteFile, cache_folder_of, read_named, site_export
 from icmoe.cache_entries import forget_images
 from icmoe.data.ingest.finding import files_of
-from icmoe.data.ingest.index import INDEX, published
+from icmoe.data.ingest.index import INDEX, in_use
 from icmoe.data.ingest.page import PAGE, drop_report, quality_report
 from icmoe.data.ingest.pseudonyms import SECRET_FILE
 from icmoe.data.ingest.quality import quality_record
@@ -226,5 +226,5 @@ def _drop_features(path: Path, settings: SiteFile, export: Export) -> int:
     """Remove the cached features of pictures that are gone from every study and return their number."""
     others = [place.parent for place in export.secret_folder.glob(f"*/{INDEX}") if place.parent != export.store]
     with gone_digests(export.store) as digests:
-        used = {row.result.digest for store in others for row in published(store)[0]} if digests else set()
+        used = {digest for store in others for digest in in_use(store, digests)} if digests else set()
         return forget_images(cache_folder_of(path, settings), [digest for digest in digests if digest not in used])

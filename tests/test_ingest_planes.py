@@ -189,3 +189,19 @@ def test_views_of_nuclear_medicine_that_are_no_stack_have_no_place(without: str,
     data = image(VOLUME, Modality="NM", PixelSpacing=[1.0, 1.0], **{k: v for k, v in given.items() if k != without})
     record = image_record(read_header(save(data, tmp_path / "x")), Pseudonyms(bytes(32)))
     assert {frame.plane for frame in record.frames} == {None}
+
+
+def test_sides_of_pixels_in_a_ratio_without_distances_change_no_pixel_and_make_up_no_millimetre(tmp_path: Path):
+    found = {}
+    for name in ("known", "ratio"):
+        sources = volume(VOLUME, PixelSpacing=[2.0, 1.0])
+        mask = segmentation(sources, MASKS, "BINARY")
+        for source in sources if name == "ratio" else []:
+            del source.PixelSpacing
+            source.PixelAspectRatio = [2, 1]
+        put(tmp_path / name, [*sources, mask])
+        found[name] = used(tmp_path / name)
+    assert same(found["ratio"][0], found["known"][0])
+    assert same(found["ratio"][1], MASKS)
+    assert {one.spacing_mm for one in found["known"][2].slices} == {(5.0, 2.0, 1.0)}
+    assert {one.spacing_mm for one in found["ratio"][2].slices} == {None}

@@ -7,7 +7,7 @@ Both ways read every image of the export and every mask that it has as DICOM: py
 process, ingest with all that it does besides. Measured are two forms, in turns, each time in a new process:
 
 * `work`: the seconds from the moment when everything is imported, as for a program that does other things as well; the
-  processes that ingest starts, with their imports, count.
+  processes that ingest forks count, with what a file makes them import (nibabel for a volume, pydicom's decoders).
 * `command`: the seconds from start to end of `python -c` with the plain loop, and of `fl_client ... ingest --no-encode`, as
   somebody at a hospital waits for it: interpreter, imports, report and page included.
 
@@ -31,6 +31,8 @@ from copy import deepcopy
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from simulations.benchmarks.row import Row
 
 SLICES = 25
 LIMITS = {"speed": 0.5, "restart": 20.0}
@@ -95,7 +97,7 @@ def images(root: Path) -> list[Path]:
     return found
 
 
-def measure(root: Path, repeats: int) -> dict[str, Any]:
+def measure(root: Path, repeats: int, chosen: Sequence[str] = FORMS) -> dict[str, Any]:
     """Return files, seconds of each way in both forms and the ratios beside what is asked for.
 
     Parameters
@@ -104,19 +106,49 @@ def measure(root: Path, repeats: int) -> dict[str, Any]:
         An export; files that are no DICOM images are passed over by pydicom and read by ingest.
     repeats
         Times that each way is taken.
+    chosen
+        Those of the forms that are taken.
     """
     listed = images(root)
-    seconds: dict[str, dict[str, list[dict[str, float]]]] = {form: {step: [] for step in STEPS} for form in FORMS}
+    seconds: dict[str, dict[str, list[dict[str, float]]]] = {form: {step: [] for step in STEPS} for form in chosen}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "list").write_text("\n".join(map(str, listed)))
         for repeat in range(repeats):
-            for form in FORMS:
+            for form in chosen:
                 place = _site(Path(folder) / f"{form}{repeat}", root)
                 for step in STEPS:
                     seconds[form][step].append(_timed(form, step, root, place))
     forms = {form: {**_ratios(found), **{step: _spreads(found[step]) for step in STEPS}} for form, found in seconds.items()}
     load = round(os.getloadavg()[0], 1)
     return {"images": len(listed), "processors": os.cpu_count(), "load": load, "repeats": repeats, "limits": LIMITS, **forms}
+
+
+def rows(*, quick: bool) -> list[Row]:
+    """Return speed and restart of the `work` form for made-up exports, medians of the clock.
+
+    Parameters
+    ----------
+    quick
+        One small export, once.
+    """
+    ctypes.CDLL(None).prctl(BECOME_REAPER, 1, 0, 0, 0)
+    sizes = (("MR", 25),) if quick else (("MR", 6000), ("MR", 2000), ("CT", 500))
+    return [row for kind, count in sizes for row in _rows_of(kind, count, 1 if quick else 3)]
+
+
+def _rows_of(kind: str, count: int, repeats: int) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        make(Path(folder), kind, count)
+        found = measure(Path(folder), repeats, ["work"])["work"]
+    plain_s, first_s, again_s = (found[step]["clock_s"]["median"] for step in STEPS)
+    what = f"ingest of {count:,} {kind} slices without encoder"
+    cpu_s = found["first"]["cpu_s"]["median"]
+    speed: dict[str, Any] = {"against": "pydicom.dcmread(...).pixel_array", "bar": LIMITS["speed"], "note": f"{cpu_s:.2f} CPU s"}
+    restart: dict[str, Any] = {"against": "the first run", "bar": LIMITS["restart"]}
+    return [
+        Row(what=what, ours=first_s, limit=plain_s, unit="s", at_most=False, **speed),
+        Row(what=f"{what}, again on unchanged data", ours=again_s, limit=first_s, unit="s", at_most=False, **restart),
+    ]
 
 
 def _ratios(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from icmoe.data.ingest.connected import Numbers, Runs, runs_of, strokes_of
 from icmoe.data.picture import Picture
 
 STROKE_PX = 6
@@ -42,7 +43,6 @@ ABOVE, BELOW = 0.1, 0.2
 """Share of a line's columns that may be drawn upon just above and just below it: commas, and letters that hang down."""
 
 Levels = npt.NDArray[np.uint8]
-Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,23 +148,20 @@ def _strokes(levels_HW: Levels) -> _Strokes | None:
     around_HW = _opened(levels_HW, STROKE_PX + 1)
     drawn_HW = _drawn(levels_HW, around_HW)
     # Letters of a line are at least as high as its lowest rows differ, so that one row crosses all of them.
-    begins_HW = drawn_HW.copy()
-    np.greater(drawn_HW[:, 1:], drawn_HW[:, :-1], out=begins_HW[:, 1:])
-    begins = np.flatnonzero(begins_HW)
-    if len(begins) < LETTERS or int(np.bincount(begins // drawn_HW.shape[1]).max()) < LETTERS:
+    runs = runs_of(drawn_HW)
+    if len(runs.starts_R) < LETTERS or int(np.bincount(runs.rows_R).max()) < LETTERS:
         return None
-    from scipy import ndimage  # an eighth of a second, spent where something may be drawn
-
-    marks_HW, count = ndimage.label(drawn_HW, np.ones((3, 3)))
+    marks_R, firsts_N = strokes_of(runs)
+    count = len(firsts_N)
     if count < LETTERS:
         return None
-    marks = marks_HW[drawn_HW] - 1
     full = 20 * levels_HW[drawn_HW].astype(np.int32) >= 17 * 255 + 3 * around_HW[drawn_HW].astype(np.int32)
-    area_N, full_N = np.bincount(marks, minlength=count), np.bincount(marks, weights=full, minlength=count)
-    boxes_N4 = _boxes(marks, drawn_HW, count)
+    full_R = np.logical_or.reduceat(full, np.cumsum(runs.lengths_R) - runs.lengths_R)
+    area_N = np.bincount(marks_R, weights=runs.lengths_R, minlength=count)
+    boxes_N4 = _boxes(runs, marks_R, firsts_N)
     height_N, width_N = boxes_N4[:, 1] - boxes_N4[:, 0], boxes_N4[:, 3] - boxes_N4[:, 2]
     fits = (height_N >= HEIGHT_PX[0]) & (height_N <= HEIGHT_PX[1]) & (width_N <= 4 * height_N) & (5 * area_N >= 4 * height_N)
-    return _Strokes(boxes_N4, full_N > 0, drawn_HW).of(fits)
+    return _Strokes(boxes_N4, np.bincount(marks_R, weights=full_R, minlength=count) > 0, drawn_HW).of(fits)
 
 
 def _drawn(levels_HW: Levels, around_HW: Levels) -> npt.NDArray[np.bool_]:
@@ -174,13 +171,15 @@ def _drawn(levels_HW: Levels, around_HW: Levels) -> npt.NDArray[np.bool_]:
     return np.asarray((above_HW >= 3 * 255) & (around_HW <= 255 - CONTRAST))
 
 
-def _boxes(marks: npt.NDArray[np.int32], drawn_HW: npt.NDArray[np.bool_], count: int) -> Numbers:
-    """Return the box of each stroke; noise has thousands, for which `ndimage.find_objects` is slow."""
-    boxes_4N = np.empty((4, count), dtype=np.int64)
-    for place, at in enumerate(np.nonzero(drawn_HW)):
-        boxes_4N[2 * place], boxes_4N[2 * place + 1] = max(drawn_HW.shape), 0
-        np.minimum.at(boxes_4N[2 * place], marks, at)
-        np.maximum.at(boxes_4N[2 * place + 1], marks, at + 1)
+def _boxes(runs: Runs, marks_R: Numbers, firsts_N: Numbers) -> Numbers:
+    """Return the box of each stroke."""
+    rows_R, left_R = np.divmod(runs.starts_R, runs.stride)
+    boxes_4N = np.zeros((4, len(firsts_N)), dtype=np.int64)
+    boxes_4N[0] = rows_R[firsts_N]
+    boxes_4N[1][marks_R] = rows_R + 1  # the last one stays
+    boxes_4N[2] = runs.stride
+    np.minimum.at(boxes_4N[2], marks_R, left_R)
+    np.maximum.at(boxes_4N[3], marks_R, left_R + runs.lengths_R)
     return boxes_4N.T
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import RawDataElement
@@ -72,6 +72,9 @@ KEYWORDS = (
     *CONTOURS,
 )
 TAGS = [Tag(name) for name in KEYWORDS]
+
+EMPTY: Final = Dataset()
+"""Stands for an item that is not there."""
 
 Header = Dataset | Mapping[str, Any]
 """A data set, or values by keyword."""
@@ -176,12 +179,12 @@ def frame_places(data: Dataset, count: int) -> Iterable[FramePlace]:
         Number of frames.
     """
     groups = sequence(data, "PerFrameFunctionalGroupsSequence")
-    shared = (sequence(data, "SharedFunctionalGroupsSequence") or [Dataset()])[0]
+    shared = (sequence(data, "SharedFunctionalGroupsSequence") or [EMPTY])[0]
     detected = _detected_planes(data, count)
     for number in range(count):
         if groups or "SharedFunctionalGroupsSequence" in data:
-            own = groups[number] if number < len(groups) else Dataset()
-            content = (sequence(own, "FrameContentSequence") or [Dataset()])[0]
+            own = groups[number] if number < len(groups) else EMPTY
+            content = (sequence(own, "FrameContentSequence") or [EMPTY])[0]
             order: tuple[float, ...] = (
                 numeric(content, "TemporalPositionIndex"),
                 numeric(content, "InStackPositionNumber"),
@@ -200,7 +203,7 @@ def _detected_planes(data: Dataset, count: int) -> dict[int, Plane]:
     Where its first slice lies is said of its detector (PS3.3 C.8.4.9); the others of a reconstruction follow along the normal,
     against it where the distance is negative, each as far as its slice number says (C.8.4.8, C.8.4.15).
     """
-    detector = (sequence(data, "DetectorInformationSequence") or [Dataset()])[0]
+    detector = (sequence(data, "DetectorInformationSequence") or [EMPTY])[0]
     first = plane_of(detector, detector, data)
     if first is None or count == 1:
         return {0: first} if first else {}
@@ -216,13 +219,17 @@ def group_plane(own: Dataset, shared: Dataset) -> Plane | None:
     """Return the plane of a frame from its own and the shared functional groups."""
 
     def first(name: str) -> Dataset:
-        return (sequence(own, name) or sequence(shared, name) or [Dataset()])[0]
+        return (sequence(own, name) or sequence(shared, name) or [EMPTY])[0]
 
     return plane_of(first("PlanePositionSequence"), first("PlaneOrientationSequence"), first("PixelMeasuresSequence"))
 
 
 def plane_of(position: Dataset, orientation: Dataset, measures: Dataset) -> Plane | None:
-    """Return a plane, or None where one of its parts is missing or cannot be; unknown pixel distances are 0."""
+    """Return a plane, or None where one of its parts is missing or cannot be; unknown pixel distances are 0.
+
+    The ratio of a pixel's sides (PixelAspectRatio) gives no distance: without one such pictures are taken as they are stored,
+    as those are whose rows and columns lie at different distances.
+    """
     where = numbers(position, "ImagePositionPatient", 3)
     axes = numbers(orientation, "ImageOrientationPatient", 6)
     if where is None or axes is None or max(map(abs, where)) > 1e5:

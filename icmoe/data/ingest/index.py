@@ -7,10 +7,12 @@ import hashlib
 import json
 import os
 import sqlite3
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from icmoe.data.ingest.records import FileRecord, FrameResult, Record
 from icmoe.errors import Fault, IcmoeError
@@ -53,6 +55,19 @@ class LeftOut(Record):
     frames: int = 1
 
 
+_locks: weakref.WeakSet[TextIO] = weakref.WeakSet()
+"""Of the indexes that this process has claimed."""
+
+
+def _let_go() -> None:
+    """Close the locks in a forked process: it would hold them for a moment after its parent was killed."""
+    for lock in _locks:
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 @contextmanager
 def claimed(folder: Path) -> Iterator[sqlite3.Connection]:
     """Open the index for writing, one process at a time.
@@ -77,6 +92,7 @@ def claimed(folder: Path) -> Iterator[sqlite3.Connection]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise IcmoeError(Fault(number=130, where=str(folder), did="Nothing was read.")) from None
+        _locks.add(lock)
         descriptor = os.open(folder / INDEX, os.O_CREAT | os.O_RDWR, 0o600)
         os.close(descriptor)
         with _connected(folder) as connection:
@@ -158,9 +174,33 @@ def write_frames(connection: sqlite3.Connection, rows: Iterable[FrameRow], out: 
         connection.executemany(f"insert into {table} (place, record) values (?, ?)", texts)  # noqa: S608
 
 
+def drop_patients(connection: sqlite3.Connection, names: Iterable[str]) -> int:
+    """Take patients out of what readers of the index see, note their pictures and return how many frames went."""
+    chosen = (json.dumps(sorted(names)),)
+    whose = "where json_extract(record, '$.patient') in (select value from json_each(?))"
+    for table in ("frame", "left_out"):
+        series = f"select json_extract(record, '$.series') from {table} {whose}"  # noqa: S608  # fixed names, as below
+        connection.execute(f"delete from series where id in ({series})", chosen)  # noqa: S608
+    digests = f"select json_extract(record, '$.result.digest') from frame {whose}"  # noqa: S608
+    connection.execute(f"insert or ignore into gone {digests}", chosen)
+    connection.execute(f"delete from left_out {whose}", chosen)  # noqa: S608
+    return connection.execute(f"delete from frame {whose}", chosen).rowcount  # noqa: S608
+
+
 def frame_rows(connection: sqlite3.Connection) -> list[FrameRow]:
     """Return the frames that may be used, in order."""
     return [FrameRow.model_validate_json(text) for (text,) in connection.execute("select record from frame order by place")]
+
+
+def rows_by_series(connection: sqlite3.Connection) -> Iterator[tuple[int, Iterator[FrameRow]]]:
+    """Yield how many frames each series has and these frames one after another; series by name, frames in order."""
+    counts = connection.execute(
+        "select json_extract(record, '$.series') as name, count(*) from frame group by name order by name"
+    )
+    rows = connection.execute("select record from frame order by json_extract(record, '$.series'), place")
+    frames = (FrameRow.model_validate_json(text) for (text,) in rows)
+    for _, count in counts:
+        yield count, islice(frames, count)
 
 
 def left_out(connection: sqlite3.Connection) -> list[LeftOut]:
@@ -185,8 +225,7 @@ def read_index(folder: Path) -> SiteData:
 
     if not is_index(folder):
         raise IcmoeError(Fault(number=131, where=str(folder), did="Nothing was started."))
-    with _connected(folder) as connection:
-        connection.execute("pragma query_only = on")
+    with opened(folder) as connection:
         site = meta(connection, "site") if meta(connection, "complete") else ""
         if not site:
             raise IcmoeError(Fault(number=131, where=str(folder), what="ingest was not run to its end"))
@@ -205,6 +244,28 @@ def published(folder: Path) -> tuple[list[FrameRow], list[LeftOut]]:
     """Return what readers of the index see: frames that may be used, and what is left out."""
     with _connected(folder) as connection:
         return frame_rows(connection), left_out(connection)
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[sqlite3.Connection]:
+    """Open an index for reading.
+
+    Yields
+    ------
+    Connection
+        Of an index that exists.
+    """
+    with _connected(folder) as connection:
+        connection.execute("pragma query_only = on")
+        yield connection
+
+
+def in_use(folder: Path, digests: Iterable[str]) -> set[str]:
+    """Return those of the pictures that readers of an index see."""
+    whose = "json_extract(record, '$.result.digest')"
+    query = f"select distinct {whose} from frame where {whose} in (select value from json_each(?))"  # noqa: S608  # fixed names
+    with opened(folder) as connection:
+        return {digest for (digest,) in connection.execute(query, (json.dumps(list(digests)),))}
 
 
 def state(folder: Path) -> str:

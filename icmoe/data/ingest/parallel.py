@@ -2,25 +2,60 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
-from multiprocessing import forkserver
-from typing import TypeVar
+from typing import Self, TypeVar
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
-PRELOAD = ["icmoe.data.ingest.preloaded"]
+PRELOADED = "icmoe.data.ingest.preloaded"
 """Imported once, by the process that all workers are forked from."""
 
 
+class Workers:
+    """Processes that serve one step after another, with what they imported for the first.
+
+    Parameters
+    ----------
+    processes
+        0 is one per core.
+    """
+
+    def __init__(self, processes: int) -> None:
+        self._processes = processes or os.cpu_count() or 1
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def start(self) -> ProcessPoolExecutor:
+        """Return the processes, started where they are not there."""
+        if self._pool is None:
+            self._pool = _pool(self._processes)
+        return self._pool
+
+    def lose(self, *, waiting: bool) -> None:
+        """Give the processes up, killed where they still are at work; others start when they are needed."""
+        if self._pool is not None:
+            _kill(self._pool, waiting=waiting)
+            self._pool = None
+
+
 def in_processes(
-    function: Callable[[Item], Answer], items: Iterable[Item], processes: int, *, deadline_s: float
+    function: Callable[[Item], Answer], items: Iterable[Item], workers: Workers, *, deadline_s: float
 ) -> Iterator[tuple[Item, Answer | None]]:
     """Yield each item with its answer as it comes, or with None where the process that worked on it died or hung.
 
@@ -30,38 +65,35 @@ def in_processes(
         Picklable, and so are items and answers.
     items
         Made as they are needed.
-    processes
-        0 is one per core.
+    workers
+        Who work on them; not started where there is no item.
     deadline_s
         Seconds without any answer after which the items at work count as hung.
     """
     unsure: list[Item] = []
     waiting = iter(items)
-    first = list(islice(waiting, 1))
-    if not first:
-        return
-    waiting = chain(first, waiting)
-    with _pool(processes or os.cpu_count() or 1) as pool:
-        yield from _drain(pool, function, waiting, unsure, deadline_s)
-    for item in chain(unsure, waiting):
-        with _pool(1) as pool:
-            job = pool.submit(function, item)
-            answer = None
-            if wait([job], timeout=deadline_s).done and job.exception() is None:
-                answer = job.result()
-            else:
-                _kill(pool)
+    while first := list(islice(waiting, 1)):
+        yield from _drain(workers, function, chain(first, waiting), unsure, deadline_s)
+        for item in unsure:
+            with Workers(1) as single:
+                job = single.start().submit(function, item)
+                answer = None
+                if wait([job], timeout=deadline_s).done and job.exception() is None:
+                    answer = job.result()
+                else:
+                    single.lose(waiting=job.done())
             yield item, answer
+        unsure.clear()
 
 
 def _drain(
-    pool: ProcessPoolExecutor,
+    workers: Workers,
     function: Callable[[Item], Answer],
     waiting: Iterator[Item],
     unsure: list[Item],
     deadline_s: float,
 ) -> Iterator[tuple[Item, Answer | None]]:
-    """Yield answers until all are there or the pool is lost; what was at work then is in `unsure`.
+    """Yield answers until all are there or the processes are lost; what was at work then is in `unsure`.
 
     Whatever `function` raises costs its item alone; only what the disk refuses would meet every other item too.
     """
@@ -70,13 +102,13 @@ def _drain(
         while True:
             for item in islice(waiting, 4 * (os.cpu_count() or 1) - len(jobs)):
                 unsure.append(item)  # until it is submitted
-                jobs[pool.submit(function, item)] = item
+                jobs[workers.start().submit(function, item)] = item
                 unsure.pop()
             if not jobs:
                 break
             done = wait(jobs, timeout=deadline_s, return_when="FIRST_COMPLETED").done
             if not done:
-                _kill(pool)
+                workers.lose(waiting=False)
                 break
             for job in done:
                 error = job.exception()
@@ -84,24 +116,34 @@ def _drain(
                     raise error
                 yield jobs.pop(job), None if error else job.result()
     except BrokenProcessPool:
-        pass
+        workers.lose(waiting=True)
     unsure += jobs.values()
 
 
-def preload() -> None:
-    """Start the process that workers are forked from; it imports what they need while this one goes on."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
-    forkserver.ensure_running()
-
-
 def _pool(processes: int) -> ProcessPoolExecutor:
-    preload()
-    context = multiprocessing.get_context("forkserver")
-    return ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with_parent)
+    """Return running processes, forked from this one where no other thread of it could hold a lock meanwhile.
+
+    Elsewhere they are forked from a process without threads, which has to import first what this one mostly has.
+    """
+    alone = threading.active_count() == 1
+    context = multiprocessing.get_context("fork" if alone else "forkserver")
+    if alone:
+        importlib.import_module(PRELOADED)
+    else:
+        context.set_forkserver_preload([PRELOADED])
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin)
+    pool.submit(os.getpid)  # they start with their first task
+    return pool
 
 
-def _end_with_parent() -> None:
-    """Make a worker end when its parent is killed: it would wait for ever on a queue that itself holds open."""
+def _begin() -> None:
+    """Make a worker end by signals as if it had no others' handlers, and when its parent is killed.
+
+    It would wait for ever on a queue that itself holds open.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    gc.freeze()  # what is there stays, and looking through it again and again takes time
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -112,7 +154,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _kill(pool: ProcessPoolExecutor) -> None:
+def _kill(pool: ProcessPoolExecutor, *, waiting: bool) -> None:
     for process in list((pool._processes or {}).values()):
         process.kill()
-    pool.shutdown(wait=False, cancel_futures=True)
+    pool.shutdown(wait=waiting, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""What every worker has from its first moment on, because the process that it is forked from imported it.
+"""What every worker has from its first moment on, because the process that it is forked from imported this.
 
 highdicom and nibabel, each longer to import than a hundred headers to read, come with the first file that needs them.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import gc
 
-gc.disable()  # there is no garbage yet, and looking for it takes a sixth of the time
+collecting = gc.isenabled()
+gc.disable()  # imports leave no garbage, and looking for it takes a sixth of the time
 
 from icmoe.data.ingest import decoding, reading  # noqa: E402
 from icmoe.data.ingest.forms import MASKS, VOLUMES, module_of  # noqa: E402
@@ -19,5 +20,5 @@ for volume in VOLUMES.values():
 for mask in MASKS.values():
     module_of(mask)
 
-gc.freeze()
-gc.enable()
+if collecting:
+    gc.enable()

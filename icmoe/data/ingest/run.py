@@ -18,7 +18,6 @@ from pathlib import Path
 
 from icmoe.data.ingest import index
 from icmoe.data.ingest.forms import MASKS, VOLUMES
-from icmoe.data.ingest.parallel import preload
 from icmoe.data.ingest.records import RECIPE_VERSION
 from icmoe.data.ingest.settings import IngestSettings
 from icmoe.errors import Fault, IcmoeError
@@ -29,6 +28,8 @@ PACKAGES = ("pydicom", "highdicom", "nibabel", "pylibjpeg", "libjpeg", "openjpeg
 """What the extra `dicom` installs, by import name."""
 BATCH_FILES = 64
 DEADLINE_S = 600.0
+HELD = """insert or ignore into held select json_extract(result.value, '$.entry') from series, json_each(series.results) result
+    where json_extract(result.value, '$.entry') is not null"""
 Progress = Callable[[str, int, int], None]
 """Called with the name of the step, how much is done and how much there is."""
 
@@ -88,8 +89,6 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
         what = "export is not a folder" if export.root.exists() else "export is not there"
         raise IcmoeError(_no_export(export, what, "Correct folder under [ingest]."))
     _require_apart(export)
-    if not index.is_index(export.store):
-        preload()  # all files are new: workers get ready while these are listed
     hashes = site_pseudonyms(export.secret_folder)
     splits = _splits(export.split_file)
     with index.claimed(export.store) as connection:
@@ -108,14 +107,10 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
         if not new and not files.gone() and index.meta(connection, "complete") == basis:
             _clean(connection, export.store)
             return False
-        if new:
-            preload()
-        from icmoe.data.ingest.work import publish, read_files
+        from icmoe.data.ingest.work import work_through
 
         index.put_meta(connection, {"complete": "", "cleaned": "", "site": export.site})
-        read_files(connection, export, hashes, files, on_progress)
-        files.drop_gone()
-        publish(connection, export, hashes, files, splits, on_progress)
+        work_through(connection, export, hashes, files, splits, on_progress)
         index.put_meta(connection, {"complete": basis})
         _clean(connection, export.store)
         return True
@@ -166,19 +161,13 @@ def forget(export: Export, patient: str) -> int:
             if name in {record.patient, record.number}:
                 names.add(record.patient)
                 series.add(f"S-{record.series}")
-        out = index.left_out(connection)
-        everything = index.frame_rows(connection)
-        rows = [row for row in everything if row.patient in names]
-        series |= {row.series for row in rows} | {item.series for item in out if item.patient in names}
         with index.transaction(connection):
             connection.execute("insert or ignore into forgotten values (?)", (name,))
             connection.executemany("delete from series where id = ?", [(key,) for key in series])
-            connection.executemany("insert or ignore into gone values (?)", [(row.result.digest,) for row in rows])
-            left = [row for row in everything if row.patient not in names]
-            index.write_frames(connection, left, [item for item in out if item.patient not in names])
+            gone = index.drop_patients(connection, names)
             index.put_meta(connection, {"complete": index.meta(connection, "complete") and "forgotten", "cleaned": ""})
         _clean(connection, export.store)
-    return len(rows)
+    return gone
 
 
 @contextmanager
@@ -192,8 +181,8 @@ def gone_digests(store: Path) -> Iterator[list[str]]:
     """
     with index.claimed(store) as connection:
         listed = [digest for (digest,) in connection.execute("select digest from gone")]
-        used = {row.result.digest for row in index.frame_rows(connection)} if listed else set()
-        yield [digest for digest in listed if digest not in used]
+        query = "select digest from gone where digest not in (select json_extract(record, '$.result.digest') from frame)"
+        yield [digest for (digest,) in connection.execute(query)]
         connection.executemany("delete from gone where digest = ?", [(digest,) for digest in listed])
 
 
@@ -260,9 +249,10 @@ def _clean(connection: sqlite3.Connection, store: Path) -> None:
     """Remove frames that no series holds any more; done again after a kill, because the list is in the index."""
     if index.meta(connection, "cleaned") == index.meta(connection, "complete") != "":
         return
-    results = (json.loads(text) for (text,) in connection.execute("select results from series"))
-    held = {result["entry"].encode() for series in results for result in series if "entry" in result}
+    connection.execute("create temp table held (entry text primary key) without rowid")
+    connection.execute(HELD)
     for path in (store / "frames").glob("*/*"):
-        if path.name.removesuffix(".safetensors").encode() not in held:
+        if not connection.execute("select 1 from held where entry = ?", (path.name.removesuffix(".safetensors"),)).fetchone():
             path.unlink(missing_ok=True)
+    connection.execute("drop table held")
     index.put_meta(connection, {"cleaned": index.meta(connection, "complete")})

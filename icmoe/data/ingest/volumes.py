@@ -82,8 +82,13 @@ def looks_like_classes(values: npt.NDArray[Any]) -> bool:
     """Return whether an array holds few whole numbers from 0 up, as masks do."""
     if values.size == 0 or not (float(values.min()) >= 0.0 and float(values.max()) <= 65535.0):
         return False
-    few = np.unique(values.ravel()[:: max(1, values.size // 65536)])
+    few = _distinct(values.ravel()[:: max(1, values.size // 65536)])
     if len(few) > MASK_VALUES:
         return False
-    found = np.unique(values)
+    found = _distinct(values)
     return len(found) <= MASK_VALUES and bool((np.abs(np.rint(found) - found) < SCALING_ERROR).all())
+
+
+def _distinct(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the values that occur, in order; whole numbers from 0 to 65535 are counted, many times as fast as sorted."""
+    return np.flatnonzero(np.bincount(values.ravel().astype(np.int64))) if values.dtype.kind in "iu" else np.unique(values)

@@ -6,11 +6,11 @@ import sqlite3
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from icmoe.data.ingest import index, jobs
+from icmoe.data.ingest import index, jobs, preloaded  # noqa: F401  # workers are forked from here
 from icmoe.data.ingest.catalogue import Catalogue
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.pairing import pair
-from icmoe.data.ingest.parallel import in_processes
+from icmoe.data.ingest.parallel import Workers, in_processes
 from icmoe.data.ingest.planning import Planned, Site, plan
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.publishing import Publication
@@ -20,8 +20,44 @@ from icmoe.data.ingest.run import BATCH_FILES, DEADLINE_S, Export, Progress
 CRASHED = "a decoder crashed or hung on it"
 
 
+def work_through(
+    connection: sqlite3.Connection,
+    export: Export,
+    hashes: Pseudonyms,
+    files: Catalogue,
+    splits: Mapping[str, str],
+    on_progress: Progress,
+) -> None:
+    """Read new and changed files, forget those that are gone, decode and publish.
+
+    Parameters
+    ----------
+    connection
+        Of the index.
+    export, hashes
+        What is read.
+    files
+        Of the export.
+    splits
+        By the hospital's own number of a patient.
+    on_progress
+        Told at the start of each step and as it goes on.
+    """
+    with Workers(export.settings.processes) as workers:
+        if files.new():
+            workers.start()  # before somebody's bars run in a thread
+        read_files(connection, export, hashes, files, workers, on_progress)
+        files.drop_gone()
+        publish(connection, export, hashes, files, splits, workers, on_progress)
+
+
 def read_files(
-    connection: sqlite3.Connection, export: Export, hashes: Pseudonyms, files: Catalogue, on_progress: Progress
+    connection: sqlite3.Connection,
+    export: Export,
+    hashes: Pseudonyms,
+    files: Catalogue,
+    workers: Workers,
+    on_progress: Progress,
 ) -> None:
     """Read the headers of new and changed files into the index.
 
@@ -33,6 +69,8 @@ def read_files(
         What is read.
     files
         Of the export.
+    workers
+        Who read.
     on_progress
         Told at the start and after each batch.
     """
@@ -41,12 +79,11 @@ def read_files(
     batches = (jobs.FilesJob(*site, tuple(paths)) for paths in files.new_paths(BATCH_FILES))
     done, total = 0, files.new()
     on_progress("read", done, total)
-    for batch, answer in in_processes(jobs.read_files, batches, export.settings.processes, deadline_s=DEADLINE_S):
+    for batch, answer in in_processes(jobs.read_files, batches, workers, deadline_s=DEADLINE_S):
         if answer is None:  # one of them killed its process: find out which
-            single = in_processes(
-                jobs.read_files, [replace(batch, paths=(path,)) for path in batch.paths], 1, deadline_s=DEADLINE_S
-            )
-            by_path = {one.paths[0]: found[0] if found else refused(117, CRASHED) for one, found in single}
+            single = [replace(batch, paths=(path,)) for path in batch.paths]
+            answers = in_processes(jobs.read_files, single, workers, deadline_s=DEADLINE_S)
+            by_path = {one.paths[0]: found[0] if found else refused(117, CRASHED) for one, found in answers}
         else:
             by_path = dict(zip(batch.paths, answer, strict=True))
         rows = [(*files.state(path), record.model_dump_json(exclude_defaults=True)) for path, record in by_path.items()]
@@ -62,6 +99,7 @@ def publish(
     hashes: Pseudonyms,
     files: Catalogue,
     splits: Mapping[str, str],
+    workers: Workers,
     on_progress: Progress,
 ) -> None:
     """Decode what changed and publish frames, reasons and what is gone in one transaction.
@@ -88,7 +126,7 @@ def publish(
                     total -= len(planned.job.frames)
 
     on_progress("decode", done, total)
-    for job, answer in in_processes(jobs.decode_series, missing(), export.settings.processes, deadline_s=DEADLINE_S):
+    for job, answer in in_processes(jobs.decode_series, missing(), workers, deadline_s=DEADLINE_S):
         results = answer if answer is not None else [FrameResult(fault=118, why=CRASHED)] * len(job.frames)
         mark = marks.pop(job.series) if answer is not None else ""  # another run tries again
         with index.transaction(connection):
