@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from simulations.benchmarks import loading
 from simulations.benchmarks.federated_round import figures, ratio_interval, timings
 from simulations.benchmarks.ingest import STEPS
 from simulations.benchmarks.private_step import BACK_ENDS, measure
@@ -58,3 +60,17 @@ def test_a_private_step_is_measured_beside_the_plain_one() -> None:
     assert [row.what for row in rows] == list(BACK_ENDS)
     assert (rows[0].time_ratio, rows[0].memory_ratio) == (1.0, 1.0)
     assert all(row.seconds > 0.0 and row.time_ratio == pytest.approx(row.seconds / rows[0].seconds) for row in rows)
+
+
+def test_cached_features_are_read_beside_a_plain_copy_of_the_same_bytes() -> None:
+    found = loading.rows(quick=True)
+    assert [row.against for row in found] == ["mmap and copy", "mmap, copy, widen"]
+    assert all(row.bar == 0.7 and not row.at_most and row.ours > 0.0 < row.limit for row in found)
+
+
+def test_the_plain_copy_holds_the_bytes_of_the_features(tmp_path: Path) -> None:
+    cache, keys = loading.filled(tmp_path, loading.CHOICES["lite-medsam, 128 px"], 2)
+    copied = loading.mapped([cache.path(key) for key in keys], loading.header_bytes_of(cache, keys[0]))
+    embedding_BCHW, *blocks = cache.halves(keys)
+    in_the_file = torch.cat([half.flatten(1) for half in (*blocks, embedding_BCHW)], dim=1)
+    assert torch.equal(copied.view(torch.float16), in_the_file)
