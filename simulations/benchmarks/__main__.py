@@ -23,6 +23,7 @@ from simulations.scenario import chosen
 
 PARTS = {
     "training-step": "training_step",
+    "encoding": "encoding",
     "loading": "loading",
 }
 """Modules of this package with a function `rows(quick=...)`, by the names for --only, in the order of their running."""
