@@ -25,6 +25,7 @@ PARTS = {
     "training-step": "training_step",
     "encoding": "encoding",
     "loading": "loading",
+    "site-memory": "site_memory",
 }
 """Modules of this package with a function `rows(quick=...)`, by the names for --only, in the order of their running."""
 DEADLINE_S = 5400.0
