@@ -2,10 +2,10 @@
 
 One safetensors file per view, fp16, named by its key: first a hash of the normalised image's digest, so that all that
 was ever computed of one image can be removed, whatever study asked for it; then the SHA-256 of backbone digest, input
-size, preprocessing version, dtype, image digest and view. An entry is written to a temporary file and renamed, so several
-processes may share a folder and a kill leaves no half entry. Its header repeats the key and a CRC-32 of the tensors; an
-entry that is damaged or foreign counts as absent and is computed again. A process checks an entry when it first reads it,
-not on every step.
+size, preprocessing version, dtype, image digest, view and the version of the backbone's arithmetic. An entry is written to
+a temporary file and renamed, so several processes may share a folder and a kill leaves no half entry. Its header repeats
+the key and a CRC-32 of the tensors; an entry that is damaged or foreign counts as absent and is computed again. A process
+checks an entry when it first reads it, not on every step.
 
 Features are patient data: the folder has the images' access and deletion rules.
 """
@@ -24,7 +24,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from icmoe.atomic import write_atomically
+from icmoe.backbones import BACKBONES
 from icmoe.cache_entries import entry_key, entry_path
+from icmoe.entry_file import EntryFile
 from icmoe.errors import Fault, IcmoeError
 from icmoe.preprocess import PREPROCESSING_VERSION
 from icmoe.study import Study, View
@@ -33,6 +35,7 @@ from icmoe.tensor_file import read_tensors
 METADATA_KEY = "icmoe"
 FORMAT = "icmoe-features-1"
 HALF_MAX = 65504.0
+CPU = torch.device("cpu")
 # Entries that this process has verified; every round makes a new cache object.
 _CHECKED: set[Path] = set()
 
@@ -83,23 +86,28 @@ class FeatureCache:
         Side of its input, pixels.
     block_features
         Whether `load` hands out the blocks; they are always kept, so that both kinds of study share the entries.
+    arithmetic
+        Of the backbone, as in `BACKBONES`.
     """
 
     folder: Path
     digest: str
     image_size: int
     block_features: bool
+    arithmetic: int = 1
 
     @staticmethod
     def of(folder: Path, study: Study) -> FeatureCache:
         """Return the cache of a study's backbone below `folder`."""
         chosen = study.backbone
-        return FeatureCache(folder, chosen.digest, chosen.image_size, chosen.block_features)
+        arithmetic = BACKBONES[chosen.name].arithmetic
+        return FeatureCache(folder, chosen.digest, chosen.image_size, chosen.block_features, arithmetic)
 
     def key(self, image_digest: str, view: View) -> str:
         """Return the key of one view of one image, 64 hexadecimal digits."""
-        own = (FORMAT, self.digest, self.image_size, PREPROCESSING_VERSION, "float16")
-        return entry_key(image_digest, json.dumps([*own, image_digest, view]))
+        own = [FORMAT, self.digest, self.image_size, PREPROCESSING_VERSION, "float16"]
+        later = [self.arithmetic] if self.arithmetic > 1 else []  # keys that were made before there was a second one stay
+        return entry_key(image_digest, json.dumps([*own, *later, image_digest, view]))
 
     def path(self, key: str) -> Path:
         """Return the file of a key."""
@@ -134,8 +142,34 @@ class FeatureCache:
         header = json.dumps({"format": FORMAT, "key": key, "crc32": _checksum(halves)}, sort_keys=True)
         write_atomically(self.path(key), save(halves, metadata={METADATA_KEY: header}), durable=False, private=True)
 
-    def load(self, keys: Sequence[str]) -> Features:
-        """Return a batch in float32, in the order of the keys.
+    def load(self, keys: Sequence[str], device: torch.device = CPU) -> Features:
+        """Return a batch in float32 on a device, in the order of the keys.
+
+        It travels in half precision and is widened on the device; to CUDA it goes from pinned memory, without waiting.
+
+        Parameters
+        ----------
+        keys
+            At least one.
+        device
+            Where the batch shall be.
+
+        Raises
+        ------
+        IcmoeError
+            111 where an entry is absent or damaged.
+        """
+        return widened(self.halves(keys, pinned=device.type == "cuda"), device)
+
+    def halves(self, keys: Sequence[str], *, pinned: bool = False) -> list[Tensor]:
+        """Return the embeddings and each block as they are kept, one batch each in the order of the keys.
+
+        Parameters
+        ----------
+        keys
+            At least one.
+        pinned
+            Whether the memory is pinned, for CUDA.
 
         Raises
         ------
@@ -143,13 +177,22 @@ class FeatureCache:
             111 where an entry is absent or damaged.
         """
         try:
-            rows = [self._read(key) for key in keys]
+            for key in keys:
+                if self.path(key) not in _CHECKED:
+                    self._read(key)
+            with EntryFile(self.path(keys[0])) as first:
+                blocks = len(first.places) - 1 if self.block_features else 0
+                names = ["embedding", *(f"block{index}" for index in range(blocks))]
+                shapes = [first.places[name].shape for name in names]
+            batches = [torch.empty(len(keys), *shape, dtype=torch.float16, pin_memory=pinned) for shape in shapes]
+            for row, key in enumerate(keys):
+                with EntryFile(self.path(key)) as file:
+                    for name, batch in zip(names, batches, strict=True):
+                        file.read_into(name, batch[row])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             did, todo = "Training stopped.", "Start again: damaged entries are computed anew."
             raise IcmoeError(Fault(number=111, value=type(error).__name__, did=did, todo=todo)) from None
-        names = [f"block{index}" for index in range(len(rows[0]) - 1)] if self.block_features else []
-        blocks = tuple(_batch([row[name] for row in rows]) for name in names)
-        return Features(_batch([row["embedding"] for row in rows]), blocks)
+        return batches
 
     def _read(self, key: str) -> dict[str, Tensor]:
         tensors, metadata = read_tensors(self.path(key))
@@ -160,16 +203,14 @@ class FeatureCache:
         return tensors
 
 
+def widened(halves: Sequence[Tensor], device: torch.device) -> Features:
+    """Return what `FeatureCache.halves` read as float32 on a device, made there."""
+    embedding, *blocks = (half.to(device, non_blocking=True).float() for half in halves)
+    return Features(embedding, tuple(blocks))
+
+
 def _checksum(tensors: dict[str, Tensor]) -> int:
     crc = 0
     for _, tensor in sorted(tensors.items()):
         crc = zlib.crc32(tensor.numpy().data, crc)
     return crc
-
-
-def _batch(halves: Sequence[Tensor]) -> Tensor:
-    """Return the tensors as one float32 batch, converted while they are copied."""
-    batch = torch.empty(len(halves), *halves[0].shape)
-    for row, half in zip(batch, halves, strict=True):
-        row.copy_(half)
-    return batch

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from icmoe import features as features_module
 from icmoe.backbone import load_backbone
-from icmoe.cache_entries import default_cache_folder, forget_images
-from icmoe.errors import IcmoeError
+from icmoe.cache_entries import IMAGE_DIGITS, default_cache_folder, forget_images
+from icmoe.entry_file import EntryFile
+from icmoe.errors import Fault, IcmoeError
 from icmoe.features import FeatureCache, Wanted
 from icmoe.prepare import encode_missing
+from icmoe.tensor_file import read_tensors
 
 
 @pytest.fixture
@@ -49,6 +54,14 @@ def test_the_key_names_everything_that_changes_the_features(cache: FeatureCache,
     assert len(keys) == 5
     without = FeatureCache(tmp_path, "d" * 64, 32, block_features=False)
     assert without.key("a", "identity") in keys  # both kinds of study share the entries
+
+
+def test_another_arithmetic_has_other_keys_and_the_first_has_those_that_it_always_had(tmp_path: Path, make_study) -> None:
+    lite, sam = ({"name": name, "digest": "d" * 64, "image_size": 128} for name in ("lite-medsam", "sam-vit-b"))
+    first, second = (FeatureCache.of(tmp_path, make_study(backbone=choice)).key("a", "flip") for choice in (lite, sam))
+    assert first == "ca978112ca1bbdcafac231b36a399e7a063a2b40386702bf8aeda621df799659"
+    assert first != second
+    assert first[:IMAGE_DIGITS] == second[:IMAGE_DIGITS]
 
 
 def test_all_that_was_computed_of_an_image_goes_whatever_study_asked_for_it(cache: FeatureCache, tmp_path: Path) -> None:
@@ -89,6 +102,85 @@ def test_a_damaged_or_foreign_entry_counts_as_absent_and_is_never_used(cache: Fe
     with pytest.raises(IcmoeError) as caught:
         cache.load([key])
     assert caught.value.faults[0].number == 111
+
+
+def test_what_is_cut_off_after_it_was_checked_is_not_used(cache: FeatureCache) -> None:
+    key = cache.key("a", "identity")
+    cache.put(key, *sample())
+    cache.load([key])
+    os.truncate(cache.path(key), cache.path(key).stat().st_size - 1)
+    with pytest.raises(IcmoeError) as caught:
+        cache.load([key])
+    assert caught.value.faults[0].number == 111
+
+
+def test_a_batch_travels_in_half_precision_and_is_widened_on_the_device(cache: FeatureCache) -> None:
+    keys = [cache.key(str(seed), "identity") for seed in range(2)]
+    for seed, key in enumerate(keys):
+        cache.put(key, *sample(seed))
+    embedding_BCHW, block_BCHW = cache.halves(keys)
+    assert embedding_BCHW.dtype == block_BCHW.dtype == torch.float16
+    assert torch.equal(embedding_BCHW.float(), cache.load(keys).embedding_BCHW)
+    there = cache.load(keys, torch.device("meta"))
+    assert there.embedding_BCHW.device.type == there.blocks[0].device.type == "meta"
+    assert there.embedding_BCHW.dtype == torch.float32
+
+
+def test_an_entry_is_read_as_safetensors_reads_it(cache: FeatureCache) -> None:
+    key = cache.key("a", "identity")
+    cache.put(key, *sample())
+    expected, _ = read_tensors(cache.path(key))
+    with EntryFile(cache.path(key)) as file:
+        assert {name: place.shape for name, place in file.places.items()} == {n: tuple(t.shape) for n, t in expected.items()}
+        for name, tensor in expected.items():
+            file.read_into(name, row := torch.empty_like(tensor))
+            assert torch.equal(row, tensor)
+        with pytest.raises(ValueError, match="embedding"):
+            file.read_into("embedding", torch.empty(4, 9, dtype=torch.float16))
+        with pytest.raises(KeyError):
+            file.read_into("block7", torch.empty(2, 3, 3, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"\xff\xff",
+        b'{"a": 1}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F16", "shape": [2], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F16", "shape": [-2, -2], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F16", "shape": [4], "data_offsets": [-8, 0]}}',
+        b'{"a": {"dtype": "F16", "shape": [4], "data_offsets": [4, 12]}}',
+        b'{"a": {"dtype": "F16", "shape": ["4"], "data_offsets": [0, 8]}}',
+    ],
+)
+def test_a_table_that_contradicts_itself_or_the_file_is_refused(tmp_path: Path, table: bytes) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(len(table).to_bytes(8, "little") + table + bytes(8))
+    with pytest.raises(ValueError):  # noqa: PT011  # of JSON, of Unicode or our own: each counts as damage
+        EntryFile(path)
+    path.write_bytes((2**40).to_bytes(8, "little") + table)
+    with pytest.raises(ValueError, match="no table"):
+        EntryFile(path)
+
+
+def test_a_picture_that_cannot_be_read_or_a_full_disk_stops_the_encoding(cache: FeatureCache, monkeypatch) -> None:
+    backbone = load_backbone("sam-vit-test", image_size=32, device=torch.device("cpu"))
+
+    def gone() -> torch.Tensor:
+        raise IcmoeError(Fault(number=101, where="Alder/x.png"))
+
+    keys = [cache.key(str(number), "identity") for number in range(4)]
+    wanted = [Wanted(key, lambda: torch.zeros(3, 32, 32)) for key in keys]
+    with pytest.raises(IcmoeError, match="101"):
+        encode_missing([*wanted[:3], Wanted(keys[3], gone)], backbone, cache)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(features_module, "write_atomically", Mock(side_effect=full))
+    with pytest.raises(OSError, match="No space"):
+        encode_missing([Wanted(cache.key("new", "identity"), wanted[0].read)], backbone, cache)
 
 
 def test_damage_is_cured_by_encoding_again_and_the_rest_is_left_alone(cache: FeatureCache, tmp_path: Path) -> None:

@@ -30,6 +30,9 @@ PARTS = {
     "rounds-needed": "rounds_needed",
     "round": "federated_round",
     "ingest": "ingest",
+    "encoding": "encoding",
+    "loading": "loading",
+    "site-memory": "site_memory",
 }
 """Modules of this package with a function `rows(quick=...)`, by the names for --only, in the order of their running."""
 DEADLINE_S = 5400.0
