@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -106,10 +108,10 @@ class Manifest:
             tensor = (tensors or {})[name]
             if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
                 yield f"{name} is not float32 of shape {shape}"
-            elif not bool(torch.isfinite(tensor).all()):
-                yield f"{name} holds NaN or infinity"
+            elif not math.isfinite(norm := float(torch.linalg.vector_norm(tensor, dtype=torch.float64))):
+                yield f"{name} holds NaN or infinity"  # the squares of finite values do not overflow in float64
             else:
-                square += float(tensor.double().square().sum())
+                square += norm**2
         if math.sqrt(square) > self.largest_norm:
             yield f"norm of the update is above {self.largest_norm:.4g}"
 
@@ -146,11 +148,12 @@ def manifest_of(study: Study, site: str, kind: str, *, exact: bool = False, larg
     )
 
 
-def update_shapes(study: Study) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of an update."""
+@lru_cache(maxsize=8)
+def update_shapes(study: Study) -> Mapping[str, tuple[int, ...]]:
+    """Return the shape of every tensor of an update; a process that answers many messages builds the model once for it."""
     model = build_model(study, seed=0)
     update = update_of(model, global_state(model), personal=study.aggregation.personal, shape=study.model)
-    return {name: tuple(tensor.shape) for name, tensor in update.items()}
+    return MappingProxyType({name: tuple(tensor.shape) for name, tensor in update.items()})
 
 
 def _scores(study: Study) -> dict[str, Rule]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,7 +28,7 @@ from icmoe.messages import (
     UPDATE,
     USAGE_KEY,
 )
-from icmoe.packing import array_of
+from icmoe.packing import PACKED, tensors_in
 from icmoe.study import Study
 from icmoe.study_privacy import SitePrivacy
 
@@ -56,7 +56,7 @@ class Update:
     size_bytes
         Bytes of the tensors as sent.
     tensors
-        Deltas by name, float32.
+        Deltas by name, float32; those of a reply are read anew each time (`InReply`).
     """
 
     site: str
@@ -71,6 +71,48 @@ class Update:
     def without_tensors(self) -> Update:
         """Return the numbers alone, for the record."""
         return replace(self, tensors={})
+
+    def loaded(self) -> Update:
+        """Return it with its tensors in memory, for who looks at them by name or more than once."""
+        return replace(self, tensors=dict(self.tensors.items()))
+
+
+class InReply(Mapping[str, npt.NDArray[np.float32]]):
+    """The checked tensors of a reply, read from its bytes each time that they are gone through: nothing is held meanwhile.
+
+    A thousand updates would otherwise be in memory twice. Go through `items` or `values`, which read once; a single name
+    costs as much as all of them (`Update.loaded`).
+
+    Parameters
+    ----------
+    arrays
+        Record of the reply.
+    names
+        Of its tensors, sorted.
+    """
+
+    def __init__(self, arrays: ArrayRecord, names: Sequence[str]) -> None:
+        self._arrays, self._names = arrays, names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
+        return self._read()[name]
+
+    def items(self) -> ItemsView[str, npt.NDArray[np.float32]]:
+        """Return names and tensors, read once."""
+        return self._read().items()
+
+    def values(self) -> ValuesView[npt.NDArray[np.float32]]:
+        """Return the tensors, read once."""
+        return self._read().values()
+
+    def _read(self) -> dict[str, npt.NDArray[np.float32]]:
+        return tensors_in(self._arrays)  # type: ignore[return-value]  # checked before
 
 
 def mean_loss(updates: Sequence[Update]) -> float | None:
@@ -167,7 +209,7 @@ def parse_update(reply: Message, site: str, study: Study, current: Mapping[str, 
         steps=_whole(numbers, STEPS_KEY, MOST_STEPS),
         train_s=_number(numbers, SECONDS_KEY, 0.0, LONGEST_S) if privacy is None else None,
         size_bytes=sum(len(array.data) for array in arrays.values()),
-        tensors=_tensors(arrays, study, current),
+        tensors=InReply(arrays, checked_names(arrays, study, current)),
     )
 
 
@@ -179,20 +221,24 @@ def _require_private(numbers: MetricRecord, privacy: SitePrivacy) -> None:
         raise Refusal("its size is not the study's public one", repr(numbers.get(SLICES_KEY))[:40], str(privacy.patients))
 
 
-def _tensors(
-    arrays: ArrayRecord, study: Study, current: Mapping[str, npt.NDArray[np.float32]]
-) -> dict[str, npt.NDArray[np.float32]]:
+def checked_names(arrays: ArrayRecord, study: Study, current: Mapping[str, npt.NDArray[np.float32]]) -> list[str]:
+    """Return the names of an update's tensors, sorted.
+
+    Raises
+    ------
+    Refusal
+        Where one is missing, too many, of another shape or type, or not finite.
+    """
     personal = study.aggregation.personal
     expected = {
         name for name in current if not name.endswith("balance_bias_M") and not (personal and is_personal(name, study.model))
     }
-    if set(arrays) != expected:
-        missing, extra = sorted(expected - set(arrays)), sorted(set(arrays) - expected)
+    found = tensors_in(arrays) if set(arrays) in ({PACKED}, expected) else dict.fromkeys(arrays)
+    if set(found) != expected:
+        missing, extra = sorted(expected - set(found)), sorted(set(found) - expected)
         value = f"{len(missing)} missing, {len(extra)} extra, such as {(missing + extra)[0][:60]}"
         raise Refusal("its tensors are not the study's", value, f"{len(expected)} tensors")
-    tensors = {}
-    for name in sorted(expected):
-        tensor = array_of(arrays[name])
+    for name, tensor in found.items():
         if tensor is None:
             raise Refusal(f"{name} is no array", f"{len(arrays[name].data)} bytes", f"float32 {current[name].shape}")
         if tensor.dtype != np.float32 or tensor.shape != current[name].shape:
@@ -201,8 +247,7 @@ def _tensors(
         if not np.isfinite(tensor).all():
             value = f"{np.count_nonzero(~np.isfinite(tensor))} of {tensor.size} values"
             raise Refusal(f"{name} holds NaN or infinity", value, "finite")
-        tensors[name] = tensor
-    return tensors
+    return sorted(found)
 
 
 def score_of(reply: Message) -> tuple[float, int] | None:

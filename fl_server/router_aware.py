@@ -93,10 +93,12 @@ class RouterAware(Strategy):
         usage_SM = np.array([update.usage_M for update in updates], dtype=np.float64)
         if self.study.model.experts:
             self.report.weights = expert_weights(size_S, usage_SM, self.settings)
-        moved = {
-            name: combine(tensor, [update.tensors.get(name) for update in updates], *self._share(name, size_S))
-            for name, tensor in self._current.items()
-        }
+        moved = {name: tensor.copy() for name, tensor in self._current.items()}
+        weights = {name: self._share(name, size_S) for name in moved}
+        for index, update in enumerate(updates):  # one after the other, in site order: no two are in memory at once
+            for name, delta in update.tensors.items():
+                share_S, step = weights[name]
+                add(moved[name], delta, float(share_S[index]), step)
         if BALANCE_BIAS in moved and self.settings.balance_step > 0.0:
             bias_M = moved[BALANCE_BIAS].astype(np.float64)
             moved[BALANCE_BIAS] = balance_step(bias_M, size_S, usage_SM, self.settings.balance_step).astype(np.float32)
@@ -153,5 +155,10 @@ def combine(
     moved = tensor.copy()
     for share, delta in zip(share_S, deltas, strict=True):
         if delta is not None:
-            moved += np.float32(step * share) * delta
+            add(moved, delta, float(share), step)
     return moved
+
+
+def add(moved: npt.NDArray[np.float32], delta: npt.NDArray[np.float32], share: float, step: float) -> None:
+    """Add ``step * share * delta`` to a tensor in place, the weight rounded to float32 once."""
+    moved += np.float32(step * share) * delta
