@@ -23,6 +23,7 @@ from simulations.scenario import chosen
 
 PARTS = {
     "training-step": "training_step",
+    "simulation": "simulation",
 }
 """Modules of this package with a function `rows(quick=...)`, by the names for --only, in the order of their running."""
 DEADLINE_S = 5400.0

@@ -34,6 +34,7 @@ from fl_client.local_round import size_of
 from fl_client.manifest import Numbers, Outgoing
 from fl_client.participant import Participant
 from fl_server.app import start_state
+from fl_server.round_log import RoundRecord
 from icmoe.backbones import DEFAULT_WEIGHTS
 from icmoe.data.slices import Slice
 from icmoe.exchange import update_of
@@ -60,11 +61,14 @@ class Marks:
     ----------
     imported_mb
         Peak before the engine starts.
+    round_bytes
+        Of the tensors to and from all sites, where they are counted.
     wall_s, cpu_s
         At the end of each round; the latter of this process and all that it started.
     """
 
     imported_mb: float = 0.0
+    round_bytes: int = 0
     wall_s: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
 
@@ -150,9 +154,10 @@ def ours(sites: int, rounds: int, engine: Engine, marks: Marks) -> None:
         names = tuple(site.name for site in everybody)
         job = Job(method="router-aware", study=study, names=names, state_path=folder / "state.safetensors")
 
-        def hear(_: Job, record: object, __: str) -> None:
+        def hear(_: Job, record: RoundRecord | None, __: str) -> None:
             if record is not None:
                 marks.take()
+                marks.round_bytes = record["bytes_up"] + record["bytes_down"]
 
         run_jobs([job], folder / "sites.json", engine, hear, handlers={"train": train_nothing, "evaluate": score_nothing})
 
@@ -213,6 +218,7 @@ def main(
     found = {
         "round_s": [now - before for before, now in pairwise(marks.wall_s)],
         "round_cpu_s": [now - before for before, now in pairwise(marks.cpu_s)],
+        "round_bytes": marks.round_bytes,
         "whole_s": whole_s,
         "imported_mb": marks.imported_mb,
         "peak_mb": peak_mb(),
