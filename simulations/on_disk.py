@@ -39,7 +39,10 @@ def to_disk(message: Message, folder: Path) -> None:
     """Move the large arrays of a message to files."""
     if not message.has_content():
         return
-    for name, record in list(message.content.array_records.items()):
+    # Not by `array_records`: it refers back to its owner, and the files would stay until the garbage collector comes by.
+    for name, record in list(message.content.items()):
+        if not isinstance(record, ArrayRecord):
+            continue
         message.content[name] = kept = ArrayRecord()  # item by item: made of a dict, it would hold plain copies
         for key, array in record.items():
             kept[key] = OnDisk(array, folder) if len(array.data) > SMALL_BYTES else array

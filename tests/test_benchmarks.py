@@ -58,3 +58,36 @@ def test_a_private_step_is_measured_beside_the_plain_one() -> None:
     assert [row.what for row in rows] == list(BACK_ENDS)
     assert (rows[0].time_ratio, rows[0].memory_ratio) == (1.0, 1.0)
     assert all(row.seconds > 0.0 and row.time_ratio == pytest.approx(row.seconds / rows[0].seconds) for row in rows)
+
+
+def test_many_virtual_sites_are_measured_beside_flowers_own_simulation() -> None:
+    command = [sys.executable, "-m", "simulations.benchmarks", "--only", "simulation", "--quick", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=900, cwd=SCRIPT.parents[2])
+    found = json.loads(done.stdout)
+    assert [(row["unit"], row["bar"]) for row in found] == [("s", 1.1), ("CPU s", 1.1), ("MB", 0.6), ("CPU ms", 1.1)]
+    assert all(row["ours"] > 0.0 and row["limit"] > 0.0 for row in found)
+    assert "4 virtual sites" in found[0]["what"]
+    assert "Flower's" in found[3]["note"]
+
+
+def test_growth_is_measured_point_by_point_and_drawn(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "simulations.benchmarks.growth", "--only", "patients,experts", "--quick", "--out"]
+    subprocess.run([*command, str(tmp_path)], capture_output=True, check=True, timeout=900, cwd=SCRIPT.parents[2])
+    points = json.loads((tmp_path / "growth.json").read_text())
+    assert [(point["of"], point["number"]) for point in points] == [
+        ("patients", 10),
+        ("patients", 20),
+        ("experts", 3),
+        ("experts", 6),
+    ]
+    assert points[1]["bytes"] == 2 * points[0]["bytes"]
+    assert points[3]["bytes"] > points[2]["bytes"]
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_superlinks_state_is_measured_on_disk_and_in_memory() -> None:
+    command = [sys.executable, "-m", "simulations.benchmarks.superlink_state", "--nodes", "2", "--repeats", "2", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, cwd=SCRIPT.parents[2])
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == {"database file", "in memory"}
+    assert all(value > 0.0 for values in found.values() for value in values.values())
