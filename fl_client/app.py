@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.exchange import State, global_state, load_state, state_digest, update_of
 from icmoe.messages import ARRAYS, CONFIG, ROUND_KEY, SITE_KEY, SLICES_KEY, STUDY_KEY, SUMMARY_KEY
 from icmoe.model import ICMoE, build_model
-from icmoe.packing import array_of, unpack_records
+from icmoe.packing import tensors_in
 from icmoe.privacy import patient_faults
 from icmoe.receipts import RECEIPT_KEY, receipt_of
 from icmoe.study import Study
@@ -47,7 +48,7 @@ Handler = Callable[[Request], Outgoing]
 SiteOf = Callable[[Context, str], Participant]
 
 
-def make_client_app(site_of: SiteOf) -> ClientApp:
+def make_client_app(site_of: SiteOf, handlers: Mapping[str, Handler] | None = None) -> ClientApp:
     """Return a ClientApp for the sites that `site_of` knows.
 
     Parameters
@@ -55,12 +56,16 @@ def make_client_app(site_of: SiteOf) -> ClientApp:
     site_of
         Returns the site of a Flower context that takes part in the study of a digest; in a simulation by partition, at a
         hospital from its site file.
+    handlers
+        What answers in place of the product's own, by kind of message: a benchmark measures all but the training.
     """
+    own: dict[str, Handler] = {"site": introduce, "summary": describe, "train": train, "evaluate": evaluate}
+    answers = {kind: _answering(site_of, kind, handle) for kind, handle in {**own, **(handlers or {})}.items()}
     client_app = ClientApp()
-    client_app.query("site")(_answering(site_of, "site", introduce))
-    client_app.query("summary")(_answering(site_of, "summary", describe))
-    client_app.train()(_answering(site_of, "train", train))
-    client_app.evaluate()(_answering(site_of, "evaluate", evaluate))
+    client_app.query("site")(answers["site"])
+    client_app.query("summary")(answers["summary"])
+    client_app.train()(answers["train"])
+    client_app.evaluate()(answers["evaluate"])
     return client_app
 
 
@@ -85,8 +90,8 @@ def train(request: Request) -> Outgoing:
 
     At a hospital the round is paid for before it starts, and one that was finished before is sent again as it was.
     """
-    start = _incoming(request)
-    model = _model(request, start)
+    start = incoming_of(request)
+    model = model_of(request, start)
     if request.site.records is None:
         return _trained(request, start, model)
     request.site.records.require(request.receipt)
@@ -103,8 +108,8 @@ def train(request: Request) -> Outgoing:
 
 def evaluate(request: Request) -> Outgoing:
     """Score the incoming model on the site's validation patients; noised scores are paid for like training."""
-    start = _incoming(request)
-    model = _model(request, start)
+    start = incoming_of(request)
+    model = model_of(request, start)
     if round_spending(request.study, request.kind):
         _spend(request, state_digest(start))
     elif request.site.records is not None:  # nothing to write down, and still not for a study that the budget excludes
@@ -182,23 +187,45 @@ def _request(site_of: SiteOf, kind: str, message: Message, context: Context) -> 
     )
 
 
-def _incoming(request: Request) -> State:
-    found = {name: array_of(array) for name, array in sorted(request.message.content.array_records[ARRAYS].items())}
+def incoming_of(request: Request) -> State:
+    """Return the round's global tensors, or refuse what is none.
+
+    Raises
+    ------
+    IcmoeError
+        301 where one is no array of float32.
+    """
+    found = tensors_in(request.message.content.array_records[ARRAYS])
     if none := [name for name, array in found.items() if array is None or array.dtype != np.float32]:
         what, value = "tensors are no arrays of float32", ", ".join(none)[:80]
         raise IcmoeError(Fault(number=301, where=request.site.name, what=what, value=value, did=NOTHING_SENT))
     return {name: torch.from_numpy(array.copy()) for name, array in found.items() if array is not None}
 
 
-def _model(request: Request, start: State) -> ICMoE:
+def model_of(request: Request, start: State) -> ICMoE:
+    """Return the incoming model with the site's own parts in it, on its device.
+
+    Raises
+    ------
+    IcmoeError
+        As `load_state` and `with_personal`.
+    """
     site, study, kind, round_number = request.site, request.study, request.kind, request.round_number
-    model = build_model(study, seed=0)
+    model = _model_to_fill(study)
+    model.zero_grad(set_to_none=True)
     load_state(model, start)
     if site.records is not None:
         accept(site.records, study, request.about(), start)
-    after_round = round_number if kind == "evaluate" else round_number - 1
-    load_state(model, with_personal(start, site.state_folder, study, site.name, after_round))
+    if study.aggregation.personal:
+        after_round = round_number if kind == "evaluate" else round_number - 1
+        load_state(model, with_personal(start, site.state_folder, study, site.name, after_round))
     return model.to(site.torch_device()).eval()
+
+
+@lru_cache(maxsize=1)
+def _model_to_fill(study: Study) -> ICMoE:
+    """Return a model that each message fills anew: an actor of a rehearsal plays hundreds of sites."""
+    return build_model(study, seed=0)
 
 
 def _answering(site_of: SiteOf, kind: str, handle: Handler) -> Callable[[Message, Context], Message]:
@@ -207,7 +234,6 @@ def _answering(site_of: SiteOf, kind: str, handle: Handler) -> Callable[[Message
     def answer(message: Message, context: Context) -> Message:
         request = None
         try:
-            unpack_records(message.content)
             request = _request(site_of, kind, message, context)
             return release(request, handle(request))
         except IcmoeError as error:

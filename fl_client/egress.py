@@ -18,7 +18,7 @@ from fl_client.participant import Participant
 from icmoe.errors import CATALOGUE, Fault, IcmoeError
 from icmoe.exchange import state_digest
 from icmoe.messages import CONFIG, NUMBERS, UPDATE
-from icmoe.packing import pack_records
+from icmoe.packing import PACKED, pack
 from icmoe.quantise import EXPONENT
 from icmoe.receipts import Head
 from icmoe.study import Study
@@ -157,11 +157,10 @@ def _rounded(outgoing: Outgoing, bits: int) -> Outgoing:
 def _message(outgoing: Outgoing, asked: Message) -> Message:
     content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {}
     if outgoing.tensors is not None:
-        content[UPDATE] = ArrayRecord({name: Array(tensor.numpy()) for name, tensor in outgoing.tensors.items()})
+        packed = pack({name: tensor.numpy() for name, tensor in outgoing.tensors.items()})
+        content[UPDATE] = ArrayRecord({PACKED: Array(packed)})  # the audit log has its digest, name by name
     if outgoing.numbers is not None:
         content[NUMBERS] = MetricRecord(dict(outgoing.numbers))
     if outgoing.texts is not None:
         content[CONFIG] = ConfigRecord(dict(outgoing.texts))
-    reply = Message(RecordDict(content), reply_to=asked)
-    pack_records(reply.content, ArrayRecord, Array)  # after the audit log took their digest, name by name
-    return reply
+    return Message(RecordDict(content), reply_to=asked)

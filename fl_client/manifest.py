@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -115,7 +117,7 @@ class Manifest:
                 yield f"{name} is not {self.form} of shape {shape}"
             elif self.form == "int8" and out_of_range(name, tensor.numpy()):
                 yield f"{name} holds values outside their range"
-            elif not bool(torch.isfinite(tensor).all()):
+            elif not _is_finite(tensor):
                 yield f"{name} holds NaN or infinity"
             else:
                 sound[name] = tensor
@@ -156,11 +158,17 @@ def manifest_of(study: Study, site: str, kind: str, *, exact: bool = False, larg
     )
 
 
-def update_shapes(study: Study) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of an update, in whatever form it leaves."""
+@lru_cache(maxsize=8)
+def update_shapes(study: Study) -> Mapping[str, tuple[int, ...]]:
+    """Return the shape of every tensor of an update, in whatever form it leaves; a process builds the model once for it."""
     model = build_model(study, seed=0)
     update = update_of(model, global_state(model), personal=study.aggregation.personal, shape=study.model)
-    return {name: tuple(tensor.shape) for name, tensor in update.items()}
+    return MappingProxyType({name: tuple(tensor.shape) for name, tensor in update.items()})
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether all values are finite: the squares of finite values do not overflow in float64."""
+    return not tensor.is_floating_point() or math.isfinite(float(torch.linalg.vector_norm(tensor, dtype=torch.float64)))
 
 
 def _norm(tensors: Mapping[str, Tensor], form: str) -> float:
@@ -168,7 +176,8 @@ def _norm(tensors: Mapping[str, Tensor], form: str) -> float:
     values: Mapping[str, object] = tensors
     if form == "int8":
         values = Dequantised({name: tensor.numpy() for name, tensor in tensors.items()})
-    return math.sqrt(sum(float(torch.as_tensor(value).double().square().sum()) for value in values.values()))
+    norms = (float(torch.linalg.vector_norm(torch.as_tensor(value), dtype=torch.float64)) for value in values.values())
+    return math.hypot(*norms)
 
 
 def _scores(study: Study) -> dict[str, Rule]:

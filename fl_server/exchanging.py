@@ -1,4 +1,4 @@
-"""Messages out, replies in, with a deadline; their tensors travel packed."""
+"""Messages out, replies in, with a deadline; their tensors travel packed, and replies stay so until they are read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, Message
 from flwr.serverapp import Grid
 
 from fl_server.lost import LOOK_S, send_lost_again
-from icmoe.packing import pack_records, unpack_records
+from icmoe.packing import pack_records
 
 
 def ask(
@@ -49,8 +49,6 @@ def ask(
     replies: list[Message] = []
     while True:
         for reply in grid.pull_messages({*waiting, *overdue}):
-            if reply.has_content():
-                unpack_records(reply.content)
             if on_reply is not None and reply.metadata.reply_to_message_id in waiting:
                 on_reply(reply)
             waiting.pop(reply.metadata.reply_to_message_id, None)

@@ -217,7 +217,8 @@ class Guard(Wrapping):
         most = SIZE_FACTOR * self.sizes.get(site, update.size)
         if update.size > most:
             raise Refusal("its size is far above what the site announced", str(update.size), f"at most {most}")
-        return _Candidate(reply, update, norm_of(update.tensors), digest_of(update))
+        loaded = update.loaded()
+        return _Candidate(reply, update, norm_of(loaded.tensors), digest_of(loaded))
 
     def _compared(self, candidates: list[_Candidate]) -> tuple[list[_Candidate], list[Fault]]:
         """Return the candidates that pass the bounds on the norm and are new, and a fault for each of the others."""

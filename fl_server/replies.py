@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, Message, MetricRecord
 
 from icmoe.errors import CATALOGUE, Fault
 from icmoe.exchange import is_personal
@@ -29,7 +29,7 @@ from icmoe.messages import (
     UPDATE,
     USAGE_KEY,
 )
-from icmoe.packing import array_of
+from icmoe.packing import PACKED, tensors_in
 from icmoe.quantise import EXPONENT, HIGHEST_EXPONENT, LARGEST, LOWEST_EXPONENT, Dequantised, out_of_range, sent_shapes
 from icmoe.study import Study
 from icmoe.study_privacy import SitePrivacy
@@ -62,7 +62,7 @@ class Update:
     size_bytes
         Bytes of the tensors as sent.
     tensors
-        Deltas by name, float32; of an update in int8 each is made when it is asked for.
+        Deltas by name, float32; those of a reply are read anew each time (`InReply`), and those in int8 made then.
     """
 
     site: str
@@ -77,6 +77,51 @@ class Update:
     def without_tensors(self) -> Update:
         """Return the numbers alone, for the record."""
         return replace(self, tensors={})
+
+    def loaded(self) -> Update:
+        """Return it with its tensors in memory, for who looks at them by name or more than once."""
+        return replace(self, tensors=dict(self.tensors.items()))
+
+
+class InReply(Mapping[str, npt.NDArray[np.float32]]):
+    """The checked tensors of a reply, read from its bytes each time that they are gone through: nothing is held meanwhile.
+
+    A thousand updates would otherwise be in memory twice. Go through `items` or `values`, which read once; a single name
+    costs as much as all of them (`Update.loaded`).
+
+    Parameters
+    ----------
+    arrays
+        Record of the reply.
+    names
+        Of its tensors, sorted.
+    form
+        In which they were sent.
+    """
+
+    def __init__(self, arrays: ArrayRecord, names: Sequence[str], form: Form) -> None:
+        self._arrays, self._names, self._form = arrays, names, form
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
+        return self._read()[name]
+
+    def items(self) -> ItemsView[str, npt.NDArray[np.float32]]:
+        """Return names and tensors, read once."""
+        return self._read().items()
+
+    def values(self) -> ValuesView[npt.NDArray[np.float32]]:
+        """Return the tensors, read once."""
+        return self._read().values()
+
+    def _read(self) -> Mapping[str, npt.NDArray[np.float32]]:
+        sent: Mapping[str, Any] = tensors_in(self._arrays)  # checked before
+        return Dequantised(sent) if self._form == "int8" else sent
 
 
 def mean_loss(updates: Sequence[Update]) -> float | None:
@@ -188,7 +233,7 @@ def parse_update(
         steps=_whole(numbers, STEPS_KEY, MOST_STEPS),
         train_s=_number(numbers, SECONDS_KEY, 0.0, LONGEST_S) if privacy is None else None,
         size_bytes=sum(len(array.data) for array in arrays.values()),
-        tensors=_tensors(arrays, study, current, form or study.update.form),
+        tensors=InReply(arrays, checked_names(arrays, study, current, form or study.update.form), form or study.update.form),
     )
     if values:
         require_finite(update)
@@ -229,9 +274,14 @@ def _require_private(numbers: MetricRecord, privacy: SitePrivacy) -> None:
         raise Refusal("its size is not the study's public one", repr(numbers.get(SLICES_KEY))[:40], str(privacy.patients))
 
 
-def _tensors(
-    arrays: ArrayRecord, study: Study, current: Mapping[str, npt.NDArray[np.float32]], form: Form
-) -> Mapping[str, npt.NDArray[np.float32]]:
+def checked_names(arrays: ArrayRecord, study: Study, current: Mapping[str, npt.NDArray[np.float32]], form: Form) -> list[str]:
+    """Return the names of an update's tensors, sorted.
+
+    Raises
+    ------
+    Refusal
+        Where one is missing, too many, or of another shape or type.
+    """
     personal = study.aggregation.personal
     shapes = {
         name: tensor.shape
@@ -239,14 +289,16 @@ def _tensors(
         if not name.endswith("balance_bias_M") and not (personal and is_personal(name, study.model))
     }
     expected = sent_shapes(shapes) if form == "int8" else shapes
-    if set(arrays) != set(expected):
-        missing, extra = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
+    found = tensors_in(arrays) if set(arrays) in ({PACKED}, set(expected)) else dict.fromkeys(arrays)
+    if set(found) != set(expected):
+        missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
         value = f"{len(missing)} missing, {len(extra)} extra, such as {(missing + extra)[0][:60]}"
         raise Refusal("its tensors are not the study's", value, f"{len(expected)} tensors")
-    sent = Sent({name: arrays[name] for name in sorted(expected)})
-    for name, tensor in sent.items():
+    for name, tensor in found.items():
+        if tensor is None:
+            raise Refusal(f"{name} is no array", f"{len(arrays[name].data)} bytes", f"{form} {expected[name]}")
         _require_form(name, tensor, expected[name], form)
-    return Dequantised(sent) if form == "int8" else sent
+    return sorted(shapes)
 
 
 def _require_form(name: str, tensor: npt.NDArray[Any], shape: tuple[int, ...], form: Form) -> None:
@@ -255,46 +307,6 @@ def _require_form(name: str, tensor: npt.NDArray[Any], shape: tuple[int, ...], f
     if form == "int8" and (wrong := out_of_range(name, tensor)):
         limit = f"{LOWEST_EXPONENT} to {HIGHEST_EXPONENT}" if name.endswith(EXPONENT) else f"{-LARGEST} to {LARGEST}"
         raise Refusal(f"{name} holds what no update in int8 does", f"{wrong} of {tensor.size} values", limit)
-
-
-class Sent(Mapping[str, npt.NDArray[Any]]):
-    """A site's tensors by sorted name, each read from the reply's bytes when it is wanted.
-
-    Objects for all tensors of all sites would take more memory than the model. Almost always such an array is a view of
-    the bytes, which nobody can write to.
-
-    Parameters
-    ----------
-    arrays
-        As received, in sorted order.
-    """
-
-    def __init__(self, arrays: Mapping[str, Array]) -> None:
-        self._arrays = arrays
-
-    def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        """Return a tensor.
-
-        Raises
-        ------
-        KeyError
-            Where the site did not send one of this name.
-        Refusal
-            Where its bytes are no array.
-        """
-        item = self._arrays[name]
-        tensor = array_of(item)
-        if tensor is None:
-            raise Refusal(f"{name} is no array", f"{len(item.data)} bytes", "an array of numbers")
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        """Yield the names in order."""
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        """Return how many there are."""
-        return len(self._arrays)
 
 
 def is_finite(tensor: npt.NDArray[np.float32]) -> bool:

@@ -74,7 +74,8 @@ def _combined(names: Sequence[str], updates: Sequence[Update], expert: int | Non
     replies = []
     for update in updates:
         weight = update.size * (1.0 if expert is None else update.usage_M[expert]) ** exponent + LEAST_WEIGHT
-        arrays = ArrayRecord({name: Array(update.tensors[name]) for name in names})
+        tensors = update.loaded().tensors
+        arrays = ArrayRecord({name: Array(tensors[name]) for name in names})
         replies.append(flower_reply(arrays, WEIGHT, weight))
     combined, _ = rule_of(settings, len(updates)).aggregate_train(1, replies)
     assert combined is not None

@@ -83,11 +83,12 @@ class RouterAware(Strategy):
         del server_round
         self.report = RoundReport()
         updates, faults = parse_replies(replies, self.sites, self.study, self._current, self._form, values=False)
-        moved = self._moved(updates) if updates else {}
-        if not all(map(is_finite, moved.values())):  # NaN and infinity stay in a sum, so one look at it is enough
-            updates, odd = only_finite(updates)
-            faults += odd
+        with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity stay in a sum, so one look at it is enough
             moved = self._moved(updates) if updates else {}
+            if not all(map(is_finite, moved.values())):
+                updates, odd = only_finite(updates)
+                faults += odd
+                moved = self._moved(updates) if updates else {}
         self.report.updates, self.report.faults = [update.without_tensors() for update in updates], faults
         if not updates:
             return None, None
@@ -100,10 +101,12 @@ class RouterAware(Strategy):
         usage_SM = np.array([update.usage_M for update in updates], dtype=np.float64)
         if self.study.model.experts:
             self.report.weights = expert_weights(size_S, usage_SM, self.settings)
-        moved = {
-            name: combine(tensor, [update.tensors.get(name) for update in updates], *self._share(name, size_S))
-            for name, tensor in self._current.items()
-        }
+        moved = {name: tensor.copy() for name, tensor in self._current.items()}
+        weights = {name: self._share(name, size_S) for name in moved}
+        for index, update in enumerate(updates):  # one after the other, in site order: no two are in memory at once
+            for name, delta in update.tensors.items():
+                share_S, step = weights[name]
+                add(moved[name], delta, float(share_S[index]), step)
         if BALANCE_BIAS in moved and self.settings.balance_step > 0.0:
             bias_M = moved[BALANCE_BIAS].astype(np.float64)
             moved[BALANCE_BIAS] = balance_step(bias_M, size_S, usage_SM, self.settings.balance_step).astype(np.float32)
@@ -151,8 +154,6 @@ def combine(
 ) -> npt.NDArray[np.float32]:
     """Return ``tensor + step * sum_k share_k delta_k`` in float32, added in the order given.
 
-    A piece of all updates after the other, so that the sum stays in the processor's cache.
-
     Parameters
     ----------
     tensor
@@ -165,13 +166,17 @@ def combine(
         s in [0, 1].
     """
     moved = tensor.copy()
-    given = [(np.float32(step * share), delta) for share, delta in zip(share_S, deltas, strict=True) if delta is not None]
-    moved_N, given_N = moved.reshape(-1), [(share, delta.reshape(-1)) for share, delta in given]
-    scaled_N = np.empty(min(PIECE, moved.size), dtype=np.float32)
-    for start in range(0, moved.size, PIECE):
-        piece_N = moved_N[start : start + PIECE]
-        part_N = scaled_N[: len(piece_N)]
-        with np.errstate(invalid="ignore", over="ignore"):  # the caller looks at the sum
-            for share, delta_N in given_N:
-                piece_N += np.multiply(delta_N[start : start + PIECE], share, out=part_N)
+    for share, delta in zip(share_S, deltas, strict=True):
+        if delta is not None:
+            add(moved, delta, float(share), step)
     return moved
+
+
+def add(moved: npt.NDArray[np.float32], delta: npt.NDArray[np.float32], share: float, step: float) -> None:
+    """Add ``step * share * delta`` to a tensor in place, the weight rounded to float32 once.
+
+    A piece after the other, so that the product stays in the processor's cache.
+    """
+    weight, moved_N, delta_N = np.float32(step * share), moved.reshape(-1), delta.reshape(-1)
+    for start in range(0, moved.size, PIECE):
+        moved_N[start : start + PIECE] += weight * delta_N[start : start + PIECE]

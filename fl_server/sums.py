@@ -27,7 +27,7 @@ class FromSums(RouterAware):
         total = np.zeros(layout.length, dtype=np.float32)
         for update in updates:
             usage_M = np.array(update.usage_M, dtype=np.float64)
-            total += own_vector(layout, update.tensors, update.size, usage_M, self.settings)
+            total += own_vector(layout, update.loaded().tensors, update.size, usage_M, self.settings)
         return moved_by_sums(self._current, unpacked(layout, total), self.settings)
 
 

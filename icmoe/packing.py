@@ -90,6 +90,22 @@ def _plain_array(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], int] | 
     return dtype, shape, math.prod(shape) * dtype.itemsize
 
 
+def tensors_in(record: Mapping[str, Any]) -> dict[str, npt.NDArray[Any] | None]:
+    """Return the arrays of a record by sorted name, None where an item's bytes are none; a packed record is left as it is.
+
+    Parameters
+    ----------
+    record
+        Flower's record of arrays, packed or not. To write each tensor as an item of its own, only to read it again, takes
+        longer than all that is computed with it.
+    """
+    array = array_of(record[PACKED]) if set(record) == {PACKED} else None
+    tensors = None if array is None else unpack(array)
+    if tensors is None:
+        return {name: array_of(record[name]) for name in sorted(record)}
+    return {**tensors}
+
+
 def pack_records(content: MutableMapping[str, Any], record: type, array: type) -> None:
     """Pack each record of arrays of a message in place.
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 # Both must be set before the libraries are imported: a hospital's network carries no telemetry.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -20,11 +21,11 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from pydantic import TypeAdapter
 
-from fl_client.app import make_client_app
+from fl_client.app import Handler
 from fl_client.participant import Participant
 from fl_server.app import make_strategy, start_state
 from fl_server.data_check import DataCheck, check_data
-from fl_server.roster import Roster, meet
+from fl_server.roster import Roster, await_online, meet
 from fl_server.round_log import RoundRecord
 from fl_server.rounds import run_rounds
 from fl_server.run_state import RunState
@@ -32,6 +33,7 @@ from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Study
 from simulations.alone import POOLED, Alone, spread_out
+from simulations.lanes import LANES, PARTITION, AnySite, Lanes
 
 CLUSTER_TIMEOUT_S = 10.0
 """For a connection to a Ray cluster that is named; Ray itself retries for minutes."""
@@ -79,7 +81,7 @@ class SitesOnDisk:
     def __call__(self, context: Context, digest: str) -> Participant:
         """Return the site of the node's partition; it takes part in every study of the rehearsal."""
         del digest
-        return _read_sites(self.path)[int(context.node_config["partition-id"])]
+        return _read_sites(self.path)[int(context.node_config[PARTITION])]
 
 
 def write_sites(path: Path, sites: Sequence[Participant]) -> None:
@@ -128,6 +130,7 @@ def run_jobs(
     on_event: Listener,
     *,
     on_check: Callable[[DataCheck], None] | None = None,
+    handlers: Mapping[str, Handler] | None = None,
 ) -> dict[tuple[str, int], RunState]:
     """Run the jobs one after the other on one engine and return their final states by (method, seed).
 
@@ -145,6 +148,8 @@ def run_jobs(
         Called with (job, None, site) as replies arrive and with (job, record, "") after each round.
     on_check
         Where given, the sites' data are checked before the first job, and it is called with the outcome.
+    handlers
+        As for `make_client_app`.
 
     Raises
     ------
@@ -153,24 +158,28 @@ def run_jobs(
     """
     quiet_libraries()
     sites = _read_sites(sites_path)
+    lanes = min(len(sites), LANES)
     finished: dict[tuple[str, int], RunState] = {}
     server_app = ServerApp()
 
     def rehearse(grid: Grid, context: Context) -> None:
         del context
-        roster = meet(grid, len(sites), jobs[0].study, trust_answers=True, poll_s=POLL_S)
-        if on_check is not None:
-            hospitals = {node: name for node, name in roster.sites.items() if name != POOLED}
-            on_check(check_data(grid, hospitals, jobs[0].study, poll_s=POLL_S))
-        for job in jobs:
-            finished[job.method, job.study.seed] = run_job(grid, job, roster, on_event)
+        with TemporaryDirectory(dir=sites_path.parent, prefix="replies-") as folder:
+            nodes = await_online(grid, lanes, deadline_s=jobs[0].study.deadline_s, poll_s=POLL_S)
+            everybody = Lanes(grid, nodes, len(sites), Path(folder))
+            roster = meet(everybody, len(sites), jobs[0].study, trust_answers=True, poll_s=POLL_S)
+            if on_check is not None:
+                hospitals = {node: name for node, name in roster.sites.items() if name != POOLED}
+                on_check(check_data(everybody, hospitals, jobs[0].study, poll_s=POLL_S))
+            for job in jobs:
+                finished[job.method, job.study.seed] = run_job(everybody, job, roster, on_event)
 
     server_app.main()(rehearse)
     try:
         run_simulation(
             server_app=server_app,
-            client_app=make_client_app(SitesOnDisk(sites_path)),
-            num_supernodes=len(sites),
+            client_app=AnySite(SitesOnDisk(sites_path), handlers),
+            num_supernodes=lanes,
             backend_config=engine.backend_config(),  # type: ignore[arg-type]
         )
     except IcmoeError:

@@ -191,3 +191,36 @@ def test_what_a_step_keeps_for_its_backward_is_counted_without_what_it_was_given
         batch = Batch(features, torch.full((2, 2, 16, 16), 0.5)).part(0, rows)
         sizes.append(site_memory.kept_bytes(build_model(study, seed=1), study, batch))
     assert 0 < sizes[0] < sizes[1] <= 2 * sizes[0]
+
+
+def test_many_virtual_sites_are_measured_beside_flowers_own_simulation() -> None:
+    command = [sys.executable, "-m", "simulations.benchmarks", "--only", "simulation", "--quick", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=900, cwd=SCRIPT.parents[2])
+    found = json.loads(done.stdout)
+    assert [(row["unit"], row["bar"]) for row in found] == [("s", 1.1), ("CPU s", 1.1), ("MB", 0.6), ("CPU ms", 1.1)]
+    assert all(row["ours"] > 0.0 and row["limit"] > 0.0 for row in found)
+    assert "4 virtual sites" in found[0]["what"]
+    assert "Flower's" in found[3]["note"]
+
+
+def test_growth_is_measured_point_by_point_and_drawn(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "simulations.benchmarks.growth", "--only", "patients,experts", "--quick", "--out"]
+    subprocess.run([*command, str(tmp_path)], capture_output=True, check=True, timeout=900, cwd=SCRIPT.parents[2])
+    points = json.loads((tmp_path / "growth.json").read_text())
+    assert [(point["of"], point["number"]) for point in points] == [
+        ("patients", 10),
+        ("patients", 20),
+        ("experts", 3),
+        ("experts", 6),
+    ]
+    assert points[1]["bytes"] == 2 * points[0]["bytes"]
+    assert points[3]["bytes"] > points[2]["bytes"]
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_superlinks_state_is_measured_on_disk_and_in_memory() -> None:
+    command = [sys.executable, "-m", "simulations.benchmarks.superlink_state", "--nodes", "2", "--repeats", "2", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, cwd=SCRIPT.parents[2])
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == {"database file", "in memory"}
+    assert all(value > 0.0 for values in found.values() for value in values.values())

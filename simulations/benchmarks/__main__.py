@@ -33,6 +33,7 @@ PARTS = {
     "encoding": "encoding",
     "loading": "loading",
     "site-memory": "site_memory",
+    "simulation": "simulation",
 }
 """Modules of this package with a function `rows(quick=...)`, by the names for --only, in the order of their running."""
 DEADLINE_S = 5400.0

@@ -1,0 +1,102 @@
+"""Many virtual sites on few nodes: each site gets its own message and its own answer, and large answers wait on disk."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fl_server.roster import online
+from icmoe.errors import IcmoeError
+from simulations.lanes import PARTITION, AnySite, Lanes
+from simulations.on_disk import SMALL_BYTES, OnDisk
+
+SITES, NODES = 7, [101, 102]
+
+
+@pytest.fixture(autouse=True)
+def task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Flower sets in the processes that it starts."""
+    for name in ("run_id", "task_id", "node_id"):
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
+
+
+class Slow:
+    """Flower's Grid as far as it is used, with nodes that answer, the last one first, when they are told to."""
+
+    def __init__(self) -> None:
+        self.under_way: dict[str, Message] = {}
+        self.most = 0
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        numbers = []
+        for message in messages:
+            assert message.metadata.dst_node_id not in {one.metadata.dst_node_id for one in self.under_way.values()}
+            numbers.append(f"inner-{message.metadata.group_id}")
+            message.metadata.__dict__["_message_id"] = numbers[-1]
+            self.under_way[numbers[-1]] = message
+        self.most = max(self.most, len(self.under_way))
+        return numbers
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        assert set(message_ids) == set(self.under_way)
+        _, message = self.under_way.popitem()
+        site = int(message.metadata.group_id)
+        arrays = ArrayRecord({"large": Array(np.full(SMALL_BYTES, site, dtype=np.uint8)), "small": Array(np.array([site]))})
+        return [Message(RecordDict({"update": arrays}), reply_to=message)]
+
+
+def answers(lanes: Lanes, asked: list[Message]) -> dict[str, Message]:
+    found: dict[str, Message] = {}
+    waiting = set(lanes.push_messages(asked))
+    assert waiting == {message.metadata.message_id for message in asked}
+    while waiting:
+        for reply in lanes.pull_messages(waiting):
+            waiting.remove(reply.metadata.reply_to_message_id)
+            found[reply.metadata.reply_to_message_id] = reply
+    return found
+
+
+def test_every_site_answers_its_own_message_and_no_more_are_under_way_than_there_are_nodes(tmp_path: Path) -> None:
+    grid = Slow()
+    lanes = Lanes(grid, NODES, SITES, tmp_path)  # type: ignore[arg-type]
+    assert list(online(lanes)) == list(lanes.get_node_ids()) == list(range(1, SITES + 1))
+    content = RecordDict({"config": ConfigRecord({"study": "x"})})
+    for _ in range(2):  # a node is free again after its answer
+        asked = [Message(content, dst_node_id=node, message_type="train") for node in lanes.get_node_ids()]
+        found = answers(lanes, asked)
+        assert grid.most == len(NODES)
+        for message in asked:
+            reply = found[message.metadata.message_id]
+            assert reply.metadata.src_node_id == message.metadata.dst_node_id
+            assert reply.content["update"]["small"].numpy().tolist() == [message.metadata.dst_node_id - 1]
+
+
+def test_large_tensors_wait_in_files_that_go_with_the_reply(tmp_path: Path) -> None:
+    lanes = Lanes(Slow(), NODES, 3, tmp_path)  # type: ignore[arg-type]
+    found = answers(lanes, [Message(RecordDict(), dst_node_id=node, message_type="train") for node in (1, 2, 3)])
+    assert len(list(tmp_path.iterdir())) == 3
+    kept = [reply.content["update"]["large"] for reply in found.values()]
+    assert all(isinstance(array, OnDisk) and "data" not in vars(array) for array in kept)
+    assert sorted(int(array.numpy()[0]) for array in kept) == [0, 1, 2]
+    assert all(array.numpy().shape == (SMALL_BYTES,) for array in kept)
+    found.clear()
+    kept.clear()
+    assert list(tmp_path.iterdir()) == []
+
+
+def who(context: Context, digest: str) -> None:
+    raise IcmoeError(*[])  # never reached: the site is looked up before anything is answered
+
+
+def test_the_app_travels_as_what_it_was_made_of_and_is_the_site_that_is_asked() -> None:
+    app = pickle.loads(pickle.dumps(AnySite(who)))
+    context = Context(run_id=1, node_id=5, node_config={}, state=RecordDict(), run_config={})
+    message = Message(RecordDict(), dst_node_id=101, message_type="train", group_id="4")
+    assert app(message, context).has_error()  # it carries no study
+    assert context.node_config[PARTITION] == 4
