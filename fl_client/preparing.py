@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fl_client.site import SiteFile, cache_folder_of, site_data, site_export, site_slices
+from icmoe.backbones import BACKBONES
 from icmoe.data.ingest import index
 from icmoe.data.slices import Slice
 from icmoe.study import Study
@@ -57,7 +58,8 @@ def encode_ingested(path: Path, settings: SiteFile, study: Study, *, on_progress
 
 def _mark(path: Path, settings: SiteFile, study: Study, complete: str) -> str:
     """Return what features depend on: the index, the backbone, the views, and where the cache is."""
-    own = (complete, study.backbone.model_dump(mode="json"), study.training.views, str(cache_folder_of(path, settings)))
+    backbone, folder = study.backbone, str(cache_folder_of(path, settings))
+    own = (complete, backbone.model_dump(mode="json"), BACKBONES[backbone.name].arithmetic, study.training.views, folder)
     return hashlib.sha256(json.dumps(own).encode()).hexdigest()
 
 

@@ -53,6 +53,8 @@ class Known:
         Where its weights come from; None for a file that people name.
     seeded
         Whether it has no weights but seeded ones: for tests.
+    arithmetic
+        Raised whenever the same weights give other bits, in another order of sums: part of the keys of cached features.
     note
         For the report.
     """
@@ -61,6 +63,7 @@ class Known:
     licence: str
     wheel: Wheel | None = None
     seeded: bool = False
+    arithmetic: int = 1
     note: str = ""
 
 
@@ -106,10 +109,16 @@ BACKBONES: dict[str, Known] = {
         "their digest is checked and printed below.",
     ),
     "sam-vit-b": Known(
-        module="icmoe.sam", licence="that of the weights file; segment-anything's own and MedSAM's are Apache-2.0"
+        module="icmoe.sam",
+        licence="that of the weights file; segment-anything's own and MedSAM's are Apache-2.0",
+        arithmetic=2,
     ),
-    "sam-vit-l": Known(module="icmoe.sam", licence="that of the weights file; segment-anything's own are Apache-2.0"),
-    "sam-vit-h": Known(module="icmoe.sam", licence="that of the weights file; segment-anything's own are Apache-2.0"),
+    "sam-vit-l": Known(
+        module="icmoe.sam", licence="that of the weights file; segment-anything's own are Apache-2.0", arithmetic=2
+    ),
+    "sam-vit-h": Known(
+        module="icmoe.sam", licence="that of the weights file; segment-anything's own are Apache-2.0", arithmetic=2
+    ),
     "sam-vit-test": Known(module="icmoe.sam", licence="none: seeded random weights", seeded=True),
 }
 

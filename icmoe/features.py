@@ -2,10 +2,10 @@
 
 One safetensors file per view, fp16, named by its key: first a hash of the normalised image's digest, so that all that
 was ever computed of one image can be removed, whatever study asked for it; then the SHA-256 of backbone digest, input
-size, preprocessing version, dtype, image digest and view. An entry is written to a temporary file and renamed, so several
-processes may share a folder and a kill leaves no half entry. Its header repeats the key and a CRC-32 of the tensors; an
-entry that is damaged or foreign counts as absent and is computed again. A process checks an entry when it first reads it,
-not on every step.
+size, preprocessing version, dtype, image digest, view and the version of the backbone's arithmetic. An entry is written to
+a temporary file and renamed, so several processes may share a folder and a kill leaves no half entry. Its header repeats
+the key and a CRC-32 of the tensors; an entry that is damaged or foreign counts as absent and is computed again. A process
+checks an entry when it first reads it, not on every step.
 
 Features are patient data: the folder has the images' access and deletion rules.
 """
@@ -24,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from icmoe.atomic import write_atomically
+from icmoe.backbones import BACKBONES
 from icmoe.cache_entries import entry_key, entry_path
 from icmoe.errors import Fault, IcmoeError
 from icmoe.preprocess import PREPROCESSING_VERSION
@@ -83,23 +84,28 @@ class FeatureCache:
         Side of its input, pixels.
     block_features
         Whether `load` hands out the blocks; they are always kept, so that both kinds of study share the entries.
+    arithmetic
+        Of the backbone, as in `BACKBONES`.
     """
 
     folder: Path
     digest: str
     image_size: int
     block_features: bool
+    arithmetic: int = 1
 
     @staticmethod
     def of(folder: Path, study: Study) -> FeatureCache:
         """Return the cache of a study's backbone below `folder`."""
         chosen = study.backbone
-        return FeatureCache(folder, chosen.digest, chosen.image_size, chosen.block_features)
+        arithmetic = BACKBONES[chosen.name].arithmetic
+        return FeatureCache(folder, chosen.digest, chosen.image_size, chosen.block_features, arithmetic)
 
     def key(self, image_digest: str, view: View) -> str:
         """Return the key of one view of one image, 64 hexadecimal digits."""
-        own = (FORMAT, self.digest, self.image_size, PREPROCESSING_VERSION, "float16")
-        return entry_key(image_digest, json.dumps([*own, image_digest, view]))
+        own = [FORMAT, self.digest, self.image_size, PREPROCESSING_VERSION, "float16"]
+        later = [self.arithmetic] if self.arithmetic > 1 else []  # keys that were made before there was a second one stay
+        return entry_key(image_digest, json.dumps([*own, *later, image_digest, view]))
 
     def path(self, key: str) -> Path:
         """Return the file of a key."""

@@ -1,7 +1,7 @@
 """segment-anything's ViT image encoders: import without torchvision, any input size, faster attention, block outputs.
 
 SAM: Kirillov et al., arXiv 2304.02643. The encoder class is segment-anything's own; only its attention is computed in
-another order. Shapes: B images, H x W tokens, L = H W, n heads of d channels.
+another order (`icmoe/sam_attention.py`). Shapes: B images, H x W tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from icmoe.backbones import Architecture
+from icmoe.sam_attention import SamAttention
 
 PIXEL_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 PIXEL_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
@@ -102,65 +103,6 @@ def import_image_encoder() -> type[nn.Module]:
     return encoder
 
 
-class FoldedAttention(nn.Module):
-    """segment-anything's attention with the relative positions folded into query and key.
-
-    The decomposed position term is linear in the query, so it rides as extra channels: ``[s q, q R_h, q R_w]`` meets
-    ``[k, row, column]`` with one-hot rows and columns, and PyTorch's fused attention needs no mask. The value is padded
-    to the same width because the fused kernel wants one width for all three.
-
-    Parameters
-    ----------
-    stock
-        The module whose weights are used.
-    """
-
-    def __init__(self, stock: Any) -> None:  # noqa: ANN401  (segment-anything is untyped)
-        super().__init__()
-        self.num_heads: int = stock.num_heads
-        self.scale: float = stock.scale
-        self.qkv: nn.Linear = stock.qkv
-        self.proj: nn.Linear = stock.proj
-        self.rel_pos_h: nn.Parameter = stock.rel_pos_h
-        self.rel_pos_w: nn.Parameter = stock.rel_pos_w
-
-    def forward(self, x_BHWC: Tensor) -> Tensor:
-        """Return B H W C."""
-        B, H, W, _ = x_BHWC.shape
-        q, k, v = self.qkv(x_BHWC).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
-        d = q.shape[-1]
-        q_grid = q.unflatten(2, (H, W))
-        row = torch.einsum("bnhwd,hkd->bnhwk", q_grid, relative_positions(self.rel_pos_h, H)).flatten(2, 3)
-        column = torch.einsum("bnhwd,wkd->bnhwk", q_grid, relative_positions(self.rel_pos_w, W)).flatten(2, 3)
-        onehot_LX = torch.cat([_onehot(H).repeat_interleave(W, 0), _onehot(W).repeat(H, 1)], dim=1).to(k)
-        query = torch.cat([q * self.scale, row, column], dim=-1)
-        key = torch.cat([k, onehot_LX.expand(B, self.num_heads, -1, -1)], dim=-1)
-        mixed = F.scaled_dot_product_attention(query, key, F.pad(v, (0, H + W)), scale=1.0)[..., :d]
-        attended: Tensor = self.proj(mixed.transpose(1, 2).reshape(B, H, W, -1))
-        return attended
-
-
-def _onehot(size: int) -> Tensor:
-    return torch.eye(size)
-
-
-def relative_positions(table_Pd: Tensor, size: int) -> Tensor:
-    """Return R, size x size x d: the learned vector of each offset between two rows or two columns.
-
-    Parameters
-    ----------
-    table_Pd
-        One vector per offset from -(n-1) to n-1; resampled where n is not `size`.
-    size
-        Tokens along the axis.
-    """
-    wanted = 2 * size - 1
-    if table_Pd.shape[0] != wanted:
-        table_Pd = F.interpolate(table_Pd.T[None], size=wanted, mode="linear")[0].T
-    at = torch.arange(size, device=table_Pd.device)
-    return table_Pd[at[:, None] - at + size - 1]
-
-
 class SamEncoder(nn.Module):
     """A frozen SAM encoder that also returns the outputs of some blocks.
 
@@ -199,7 +141,7 @@ class SamEncoder(nn.Module):
         """Return the encoder with faster attention, no gradients, in evaluation mode."""
         if self.shape.positions:
             for block in self.vit.blocks:
-                block.attn = FoldedAttention(block.attn)
+                block.attn, block.window_size = SamAttention(block.attn, block.window_size), 0
         return self.requires_grad_(requires_grad=False).eval()
 
     def forward(self, images_B3SS: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

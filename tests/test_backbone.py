@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ import torch
 from fresh import printed
 
 from icmoe import backbone as backbones
+from icmoe import sam_attention
 from icmoe.backbone import backbone_digest, folded, grid_of, load_backbone, projection, widths
 from icmoe.backbones import BACKBONES, DEFAULT_WEIGHTS, architecture_of
 from icmoe.errors import IcmoeError
-from icmoe.sam import SHAPES, FoldedAttention, SamEncoder, VitShape, fitted, relative_positions
+from icmoe.sam import SHAPES, SamEncoder, VitShape, fitted
+from icmoe.sam_attention import SamAttention, relative_positions
 from icmoe.study import BackboneChoice
 from icmoe.tinyvit import TinyViT
 
@@ -30,11 +33,11 @@ needs_wheel = pytest.mark.skipif(
 )
 
 
-def small_encoder(image_size: int = 64, seed: int = 0) -> SamEncoder:
+def small_encoder(image_size: int = 64, seed: int = 0, window: int = SMALL.window) -> SamEncoder:
     """A SAM encoder whose positions are filled: freshly built ones are zero and would hide every mistake."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = SamEncoder(SMALL, image_size)
+        encoder = SamEncoder(replace(SMALL, window=window), image_size)
         for name, parameter in encoder.named_parameters():
             if "pos" in name:
                 torch.nn.init.normal_(parameter)
@@ -69,15 +72,20 @@ def test_tinyvit_never_leaves_evaluation_and_has_no_trained_tensor() -> None:
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
-def test_folded_attention_equals_segment_anythings_own() -> None:
-    stock = small_encoder()
-    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize(("image_size", "window"), [(64, 3), (64, 4), (48, 14)], ids=["padded", "whole", "smaller than one"])
+@pytest.mark.parametrize("scores", [2**18, 64 * 20], ids=["in one block", "in many blocks"])
+def test_attention_equals_segment_anythings_own(
+    image_size: int, window: int, scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sam_attention, "CPU_SCORES", scores)
+    stock = small_encoder(image_size, window=window)
+    images = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected, expected_taps = stock.eval()(images)
         ours, taps = stock.freeze()(images)
-    assert all(isinstance(block.attn, FoldedAttention) for block in stock.vit.blocks)
-    assert torch.allclose(ours, expected, atol=1e-4)
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(taps, expected_taps, strict=True))
+    assert all(isinstance(block.attn, SamAttention) for block in stock.vit.blocks)
+    for found, wanted in zip((ours, *taps), (expected, *expected_taps), strict=True):
+        assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 def test_positions_are_resampled_to_another_input_size() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from icmoe import features as features_module
 from icmoe.backbone import load_backbone
-from icmoe.cache_entries import default_cache_folder, forget_images
+from icmoe.cache_entries import IMAGE_DIGITS, default_cache_folder, forget_images
 from icmoe.errors import IcmoeError
 from icmoe.features import FeatureCache, Wanted
 from icmoe.prepare import encode_missing
@@ -49,6 +49,14 @@ def test_the_key_names_everything_that_changes_the_features(cache: FeatureCache,
     assert len(keys) == 5
     without = FeatureCache(tmp_path, "d" * 64, 32, block_features=False)
     assert without.key("a", "identity") in keys  # both kinds of study share the entries
+
+
+def test_another_arithmetic_has_other_keys_and_the_first_has_those_that_it_always_had(tmp_path: Path, make_study) -> None:
+    lite, sam = ({"name": name, "digest": "d" * 64, "image_size": 128} for name in ("lite-medsam", "sam-vit-b"))
+    first, second = (FeatureCache.of(tmp_path, make_study(backbone=choice)).key("a", "flip") for choice in (lite, sam))
+    assert first == "ca978112ca1bbdcafac231b36a399e7a063a2b40386702bf8aeda621df799659"
+    assert first != second
+    assert first[:IMAGE_DIGITS] == second[:IMAGE_DIGITS]
 
 
 def test_all_that_was_computed_of_an_image_goes_whatever_study_asked_for_it(cache: FeatureCache, tmp_path: Path) -> None:
