@@ -105,9 +105,9 @@ class TrainingSet:
 
     def read(self, rows: Sequence[int], views: Sequence[int], device: torch.device) -> Batch:
         """Return the given views of the given slices, in this order, on `device`."""
-        features = self._cache.load([self._keys[row][view] for row, view in zip(rows, views, strict=True)])
+        features = self._cache.load([self._keys[row][view] for row, view in zip(rows, views, strict=True)], device)
         targets = [view_target(self._target_NKhw[row], self.views[view]) for row, view in zip(rows, views, strict=True)]
-        return to_device(Batch(features, torch.stack(targets)), device)
+        return Batch(features, moved(torch.stack(targets), device))
 
 
 def steps_of(slices: int, batch_size: int, epochs: int) -> int:

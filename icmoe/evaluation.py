@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from icmoe.data.slices import Slice, load_mask
-from icmoe.dataset import Batch, to_device
 from icmoe.features import FeatureCache
 from icmoe.metrics import PatientScore, patient_scores
 from icmoe.preprocess import restore, view_target
@@ -62,10 +61,9 @@ def _log_probabilities(
     model: nn.Module, slices: Sequence[Slice], cache: FeatureCache, device: torch.device, view: View
 ) -> Tensor:
     """Return log class probabilities B K h w by one view, in the position of the identity view."""
-    features = cache.load([cache.key(item.image_digest, view) for item in slices])
-    batch = to_device(Batch(features, torch.empty(0)), device)
+    features = cache.load([cache.key(item.image_digest, view) for item in slices], device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        logits_BKhw: Tensor = model(batch.features).logits_BKhw
+        logits_BKhw: Tensor = model(features).logits_BKhw
     return view_target(logits_BKhw.float().log_softmax(dim=1), view)
 
 

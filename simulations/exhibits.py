@@ -9,7 +9,6 @@ import numpy.typing as npt
 import torch
 
 from icmoe.data.slices import Slice, load_image, load_mask
-from icmoe.dataset import Batch, to_device
 from icmoe.evaluation import predict_slices
 from icmoe.metrics import PatientScore
 from icmoe.model import ICMoE
@@ -48,8 +47,8 @@ def overlays(examiner: Examiner, study: Study, model: ICMoE, patients: Sequence[
 @torch.no_grad()
 def deciding(model: ICMoE, item: Slice, examiner: Examiner) -> npt.NDArray[np.uint8] | None:
     """Return the index of the expert with the largest gate for each pixel of a slice, H W; None without experts."""
-    features = examiner.cache.load([examiner.cache.key(item.image_digest, "identity")])
-    votes = model(to_device(Batch(features, torch.empty(0)), examiner.site.torch_device()).features).experts
+    key = examiner.cache.key(item.image_digest, "identity")
+    votes = model(examiner.cache.load([key], examiner.site.torch_device())).experts
     if votes is None:
         return None
     found: npt.NDArray[np.uint8] = restore(votes.gates_BMHW[0].float().cpu(), item.shape).argmax(dim=0).to(torch.uint8).numpy()

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from icmoe.backbone import grid_of
 from icmoe.data.slices import Slice, load_mask
-from icmoe.dataset import Batch, to_device
 from icmoe.evaluation import EVALUATION_BATCH, score_slices
 from icmoe.features import FeatureCache
 from icmoe.losses import halve
@@ -157,8 +156,8 @@ def _look(model: ICMoE, slices: Sequence[Slice], study: Study, cache: FeatureCac
 
 
 def _seen(model: ICMoE, site: str, rows: Sequence[Slice], study: Study, cache: FeatureCache, device: torch.device) -> Seen:
-    features = cache.load([cache.key(item.image_digest, "identity") for item in rows])
-    output = model(to_device(Batch(features, torch.empty(0)), device).features)
+    features = cache.load([cache.key(item.image_digest, "identity") for item in rows], device)
+    output = model(features)
     votes = output.experts
     assert votes is not None
     side = grid_of(study.backbone)

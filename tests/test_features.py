@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ import torch
 from icmoe import features as features_module
 from icmoe.backbone import load_backbone
 from icmoe.cache_entries import IMAGE_DIGITS, default_cache_folder, forget_images
+from icmoe.entry_file import EntryFile
 from icmoe.errors import IcmoeError
 from icmoe.features import FeatureCache, Wanted
 from icmoe.prepare import encode_missing
+from icmoe.tensor_file import read_tensors
 
 
 @pytest.fixture
@@ -97,6 +100,69 @@ def test_a_damaged_or_foreign_entry_counts_as_absent_and_is_never_used(cache: Fe
     with pytest.raises(IcmoeError) as caught:
         cache.load([key])
     assert caught.value.faults[0].number == 111
+
+
+def test_what_is_cut_off_after_it_was_checked_is_not_used(cache: FeatureCache) -> None:
+    key = cache.key("a", "identity")
+    cache.put(key, *sample())
+    cache.load([key])
+    os.truncate(cache.path(key), cache.path(key).stat().st_size - 1)
+    with pytest.raises(IcmoeError) as caught:
+        cache.load([key])
+    assert caught.value.faults[0].number == 111
+
+
+def test_a_batch_travels_in_half_precision_and_is_widened_on_the_device(cache: FeatureCache) -> None:
+    keys = [cache.key(str(seed), "identity") for seed in range(2)]
+    for seed, key in enumerate(keys):
+        cache.put(key, *sample(seed))
+    embedding_BCHW, block_BCHW = cache.halves(keys)
+    assert embedding_BCHW.dtype == block_BCHW.dtype == torch.float16
+    assert torch.equal(embedding_BCHW.float(), cache.load(keys).embedding_BCHW)
+    there = cache.load(keys, torch.device("meta"))
+    assert there.embedding_BCHW.device.type == there.blocks[0].device.type == "meta"
+    assert there.embedding_BCHW.dtype == torch.float32
+
+
+def test_an_entry_is_read_as_safetensors_reads_it(cache: FeatureCache) -> None:
+    key = cache.key("a", "identity")
+    cache.put(key, *sample())
+    expected, _ = read_tensors(cache.path(key))
+    with EntryFile(cache.path(key)) as file:
+        assert {name: place.shape for name, place in file.places.items()} == {n: tuple(t.shape) for n, t in expected.items()}
+        for name, tensor in expected.items():
+            file.read_into(name, row := torch.empty_like(tensor))
+            assert torch.equal(row, tensor)
+        with pytest.raises(ValueError, match="embedding"):
+            file.read_into("embedding", torch.empty(4, 9, dtype=torch.float16))
+        with pytest.raises(KeyError):
+            file.read_into("block7", torch.empty(2, 3, 3, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"\xff\xff",
+        b'{"a": 1}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F16", "shape": [2], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F16", "shape": [-2, -2], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F16", "shape": [4], "data_offsets": [-8, 0]}}',
+        b'{"a": {"dtype": "F16", "shape": [4], "data_offsets": [4, 12]}}',
+        b'{"a": {"dtype": "F16", "shape": ["4"], "data_offsets": [0, 8]}}',
+    ],
+)
+def test_a_table_that_contradicts_itself_or_the_file_is_refused(tmp_path: Path, table: bytes) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(len(table).to_bytes(8, "little") + table + bytes(8))
+    with pytest.raises(ValueError):  # noqa: PT011  # of JSON, of Unicode or our own: each counts as damage
+        EntryFile(path)
+    path.write_bytes((2**40).to_bytes(8, "little") + table)
+    with pytest.raises(ValueError, match="no table"):
+        EntryFile(path)
 
 
 def test_damage_is_cured_by_encoding_again_and_the_rest_is_left_alone(cache: FeatureCache, tmp_path: Path) -> None:
