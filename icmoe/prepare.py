@@ -1,9 +1,13 @@
-"""From slices to cached features: what a site does once, before any training."""
+"""From slices to cached features: what a site does once, before any training.
+
+The encoder takes nearly all of the time. Pictures are read ahead by one thread and entries written behind by another, both a
+few views and no more, so that it seldom waits for either. A picture is read once for all of its views.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -12,12 +16,15 @@ from icmoe.backbone import Backbone
 from icmoe.data.slices import Slice, load_image
 from icmoe.device import moved
 from icmoe.features import FeatureCache, Wanted
+from icmoe.in_order import InOrder
 from icmoe.parts import Parts
 from icmoe.preprocess import apply_view, prepare
 from icmoe.study import Study, View
 
 # One image at a time is fastest on a CPU: its intermediate maps stay in the cache.
 CPU_BATCH, GPU_BATCH = 1, 16
+AHEAD = 2
+"""Batches that are read before the encoder asks for them, and that wait to be written."""
 
 
 def wanted_views(
@@ -29,17 +36,19 @@ def wanted_views(
     everywhere: bool = False,
 ) -> Iterator[Wanted]:
     """Yield what has to be in the cache: every view of a training slice, or `everywhere`; the identity view of any slice."""
+    pixels = lru_cache(maxsize=1)(partial(_pixels, image_size=image_size))  # views of a picture follow one another
     for item in slices:
         views: set[View] = {"identity", *training_views} if everywhere or item.split == "train" else {"identity"}
         for view in sorted(views):
-            yield Wanted(cache.key(item.image_digest, view), _reader(item, view, image_size))
+            yield Wanted(cache.key(item.image_digest, view), partial(_view, pixels, item, view))
 
 
-def _reader(item: Slice, view: View, image_size: int) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        return apply_view(prepare(load_image(item), image_size), view)
+def _pixels(item: Slice, *, image_size: int) -> Tensor:
+    return prepare(load_image(item), image_size)
 
-    return read
+
+def _view(pixels: Callable[[Slice], Tensor], item: Slice, view: View) -> Tensor:
+    return apply_view(pixels(item), view)
 
 
 def encode_slices(
@@ -95,17 +104,19 @@ def encode_missing(
     missing = [item for item in wanted if not cache.contains(item.key)]
     device = next(backbone.buffers()).device
     parts = Parts(GPU_BATCH if device.type == "cuda" else CPU_BATCH)
-
-    def encode(start: int, at_once: int) -> int:
-        chunk = missing[start : start + at_once]
-        features = backbone.encode(moved(torch.stack([item.read() for item in chunk]), device))
-        for row, item in enumerate(chunk):
-            cache.put(item.key, features.embedding_BCHW[row], [block[row] for block in features.blocks])
-        return len(chunk)
-
-    done = 0
-    while done < len(missing):
-        done += parts.run(partial(encode, done))
-        if on_progress is not None:
-            on_progress(done, len(missing))
+    with (
+        InOrder("read", (item.read for item in missing), AHEAD * parts.at_once) as images,
+        InOrder[None]("write", (), AHEAD * parts.at_once) as entries,
+    ):
+        done = 0
+        while done < len(missing):
+            features = parts.run(lambda at_once: backbone.encode(moved(torch.stack(images.first(at_once)), device)))
+            for row, _ in enumerate(features.embedding_BCHW):
+                images.drop()
+                own = features.embedding_BCHW[row], [block[row] for block in features.blocks]
+                entries.add(partial(cache.put, missing[done + row].key, *own))
+            done += len(features.embedding_BCHW)
+            if on_progress is not None:
+                on_progress(done, len(missing))
+        entries.drain()
     return len(missing)

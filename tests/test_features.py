@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from icmoe import features as features_module
 from icmoe.backbone import load_backbone
 from icmoe.cache_entries import IMAGE_DIGITS, default_cache_folder, forget_images
 from icmoe.entry_file import EntryFile
-from icmoe.errors import IcmoeError
+from icmoe.errors import Fault, IcmoeError
 from icmoe.features import FeatureCache, Wanted
 from icmoe.prepare import encode_missing
 from icmoe.tensor_file import read_tensors
@@ -163,6 +165,22 @@ def test_a_table_that_contradicts_itself_or_the_file_is_refused(tmp_path: Path, 
     path.write_bytes((2**40).to_bytes(8, "little") + table)
     with pytest.raises(ValueError, match="no table"):
         EntryFile(path)
+
+
+def test_a_picture_that_cannot_be_read_or_a_full_disk_stops_the_encoding(cache: FeatureCache, monkeypatch) -> None:
+    backbone = load_backbone("sam-vit-test", image_size=32, device=torch.device("cpu"))
+
+    def gone() -> torch.Tensor:
+        raise IcmoeError(Fault(number=101, where="Alder/x.png"))
+
+    keys = [cache.key(str(number), "identity") for number in range(4)]
+    wanted = [Wanted(key, lambda: torch.zeros(3, 32, 32)) for key in keys]
+    with pytest.raises(IcmoeError, match="101"):
+        encode_missing([*wanted[:3], Wanted(keys[3], gone)], backbone, cache)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(features_module, "write_atomically", Mock(side_effect=full))
+    with pytest.raises(OSError, match="No space"):
+        encode_missing([Wanted(cache.key("new", "identity"), wanted[0].read)], backbone, cache)
 
 
 def test_damage_is_cured_by_encoding_again_and_the_rest_is_left_alone(cache: FeatureCache, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ PARTS = {
     "private-step": "private_step",
     "rounds-needed": "rounds_needed",
     "round": "federated_round",
+    "encoding": "encoding",
     "loading": "loading",
 }
 """Modules of this package with a function `rows(quick=...)`, by the names for --only, in the order of their running."""
