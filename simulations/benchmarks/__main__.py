@@ -31,6 +31,7 @@ PARTS = {
     "round": "federated_round",
     "encoding": "encoding",
     "loading": "loading",
+    "site-memory": "site_memory",
 }
 """Modules of this package with a function `rows(quick=...)`, by the names for --only, in the order of their running."""
 DEADLINE_S = 5400.0
