@@ -119,6 +119,11 @@ class InReply(Mapping[str, npt.NDArray[np.float32]]):
         """Return the tensors, read once."""
         return self._read().values()
 
+    @property
+    def is_view(self) -> bool:
+        """Whether reading copies nothing: the record holds every tensor by itself, as it is."""
+        return self._form == "float32" and set(self._arrays) != {PACKED}
+
     def _read(self) -> Mapping[str, npt.NDArray[np.float32]]:
         sent: Mapping[str, Any] = tensors_in(self._arrays)  # checked before
         return Dequantised(sent) if self._form == "int8" else sent

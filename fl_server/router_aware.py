@@ -11,7 +11,7 @@ With ``usage_exponent = 0``, no floor, no cap, no gate and no shrinkage this is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +19,16 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fl_server.replies import PIECE, Form, Update, is_finite, mean_loss, only_finite, parse_replies, score_of
+from fl_server.replies import PIECE, Form, InReply, Update, is_finite, mean_loss, only_finite, parse_replies, score_of
 from fl_server.round_strategy import RoundReport, State, Tensors
 from fl_server.weights import balance_step, expert_weights, plain_share
 from icmoe.exchange import BALANCE_BIAS, expert_of, is_usage_weighted
 from icmoe.messages import ARRAYS, CONFIG, DICE_KEY, LOSS_KEY, PATIENTS_KEY, ROUND_KEY, STUDY_KEY
 from icmoe.packing import NUMPY, bytes_of
 from icmoe.study import Aggregation, Study
+
+AT_ONCE = 16
+"""Updates at most whose arrays are objects at once: those of a hundred take more memory than the model."""
 
 
 class RouterAware(Strategy):
@@ -103,10 +106,11 @@ class RouterAware(Strategy):
             self.report.weights = expert_weights(size_S, usage_SM, self.settings)
         moved = {name: tensor.copy() for name, tensor in self._current.items()}
         weights = {name: self._share(name, size_S) for name in moved}
-        for index, update in enumerate(updates):  # one after the other, in site order: no two are in memory at once
-            for name, delta in update.tensors.items():
+        for group in together(updates):  # in site order
+            read = [(index, dict(updates[index].tensors.items())) for index in group]
+            for name, tensor in moved.items():
                 share_S, step = weights[name]
-                add(moved[name], delta, float(share_S[index]), step)
+                add(tensor, [(np.float32(step * share_S[index]), sent[name]) for index, sent in read if name in sent])
         if BALANCE_BIAS in moved and self.settings.balance_step > 0.0:
             bias_M = moved[BALANCE_BIAS].astype(np.float64)
             moved[BALANCE_BIAS] = balance_step(bias_M, size_S, usage_SM, self.settings.balance_step).astype(np.float32)
@@ -166,17 +170,39 @@ def combine(
         s in [0, 1].
     """
     moved = tensor.copy()
-    for share, delta in zip(share_S, deltas, strict=True):
-        if delta is not None:
-            add(moved, delta, float(share), step)
+    shares = [np.float32(step * share) for share in share_S]
+    add(moved, [(share, delta) for share, delta in zip(shares, deltas, strict=True) if delta is not None])
     return moved
 
 
-def add(moved: npt.NDArray[np.float32], delta: npt.NDArray[np.float32], share: float, step: float) -> None:
-    """Add ``step * share * delta`` to a tensor in place, the weight rounded to float32 once.
+def add(moved: npt.NDArray[np.float32], parts: Sequence[tuple[np.float32, npt.NDArray[np.float32]]]) -> None:
+    """Add the sum of ``weight * delta`` to a tensor in place, in the order given.
 
-    A piece after the other, so that the product stays in the processor's cache.
+    All parts of one piece before the next piece, so that the sum stays in the processor's cache.
     """
-    weight, moved_N, delta_N = np.float32(step * share), moved.reshape(-1), delta.reshape(-1)
+    moved_N, parts_N = moved.reshape(-1), [(weight, delta.reshape(-1)) for weight, delta in parts]
+    product_N = np.empty(min(PIECE, moved.size), dtype=np.float32)
     for start in range(0, moved.size, PIECE):
-        moved_N[start : start + PIECE] += weight * delta_N[start : start + PIECE]
+        piece_N = moved_N[start : start + PIECE]
+        part_N = product_N[: len(piece_N)]
+        for weight, delta_N in parts_N:
+            piece_N += np.multiply(delta_N[start : start + PIECE], weight, out=part_N)
+
+
+def together(updates: Sequence[Update]) -> Iterator[list[int]]:
+    """Yield the indices of updates that are added together: some where reading them copies nothing, else each by itself.
+
+    So no two copies of an update are in memory at once.
+    """
+    group: list[int] = []
+    for index, update in enumerate(updates):
+        view = isinstance(update.tensors, InReply) and update.tensors.is_view
+        if group and (not view or len(group) == AT_ONCE):
+            yield group
+            group = []
+        group.append(index)
+        if not view:
+            yield group
+            group = []
+    if group:
+        yield group
