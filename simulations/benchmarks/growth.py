@@ -193,9 +193,9 @@ def measured(of: str, number: int, *, quick: bool) -> Point:
         f"{of}:{number}",
         *(["--quick"] if quick else []),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600)
-    if done.returncode:
-        raise RuntimeError(f"{of}:{number}: {done.stderr[-2000:]}")
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=3600)
+    if done.returncode:  # it said why
+        raise typer.Exit(done.returncode)
     return Point(**json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -209,7 +209,8 @@ def main(
     """Measure how time, memory and bytes grow with sites, patients and experts."""
     if point is not None:
         of, _, number = point.partition(":")
-        sys.stdout.write(json.dumps(asdict(MEASURED[of](int(number), quick=quick))) + "\n")
+        with exit_on_fault():
+            sys.stdout.write(json.dumps(asdict(MEASURED[of](int(number), quick=quick))) + "\n")
         return
     with exit_on_fault():
         names = chosen(only, list(MEASURED), "--only")
@@ -230,5 +231,8 @@ def main(
     Console().print(table)
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()
