@@ -38,7 +38,7 @@ from simulations.lanes import LANES, PARTITION, AnySite, Lanes
 CLUSTER_TIMEOUT_S = 10.0
 """For a connection to a Ray cluster that is named; Ray itself retries for minutes."""
 POLL_S = 0.05
-# Flower's engine runs at most this many clients at once, whatever the cluster has.
+# Flower's engine runs at most this many clients at once, and no more than cores of the driver's machine plus four.
 MOST_ACTORS = 32
 
 _SITES = TypeAdapter(tuple[Participant, ...])

@@ -226,5 +226,8 @@ def main(
     sys.stdout.write(json.dumps(found) + "\n")
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

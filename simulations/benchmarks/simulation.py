@@ -21,6 +21,7 @@ from typing import Any
 
 from scipy import stats
 
+from icmoe.errors import Fault, IcmoeError
 from simulations.benchmarks.row import Row
 
 DEADLINE_S = 1200.0
@@ -53,13 +54,20 @@ class Cost:
 
 
 def run(side: str, sites: int, rounds: int) -> dict[str, Any]:
-    """Run one side and return what it printed."""
+    """Run one side and return what it printed.
+
+    Raises
+    ------
+    IcmoeError
+        503 with its last words, such as those of Ray where the machine is too busy to start it in time.
+    """
     command = [sys.executable, "-m", "simulations.benchmarks.no_training", "--side", side]
     command += ["--sites", str(sites), "--rounds", str(rounds)]
     environment = {**os.environ, "RAY_worker_niceness": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     if done.returncode:
-        raise RuntimeError(f"{side} with {sites} sites: {done.stderr[-2000:]}")
+        value = next(iter(done.stderr.strip().splitlines()[-1:]), f"exit code {done.returncode}")
+        raise IcmoeError(Fault(number=503, where=f"{side}, {sites} sites", value=value, did="Nothing is compared."))
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
