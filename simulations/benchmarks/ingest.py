@@ -193,7 +193,7 @@ def _timed(form: str, step: str, root: Path, place: Path) -> dict[str, float]:
     before, started = os.times(), time.perf_counter()
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True, timeout=3600)
     whole_s = time.perf_counter() - started
-    with contextlib.suppress(ChildProcessError):  # its workers are ours since it ended
+    with contextlib.suppress(ChildProcessError):  # its workers are ours since it ended; this process must have no others
         while True:
             os.waitpid(-1, 0)
     after = os.times()
