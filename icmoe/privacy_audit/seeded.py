@@ -5,7 +5,7 @@ Shapes: B slices, K classes, H x W the backbone's grid.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -53,6 +53,11 @@ class SeededRows(TrainingSet):
         features, at = self.batch.features, list(rows)
         blocks = tuple(block[at] for block in features.blocks)
         return to_device(Batch(Features(features.embedding_BCHW[at], blocks), self.batch.target_BKhw[at]), device)
+
+    def batches(self, *, steps: int, seed: int, device: torch.device) -> Iterator[Batch]:
+        """Yield batches in the order of every training set; they are in memory, so nothing is read ahead."""
+        for rows, views in self._draws(steps, seed):
+            yield self.read(rows, views, device)
 
     def of(self, patients: Sequence[int]) -> SeededRows:
         """Return the set of some of the patients."""
