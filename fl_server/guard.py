@@ -25,7 +25,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from fl_server.private import norm_of
-from fl_server.replies import Refusal, Update, parse_update, site_fault
+from fl_server.replies import Refusal, Update, parse_update, require_finite, site_fault
 from fl_server.round_strategy import RoundReport, RoundStrategy, State, unheard
 from fl_server.wrapping import Wrapping
 from icmoe.errors import Fault
@@ -213,11 +213,12 @@ class Guard(Wrapping):
 
     def _checked(self, reply: Message, site: str) -> _Candidate:
         """Return an update that is sound by itself."""
-        update = parse_update(reply, site, self.study, self._current)
+        update = parse_update(reply, site, self.study, self._current, values=False)
+        loaded = update.loaded()  # once, for all that looks at its values
+        require_finite(loaded)
         most = SIZE_FACTOR * self.sizes.get(site, update.size)
         if update.size > most:
             raise Refusal("its size is far above what the site announced", str(update.size), f"at most {most}")
-        loaded = update.loaded()
         return _Candidate(reply, update, norm_of(loaded.tensors), digest_of(loaded))
 
     def _compared(self, candidates: list[_Candidate]) -> tuple[list[_Candidate], list[Fault]]:

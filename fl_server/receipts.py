@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
+from fl_server.grid import InFront
 from icmoe.atomic import write_atomically
 from icmoe.errors import CATALOGUE, Fault, print_faults
 from icmoe.messages import CONFIG, NUMBERS, ROUND_KEY
@@ -36,7 +35,7 @@ class _Question:
     receipt: Head
 
 
-class Receipted(Grid):
+class Receipted(InFront):
     """Flower's Grid, with receipts in its training messages; a site without one yet gets none.
 
     Parameters
@@ -50,7 +49,8 @@ class Receipted(Grid):
     """
 
     def __init__(self, grid: Grid, sites: Mapping[int, str], folder: Path) -> None:
-        self._grid, self._sites, self._folder = grid, sites, folder
+        super().__init__(grid)
+        self._sites, self._folder = sites, folder
         self._sent: dict[str, _Question] = {}
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -68,33 +68,6 @@ class Receipted(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies; one that is behind its receipt comes as an error."""
         return [self._taken(reply) for reply in self._grid.pull_messages(message_ids)]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Not in use: `fl_server/exchanging.py` sends and receives by itself."""
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Run:
-        """The Grid's run."""
-        return self._grid.run
-
-    def set_run(self, run: Run) -> None:
-        """Set the Grid's run."""
-        self._grid.set_run(run)
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Return the Grid's message."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Return the Grid's nodes."""
-        return self._grid.get_node_ids()
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """Return the Grid's nodes with their names."""
-        return self._grid.get_nodes()
 
     def _forget_before(self, asked: Iterable[Message]) -> None:
         """Forget what these sites were asked in other rounds: the guard takes no answer to it, silent sites would fill memory."""

@@ -53,6 +53,7 @@ def robust_mean(updates: Sequence[Update], study: Study) -> Values:
     study
         Its model names the parts, its aggregation the rule.
     """
+    updates = [update.loaded() for update in updates]
     parts: dict[int | None, list[str]] = {}
     for name in sorted(updates[0].tensors):
         parts.setdefault(expert_of(name) if is_usage_weighted(name, study.model) else None, []).append(name)
@@ -74,8 +75,7 @@ def _combined(names: Sequence[str], updates: Sequence[Update], expert: int | Non
     replies = []
     for update in updates:
         weight = update.size * (1.0 if expert is None else update.usage_M[expert]) ** exponent + LEAST_WEIGHT
-        tensors = update.loaded().tensors
-        arrays = ArrayRecord({name: Array(tensors[name]) for name in names})
+        arrays = ArrayRecord({name: Array(update.tensors[name]) for name in names})
         replies.append(flower_reply(arrays, WEIGHT, weight))
     combined, _ = rule_of(settings, len(updates)).aggregate_train(1, replies)
     assert combined is not None

@@ -99,11 +99,14 @@ def tensors_in(record: Mapping[str, Any]) -> dict[str, npt.NDArray[Any] | None]:
         Flower's record of arrays, packed or not. To write each tensor as an item of its own, only to read it again, takes
         longer than all that is computed with it.
     """
+    tensors = _unpacked(record)
+    return {name: array_of(record[name]) for name in sorted(record)} if tensors is None else {**tensors}
+
+
+def _unpacked(record: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]] | None:
+    """Return the tensors of a packed record, None where it is none."""
     array = array_of(record[PACKED]) if set(record) == {PACKED} else None
-    tensors = None if array is None else unpack(array)
-    if tensors is None:
-        return {name: array_of(record[name]) for name in sorted(record)}
-    return {**tensors}
+    return None if array is None else unpack(array)
 
 
 def pack_records(content: MutableMapping[str, Any], record: type, array: type) -> None:
@@ -130,8 +133,7 @@ def unpack_records(content: MutableMapping[str, Any]) -> None:
         Records by name.
     """
     for name, found in list(content.items()):
-        packed: Any = found.get(PACKED) if set(found) == {PACKED} else None
-        array = None if packed is None else array_of(packed)
-        tensors = None if array is None else unpack(array)
+        tensors = _unpacked(found)
         if tensors is not None:
-            content[name] = type(found)({key: type(packed)(tensor) for key, tensor in tensors.items()})
+            array = type(found[PACKED])
+            content[name] = type(found)({key: array(tensor) for key, tensor in tensors.items()})

@@ -17,9 +17,9 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from fl_client.app import Handler, SiteOf, make_client_app
+from fl_server.grid import InFront
 from simulations.in_store import in_store
 from simulations.on_disk import to_disk
 
@@ -52,7 +52,7 @@ class AnySite(ClientApp):
         return self._app(message, context)
 
 
-class Lanes(Grid):
+class Lanes(InFront):
     """The virtual sites as nodes 1 to n, in front of a Grid of fewer nodes.
 
     Parameters
@@ -68,7 +68,8 @@ class Lanes(Grid):
     """
 
     def __init__(self, grid: Grid, nodes: Iterable[int], sites: int, folder: Path) -> None:
-        self._grid, self._folder, self._sites = grid, folder, range(1, sites + 1)
+        super().__init__(grid)
+        self._folder, self._sites = folder, range(1, sites + 1)
         self._free = deque(nodes)
         self._queue = deque[Message]()
         self._asked: dict[str, tuple[Message, int]] = {}
@@ -124,22 +125,3 @@ class Lanes(Grid):
         reply.metadata.__dict__ |= {"_src_node_id": asked.dst_node_id, "_reply_to_message_id": asked.message_id}
         to_disk(reply, self._folder)
         return reply
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Not in use: `fl_server/exchanging.py` sends and receives by itself."""
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Run:
-        """The Grid's run."""
-        return self._grid.run
-
-    def set_run(self, run: Run) -> None:
-        """Set the Grid's run."""
-        self._grid.set_run(run)
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Return the Grid's message."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)

@@ -12,9 +12,8 @@
 from __future__ import annotations
 
 import logging
-import time
 import tracemalloc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing import get_context
 from typing import Any
 
@@ -33,6 +32,7 @@ from icmoe.model import build_model
 from icmoe.study import Study
 from simulations.benchmarks.row import Row
 from simulations.benchmarks.training_step import lite_medsam
+from simulations.measuring import least_cpu_s
 
 SITES = 8
 LARGE, LARGE_PARTS = 10_000_000, 10
@@ -60,6 +60,7 @@ def _times(what: str, study: Study, current: Tensors, turns: int, bars: Sequence
     arrays = [{name: array.numpy() for name, array in reply.content.array_records[UPDATE].items()} for reply in replies]
     ours, deployed = (begun(strategy, current) for strategy in (RouterAware(study, nodes), guarded(study, nodes)))
     flower = FedAvg(weighted_by_key=SLICES_KEY)
+    logging.getLogger("flwr").setLevel(logging.WARNING)
 
     def as_deployed() -> object:
         deployed.load_state({})  # or the guard would know the updates from the turn before
@@ -158,15 +159,3 @@ def bare_loop(current: Tensors, arrays: Sequence[Tensors]) -> Tensors:
                 total += share * update[name]
         moved[name] = total
     return moved
-
-
-def least_cpu_s(sides: Mapping[str, Callable[[], object]], turns: int) -> dict[str, float]:
-    """Return the least process CPU seconds of each side, which take turns."""
-    logging.getLogger("flwr").setLevel(logging.WARNING)
-    least = dict.fromkeys(sides, float("inf"))
-    for _ in range(turns):
-        for side, work in sides.items():
-            began = time.process_time()
-            work()
-            least[side] = min(least[side], time.process_time() - began)
-    return least

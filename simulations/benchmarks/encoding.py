@@ -46,6 +46,7 @@ from icmoe.sam import SHAPES, SamEncoder, VitShape
 from icmoe.study import Study
 from simulations.benchmarks.row import Row
 from simulations.benchmarks.training_step import lite_medsam
+from simulations.measuring import least_cpu_s
 from simulations.phantoms import PhantomSite, write_phantoms
 
 SITE, PICTURE_PX = "Alder", 256
@@ -154,14 +155,14 @@ def sam_encoder(shape: VitShape, image_size: int, *, turns: int) -> Row:
     """
     stock, ours = both_encoders(shape, image_size)
     images = torch.rand(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(1))
-    least, said = [float("inf"), float("inf")], [images, images]
-    for _ in range(turns):
-        for index, encoder in enumerate((ours, stock)):
-            began = time.process_time()
-            said[index] = encoder(images)[0]
-            least[index] = min(least[index], time.process_time() - began)
-    off = float((said[0] - said[1]).abs().max() / said[1].abs().max())
+    said: dict[str, Tensor] = {}
+
+    def say(name: str, encoder: nn.Module) -> None:
+        said[name] = encoder(images)[0]
+
+    cpu_s = least_cpu_s({"ours": partial(say, "ours", ours), "stock": partial(say, "stock", stock)}, turns)
+    off = float((said["ours"] - said["stock"]).abs().max() / said["stock"].abs().max())
     assert off <= TOLERANCE, off
     names = {"what": f"SAM ViT-B's encoder, {image_size} px", "against": "segment-anything's own forward"}
     note = f"random weights; outputs differ by {off:.1g} of the greatest"
-    return Row(**names, ours=least[0], limit=least[1], unit="CPU s", bar=1.2, at_most=False, note=note)
+    return Row(**names, ours=cpu_s["ours"], limit=cpu_s["stock"], unit="CPU s", bar=1.2, at_most=False, note=note)

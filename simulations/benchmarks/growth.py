@@ -41,9 +41,9 @@ from icmoe.model import build_model
 from icmoe.study import BackboneChoice, ModelShape, Study
 from icmoe.training import train_round
 from icmoe.window import Window
-from simulations.benchmarks.no_training import LABELS, peak_mb
 from simulations.benchmarks.simulation import run
-from simulations.benchmarks.training_step import update_bytes
+from simulations.benchmarks.training_step import LABELS, update_bytes
+from simulations.measuring import peak_bytes
 from simulations.scenario import chosen
 
 STEPS = 5
@@ -94,7 +94,7 @@ def with_patients(number: int, *, quick: bool) -> Point:
     """Return a pass over the slices of so many patients."""
     study = study_of(ModelShape(), quick=quick)
     step_s, entry_bytes, steps = trained(study, number)
-    return Point(of="patients", number=number, seconds=steps * step_s, peak_mb=peak_mb(), bytes=number * entry_bytes)
+    return Point(of="patients", number=number, seconds=steps * step_s, peak_mb=peak_bytes() / 1e6, bytes=number * entry_bytes)
 
 
 def with_experts(number: int, *, quick: bool) -> Point:
@@ -103,7 +103,7 @@ def with_experts(number: int, *, quick: bool) -> Point:
     shape = ModelShape(basic_experts=third, semantic_experts=third, adaptive_experts=third)
     study = study_of(shape, quick=quick)
     step_s, _, _ = trained(study, 8)
-    return Point(of="experts", number=number, seconds=step_s, peak_mb=peak_mb(), bytes=update_bytes(study)[0])
+    return Point(of="experts", number=number, seconds=step_s, peak_mb=peak_bytes() / 1e6, bytes=update_bytes(study)[0])
 
 
 MEASURED: dict[str, Callable[..., Point]] = {"sites": with_sites, "patients": with_patients, "experts": with_experts}

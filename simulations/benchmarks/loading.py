@@ -17,7 +17,6 @@ Pinned memory and the copy that does not wait are taken on CUDA only, by the sam
 from __future__ import annotations
 
 import mmap
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +31,7 @@ from icmoe.features import FeatureCache
 from icmoe.study import BackboneChoice
 from simulations.benchmarks.row import Row
 from simulations.benchmarks.training_step import BATCH, study_of
+from simulations.measuring import least_cpu_s
 
 ENTRIES, TURNS = 64, 80
 CHOICES = {
@@ -66,18 +66,6 @@ def mapped(paths: Sequence[Path], header_bytes: int) -> Tensor:
     return batch
 
 
-def least_cpu_s(works: Sequence[Callable[[list[str]], object]], keys: Sequence[str], turns: int) -> list[float]:
-    """Return the least process CPU seconds of each work on a random batch of its own, all taken once in every turn."""
-    rng, least = np.random.default_rng(0), [float("inf")] * len(works)
-    for _ in range(turns):
-        for index, work in enumerate(works):
-            drawn = rng.choice(keys, BATCH, replace=False).tolist()
-            began = time.process_time()
-            work(drawn)
-            least[index] = min(least[index], time.process_time() - began)
-    return least
-
-
 def rows(*, quick: bool) -> list[Row]:
     """Return both forms of a batch for each backbone.
 
@@ -103,9 +91,11 @@ def compared(what: str, choice: BackboneChoice, *, quick: bool) -> list[Row]:
         def widened(drawn: list[str]) -> Tensor:
             return plain(drawn).view(torch.float16).float()
 
-        plain_s, halves_s, widened_s, load_s = least_cpu_s(
-            [plain, cache.halves, widened, cache.load], keys, 3 if quick else TURNS
-        )
+        works: list[Callable[[list[str]], object]] = [plain, cache.halves, widened, cache.load]
+        rng, turns = np.random.default_rng(0), 3 if quick else TURNS
+        draws = iter([rng.choice(keys, BATCH, replace=False).tolist() for _ in range(turns * len(works))])
+        cpu_s = least_cpu_s({str(at): lambda work=work: work(next(draws)) for at, work in enumerate(works)}, turns)  # type: ignore[misc]
+        plain_s, halves_s, widened_s, load_s = cpu_s.values()
     shared: dict[str, Any] = {"unit": "CPU s", "bar": 0.7, "at_most": False}
     return [
         Row(what=f"batch as it goes to the device, {what}", against="mmap and copy", ours=halves_s, limit=plain_s, **shared),

@@ -39,11 +39,12 @@ from icmoe.backbones import DEFAULT_WEIGHTS
 from icmoe.data.slices import Slice
 from icmoe.exchange import update_of
 from icmoe.messages import DICE_KEY, LOSS_KEY, PATIENTS_KEY, SECONDS_KEY, SLICES_KEY, STEPS_KEY, USAGE_KEY
-from icmoe.study import BackboneChoice, Label, Study
+from icmoe.study import BackboneChoice, Study
 from icmoe.window import Window
+from simulations.benchmarks.training_step import LABELS
 from simulations.federation import Engine, Job, quiet_libraries, run_jobs, write_sites
+from simulations.measuring import peak_bytes
 
-LABELS = (Label(name="background", values=(0,)), Label(name="lesion", values=(255,)))
 SLICES = 10
 
 
@@ -76,11 +77,6 @@ class Marks:
         """Note the end of a round."""
         self.wall_s.append(time.perf_counter())
         self.cpu_s.append(cpu_of_tree_s())
-
-
-def peak_mb() -> float:
-    """Return the most memory that was resident in this process at once, pages of files and shared memory counted."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e3 * 1.024
 
 
 def cpu_of_tree_s() -> float:
@@ -211,7 +207,7 @@ def main(
     cpus: Annotated[int, typer.Option(min=1, help="Processors.")] = 2,
 ) -> None:
     """Run one side and print what it took."""
-    marks = Marks(imported_mb=peak_mb())
+    marks = Marks(imported_mb=peak_bytes() / 1e6)
     began = time.perf_counter()
     {"ours": ours, "flower": flower}[side](sites, rounds, Engine(cpus=cpus), marks)
     whole_s = time.perf_counter() - began
@@ -221,7 +217,7 @@ def main(
         "round_bytes": marks.round_bytes,
         "whole_s": whole_s,
         "imported_mb": marks.imported_mb,
-        "peak_mb": peak_mb(),
+        "peak_mb": peak_bytes() / 1e6,
     }
     sys.stdout.write(json.dumps(found) + "\n")
 

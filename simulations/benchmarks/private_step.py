@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -36,6 +35,7 @@ from icmoe.profiles import spelled_out
 from icmoe.study import Study
 from icmoe.training import anchor_of
 from simulations.benchmarks.row import Row
+from simulations.measuring import peak_bytes
 
 TIME_BAR, MEMORY_BAR = 3.0, 2.0
 PRIVACY = {"noise_multiplier": 1.0, "delta": 1e-3, "patients": 100, "sample_rate": 0.2, "steps": 1}
@@ -157,9 +157,7 @@ def _now(device: torch.device) -> float:
 
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cpu":
-        # Not ru_maxrss, which a new process takes over from the one that started it.
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+        return peak_bytes()
     return torch.cuda.max_memory_allocated(device)
 
 

@@ -42,6 +42,7 @@ from icmoe.training import train_round
 from simulations.benchmarks.loading import CHOICES
 from simulations.benchmarks.row import Row
 from simulations.benchmarks.training_step import LABELS
+from simulations.measuring import peak_bytes
 from simulations.phantoms import PhantomSite, write_phantoms
 
 SITE, SLICES, STEPS = "Alder", 12, 6
@@ -137,13 +138,13 @@ def print_peak(choice: str, folder: Path) -> None:
     start = global_state(build_model(study, seed=1))
     cache = FeatureCache.of(folder / "cache", study)
     Path("/proc/self/clear_refs").write_text("5")  # the kernel's record of the peak begins anew
-    before = _status("VmRSS") - _bytes(start.values())  # what came in is part of a round
+    before = _resident_bytes() - _bytes(start.values())  # what came in is part of a round
     model = build_model(study, seed=0)
     load_state(model, start)
     data = TrainingSet(slices, study, cache)
     train_round(model, data, study, round_number=1, seed=1, device=CPU, steps=STEPS)
     update_of(model, start, personal=False, shape=study.model)
-    peak = _status("VmHWM") - before
+    peak = peak_bytes() - before
     batch = data.read(range(study.training.batch_size), [0] * study.training.batch_size, CPU)
     given = _bytes([*model.state_dict().values(), batch.features.embedding_BCHW, *batch.features.blocks, batch.target_BKhw])
     trained = 3 * _bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
@@ -171,6 +172,6 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _status(key: str) -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
+def _resident_bytes() -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:"))
     return int(line.split()[1]) * 1024

@@ -27,9 +27,9 @@ from icmoe.backbone import grid_of, widths
 from icmoe.errors import exit_on_fault
 from icmoe.features import Features
 from icmoe.model import build_model, total_loss
-from simulations.benchmarks.aggregation import least_cpu_s
 from simulations.benchmarks.row import Row, show
 from simulations.benchmarks.training_step import lite_medsam
+from simulations.measuring import least_cpu_s
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "dot", "mv"}
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]

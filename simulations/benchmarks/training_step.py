@@ -6,7 +6,6 @@ the least of the repeats. SAM ViT-B has random weights here: its cost does not d
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +25,7 @@ from icmoe.model import ICMoE, build_model, total_loss
 from icmoe.sam import SHAPES, SamEncoder
 from icmoe.study import BackboneChoice, Label, Study
 from simulations.benchmarks.row import Row, show
+from simulations.measuring import least_cpu_s
 
 BATCH = 4
 SAM_B_PARAMETERS = 93_735_472
@@ -35,16 +35,6 @@ LABELS = (Label(name="background", values=(0,)), Label(name="lesion", values=(25
 def study_of(choice: BackboneChoice) -> Study:
     """Return the default study over a backbone."""
     return Study(name="benchmark", seed=1, labels=LABELS, backbone=choice)
-
-
-def cpu_s(work: Callable[[], object], repeats: int) -> float:
-    """Return the least process CPU seconds of `repeats` calls."""
-    best = float("inf")
-    for _ in range(repeats):
-        began = time.process_time()
-        work()
-        best = min(best, time.process_time() - began)
-    return best
 
 
 def train_step(model: ICMoE, study: Study, features: Features, target_BKhw: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -75,7 +65,7 @@ def compare(
     """
     image_size, grid = study.backbone.image_size, grid_of(study.backbone)
     images = torch.rand(encoded_at_once, 3, image_size, image_size, generator=torch.Generator().manual_seed(1))
-    encode_s = cpu_s(lambda: encode(images), max(1, repeats // 3)) * BATCH / encoded_at_once
+    encode_s = least_cpu_s({"encode": lambda: encode(images)}, max(1, repeats // 3))["encode"] * BATCH / encoded_at_once
     one = encode(images[:1])
     cache = FeatureCache.of(folder, study)
     keys = [cache.key(str(index), "identity") for index in range(BATCH)]
@@ -84,7 +74,8 @@ def compare(
     target_BKhw = torch.full((BATCH, 2, 2 * grid, 2 * grid), 0.5)
     model = build_model(study, seed=1)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    cached_s = cpu_s(lambda: train_step(model, study, cache.load(keys), target_BKhw, optimizer), repeats)
+    steps = {"step": lambda: train_step(model, study, cache.load(keys), target_BKhw, optimizer)}
+    cached_s = least_cpu_s(steps, repeats)["step"]
     return cached_s, cached_s + encode_s
 
 

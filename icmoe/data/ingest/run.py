@@ -107,10 +107,10 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
         if not new and not files.gone() and index.meta(connection, "complete") == basis:
             _clean(connection, export.store)
             return False
-        from icmoe.data.ingest.work import work_through
+        from icmoe.data.ingest.work import Work
 
         index.put_meta(connection, {"complete": "", "cleaned": "", "site": export.site})
-        work_through(connection, export, hashes, files, splits, on_progress)
+        Work(connection, export, hashes, files, on_progress).through(splits)
         index.put_meta(connection, {"complete": basis})
         _clean(connection, export.store)
         return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from icmoe.data.ingest import index, jobs, preloaded  # noqa: F401  # workers are forked from here
 from icmoe.data.ingest.catalogue import Catalogue
@@ -20,15 +20,9 @@ from icmoe.data.ingest.run import BATCH_FILES, DEADLINE_S, Export, Progress
 CRASHED = "a decoder crashed or hung on it"
 
 
-def work_through(
-    connection: sqlite3.Connection,
-    export: Export,
-    hashes: Pseudonyms,
-    files: Catalogue,
-    splits: Mapping[str, str],
-    on_progress: Progress,
-) -> None:
-    """Read new and changed files, forget those that are gone, decode and publish.
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What both steps need.
 
     Parameters
     ----------
@@ -38,47 +32,40 @@ def work_through(
         What is read.
     files
         Of the export.
-    splits
-        By the hospital's own number of a patient.
     on_progress
         Told at the start of each step and as it goes on.
     """
-    with Workers(export.settings.processes) as workers:
-        if files.new():
-            workers.start()  # before somebody's bars run in a thread
-        read_files(connection, export, hashes, files, workers, on_progress)
-        files.drop_gone()
-        publish(connection, export, hashes, files, splits, workers, on_progress)
+
+    connection: sqlite3.Connection
+    export: Export
+    hashes: Pseudonyms
+    files: Catalogue
+    on_progress: Progress
+
+    def through(self, splits: Mapping[str, str]) -> None:
+        """Read new and changed files, forget those that are gone, decode and publish.
+
+        Parameters
+        ----------
+        splits
+            By the hospital's own number of a patient.
+        """
+        with Workers(self.export.settings.processes) as workers:
+            if self.files.new():
+                workers.start()  # before somebody's bars run in a thread
+            _read_files(self, workers)
+            self.files.drop_gone()
+            _publish(self, workers, splits)
 
 
-def read_files(
-    connection: sqlite3.Connection,
-    export: Export,
-    hashes: Pseudonyms,
-    files: Catalogue,
-    workers: Workers,
-    on_progress: Progress,
-) -> None:
-    """Read the headers of new and changed files into the index.
-
-    Parameters
-    ----------
-    connection
-        Of the index.
-    export, hashes
-        What is read.
-    files
-        Of the export.
-    workers
-        Who read.
-    on_progress
-        Told at the start and after each batch.
-    """
+def _read_files(work: Work, workers: Workers) -> None:
+    """Read the headers of new and changed files into the index."""
+    export, files = work.export, work.files
     names = LabelNames(export.labels, export.settings.labels)
-    site = export.root, hashes, names, export.settings.patient_pattern
+    site = export.root, work.hashes, names, export.settings.patient_pattern
     batches = (jobs.FilesJob(*site, tuple(paths)) for paths in files.new_paths(BATCH_FILES))
     done, total = 0, files.new()
-    on_progress("read", done, total)
+    work.on_progress("read", done, total)
     for batch, answer in in_processes(jobs.read_files, batches, workers, deadline_s=DEADLINE_S):
         if answer is None:  # one of them killed its process: find out which
             single = [replace(batch, paths=(path,)) for path in batch.paths]
@@ -87,25 +74,18 @@ def read_files(
         else:
             by_path = dict(zip(batch.paths, answer, strict=True))
         rows = [(*files.state(path), record.model_dump_json(exclude_defaults=True)) for path, record in by_path.items()]
-        with index.transaction(connection):
-            connection.executemany("insert or replace into file values (?, ?, ?, ?)", rows)
+        with index.transaction(work.connection):
+            work.connection.executemany("insert or replace into file values (?, ?, ?, ?)", rows)
         done += len(batch.paths)
-        on_progress("read", done, total)
+        work.on_progress("read", done, total)
 
 
-def publish(
-    connection: sqlite3.Connection,
-    export: Export,
-    hashes: Pseudonyms,
-    files: Catalogue,
-    splits: Mapping[str, str],
-    workers: Workers,
-    on_progress: Progress,
-) -> None:
+def _publish(work: Work, workers: Workers, splits: Mapping[str, str]) -> None:
     """Decode what changed and publish frames, reasons and what is gone in one transaction.
 
     Series are planned one by one while others are decoded.
     """
+    connection, export, hashes, files = work.connection, work.export, work.hashes, work.files
     forgotten = {name for (name,) in connection.execute("select patient from forgotten")}
     site = Site(export.root, export.store, hashes, export.labels, export.settings.allow, forgotten)
     files.sort(hashes)
@@ -125,14 +105,14 @@ def publish(
                 else:
                     total -= len(planned.job.frames)
 
-    on_progress("decode", done, total)
+    work.on_progress("decode", done, total)
     for job, answer in in_processes(jobs.decode_series, missing(), workers, deadline_s=DEADLINE_S):
         results = answer if answer is not None else [FrameResult(fault=118, why=CRASHED)] * len(job.frames)
         mark = marks.pop(job.series) if answer is not None else ""  # another run tries again
         with index.transaction(connection):
             index.put_series(connection, job.series, mark, results)
         done += len(job.frames)
-        on_progress("decode", done, total)
+        work.on_progress("decode", done, total)
     fixed = {hashes.patient(number): split for number, split in splits.items()}
 
     def split_of(patient: str, number: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -33,6 +32,7 @@ from simulations.evidence.rivals.encoder import front, front_cache
 from simulations.evidence.rivals.regimes import CPU, REGIMES, SHARED, Progress, Trainer, start
 from simulations.evidence.rivals.segmenter import frozen_digest, put_trained, trained_count
 from simulations.hospitals import Hospitals
+from simulations.measuring import peak_bytes
 from simulations.scoring import require_unchanged
 
 Record = dict[str, Any]
@@ -247,14 +247,7 @@ def _one_round(trainer: Trainer, reached: Reached) -> None:
     losses = trainer.round(reached.progress, len(reached.history) + 1)
     spent = {"cpu_s": time.process_time() - cpu_s, "wall_s": time.perf_counter() - wall_s}
     reached.history.append({"round": len(reached.history) + 1, "loss": losses, **spent})
-    reached.peak_mb = max(reached.peak_mb, _peak_mb())
-
-
-def _peak_mb() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    reached.peak_mb = max(reached.peak_mb, peak_bytes() / 1e6)
 
 
 def _line(job: Job, reached: Reached, rounds: int) -> str:
