@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fl_client.manifest import update_shapes
@@ -75,6 +75,10 @@ def test_a_part_that_is_not_known_is_a_numbered_sentence() -> None:
 
 
 @given(st.floats(1e-9, 1e9), st.floats(1e-9, 1e9), st.floats(1e-3, 1e3), st.booleans())
+@example(1.5, 1.0, 1.0, True)
+@example(0.9, 1.0, 1.0, True)
+@example(1.0, 1.5, 2.0, False)
+@example(1.0, 2.5, 2.0, False)
 def test_a_row_says_whether_its_bar_is_met(ours: float, limit: float, bar: float, at_most: bool) -> None:
     row = Row(what="a", against="b", ours=ours, limit=limit, unit="s", bar=bar, at_most=at_most)
     assert row.met == (ours <= limit * bar if at_most else ours * bar <= limit) or row.ratio == pytest.approx(bar)

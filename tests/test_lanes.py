@@ -13,6 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fl_server.roster import online
 from icmoe.errors import IcmoeError
+from simulations import in_store
 from simulations.lanes import PARTITION, AnySite, Lanes
 from simulations.on_disk import SMALL_BYTES, OnDisk
 
@@ -88,6 +89,25 @@ def test_large_tensors_wait_in_files_that_go_with_the_reply(tmp_path: Path) -> N
     found.clear()
     kept.clear()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_large_tensors_are_put_into_rays_store_once_for_all_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored: list[np.ndarray] = []
+    monkeypatch.setattr("ray.put", lambda value: stored.append(value) or len(stored) - 1)
+    monkeypatch.setattr("ray.get", lambda where: stored[where])
+    tensors = {"large": np.arange(in_store.SMALL_BYTES, dtype=np.float32), "small": np.arange(3, dtype=np.float32)}
+    content = RecordDict({"model": ArrayRecord({name: Array(tensor) for name, tensor in tensors.items()})})
+    grid = Slow()
+    lanes = Lanes(grid, NODES, SITES, tmp_path)  # type: ignore[arg-type]
+    lanes.push_messages([Message(content, dst_node_id=node, message_type="train") for node in lanes.get_node_ids()])
+    for _ in range(SITES):
+        for message in grid.under_way.values():
+            sent = message.content["model"]
+            assert [isinstance(sent[name], in_store.InStore) for name in ("large", "small")] == [True, False]
+            travelled = pickle.loads(pickle.dumps(sent["large"]))
+            np.testing.assert_array_equal(travelled.numpy(), tensors["large"])
+        lanes.pull_messages([])
+    assert len(stored) == 1
 
 
 def who(context: Context, digest: str) -> None:

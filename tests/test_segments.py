@@ -101,6 +101,11 @@ def test_a_segment_with_codes_of_places_is_plain_and_one_with_more_is_looked_int
         lacking = deepcopy(segment)
         del lacking[name]
         assert not is_plain(lacking), name
+    unnamed, twice = deepcopy(segment), deepcopy(segment)
+    del unnamed.SegmentedPropertyTypeCodeSequence[0].CodeValue
+    assert not is_plain(unnamed), "a code without a value"
+    twice.SegmentedPropertyTypeCodeSequence[0].LongCodeValue = "1"
+    assert not is_plain(twice), "a code with two"
 
 
 def plain_in(path: str) -> list[bool]:

@@ -67,7 +67,8 @@ def picture_of(grey_HW: npt.NDArray[Any]) -> Picture:
     if grey_HW.size and grey_HW.dtype.kind in "iu":
         lowest = int(grey_HW.min())
         if int(grey_HW.max()) - lowest < SPAN:
-            above_HW = np.subtract(grey_HW, lowest, dtype=np.int64)
+            unsigned = np.dtype(grey_HW.dtype.str.replace("i", "u"))  # where a difference is right, though its ends wrap round
+            above_HW = np.subtract(grey_HW.view(unsigned), unsigned.type(lowest % 2 ** (8 * grey_HW.itemsize))).astype(np.intp)
             counts = np.bincount(above_HW.ravel())
             present = np.flatnonzero(counts)
             ranks = np.empty(len(counts), dtype=_rank_type(len(present)))

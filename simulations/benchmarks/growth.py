@@ -166,7 +166,7 @@ def _slice(number: int, mask: Path, side_px: int) -> Slice:
 
 
 def drawn(points: Sequence[Point]) -> Figure:
-    """Return a row of plots per thing: time, memory, bytes, on logarithmic axes."""
+    """Return a row of plots per thing: time, memory, bytes, on logarithmic axes but for memory, which begins at 0."""
     things = list(dict.fromkeys(point.of for point in points))
     figure = Figure(figsize=(10, 3 * len(things)), layout="constrained")
     axes = figure.subplots(len(things), 3, squeeze=False)
@@ -177,6 +177,8 @@ def drawn(points: Sequence[Point]) -> Figure:
         for axis, unit, values in zip(row, UNITS[of], columns, strict=True):
             axis.loglog(numbers, values, "o-")
             axis.set(xlabel=of, ylabel=unit, xticks=numbers, ylim=(0.5 * min(values), 2.0 * max(values)))
+            if unit == UNITS[of][1]:
+                axis.set(yscale="linear", ylim=(0.0, 1.2 * max(values)))
             axis.set_xticks(numbers, map(str, numbers))
             axis.minorticks_off()
             axis.grid(visible=True, alpha=0.3)

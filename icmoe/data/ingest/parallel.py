@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import multiprocessing
@@ -19,6 +20,10 @@ Answer = TypeVar("Answer")
 
 PRELOADED = "icmoe.data.ingest.preloaded"
 """Imported once, by the process that all workers are forked from."""
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""Options of the GNU C library's mallopt."""
+KEPT_BYTES = 2**26
+"""Memory up to which a worker reuses what it freed."""
 
 
 class Workers:
@@ -144,6 +149,7 @@ def _begin() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     gc.freeze()  # what is there stays, and looking through it again and again takes time
+    _keep_memory()
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -152,6 +158,17 @@ def _begin() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _keep_memory() -> None:
+    """Let the C library reuse the memory of a frame for the next one instead of asking the kernel for other, cleared pages.
+
+    A frame of 512 x 512 pixels needs 560 of them, a quarter of the time of counting its values. Other C libraries lack this.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def _kill(pool: ProcessPoolExecutor, *, waiting: bool) -> None:
