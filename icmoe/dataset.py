@@ -64,8 +64,9 @@ class TrainingSet:
         self._cache = cache
         self._keys = [[cache.key(item.image_digest, view) for view in self.views] for item in slices]
         side = side or 2 * grid_of(study.backbone)
-        masks = (load_mask(item.mask, study.labels) for item in slices)
-        self._target_NKhw = torch.stack([target(mask, study.classes, side) for mask in masks])
+        self._target_NKhw = torch.empty(len(slices), study.classes, side, side)
+        for target_Khw, item in zip(self._target_NKhw, slices, strict=True):  # a stack of them would be there twice
+            target_Khw.copy_(target(load_mask(item.mask, study.labels), study.classes, side))
 
     def __len__(self) -> int:
         return len(self._keys)
