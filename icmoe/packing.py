@@ -59,6 +59,12 @@ def array_of(item: Any) -> npt.NDArray[Any] | None:  # noqa: ANN401  # Flower's 
     return found if isinstance(found, np.ndarray) else None
 
 
+def is_plain(item: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:  # noqa: ANN401  # as in `array_of`
+    """Return whether a message's array is to the letter what `bytes_of` writes of native numbers of this type and shape."""
+    head, data = _header(dtype, shape), item.data
+    return item.stype == NUMPY and len(data) == len(head) + math.prod(shape) * dtype.itemsize and data.startswith(head)
+
+
 def bytes_of(tensor: npt.NDArray[Any]) -> bytes:
     """Return an array in NumPy's file format 1.0, as `numpy.save` writes it, in C order."""
     flat_N = np.ascontiguousarray(tensor).reshape(-1)
@@ -100,7 +106,7 @@ def tensors_in(record: Mapping[str, Any]) -> dict[str, npt.NDArray[Any] | None]:
         longer than all that is computed with it.
     """
     tensors = _unpacked(record)
-    return {name: array_of(record[name]) for name in sorted(record)} if tensors is None else {**tensors}
+    return {name: array_of(item) for name, item in sorted(record.items())} if tensors is None else {**tensors}
 
 
 def _unpacked(record: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]] | None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from icmoe.packing import NUMPY, PACKED, array_of, bytes_of, pack, pack_records, unpack, unpack_records
+from icmoe.packing import HEADER_BYTES, NUMPY, PACKED, array_of, bytes_of, is_plain, pack, pack_records, unpack, unpack_records
 
 TENSORS = st.dictionaries(
     st.text(st.characters(codec="ascii", min_codepoint=33), min_size=1, max_size=20),
@@ -116,3 +116,18 @@ def test_columns_first_and_long_headers_are_read_by_numpy_itself() -> None:
         found = array_of(Array(tensor))
         assert found is not None
         np.testing.assert_array_equal(found, tensor)
+
+
+@given(st.integers(0, 200), st.integers(0, 255), st.sampled_from([(3,), (3, 2), (2, 3), ()]), st.booleans())
+def test_what_is_plain_to_the_letter_is_read_as_that_array(at: int, value: int, shape: tuple[int, ...], longer: bool) -> None:
+    """A byte is changed, or one more is there: what still counts as plain is an array of the type and shape asked for."""
+    data = bytearray(bytes_of(np.arange(6, dtype=np.float32).reshape(3, 2)))
+    if at < len(data):
+        data[at] = value
+    item = Array("float32", (3, 2), NUMPY, bytes(data) + b"x" * longer)
+    if is_plain(item, np.dtype(np.float32), shape):
+        found = array_of(item)
+        assert found is not None
+        assert (found.dtype, found.shape) == (np.dtype(np.float32), shape)
+    else:
+        assert longer or shape != (3, 2) or at < HEADER_BYTES, "whatever the values are"
