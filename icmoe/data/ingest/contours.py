@@ -41,18 +41,22 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
     Raises
     ------
     Refusal
-        120 where no region names a class of the study; 117 where the contours cannot be parsed.
+        120 where no region names a class of the study; 117 where the contours cannot be parsed, or enclose nothing.
     """
     del path
     with refusing(117, "contours cannot be parsed"):
         labels = {number: names.index(called) for number, called in _regions(header).items()}
         if not any(label is not None for label in labels.values()):
             raise Refusal(120, f"no region is called like a class of the study (it has {len(labels)})")
-        patches = []
+        patches, drawn = [], set[int]()
         for number, (region, item) in enumerate(_contours(header)):
             label = labels.get(region)
+            if label is not None:
+                drawn.add(region)
             if label is not None and text(item, "ContourGeometricType").upper() in CLOSED:
                 patches.append(_patch(number, label, region, item, hashes))
+        if drawn - {patch.group for patch in patches}:  # its images are not background: something is marked there
+            raise Refusal(117, "a region is drawn with points or open lines alone, which enclose nothing")
         return FileRecord(
             kind="contours",
             patches=tuple(patches),
@@ -62,7 +66,9 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
 
 
 def opened(path: Path) -> list[npt.NDArray[np.float64]]:
-    """Return the points of every contour of a file in its order, N x 3 each, mm.
+    """Return the points of every contour of a file in its order, N x 3 each, mm; none for one that has no usable points.
+
+    A record has none of these among its patches: they are of regions that the study does not ask for.
 
     Raises
     ------
@@ -71,7 +77,7 @@ def opened(path: Path) -> list[npt.NDArray[np.float64]]:
     """
     data = open_dicom(path, pixels=False, tags=[Tag("ROIContourSequence")])
     with refusing(117, "contours cannot be parsed"):
-        return [_points(item) for _, item in _contours(data)]
+        return [_points_if_any(item) for _, item in _contours(data)]
 
 
 def draw(
@@ -104,10 +110,15 @@ def draw(
     del grids
     classes = np.zeros(shape, dtype=np.uint8)
     regions: dict[tuple[int, int], npt.NDArray[np.bool_]] = {}
+    drawn = set[tuple[int, int, bytes]]()
     for patch in patches:
         assert plane is not None
         filled = fill(points[patch.number], plane, shape)
         key = (patch.label, patch.group)
+        same = (*key, filled.tobytes())
+        if same in drawn:  # written twice, it is no hole in itself
+            continue
+        drawn.add(same)
         regions[key] = regions[key] ^ filled if key in regions else filled
     for (label, _), filled in regions.items():
         classes[filled] = np.maximum(classes[filled], label)
@@ -187,6 +198,13 @@ def _points(item: Dataset) -> npt.NDArray[np.float64]:
     if len(points) < 1 or not np.isfinite(points).all() or np.abs(points).max() > 1e5:
         raise Refusal(117, "a contour has no usable points")
     return points
+
+
+def _points_if_any(item: Dataset) -> npt.NDArray[np.float64]:
+    try:
+        return _points(item)
+    except Exception:  # noqa: BLE001  # numbers that are none, a count that is no multiple of 3, nothing at all
+        return np.empty((0, 3))
 
 
 def _space(data: Dataset, hashes: Pseudonyms) -> str:

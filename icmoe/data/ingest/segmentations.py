@@ -44,7 +44,7 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
     Raises
     ------
     Refusal
-        116 or 117; 120 where no segment names a class of the study.
+        116 or 117, also where frames do not say which segment they show; 120 where no segment names a class of the study.
     """
     del header
     seg = open_dicom(path, pixels=False)
@@ -57,6 +57,7 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
         if not any(label is not None for label in labels.values()):
             raise Refusal(120, f"no segment is called like a class of the study (it has {len(labels)})")
         known = {number: label for number, label in labels.items() if label is not None}
+        _require_described(seg, {number for number, _ in numbered})
         return FileRecord(
             kind="seg",
             modality="SEG",
@@ -196,6 +197,17 @@ def _patches(seg: Dataset, labels: dict[int, int], hashes: Pseudonyms) -> Iterab
                 if label is not None:
                     value = segment if whole else 0
                     yield Patch(number=number, label=label, value=value, group=segment, image=image, frame=frame, plane=plane)
+
+
+def _require_described(seg: Dataset, described: set[int]) -> None:
+    """Refuse frames that nothing is known of: left out, they would make background of what they mark."""
+    groups = sequence(seg, "PerFrameFunctionalGroupsSequence")
+    shared = (sequence(seg, "SharedFunctionalGroupsSequence") or [EMPTY])[0]
+    if len(groups) != integer(seg, "NumberOfFrames"):
+        raise Refusal(117, f"segmentation of {integer(seg, 'NumberOfFrames')} frames describes {len(groups)}")
+    whole = text(seg, "SegmentationType") == "LABELMAP"
+    if not (whole or all(_segment(own, shared) in described for own in groups)):
+        raise Refusal(117, "frames of the segmentation name no segment, or one that it does not describe")
 
 
 def _segment(own: Dataset, shared: Dataset) -> int:

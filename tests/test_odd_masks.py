@@ -1,0 +1,71 @@
+"""Masks that hospitals' systems write and that say less, or something else, than they seem to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_builders import VOLUME, contour, item, numbers, put, same, structures, used, volume
+from pydicom.dataset import Dataset
+from test_ingest_masks import referring, square
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+BOX = (2.4, 3.4, 12.6, 15.6)
+FILLED = np.zeros((20, 24), np.uint8)
+FILLED[3:13, 4:16] = 1
+EMPTY = np.zeros_like(FILLED)
+
+
+def drawn(sources: list[Dataset], *contours: Dataset) -> Dataset:
+    return structures(contours, listed=sources, space=sources[0].FrameOfReferenceUID)
+
+
+@pytest.mark.parametrize("kind", ["POINT", "OPEN_PLANAR", "OPEN_NONPLANAR", "", None])
+def test_a_region_of_points_or_open_lines_alone_makes_nothing_background(kind: str | None, tmp_path: Path):
+    sources = volume(VOLUME)
+    made = contour(square(sources[1], *BOX), sources[1], kind or "")
+    if kind is None:
+        del made.ContourGeometricType
+    put(tmp_path, [*sources, drawn(sources, made)])
+    assert numbers(used(tmp_path)[2]) == [108, 117, 124]
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_contour_that_is_written_twice_is_no_hole_in_itself(start: int, tmp_path: Path):
+    sources = volume(VOLUME)
+    around, inside = square(sources[1], *BOX), square(sources[1], 5.6, 6.6, 8.4, 9.4)
+    twice = [contour(around, sources[1]), contour(inside, sources[1]), contour(np.roll(around, start, 0), sources[1])]
+    put(tmp_path, [*sources, drawn(sources, *twice)])
+    want = FILLED.copy()
+    want[6:9, 7:10] = 0
+    assert same(used(tmp_path)[1], [EMPTY, want, EMPTY, EMPTY, EMPTY])
+
+
+@pytest.mark.parametrize("points", [None, [1.0, 2.0], ["a", "b", "c"]])
+def test_a_broken_contour_of_a_region_that_nobody_asks_for_costs_nothing(points: list[object] | None, tmp_path: Path):
+    sources = volume(VOLUME)
+    made, broken = drawn(sources, contour(square(sources[1], *BOX), sources[1])), item(ContourGeometricType="POINT")
+    if points:
+        broken.add_new("ContourData", "LO" if isinstance(points[0], str) else "DS", points)
+    made.StructureSetROISequence.append(item(ROINumber=2, ROIName="body"))
+    made.ROIContourSequence.insert(0, item(ReferencedROINumber=2, ContourSequence=[broken]))
+    put(tmp_path, [*sources, made])
+    assert same(used(tmp_path)[1], [EMPTY, FILLED, EMPTY, EMPTY, EMPTY])
+
+
+@pytest.mark.parametrize("harm", ["no frames", "fewer frames", "no segment", "another segment"])
+def test_frames_that_nothing_is_known_of_make_nothing_background(harm: str, tmp_path: Path):
+    sources = volume(VOLUME)
+    made = referring("as a list", sources)
+    groups = made.PerFrameFunctionalGroupsSequence
+    if harm == "no frames":
+        del made.PerFrameFunctionalGroupsSequence
+    elif harm == "fewer frames":
+        del groups[3]
+    elif harm == "no segment":
+        del groups[3].SegmentIdentificationSequence
+    else:
+        groups[3].SegmentIdentificationSequence[0].ReferencedSegmentNumber = 7
+    put(tmp_path, [*sources, made])
+    assert numbers(used(tmp_path)[2]) == [108, 117, 124]
