@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
+from collections.abc import Callable
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
-from dicom_builders import VOLUME, contour, item, numbers, put, same, structures, used, volume
+from dicom_builders import MASKS, VOLUME, contour, item, numbers, put, same, structures, used, volume
 from pydicom.dataset import Dataset
-from test_ingest_masks import referring, square
+from test_ingest_masks import as_nifti, referring, square
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 BOX = (2.4, 3.4, 12.6, 15.6)
@@ -69,3 +72,40 @@ def test_frames_that_nothing_is_known_of_make_nothing_background(harm: str, tmp_
         groups[3].SegmentIdentificationSequence[0].ReferencedSegmentNumber = 7
     put(tmp_path, [*sources, made])
     assert numbers(used(tmp_path)[2]) == [108, 117, 124]
+
+
+@pytest.mark.parametrize(("unit", "of_mm"), [("micron", 1e3), ("meter", 1e-3), ("mm", 1.0), ("unknown", 1.0)])
+def test_a_nifti_mask_lies_where_its_unit_of_length_says(unit: str, of_mm: float, tmp_path: Path):
+    put(tmp_path, volume(VOLUME))
+    made = as_nifti(MASKS, (2, 1, 0), [])
+    scaled = nibabel.Nifti1Image(np.asarray(made.dataobj), np.diag([of_mm, of_mm, of_mm, 1.0]) @ made.affine)
+    scaled.header.set_xyzt_units(unit, "sec")
+    nibabel.save(scaled, tmp_path / "export/m.nii.gz")
+    assert same(used(tmp_path)[1], MASKS)
+
+
+def in_two_members(content: bytes) -> bytes:
+    return gzip.compress(content[:100]) + gzip.compress(content[100:])
+
+
+def with_a_long_name(content: bytes) -> bytes:
+    packed = bytearray(gzip.compress(content))
+    packed[3] |= 8
+    return bytes(packed[:10]) + b"n" * 400 + b"\0" + bytes(packed[10:])
+
+
+@pytest.mark.parametrize("pack", [in_two_members, with_a_long_name])
+def test_a_gzip_file_of_any_form_is_looked_into(pack: Callable[[bytes], bytes], tmp_path: Path):
+    put(tmp_path, volume(VOLUME))
+    (tmp_path / "export/m.nii.gz").write_bytes(pack(as_nifti(MASKS, (2, 1, 0), []).to_bytes()))
+    assert same(used(tmp_path)[1], MASKS)
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Pair, nibabel.Nifti2Pair])
+def test_a_volume_in_two_files_is_told_for_what_it_is(kind: type[nibabel.Nifti1Pair], tmp_path: Path):
+    put(tmp_path, volume(VOLUME))
+    made = as_nifti(MASKS, (2, 1, 0), [])
+    nibabel.save(kind(np.asarray(made.dataobj), made.affine), tmp_path / "export/m.img")
+    data = used(tmp_path)[2]
+    assert numbers(data) == [108, 116, 116, 124]
+    assert any("voxels lie in another file" in str(fault) for fault in data.exclusions)

@@ -13,6 +13,8 @@ from icmoe.data.ingest.refusals import Refusal, refusing
 
 MAX_VOXELS = 2**28
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+MM = {1: 1e3, 2: 1.0, 3: 1e-3}
+"""Millimetres by the code of a unit of length: metre, millimetre, micrometre; without one they are millimetres."""
 
 
 def is_one(head: bytes) -> bool:
@@ -28,18 +30,20 @@ def read(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
     Raises
     ------
     Refusal
-        117 where it cannot be read, 119 where it is no volume of at most `MAX_VOXELS` voxels.
+        116 where the voxels lie in another file, 117 where it cannot be read, 119 where it is no volume of at most
+        `MAX_VOXELS` voxels.
     """
     # nibabel chooses a reader by the name's ending; the content has been looked at, and the name has no say.
     with refusing(117, "NIfTI volume is damaged"), path.open("rb") as raw:
         compressed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
         image = _image(gzip.GzipFile(fileobj=raw) if compressed else raw)
+        mm = MM.get(int(image.header["xyzt_units"]) & 7, 1.0)
         shape = image.shape
         if len(shape) < 3 or any(extent != 1 for extent in shape[3:]) or min(shape) < 1 or int(np.prod(shape)) > MAX_VOXELS:
             raise Refusal(119, f"a NIfTI file of {len(shape)} axes; one volume of at most {MAX_VOXELS} voxels is needed")
         voxels = np.asanyarray(image.dataobj).reshape(shape[:3])
-        matrix = RAS_TO_LPS @ np.asarray(image.affine, dtype=np.float64)
+        matrix = RAS_TO_LPS @ np.diag([mm, mm, mm, 1.0]) @ np.asarray(image.affine, dtype=np.float64)
         if voxels.dtype.kind not in "iuf" or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-9:
             raise Refusal(117, "NIfTI volume has no usable axes or no real numbers")
     return voxels, matrix
@@ -48,7 +52,9 @@ def read(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
 def _image(stream: Any) -> Any:  # noqa: ANN401  # nibabel carries no types
     import nibabel  # most exports hold no volume
 
-    start = stream.read(4)
+    head = stream.read(348)
     stream.seek(0)
-    kind = nibabel.Nifti2Image if start in {b"\x1c\x02\0\0", b"\0\0\x02\x1c"} else nibabel.Nifti1Image
+    if b"ni1\0" in head[344:] or head[4:8] == b"ni2\0":
+        raise Refusal(116, "a header whose voxels lie in another file (.hdr and .img); one file (.nii) is needed")
+    kind = nibabel.Nifti2Image if head[:4] in {b"\x1c\x02\0\0", b"\0\0\x02\x1c"} else nibabel.Nifti1Image
     return kind.from_stream(stream)

@@ -32,6 +32,8 @@ MAX_INFLATED_BYTES = 2**30
 PREAMBLE_AND_GROUP_LENGTH = 144
 HEAD_BYTES = 352
 """Bytes that tell what a file is."""
+PACKED_HEAD_BYTES = 2**16
+"""Bytes of a gzip file that are read for them: it may begin with a name and a comment, and have several members."""
 
 IDENTITY = (Tag("SOPClassUID"), Tag("SOPInstanceUID"))
 
@@ -60,11 +62,21 @@ def content_of(path: Path) -> str:
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
     if head.startswith(b"\x1f\x8b"):
-        with refusing(116, "a compressed file that is no volume"):
-            head = zlib.decompressobj(wbits=31).decompress(head, HEAD_BYTES) or head
+        with refusing(116, "a compressed file that is no volume"), path.open("rb") as file:
+            head = _unpacked_head(file.read(PACKED_HEAD_BYTES))
     # DICOM without preamble starts with an element of group 2 or 8, in either byte order.
     plain = "dicom" if head[:2] in {b"\x02\x00", b"\x08\x00", b"\x00\x08"} else "other"
     return volume_of(head) or plain
+
+
+def _unpacked_head(packed: bytes) -> bytes:
+    """Return the first bytes of the content of a gzip file, from its own first bytes; fewer where it ends before."""
+    head = b""
+    while packed and len(head) < HEAD_BYTES:
+        member = zlib.decompressobj(wbits=31)
+        head += member.decompress(packed, HEAD_BYTES - len(head))
+        packed = member.unused_data
+    return head
 
 
 def open_dicom(path: Path, *, pixels: bool, tags: Sequence[BaseTag] | None = None) -> FileDataset:
