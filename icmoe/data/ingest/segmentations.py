@@ -203,8 +203,9 @@ def _require_described(seg: Dataset, described: set[int]) -> None:
     """Refuse frames that nothing is known of: left out, they would make background of what they mark."""
     groups = sequence(seg, "PerFrameFunctionalGroupsSequence")
     shared = (sequence(seg, "SharedFunctionalGroupsSequence") or [EMPTY])[0]
-    if len(groups) != integer(seg, "NumberOfFrames"):
-        raise Refusal(117, f"segmentation of {integer(seg, 'NumberOfFrames')} frames describes {len(groups)}")
+    frames = integer(seg, "NumberOfFrames") or 1  # one frame of several may have been cut out with the groups of all
+    if len(groups) < frames:
+        raise Refusal(117, f"segmentation of {frames} frames describes {len(groups)}")
     whole = text(seg, "SegmentationType") == "LABELMAP"
     if not (whole or all(_segment(own, shared) in described for own in groups)):
         raise Refusal(117, "frames of the segmentation name no segment, or one that it does not describe")
