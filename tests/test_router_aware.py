@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -365,5 +364,5 @@ def test_updates_that_are_views_are_added_some_at_once_and_copies_one_by_one(vie
     assert [index for group in groups for index in group] == list(range(len(views)))
     assert all(0 < len(group) <= AT_ONCE for group in groups)
     assert all(len(group) == 1 or all(views[index] for index in group) for group in groups)
-    full = [len(one) == AT_ONCE or not (views[one[0]] and views[other[0]]) for one, other in pairwise(groups)]
+    full = [len(one) == AT_ONCE or not (views[one[0]] and views[other[0]]) for one, other in itertools.pairwise(groups)]
     assert all(full), "none is added by itself where it could go with its neighbours"

@@ -51,9 +51,10 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
         patches, drawn = [], set[int]()
         for number, (region, item) in enumerate(_contours(header)):
             label = labels.get(region)
-            if label is not None:
-                drawn.add(region)
-            if label is not None and text(item, "ContourGeometricType").upper() in CLOSED:
+            if label is None:
+                continue
+            drawn.add(region)
+            if text(item, "ContourGeometricType").upper() in CLOSED:
                 patches.append(_patch(number, label, region, item, hashes))
         if drawn - {patch.group for patch in patches}:  # its images are not background: something is marked there
             raise Refusal(117, "a region is drawn with points or open lines alone, which enclose nothing")

@@ -186,8 +186,7 @@ def _names_of(segment: Dataset) -> list[str]:
 
 
 def _patches(seg: Dataset, labels: dict[int, int], hashes: Pseudonyms) -> Iterable[Patch]:
-    groups = sequence(seg, "PerFrameFunctionalGroupsSequence")
-    shared = (sequence(seg, "SharedFunctionalGroupsSequence") or [EMPTY])[0]
+    groups, shared = _groups(seg)
     whole = text(seg, "SegmentationType") == "LABELMAP"
     for number, own in enumerate(groups):
         segments = labels if whole else {_segment(own, shared): labels.get(_segment(own, shared))}
@@ -201,14 +200,19 @@ def _patches(seg: Dataset, labels: dict[int, int], hashes: Pseudonyms) -> Iterab
 
 def _require_described(seg: Dataset, described: set[int]) -> None:
     """Refuse frames that nothing is known of: left out, they would make background of what they mark."""
-    groups = sequence(seg, "PerFrameFunctionalGroupsSequence")
-    shared = (sequence(seg, "SharedFunctionalGroupsSequence") or [EMPTY])[0]
+    groups, shared = _groups(seg)
     frames = integer(seg, "NumberOfFrames") or 1  # one frame of several may have been cut out with the groups of all
     if len(groups) < frames:
         raise Refusal(117, f"segmentation of {frames} frames describes {len(groups)}")
     whole = text(seg, "SegmentationType") == "LABELMAP"
     if not (whole or all(_segment(own, shared) in described for own in groups)):
         raise Refusal(117, "frames of the segmentation name no segment, or one that it does not describe")
+
+
+def _groups(seg: Dataset) -> tuple[Sequence[Dataset], Dataset]:
+    """Return what is said of each frame, and of all."""
+    shared = sequence(seg, "SharedFunctionalGroupsSequence") or [EMPTY]
+    return sequence(seg, "PerFrameFunctionalGroupsSequence"), shared[0]
 
 
 def _segment(own: Dataset, shared: Dataset) -> int:
