@@ -47,6 +47,15 @@ def lut(first: int, table: np.ndarray, **further: Any) -> Dataset:
     return data
 
 
+def lut_in_bytes(entries: bytes, count: int, bits: int, first: int = 0, vr: str = "OW") -> Dataset:
+    data = Dataset()
+    data.add_new("LUTDescriptor", "SS" if first < 0 else "US", [count, first, bits])
+    data.add_new("LUTData", vr, entries if vr == "OW" else [int(v) for v in np.frombuffer(entries, "<u2")])
+    return data
+
+
+QUARTER = (np.arange(1024) // 4).astype(np.uint8)
+"""A table of 8 bits with more entries than 8 bits can count."""
 SQUARE = (np.arange(4096) ** 2 // 257).astype(np.uint16)
 SEGMENTED = {  # discrete 0, 10; linear over 254 more entries up to 255 * 256
     f"Segmented{name}PaletteColorLookupTableData": np.asarray([0, 2, 0, 2560, 1, 254, 65280], "<u2").tobytes()
@@ -111,6 +120,50 @@ PIXELS: dict[str, tuple[Dataset, np.ndarray]] = {
         65535.0 - SQUARE[np.rint(U12 * 0.5).astype(int)],
     ),
     "voi table": (image(U12, VOILUTSequence=[lut(0, SQUARE)], **TWELVE), SQUARE[U12]),
+    **{
+        f"{kind} table of bytes, {where}": (
+            image(U12 >> 2, BitsStored=10, HighBit=9, **{name: [lut_in_bytes(stored, 1024, 8, vr=vr)]}),
+            QUARTER[U12 >> 2],
+        )
+        for kind, name in (("voi", "VOILUTSequence"), ("modality", "ModalityLUTSequence"))
+        for where, stored, vr in (
+            ("packed", QUARTER.tobytes(), "OW"),
+            ("packed in words", QUARTER.tobytes(), "US"),
+            ("a word each", QUARTER.astype("<u2").tobytes(), "OW"),
+            ("a number each", QUARTER.astype("<u2").tobytes(), "US"),
+        )
+    },
+    "voi table of bytes, big endian": (
+        image(
+            (U12 >> 2).byteswap(),
+            ExplicitVRBigEndian,
+            BitsStored=10,
+            HighBit=9,
+            VOILUTSequence=[lut_in_bytes(QUARTER.view("<u2").byteswap().tobytes(), 1024, 8)],
+        ),
+        QUARTER[U12 >> 2],
+    ),
+    "voi table with an odd number of bytes": (
+        image(U8, VOILUTSequence=[lut_in_bytes(bytes(range(255)) + b"\0", 255, 8)]),
+        np.minimum(U8, 254),
+    ),
+    "voi table from below zero": (
+        image(S12, VOILUTSequence=[lut_in_bytes(SQUARE.tobytes(), 4096, 16, first=-2048)], **TWELVE),
+        SQUARE[S12.astype(int) + 2048],
+    ),
+    "voi table from below zero, unsigned": (
+        image(S12, VOILUTSequence=[lut_in_bytes(SQUARE.tobytes(), 4096, 16, first=65536 - 2048)], **TWELVE),
+        SQUARE[S12.astype(int) + 2048],
+    ),
+    "voi table of 12 bits, MONOCHROME1": (
+        image(
+            U12,
+            VOILUTSequence=[lut_in_bytes((SQUARE >> 4).tobytes(), 4096, 12)],
+            PhotometricInterpretation="MONOCHROME1",
+            **TWELVE,
+        ),
+        4095.0 - (SQUARE >> 4)[U12],
+    ),
     "sigmoid": (
         image(U12, WindowCenter="2000", WindowWidth="800", VOILUTFunction="SIGMOID", **TWELVE),
         1 / (1 + np.exp(-4 * (U12 - 2000.0) / 800)),
@@ -145,6 +198,23 @@ PIXELS: dict[str, tuple[Dataset, np.ndarray]] = {
         ),
         (255.0 - U8) * 256,
     ),
+    **{
+        f"palette of bytes for 10 bits, {where}": (
+            image(
+                U12 >> 2,
+                BitsStored=10,
+                HighBit=9,
+                PhotometricInterpretation="PALETTE COLOR",
+                **{
+                    f"{c}PaletteColorLookupTable{k}": v
+                    for c in ("Red", "Green", "Blue")
+                    for k, v in (("Descriptor", [1024, 0, 8]), ("Data", stored))
+                },
+            ),
+            QUARTER[U12 >> 2],
+        )
+        for where, stored in (("packed", QUARTER.tobytes()), ("a word each", QUARTER.astype("<u2").tobytes()))
+    },
     "segmented palette": (
         image(
             U8,

@@ -17,8 +17,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset
-from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, iter_pixels
+from pydicom.pixels import iter_pixels
 from pydicom.uid import (
+    ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEGLossless,
@@ -30,6 +31,7 @@ from pydicom.uid import (
 from icmoe.data.images import LUMINANCE
 from icmoe.data.ingest.headers import GREY, SHOWN, Header, all_numbers, integer, named, numbers, numeric, sequence, text
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
+from icmoe.data.ingest.tables import coloured, looked_up
 from icmoe.data.picture import Picture, picture_of
 from icmoe.data.store import smallest
 from icmoe.window import Window
@@ -180,7 +182,7 @@ def _plain_pixels(path: Path, values: Mapping[str, Any], at: int) -> npt.NDArray
 def _picture(stored: npt.NDArray[Any], header: Header, number: int, shown: Shown) -> Picture:
     """Return the grey picture of one decoded frame; all that the header does to a value is done once per value."""
     if isinstance(header, Dataset) and text(header, "PhotometricInterpretation").upper() == "PALETTE COLOR":
-        stored = apply_color_lut(significant_bits(stored, header), header)
+        stored = coloured(significant_bits(stored, header), header, little=_is_little(header))
     if stored.ndim == 3:
         shown.add(-np.inf, np.inf)
         return picture_of(smallest(_luminance(stored[..., :3])))
@@ -210,9 +212,14 @@ def _grey(stored_V: npt.NDArray[Any], header: Header, number: int, shown: Shown)
 def _modality(values: npt.NDArray[Any], modality: Header) -> npt.NDArray[Any]:
     """Return values after the modality transform; a slope of 0 or one that is no number counts as not given."""
     if isinstance(modality, Dataset) and sequence(modality, "ModalityLUTSequence"):
-        return np.asarray(apply_modality_lut(values, modality))
+        table = sequence(modality, "ModalityLUTSequence")[0]
+        return looked_up(values, table.LUTDescriptor, table.LUTData, little=_is_little(modality))
     slope, intercept = numeric(modality, "RescaleSlope") or 1.0, numeric(modality, "RescaleIntercept")
     return values if (slope, intercept) == (1.0, 0.0) else values * slope + intercept
+
+
+def _is_little(header: Dataset) -> bool:
+    return bool(header.file_meta.TransferSyntaxUID != ExplicitVRBigEndian)
 
 
 def significant_bits(stored: npt.NDArray[Any], header: Header) -> npt.NDArray[Any]:
@@ -279,7 +286,8 @@ def _voi(grey: npt.NDArray[Any], voi: Header) -> tuple[npt.NDArray[Any], tuple[f
     everything = (-np.inf, np.inf)
     if isinstance(voi, Dataset) and sequence(voi, "VOILUTSequence"):
         table = sequence(voi, "VOILUTSequence")[0]
-        return apply_voi(np.rint(grey).astype(np.int64), voi, index=0), everything, 2.0 ** int(table.LUTDescriptor[2]) - 1.0
+        shown = looked_up(np.rint(grey).astype(np.int64), table.LUTDescriptor, table.LUTData, little=_is_little(voi))
+        return shown, everything, 2.0 ** int(table.LUTDescriptor[2]) - 1.0
     centre, width = first_number(voi, "WindowCenter"), first_number(voi, "WindowWidth")
     function = text(voi, "VOILUTFunction").upper() or "LINEAR"
     least = 1.0 if function == "LINEAR" else 0.0
