@@ -19,6 +19,7 @@ from icmoe.data.ingest.jobs import SeriesJob, Wanted
 from icmoe.data.ingest.pixels import Shown, read_pictures
 from icmoe.data.ingest.records import FrameResult, Kind
 from icmoe.data.ingest.refusals import OFF_IMAGE, Refusal, refusing
+from icmoe.data.ingest.same_instance import agreeing
 from icmoe.data.ingest.volumes import SCALING_ERROR, read_volume, through_axis
 from icmoe.data.picture import Picture, picture_digest, picture_of, ranks_digest
 from icmoe.data.store import Stored, entry_path, read_stored, smallest, write_stored
@@ -124,10 +125,13 @@ def _pictures(job: SeriesJob, shown: Shown) -> Iterator[tuple[tuple[str, int], P
     by_file: dict[str, list[int]] = {}
     for frame in job.frames:
         by_file.setdefault(frame.path, []).append(frame.number)
-    plain = {frame.path: frame.plain for frame in job.frames}
+    one = {frame.path: frame for frame in job.frames}
     for path, numbers in by_file.items():
         try:
-            for number, picture in frames_of(job.root / path, job.kinds[path], numbers, shown, plain[path]):
+            pictures = frames_of(job.root / path, job.kinds[path], numbers, shown, one[path].plain)
+            for copy in one[path].copies:
+                pictures = agreeing(pictures, job.root / path, job.root / copy, numbers)
+            for number, picture in pictures:
                 yield (path, number), picture
         except Refusal as refusal:
             for number in numbers:

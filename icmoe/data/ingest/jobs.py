@@ -27,7 +27,21 @@ class FilesJob:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One frame to decode: file, frame number, plane, masks, name of its entry, `plain` and `pixels_at` of its file."""
+    """One frame to decode.
+
+    Parameters
+    ----------
+    path, number, plane
+        File, frame from 0, and where it lies.
+    uses
+        What masks say about it.
+    entry
+        Its name in the store.
+    plain
+        `plain` and `pixels_at` of its file.
+    copies
+        Other files that claim to be the same instance.
+    """
 
     path: str
     number: int
@@ -35,6 +49,7 @@ class Wanted:
     uses: tuple[Use, ...]
     entry: str
     plain: tuple[str, int] = ("", 0)
+    copies: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

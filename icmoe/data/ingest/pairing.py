@@ -20,6 +20,8 @@ from icmoe.data.ingest.refusals import Refusal
 from icmoe.data.ingest.walking import case, own_folders, stem
 
 OFF_PLANE_MM = 0.5
+ROUNDED = 1e-3
+"""How far the planes of two copies of an image may differ: millimetres, and lengths of directions."""
 
 
 class Images:
@@ -42,8 +44,17 @@ class Images:
         return self._files.record(path)
 
     def by_uid(self, uid: str) -> list[str]:
-        """Return the first image that has an instance UID, none where there is none."""
-        return self._files.images("uid", uid)[:1]
+        """Return the first image that has an instance UID, none where there is none.
+
+        Raises
+        ------
+        Refusal
+            122 where several have it that are no copies of it by their size and place; decoding compares their pixels.
+        """
+        first, *others = self._files.images("uid", uid) or [""]
+        if any(not _may_be_copy(self[first], self[other]) for other in others):
+            raise Refusal(122, "images of different size or place have the instance UID that it refers to")
+        return [first] if first else []
 
     def by_name(self, name: str) -> list[str]:
         """Return the images of one frame that have a `stem`."""
@@ -146,6 +157,14 @@ def _may_be_one(one: FileRecord, other: FileRecord) -> bool:
     """Return whether two files may be one patient's: who gave the number counts where both say it."""
     bare = (one.number or one.patient) == (other.number or other.patient)
     return one.patient == other.patient or (bare and not (one.number and other.number))
+
+
+def _may_be_copy(one: FileRecord, other: FileRecord) -> bool:
+    """Return whether two images are of one size and lie in one place; systems round what they copy."""
+    if (one.rows, one.columns, len(one.frames)) != (other.rows, other.columns, len(other.frames)):
+        return False
+    pairs = [(a.plane, b.plane) for a, b in zip(one.frames, other.frames, strict=True) if a.plane != b.plane]
+    return all(a is not None and b is not None and np.allclose(a, b, rtol=0.0, atol=ROUNDED) for a, b in pairs)
 
 
 def _spaces(targets: Iterable[str], images: Images) -> set[str]:

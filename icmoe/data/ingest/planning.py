@@ -116,13 +116,24 @@ def _job(
     files: Catalogue,
     site: Site,
 ) -> tuple[str, SeriesJob]:
-    involved = sorted({path for path, _, _ in frames} | {use.path for path, n, _ in frames for use in uses[path, n]})
+    named = {path: members[path].image for path, _, _ in frames if members[path].image}
+    copies = {path: tuple(other for other in files.images("uid", uid) if other != path) for path, uid in named.items()}
+    masks = {use.path for path, n, _ in frames for use in uses[path, n]}
+    involved = sorted({path for path, _, _ in frames}.union(masks, *copies.values()))
     said = [f"{path}#{n}:{[(use.form, files.mark(use.path), _meant(use)) for use in uses[path, n]]}" for path, n, _ in frames]
     text = "\n".join([RECIPE_VERSION, series, *map(files.mark, involved), *said])
     mark = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
     plain = {path: (record.plain, record.pixels_at) for path, record in members.items()}
     wanted = tuple(
-        Wanted(path, n, place.plane, tuple(uses[path, n]), site.hashes.of("frame", f"{mark}\0{path}\0{n}"), plain[path])
+        Wanted(
+            path,
+            n,
+            place.plane,
+            tuple(uses[path, n]),
+            site.hashes.of("frame", f"{mark}\0{path}\0{n}"),
+            plain[path],
+            copies.get(path, ()),
+        )
         for path, n, place in frames
     )
     kinds = {path: record.kind for path, record in members.items()}
