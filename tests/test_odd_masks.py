@@ -45,6 +45,26 @@ def test_a_contour_that_is_written_twice_is_no_hole_in_itself(start: int, tmp_pa
     assert same(used(tmp_path)[1], [EMPTY, want, EMPTY, EMPTY, EMPTY])
 
 
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("kind", ["CLOSED_PLANAR", "CLOSEDPLANAR_XOR"])
+def test_contours_that_overlap_in_part_are_one_area_unless_they_say_xor(kind: str, order: int, tmp_path: Path):
+    sources = volume(VOLUME)
+    boxes = [
+        BOX,
+        (9.4, 12.4, 16.6, 20.6),
+        (5.6, 6.6, 8.4, 9.4),
+        (6.5, 7.5, 7.5, 8.5),
+    ]  # two that overlap, a hole, an island in it
+    put(tmp_path, [*sources, drawn(sources, *(contour(square(sources[1], *box), sources[1], kind) for box in boxes[::order]))])
+    want = FILLED.copy()
+    want[10:17, 13:21] = 1
+    want[6:9, 7:10] = 0
+    want[7, 8] = 1
+    if kind == "CLOSEDPLANAR_XOR":
+        want[10:13, 13:16] = 0
+    assert same(used(tmp_path)[1], [EMPTY, want, EMPTY, EMPTY, EMPTY])
+
+
 @pytest.mark.parametrize("points", [None, [1.0, 2.0], ["a", "b", "c"]])
 def test_a_broken_contour_of_a_region_that_nobody_asks_for_costs_nothing(points: list[object] | None, tmp_path: Path):
     sources = volume(VOLUME)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +21,16 @@ from icmoe.data.ingest.refusals import OFF_IMAGE
 
 OFF_PLANE_MM = 0.5
 """How far a contour may lie from the image that it refers to."""
-CLOSED = frozenset({"CLOSED_PLANAR", "CLOSEDPLANAR_XOR"})
-"""Types of contours that enclose something; within a region those that enclose each other leave holes."""
+XOR = "CLOSEDPLANAR_XOR"
+CLOSED = frozenset({"CLOSED_PLANAR", XOR})
+"""Types of contours that enclose something."""
+
+
+class Outline(NamedTuple):
+    """The points of one contour, N x 3, mm, none for one that has no usable points; and whether it is of type `XOR`."""
+
+    points_N3: npt.NDArray[np.float64]
+    xor: bool
 
 
 def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -> FileRecord:
@@ -54,7 +63,7 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
             if label is None:
                 continue
             drawn.add(region)
-            if text(item, "ContourGeometricType").upper() in CLOSED:
+            if _kind(item) in CLOSED:
                 patches.append(_patch(number, label, region, item, hashes))
         if drawn - {patch.group for patch in patches}:  # its images are not background: something is marked there
             raise Refusal(117, "a region is drawn with points or open lines alone, which enclose nothing")
@@ -66,10 +75,10 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
         )
 
 
-def opened(path: Path) -> list[npt.NDArray[np.float64]]:
-    """Return the points of every contour of a file in its order, N x 3 each, mm; none for one that has no usable points.
+def opened(path: Path) -> list[Outline]:
+    """Return every contour of a file in its order.
 
-    A record has none of these among its patches: they are of regions that the study does not ask for.
+    A record has none without points among its patches: they are of regions that the study does not ask for.
 
     Raises
     ------
@@ -78,21 +87,21 @@ def opened(path: Path) -> list[npt.NDArray[np.float64]]:
     """
     data = open_dicom(path, pixels=False, tags=[Tag("ROIContourSequence")])
     with refusing(117, "contours cannot be parsed"):
-        return [_points_if_any(item) for _, item in _contours(data)]
+        return [Outline(_points_if_any(item), _kind(item) == XOR) for _, item in _contours(data)]
 
 
 def draw(
-    points: Sequence[npt.NDArray[np.float64]],
+    outlines: Sequence[Outline],
     patches: Sequence[Patch],
     grids: Sequence[Grid | None],
     plane: Plane | None,
     shape: tuple[int, int],
 ) -> npt.NDArray[np.uint8]:
-    """Return the class of every pixel of an image; contours of one region that enclose each other leave holes.
+    """Return the class of every pixel of an image.
 
     Parameters
     ----------
-    points
+    outlines
         From `opened`.
     patches
         That belong to the image.
@@ -110,20 +119,34 @@ def draw(
     """
     del grids
     classes = np.zeros(shape, dtype=np.uint8)
-    regions: dict[tuple[int, int], npt.NDArray[np.bool_]] = {}
-    drawn = set[tuple[int, int, bytes]]()
+    regions: dict[tuple[int, int], dict[bytes, tuple[npt.NDArray[np.bool_], bool]]] = {}
     for patch in patches:
         assert plane is not None
-        filled = fill(points[patch.number], plane, shape)
-        key = (patch.label, patch.group)
-        same = (*key, filled.tobytes())
-        if same in drawn:  # written twice, it is no hole in itself
-            continue
-        drawn.add(same)
-        regions[key] = regions[key] ^ filled if key in regions else filled
-    for (label, _), filled in regions.items():
-        classes[filled] = np.maximum(classes[filled], label)
+        outline = outlines[patch.number]
+        filled = fill(outline.points_N3, plane, shape)
+        parts = regions.setdefault((patch.label, patch.group), {})
+        parts.setdefault(filled.tobytes(), (filled, outline.xor))  # written twice, it is no hole in itself
+    for (label, _), parts in regions.items():
+        marked = joined(parts.values())
+        classes[marked] = np.maximum(classes[marked], label)
     return classes
+
+
+def joined(parts: Iterable[tuple[npt.NDArray[np.bool_], bool]]) -> npt.NDArray[np.bool_]:
+    """Return what the contours of one region mark on an image: one within another leaves a hole (PS3.3 C.8.8.6.3).
+
+    Contours that overlap in part are one area, except those of type `XOR`.
+
+    Parameters
+    ----------
+    parts
+        At least one: the pixels within a contour, H x W, and whether it is of type `XOR`.
+    """
+    (region, _), *further = sorted(parts, key=lambda part: -np.count_nonzero(part[0]))  # an outline before what lies in it
+    for filled, xor in further:
+        inside, size = np.count_nonzero(region & filled), np.count_nonzero(filled)
+        region = region ^ filled if xor or inside in {0, size} else region | filled
+    return region
 
 
 def fill(points_N3: npt.NDArray[np.float64], plane: Plane, shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
@@ -178,6 +201,10 @@ def _contours(data: Dataset) -> Iterator[tuple[int, Dataset]]:
     for region in sequence(data, "ROIContourSequence"):
         for item in sequence(region, "ContourSequence"):
             yield integer(region, "ReferencedROINumber"), item
+
+
+def _kind(item: Dataset) -> str:
+    return text(item, "ContourGeometricType").upper()
 
 
 def _patch(number: int, label: int, region: int, item: Dataset, hashes: Pseudonyms) -> Patch:
