@@ -9,8 +9,9 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from dicom_builders import MASKS, VOLUME, contour, item, numbers, put, same, structures, used, volume
+from dicom_builders import MASKS, VOLUME, contour, item, numbers, put, same, segmentation, structures, used, volume
 from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 from test_ingest_masks import as_nifti, referring, square
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -92,6 +93,21 @@ def test_frames_that_nothing_is_known_of_make_nothing_background(harm: str, tmp_
         groups[3].SegmentIdentificationSequence[0].ReferencedSegmentNumber = 7
     put(tmp_path, [*sources, made])
     assert numbers(used(tmp_path)[2]) == [108, 117, 124]
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless])
+def test_a_value_of_a_label_map_that_no_segment_describes_is_not_background(syntax: str, tmp_path: Path):
+    sources = volume(VOLUME)
+    made = segmentation(sources, MASKS * 2, "LABELMAP", ("bone", "lesion"), omit_empty_frames=False)
+    stored = made.pixel_array.copy()
+    stored[2, 0, 0] = 7
+    made.PixelData = stored.tobytes()
+    if syntax == RLELossless:
+        made.compress(RLELossless, generate_instance_uid=False)
+    put(tmp_path, [*sources, made])
+    classes, data = used(tmp_path)[1:]
+    assert same(classes, [MASKS[n] for n in (0, 1, 3, 4)])
+    assert any(fault.number == 106 and "value 7" in str(fault) for fault in data.exclusions)
 
 
 @pytest.mark.parametrize(("unit", "of_mm"), [("micron", 1e3), ("meter", 1e-3), ("mm", 1.0), ("unknown", 1.0)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -95,7 +96,7 @@ def draw(
     Raises
     ------
     Refusal
-        118 where a frame cannot be decoded, 121 where most of it lies off the image.
+        118 where a frame cannot be decoded, 121 where most of it lies off the image, 106 for an unknown value of a label map.
     """
     del plane
     classes = np.zeros(shape, dtype=np.uint8)
@@ -121,16 +122,26 @@ def read_patch(seg: Dataset, patch: Patch) -> npt.NDArray[np.bool_]:
     Raises
     ------
     Refusal
-        118 where the frame cannot be decoded.
+        118 where the frame cannot be decoded, 106 where a label map holds a value that no segment describes.
     """
     with refusing(118, "frame of the segmentation cannot be decoded"):
         if integer(seg, "BitsAllocated") == 1 and not seg.file_meta.TransferSyntaxUID.is_encapsulated:
             return _unpacked(seg, patch.number)
         frame = pixel_array(seg, index=patch.number)
         if patch.value:
+            _require_known(frame, seg)
             return np.asarray(frame == patch.value)
         maximum = integer(seg, "MaximumFractionalValue") or 1
         return np.asarray(2.0 * frame.astype(np.float64) >= maximum)
+
+
+def _require_known(frame_HW: npt.NDArray[Any], seg: Dataset) -> None:
+    """Refuse a frame of a label map with values that no segment describes: what they mark would become background."""
+    background = [0, *(integer(seg, name) for name in ("PixelPaddingValue",) if name in seg)]
+    described = {int(item.SegmentNumber) for item in seg.SegmentSequence}
+    unknown = sorted(set(np.unique(frame_HW).tolist()).difference(described, background))
+    if unknown:
+        raise Refusal(106, f"mask cannot be used: no segment describes value {', '.join(map(str, unknown[:5]))}")
 
 
 def _unpacked(seg: Dataset, number: int) -> npt.NDArray[np.bool_]:
