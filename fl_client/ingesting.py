@@ -16,17 +16,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fl_client.approval import approved_studies, read_approvals
+from fl_client.approval import approved_studies
 from fl_client.preparing import encode_ingested
 from fl_client.progress import bars
-from fl_client.site import SiteFile, cache_folder_of, read_named, site_export
+from fl_client.site import SiteFile, cache_folder_of, ingest_folder, read_named, site_export
 from icmoe.cache_entries import forget_images
 from icmoe.data.ingest.finding import files_of
-from icmoe.data.ingest.index import INDEX, in_use
+from icmoe.data.ingest.index import in_use
 from icmoe.data.ingest.page import PAGE, drop_report, quality_report
 from icmoe.data.ingest.pseudonyms import SECRET_FILE
 from icmoe.data.ingest.quality import quality_record
-from icmoe.data.ingest.run import Export, forget, gone_digests, ingest
+from icmoe.data.ingest.run import Export, forget, gone_digests, ingest, stores_in
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Study
 
@@ -61,7 +61,7 @@ def _ingest_study(path: Path, settings: SiteFile, study: Study, *, dry_run: bool
         else:
             record = quality_report(export.store, export.site, study.labels, on_progress=on_progress)
             record["page"] = str(export.store / PAGE)
-            _drop_features(path, settings, export)
+            _drop_features(path, settings, export.store)
     passing = dry_run and not (site_export(path, settings, study).secret_folder / SECRET_FILE).exists()
     names = {row["series"] for row in record["series"]}
     unknown = sorted(set(export.settings.allow) - names)
@@ -96,18 +96,23 @@ def encode_site(path: Path, name: str, reports: list[dict[str, Any]]) -> None:
 
 
 def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int]:
-    """Take a patient out of every index, those of withdrawn studies too; return how many images and cached views went."""
+    """Take a patient out of every index, those of withdrawn studies too; return how many images and cached views went.
+
+    Raises
+    ------
+    IcmoeError
+        203 where the site file has no section [ingest], 210 where nobody is named, 129 or 130 for the ingest.
+    """
     settings = read_named(path, name)
-    studies = tuple(approval.study for approval in read_approvals(path.parent / settings.state))
-    frames = features = 0
-    exports = [site_export(path, settings, study) for study in studies]
-    former = (place.parent for place in exports[0].secret_folder.glob(f"*/{INDEX}"))  # of studies that are no longer approved
-    for store in sorted({export.store for export in exports} | set(former)):
-        export = replace(exports[0], store=store)
+    if not patient.strip():
+        what, todo = "no patient is named", "Give the hospital's own number, or the P-... of ingest."
+        raise IcmoeError(Fault(number=210, where="forget", what=what, did="Nothing was removed.", todo=todo))
+    folder = ingest_folder(path, settings)
+    stores = stores_in(folder)
+    for store in stores:
         drop_report(store)  # it shows the patient
-        frames += forget(export, patient)
-        features += _drop_features(path, settings, export)
-    return frames, features
+    frames = forget(folder, patient)
+    return frames, sum(_drop_features(path, settings, store) for store in stores)
 
 
 def files_named(path: Path, name: str, wanted: str) -> list[str]:
@@ -222,9 +227,9 @@ def _stop(number: int, frame: object) -> None:
     sys.exit(128 + number)
 
 
-def _drop_features(path: Path, settings: SiteFile, export: Export) -> int:
+def _drop_features(path: Path, settings: SiteFile, store: Path) -> int:
     """Remove the cached features of pictures that are gone from every study and return their number."""
-    others = [place.parent for place in export.secret_folder.glob(f"*/{INDEX}") if place.parent != export.store]
-    with gone_digests(export.store) as digests:
-        used = {digest for store in others for digest in in_use(store, digests)} if digests else set()
+    others = [other for other in stores_in(store.parent) if other != store]
+    with gone_digests(store) as digests:
+        used = {digest for other in others for digest in in_use(other, digests)} if digests else set()
         return forget_images(cache_folder_of(path, settings), [digest for digest in digests if digest not in used])

@@ -133,10 +133,7 @@ def site_export(path: Path, settings: SiteFile, study: Study) -> Export:
     IcmoeError
         203 where the site file has no section [ingest].
     """
-    chosen = settings.ingest
-    if chosen is None:
-        raise IcmoeError(Fault(number=203, where=str(path), value="[ingest]", did="Nothing was read."))
-    folder = path.parent / chosen.store
+    chosen, folder = _ingest_of(path, settings), ingest_folder(path, settings)
     return Export(
         site=settings.name,
         root=path.parent / chosen.folder,
@@ -146,6 +143,23 @@ def site_export(path: Path, settings: SiteFile, study: Study) -> Export:
         settings=chosen,
         split_file=path.parent / chosen.split_file if chosen.split_file else None,
     )
+
+
+def ingest_folder(path: Path, settings: SiteFile) -> Path:
+    """Return where the site's indexes and its secret are.
+
+    Raises
+    ------
+    IcmoeError
+        203 where the site file has no section [ingest].
+    """
+    return path.parent / _ingest_of(path, settings).store
+
+
+def _ingest_of(path: Path, settings: SiteFile) -> IngestSettings:
+    if settings.ingest is None:
+        raise IcmoeError(Fault(number=203, where=str(path), value="[ingest]", did="Nothing was read."))
+    return settings.ingest
 
 
 def site_slices(path: Path, settings: SiteFile, study: Study) -> tuple[Slice, ...]:

@@ -220,8 +220,8 @@ def _decodes_nothing(function: Callable[..., object], items: Iterable[object], *
 
 def test_forgetting_a_patient_removes_the_pixels_of_held_series_at_once(two_patients: Export):
     ingest(two_patients)
-    assert forget(two_patients, "two") == 2
-    assert forget(two_patients, "one") == 0, "nothing of this patient was in use"
+    assert forget(two_patients.secret_folder, "two") == 2
+    assert forget(two_patients.secret_folder, "one") == 0, "nothing of this patient was in use"
     assert not list((two_patients.store / "frames").glob("*/*"))
 
 

@@ -123,7 +123,7 @@ def test_a_forgotten_patient_stays_away(tmp_path: Path):
     write_series(tmp_path / "export/b", "two", 2, seed=2)
     export = export_of(tmp_path / "export", tmp_path / "place", shares=(1.0, 0.0, 0.0))
     taken(export)
-    assert forget(export, "two") == 2
+    assert forget(export.secret_folder, "two") == 2
     assert len(index.read_index(export.store).slices) == 2
     data = taken(export)
     assert len(data.slices) == 2

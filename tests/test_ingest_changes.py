@@ -74,7 +74,7 @@ def test_a_forgotten_patient_stays_away_from_every_later_index(tmp_path: Path, l
     write_series(tmp_path / "export/b", "two", 2, seed=2)
     export = export_of(tmp_path / "export", tmp_path / "place", shares=(1.0, 0.0, 0.0))
     ingest(export)
-    forget(export, " TWO ")
+    forget(export.secret_folder, " TWO ")
     if later == "other study":
         labels = (LESION[0], Label(name="tumour", values=(255,)))
         export = replace(export, store=tmp_path / "place/other", labels=labels)
@@ -89,7 +89,7 @@ def test_a_patient_is_forgotten_by_pseudonym_with_blanks_and_capitals(tmp_path: 
     write_series(tmp_path / "export/a", "one", 2, seed=1)
     export = export_of(tmp_path / "export", tmp_path / "place", shares=(1.0, 0.0, 0.0))
     (name,) = {item.patient for item in taken(export).slices}
-    assert forget(export, f" {name.upper()} ") == 2
+    assert forget(export.secret_folder, f" {name.upper()} ") == 2
 
 
 def test_forgetting_a_patient_reaches_studies_that_are_no_longer_approved(tmp_path: Path):
@@ -285,7 +285,7 @@ def test_equal_numbers_of_two_issuers_are_two_patients_in_one_split(tmp_path: Pa
     splits = {item.patient: item.split for item in drawn.slices}
     hashes = site_pseudonyms(export.secret_folder)
     assert len({splits[pseudonym_of(f"17{issuer}", hashes)] for issuer in ("", "^^^Elm", "^^^Oak")}) == 1
-    assert forget(export, "17^^^Oak") == 2
-    assert forget(export, "17") == 4, "whoever gave the number"
+    assert forget(export.secret_folder, "17^^^Oak") == 2
+    assert forget(export.secret_folder, "17") == 4, "whoever gave the number"
     assert len(taken(export).slices) == 2
     assert ingest(export) is False

@@ -115,7 +115,7 @@ def test_the_quality_record_and_forgetting_hold_no_frame_in_memory(tmp_path: Pat
     def forgotten(frames: int) -> None:
         place, settings = stores[frames].parent, IngestSettings(folder="x")
         export = Export(site="Elm", root=tmp_path, store=stores[frames], secret_folder=place, labels=LABELS, settings=settings)
-        assert forget(export, HASHES.patient("a")) == frames // 2
+        assert forget(export.secret_folder, HASHES.patient("a")) == frames // 2
 
     record, going = (
         [peak_of(lambda: work(frames)) for frames in (few, many)]  # noqa: B023  # called at once

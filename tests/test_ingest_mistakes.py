@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,39 @@ def test_forgetting_somebody_unknown_does_not_claim_a_removal(site: Path) -> Non
     ingest(site)
     assert "No image of this patient was in use" in command(site, "forget", "thre")
     assert "3 images and 0 cached views removed" in command(site, "forget", "one")
+
+
+@pytest.mark.parametrize("patient", ["", "  "])
+def test_forgetting_nobody_is_a_mistake(site: Path, patient: str) -> None:
+    ingest(site)
+    done = CliRunner().invoke(cli.app, ["--site", "Elm", "--config", str(site), "forget", patient])
+    assert done.exit_code == 1
+    assert "ICM210 forget: no patient is named" in done.output
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "round/in/circles"])
+def test_an_export_that_cannot_be_looked_at_is_told(site: Path, name: str) -> None:
+    (site.parent / "round").symlink_to("round")
+    site.write_text(site.read_text().replace(str(site.parent / "export"), str(site.parent / name)))
+    assert "ICM109" in ingest(site)
+
+
+def test_a_letter_in_two_parts_is_the_same_letter(site: Path) -> None:
+    write_series(site.parent / "export/c", unicodedata.normalize("NFC", "M\u00fcller"), seed=3, SpecificCharacterSet="ISO_IR 192")
+    write_series(site.parent / "export/d", unicodedata.normalize("NFD", "M\u00fcller"), seed=4, SpecificCharacterSet="ISO_IR 192")
+    assert "3 patients" in ingest(site)
+    assert "6 images and 0 cached views removed" in command(site, "forget", " M\u00fcLLER")
+
+
+def test_a_patient_may_be_forgotten_before_any_study_is_approved(site: Path) -> None:
+    (approval,) = (site.parent / "state").glob("*/*.json")
+    kept = approval.read_bytes()
+    approval.unlink()
+    assert "not read from now on" in command(site, "forget", "one")
+    approval.write_bytes(kept)
+    assert "1 patient\n" in ingest(site)
+
+
+def test_forgetting_needs_an_ingest(site: Path) -> None:
+    site.write_text('name = "Elm"\ndata = "export"\n')
+    assert "ICM203" in command(site, "forget", "one")

@@ -134,7 +134,7 @@ def identity(data: Dataset, hashes: Pseudonyms) -> dict[str, str]:
 
     A patient without number is known by name and birth date, without these by the study.
     """
-    study, name = text(data, "StudyInstanceUID"), text(data, "PatientName")
+    study, name = text(data, "StudyInstanceUID"), text(data, "PatientName").rstrip("^= ")  # empty parts may be written or not
     person = f"{name}\0{text(data, 'PatientBirthDate')}" if name else study
     image, space = text(data, "SOPInstanceUID"), text(data, "FrameOfReferenceUID")
     return {

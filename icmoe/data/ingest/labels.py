@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from icmoe.data.ingest.folding import folded
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Label
 
@@ -44,4 +45,4 @@ class LabelNames:
 
 
 def _plain(name: str) -> str:
-    return " ".join(name.replace("_", " ").casefold().split())
+    return " ".join(folded(name.replace("_", " ")).split())

@@ -12,6 +12,7 @@ import secrets
 from pathlib import Path
 
 from icmoe.atomic import write_atomically
+from icmoe.data.ingest.folding import folded
 from icmoe.errors import Fault, IcmoeError
 
 SECRET_FILE = "secret.key"  # noqa: S105  # a file name
@@ -41,8 +42,8 @@ class Pseudonyms:
         return hmac.digest(self.secret, message, "sha256").hex()[:DIGITS]
 
     def patient(self, text: str) -> str:
-        """Return the pseudonym of a patient, such as P-0123456789abcdef; blanks around it and case do not matter."""
-        return f"P-{self.of('patient', text.strip().casefold())}"
+        """Return the pseudonym of a patient, such as P-0123456789abcdef; equal ones for names that are `folded` alike."""
+        return f"P-{self.of('patient', folded(text))}"
 
     def share(self, patient: str) -> float:
         """Return a number in [0, 1) that belongs to a pseudonym for good."""
@@ -73,7 +74,7 @@ def site_pseudonyms(folder: Path) -> Pseudonyms:
 
 def pseudonym_of(patient: str, hashes: Pseudonyms) -> str:
     """Return the pseudonym of a patient who is named by it, or by the hospital's own number."""
-    plain = patient.strip().casefold()
+    plain = folded(patient)
     return f"P-{plain[2:]}" if re.fullmatch(rf"p-[0-9a-f]{{{DIGITS}}}", plain) else hashes.patient(patient)
 
 

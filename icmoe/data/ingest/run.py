@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icmoe.data.ingest import index
+from icmoe.data.ingest.folding import folded
 from icmoe.data.ingest.forms import MASKS, VOLUMES
 from icmoe.data.ingest.records import RECIPE_VERSION
 from icmoe.data.ingest.settings import IngestSettings
@@ -85,9 +86,7 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
     from icmoe.data.ingest.pseudonyms import forgotten, site_pseudonyms
     from icmoe.data.ingest.walking import walk
 
-    if not export.root.is_dir():
-        what = "export is not a folder" if export.root.exists() else "export is not there"
-        raise IcmoeError(_no_export(export, what, "Correct folder under [ingest]."))
+    _require_folder(export)
     _require_apart(export)
     hashes = site_pseudonyms(export.secret_folder)
     splits = _splits(export.split_file)
@@ -116,6 +115,16 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
         return True
 
 
+def _require_folder(export: Export) -> None:
+    try:
+        if export.root.is_dir():
+            return
+        what = "export is not a folder" if export.root.exists() else "export is not there"
+    except OSError as error:  # a name that is too long, a link to itself, a folder above it that is shut
+        what = f"export cannot be looked at ({error.strerror})"
+    raise IcmoeError(_no_export(export, what, "Correct folder under [ingest]."))
+
+
 def _no_export(export: Export, what: str, todo: str) -> Fault:
     return Fault(number=109, where=str(export.root), what=what, did="Nothing was read.", todo=todo)
 
@@ -141,21 +150,35 @@ def require_packages() -> None:
         raise IcmoeError(Fault(number=213, value=", ".join(absent), did="Nothing was read."))
 
 
-def forget(export: Export, patient: str) -> int:
-    """Take a patient out for good and return how many frames went; the caller's next `ingest` does not read it again.
+def stores_in(folder: Path) -> list[Path]:
+    """Return the folders of the indexes that an ingest folder holds, of studies that are no longer approved too."""
+    return [place.parent for place in sorted(folder.glob(f"*/{index.INDEX}"))]
+
+
+def forget(folder: Path, patient: str) -> int:
+    """Take a patient out of every index of a site for good and return how many frames went; no `ingest` reads it again.
 
     Parameters
     ----------
-    export
-        As for `ingest`.
+    folder
+        The site's ingest folder, which holds its secret.
     patient
         The hospital's own number, whoever gave it, or "NUMBER^^^ISSUER", or the pseudonym P-....
+
+    Raises
+    ------
+    IcmoeError
+        129, 130 for the folder.
     """
     from icmoe.data.ingest.pseudonyms import forget_name, pseudonym_of, site_pseudonyms
 
-    name = pseudonym_of(patient, site_pseudonyms(export.secret_folder))
-    forget_name(export.secret_folder, name)
-    with index.claimed(export.store) as connection:
+    name = pseudonym_of(patient, site_pseudonyms(folder))
+    forget_name(folder, name)
+    return sum(_forget_in(store, name) for store in stores_in(folder))
+
+
+def _forget_in(store: Path, name: str) -> int:
+    with index.claimed(store) as connection:
         names, series = {name}, set[str]()
         for _, record in index.records(connection):  # an ingest that was stopped has series that are not published
             if name in {record.patient, record.number}:
@@ -166,7 +189,7 @@ def forget(export: Export, patient: str) -> int:
             connection.executemany("delete from series where id = ?", [(key,) for key in series])
             gone = index.drop_patients(connection, names)
             index.put_meta(connection, {"complete": index.meta(connection, "complete") and "forgotten", "cleaned": ""})
-        _clean(connection, export.store)
+        _clean(connection, store)
     return gone
 
 
@@ -236,7 +259,7 @@ def _splits(path: Path | None) -> dict[str, str]:
     found: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
         patient, split = (row.get("patient") or "").strip(), (row.get("split") or "").strip()
-        if not patient or split not in SPLITS or found.setdefault(patient.casefold(), split) != split:
+        if not patient or split not in SPLITS or found.setdefault(folded(patient), split) != split:
             faults.append(
                 Fault(number=110, where=f"{path.name} row {number}", limit="patient once, train, val or test", did=did, todo=todo)
             )

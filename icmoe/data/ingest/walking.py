@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from icmoe.data.ingest.folding import folded
 from icmoe.data.ingest.forms import VOLUMES
 from icmoe.errors import Fault, IcmoeError
 
@@ -76,8 +77,8 @@ def _require_open(root: Path, shut: Sequence[OSError]) -> None:
 
 
 def stem(relative: str) -> str:
-    """Return a file's name without ending and without a word for "mask", in lower case, to compare names by."""
-    name = PurePosixPath(relative).name.lower()
+    """Return a file's name without ending and without a word for "mask", `folded`, to compare names by."""
+    name = folded(PurePosixPath(relative).name)
     name = ENDING.sub("", name)
     return re.sub(r"[_-](mask|seg|segmentation|label|labels|gt|roi)$", "", name)
 
