@@ -32,12 +32,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
 
+from icmoe.data.images import DEEP_COLOUR, read_classes
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.reading import Reader
 from icmoe.data.ingest.records import FileRecord
 from icmoe.data.ingest.work import _split
+from icmoe.errors import IcmoeError
 
+RNG = np.random.default_rng(8)
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
@@ -134,6 +137,20 @@ def test_plain_objects_of_many_frames_keep_their_order_without_geometry(modality
     assert same(classes, MASKS)
 
 
+@pytest.mark.parametrize("colour_type", [2, 4, 6])
+def test_sixteen_bits_of_colour_are_not_cut_to_eight(colour_type: int, tmp_path: Path):
+    channels = {2: 3, 4: 2, 6: 4}[colour_type]
+    rows = b"".join(b"\0" + RNG.integers(0, 2**16, 5 * channels).astype(">u2").tobytes() for _ in range(4))
+    header = struct.pack(">IIBBBBB", 5, 4, 16, colour_type, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    chunks = [struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in parts]
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    found = record(tmp_path / "x.png")
+    assert (found.fault, found.why) == (117, DEEP_COLOUR)
+    with pytest.raises(IcmoeError, match=r"ICM104 x: .*16 bits"):
+        read_classes(tmp_path / "x.png", LESION, where="x")
+
+
 @pytest.mark.parametrize("form", ["L", "1", "P", "RGB", "RGBA", "I;16", "0 and 255"])
 def test_png_masks_of_every_form_mean_the_same(form: str, tmp_path: Path):
     sources = volume(VOLUME[1:4])
@@ -157,6 +174,21 @@ def test_png_masks_of_another_size_name_or_value_are_refused(tmp_path: Path):
     Image.fromarray(MASKS[1]).save(tmp_path / "export/other.png")
     Image.fromarray(MASKS[1] * 7).save(tmp_path / "export/slice2.png")
     assert numbers(used(tmp_path)[2]) == [105, 106, 108, 123, 124]
+
+
+def test_a_dark_picture_in_a_folder_called_images_is_no_mask(tmp_path: Path):
+    masks = np.zeros((3, 16, 16), np.uint8)
+    masks[:, 4:9, 4:9] = 1
+    greys = np.random.default_rng(1).integers(0, [[[8]], [[30]], [[255]]], (3, 16, 16)).astype(np.uint8)
+    for number in range(3):
+        for folder, pixels in (("images", greys), ("masks", masks)):
+            (tmp_path / "export/p1" / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[number]).save(tmp_path / "export/p1" / folder / f"{number}.png")
+    Image.fromarray(masks[2]).save(tmp_path / "export/p1/images/2_mask.png")
+    pictures, classes, data = used(tmp_path)
+    assert same(pictures, scaled(greys))
+    assert same(classes, masks)
+    assert numbers(data) == []
 
 
 def test_pipes_sockets_links_and_names_that_are_no_text_do_not_stop_it(tmp_path: Path):

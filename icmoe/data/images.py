@@ -21,9 +21,13 @@ MAX_PIXELS = 2**26
 LUMINANCE = (0.299, 0.587, 0.114)
 """Weights of red, green and blue (ITU-R BT.601) for images whose channels differ."""
 
+DEEP_COLOUR = "colour or alpha with 16 bits, of which Pillow would keep 8; save it as grey with 16 bits"
+
 LEFT_OUT = "The image was left out."
 
 _UNKNOWN = 255
+_DEEP_COLOUR = {b"\x10\x02", b"\x10\x04", b"\x10\x06"}
+"""Bit depth and colour type in a PNG's header (ISO/IEC 15948, 11.2.2)."""
 _UNREADABLE = (
     OSError,
     ValueError,
@@ -44,7 +48,7 @@ def read_grey(path: Path, *, where: str) -> npt.NDArray[Any]:
     """Return a grey image.
 
     One channel of 8 or 16 bits is kept as it is; colour with equal channels becomes that channel, other colour its
-    luminance (`LUMINANCE`, float32); one bit becomes 0 and 255; alpha is ignored.
+    luminance (`LUMINANCE`, float32); one bit becomes 0 and 255; alpha is ignored. Colour or alpha of 16 bits is refused.
 
     Parameters
     ----------
@@ -108,6 +112,9 @@ def _decode(path: Path, where: str, *, missing: int, unreadable: int, palette_is
     try:
         if not path.is_file():
             raise _fault(unreadable, where, "not a file") if path.exists() else _fault(missing, where)
+        with path.open("rb") as file:
+            if file.read(26)[24:] in _DEEP_COLOUR:
+                raise _fault(unreadable, where, DEEP_COLOUR)
         with Image.open(path, formats=("PNG",)) as opened:
             return _pixels(opened, palette_is_colour=palette_is_colour)
     except UnidentifiedImageError:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from icmoe.data.images import read_grey
+from icmoe.data.images import DEEP_COLOUR, read_grey
 from icmoe.data.ingest.forms import MASKS, VOLUMES, mask_of, module_of
 from icmoe.data.ingest.headers import image_record, read_header, text
 from icmoe.data.ingest.labels import LabelNames
@@ -18,7 +18,7 @@ from icmoe.data.ingest.pixels import plain_pixels_of
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, FramePlace, refused
 from icmoe.data.ingest.volumes import looks_like_classes, volume_record
-from icmoe.data.ingest.walking import own_folders, stem
+from icmoe.data.ingest.walking import called_image, own_folders, stem
 from icmoe.errors import IcmoeError
 
 BIDS = r"(?:^|/)(sub-[A-Za-z0-9]+)(?:/|_)"
@@ -70,7 +70,8 @@ class Reader:
                 record = picture_record(path)
                 owner = self._owner(relative)
                 series = f"{PurePosixPath(relative).parent}\0{owner['patient']}"
-                return record.model_copy(update={**owner, "series": self.hashes.of("folder", series)})
+                mask = record.mask and not called_image(relative)
+                return record.model_copy(update={**owner, "series": self.hashes.of("folder", series), "mask": mask})
             case _:
                 raise Refusal(116, f"file is neither DICOM, {', '.join(form.title for form in VOLUMES.values())} nor PNG")
 
@@ -107,7 +108,8 @@ def picture_record(path: Path) -> FileRecord:
         grey_HW = read_grey(path, where="")
         with Image.open(path, formats=("PNG",)) as opened:
             palette = opened.mode == "P"
-    except (IcmoeError, OSError):
-        raise Refusal(117, "PNG file cannot be decoded or is too large") from None
+    except (IcmoeError, OSError) as error:
+        deep = isinstance(error, IcmoeError) and error.faults[0].value == DEEP_COLOUR
+        raise Refusal(117, DEEP_COLOUR if deep else "PNG file cannot be decoded or is too large") from None
     mask = palette or looks_like_classes(grey_HW)
     return FileRecord(kind="picture", mask=mask, rows=grey_HW.shape[0], columns=grey_HW.shape[1], frames=(FramePlace(),))

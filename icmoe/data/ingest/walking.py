@@ -22,6 +22,9 @@ GENERIC = re.compile(
 )
 """Folder names that say what lies in them or when it was taken, not whose it is: visits of one patient stay together."""
 
+IMAGES = re.compile(r"(image|img)s?(tr|ts)?", re.I)
+MASK = re.compile(r"mask|label|seg|annot|contour|truth|(?<![a-z])(gt|roi)(?![a-z])", re.I)
+
 ENDING = re.compile(
     "|".join(re.escape(end) for form in VOLUMES.values() for end in form.endings).join(("(", r"|\.png|\.dcm|\.dicom|\.ima)$"))
 )
@@ -86,6 +89,12 @@ def stem(relative: str) -> str:
 def case(relative: str) -> str:
     """Return a volume's `stem` without the number of its channel (case_0000.nii.gz, as nnU-Net writes it)."""
     return re.sub(r"_\d{4}$", "", stem(relative))
+
+
+def called_image(relative: str) -> bool:
+    """Return whether a picture lies in a folder called images under a name that is no mask's: a dark one has few values too."""
+    path = PurePosixPath(relative)
+    return bool(IMAGES.fullmatch(path.parent.name)) and not MASK.search(path.name)
 
 
 def own_folders(relative: str) -> list[str]:
