@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fl_client.site import SiteFile, cache_folder_of, site_data, site_export, site_slices
 from icmoe.backbones import BACKBONES
+from icmoe.cache_entries import FORMAT, PREPROCESSING_VERSION
 from icmoe.data.ingest import index
 from icmoe.data.slices import Slice
 from icmoe.study import Study
@@ -57,9 +58,10 @@ def encode_ingested(path: Path, settings: SiteFile, study: Study, *, on_progress
 
 
 def _mark(path: Path, settings: SiteFile, study: Study, complete: str) -> str:
-    """Return what features depend on: the index, the backbone, the views, and where the cache is."""
+    """Return what features depend on: the index, how they are computed and kept, the views, and where the cache is."""
     backbone, folder = study.backbone, str(cache_folder_of(path, settings))
-    own = (complete, backbone.model_dump(mode="json"), BACKBONES[backbone.name].arithmetic, study.training.views, folder)
+    how = (FORMAT, PREPROCESSING_VERSION, backbone.model_dump(mode="json"), BACKBONES[backbone.name].arithmetic)
+    own = (complete, *how, study.training.views, folder)
     return hashlib.sha256(json.dumps(own).encode()).hexdigest()
 
 

@@ -7,6 +7,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+FORMAT = "icmoe-features-1"
+PREPROCESSING_VERSION = 2
+"""Part of every key; raised whenever `normalise`, `prepare` or `apply_view` give other pixels."""
 IMAGE_DIGITS, KEY_DIGITS = 24, 64
 
 

@@ -25,15 +25,13 @@ from torch import Tensor
 
 from icmoe.atomic import write_atomically
 from icmoe.backbones import BACKBONES
-from icmoe.cache_entries import entry_key, entry_path
+from icmoe.cache_entries import FORMAT, PREPROCESSING_VERSION, entry_key, entry_path
 from icmoe.entry_file import EntryFile
 from icmoe.errors import Fault, IcmoeError
-from icmoe.preprocess import PREPROCESSING_VERSION
 from icmoe.study import Study, View
 from icmoe.tensor_file import read_tensors
 
 METADATA_KEY = "icmoe"
-FORMAT = "icmoe-features-1"
 HALF_MAX = 65504.0
 CPU = torch.device("cpu")
 # Entries that this process has verified; every round makes a new cache object.

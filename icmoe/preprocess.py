@@ -16,9 +16,6 @@ from torch import Tensor
 
 from icmoe.study import View
 
-PREPROCESSING_VERSION = 2
-"""Part of every feature-cache key; raised whenever `normalise`, `prepare` or `apply_view` give other pixels."""
-
 DARK_GAMMA = 1.5
 BRIGHT_GAMMA = 0.67
 

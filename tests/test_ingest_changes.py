@@ -17,8 +17,11 @@ from exports import LESION, export_of, taken, write_series
 from PIL import Image
 from test_quality import site_file
 
+from fl_client import preparing
+from fl_client.approval import approved_studies
 from fl_client.ingesting import forget_patient, ingest_site
 from fl_client.participant import Participant
+from fl_client.site import read_named
 from icmoe.data.ingest import index
 from icmoe.data.ingest.pseudonyms import pseudonym_of, site_pseudonyms
 from icmoe.data.ingest.run import Export, forget, ingest
@@ -101,6 +104,25 @@ def test_forgetting_a_patient_reaches_studies_that_are_no_longer_approved(tmp_pa
     assert forget_patient(path, "Elm", "one")[0] == 4
     assert not index.published(former)[0]
     assert not list((former / "frames").rglob("*.safetensors"))
+
+
+def test_features_are_looked_through_again_once_they_are_computed_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_series(tmp_path / "export/a", "one", 2, seed=1)
+    path = site_file(tmp_path, tmp_path / "export", "[255]")
+    settings, (study,) = read_named(path, "Elm"), approved_studies(tmp_path / "state")
+    ingest_site(path, "Elm", dry_run=False)
+    looks: list[str] = []
+    monkeypatch.setattr(preparing, "_encode", lambda *_: len(looks))
+
+    def look() -> int:
+        looks.append("")
+        return preparing.encode_ingested(path, settings, study, on_progress=lambda *_: None)
+
+    assert (look(), look()) == (1, 0)
+    for name in ("PREPROCESSING_VERSION", "FORMAT"):
+        monkeypatch.setattr(preparing, name, "another")
+        assert look()
+        assert not look()
 
 
 def test_a_dry_run_does_not_read_a_forgotten_patient(tmp_path: Path):
