@@ -54,6 +54,7 @@ def content_of(path: Path) -> str:
         raise Refusal(116, "a link, which is not followed")
     with refusing(117, "file cannot be opened"), path.open("rb") as file:
         head = file.read(HEAD_BYTES)
+        packed = head + file.read(PACKED_HEAD_BYTES - HEAD_BYTES) if head.startswith(b"\x1f\x8b") else b""
         size = file.seek(0, 2)
     if size > MAX_BYTES:
         raise Refusal(117, f"file is larger than {MAX_BYTES >> 30} GiB")
@@ -61,9 +62,9 @@ def content_of(path: Path) -> str:
         return "dicom"
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
-    if head.startswith(b"\x1f\x8b"):
-        with refusing(116, "a compressed file that is no volume"), path.open("rb") as file:
-            head = _unpacked_head(file.read(PACKED_HEAD_BYTES))
+    if packed:
+        with refusing(116, "a compressed file that is no volume"):
+            head = _unpacked_head(packed)
     # DICOM without preamble starts with an element of group 2 or 8, in either byte order.
     plain = "dicom" if head[:2] in {b"\x02\x00", b"\x08\x00", b"\x00\x08"} else "other"
     return volume_of(head) or plain
