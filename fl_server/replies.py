@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +30,7 @@ from icmoe.messages import (
     UPDATE,
     USAGE_KEY,
 )
-from icmoe.packing import PACKED, is_plain, tensors_in
+from icmoe.packing import PACKED, is_plain, plain_view, tensors_in
 from icmoe.quantise import EXPONENT, HIGHEST_EXPONENT, LARGEST, LOWEST_EXPONENT, Dequantised, out_of_range, sent_shapes
 from icmoe.study import Study
 from icmoe.study_privacy import SitePrivacy
@@ -40,6 +41,7 @@ PIECE = 65_536
 
 Form = Literal["float32", "int8"]
 FLOAT32 = np.dtype(np.float32)
+DATA = attrgetter("data")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,10 +100,14 @@ class InReply(Mapping[str, npt.NDArray[np.float32]]):
         Of its tensors, sorted.
     form
         In which they were sent.
+    plain
+        Shapes by name, sorted, where every tensor is plain (`is_plain`): it is not parsed again then.
     """
 
-    def __init__(self, arrays: ArrayRecord, names: Sequence[str], form: Form) -> None:
-        self._arrays, self._names, self._form = arrays, names, form
+    def __init__(
+        self, arrays: ArrayRecord, names: Sequence[str], form: Form, plain: Mapping[str, tuple[int, ...]] | None = None
+    ) -> None:
+        self._arrays, self._names, self._form, self._plain = arrays, names, form, plain
 
     def __len__(self) -> int:
         return len(self._names)
@@ -126,6 +132,9 @@ class InReply(Mapping[str, npt.NDArray[np.float32]]):
         return self._form == "float32" and set(self._arrays) != {PACKED}
 
     def _read(self) -> Mapping[str, npt.NDArray[np.float32]]:
+        if self._plain is not None:
+            items = dict(self._arrays.items())  # Flower's record looks names up more slowly
+            return {name: plain_view(items[name], FLOAT32, shape) for name, shape in self._plain.items()}
         sent: Mapping[str, Any] = tensors_in(self._arrays)  # checked before
         return Dequantised(sent) if self._form == "int8" else sent
 
@@ -238,8 +247,8 @@ def parse_update(
         loss=_number(numbers, LOSS_KEY, -LARGEST_LOSS, LARGEST_LOSS) if privacy is None else None,
         steps=_whole(numbers, STEPS_KEY, MOST_STEPS),
         train_s=_number(numbers, SECONDS_KEY, 0.0, LONGEST_S) if privacy is None else None,
-        size_bytes=sum(len(array.data) for array in arrays.values()),
-        tensors=InReply(arrays, checked_names(arrays, study, current, form or study.update.form), form or study.update.form),
+        size_bytes=sum(map(len, map(DATA, arrays.values()))),
+        tensors=checked_tensors(arrays, study, current, form or study.update.form),
     )
     if values:
         require_finite(update)
@@ -280,8 +289,8 @@ def _require_private(numbers: MetricRecord, privacy: SitePrivacy) -> None:
         raise Refusal("its size is not the study's public one", repr(numbers.get(SLICES_KEY))[:40], str(privacy.patients))
 
 
-def checked_names(arrays: ArrayRecord, study: Study, current: Mapping[str, npt.NDArray[np.float32]], form: Form) -> list[str]:
-    """Return the names of an update's tensors, sorted.
+def checked_tensors(arrays: ArrayRecord, study: Study, current: Mapping[str, npt.NDArray[np.float32]], form: Form) -> InReply:
+    """Return an update's tensors, their names sorted; their values are not looked at.
 
     Raises
     ------
@@ -289,15 +298,14 @@ def checked_names(arrays: ArrayRecord, study: Study, current: Mapping[str, npt.N
         Where one is missing, too many, or of another shape or type.
     """
     personal = study.aggregation.personal
-    shapes = {
-        name: tensor.shape
-        for name, tensor in current.items()
-        if not name.endswith("balance_bias_M") and not (personal and is_personal(name, study.model))
-    }
+    names = sorted(
+        name for name in current if not name.endswith("balance_bias_M") and not (personal and is_personal(name, study.model))
+    )
+    shapes = {name: current[name].shape for name in names}
     expected = sent_shapes(shapes) if form == "int8" else shapes
     named = set(arrays) == set(expected)
     if named and form == "float32" and all(is_plain(item, FLOAT32, shapes[name]) for name, item in arrays.items()):
-        return sorted(shapes)  # by their bytes alone: making arrays of them takes twice as long
+        return InReply(arrays, names, form, plain=shapes)  # by their bytes alone: making arrays of them takes twice as long
     found = tensors_in(arrays) if named or set(arrays) == {PACKED} else dict.fromkeys(arrays)
     if set(found) != set(expected):
         missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
@@ -307,7 +315,7 @@ def checked_names(arrays: ArrayRecord, study: Study, current: Mapping[str, npt.N
         if tensor is None:
             raise Refusal(f"{name} is no array", f"{len(arrays[name].data)} bytes", f"{form} {expected[name]}")
         _require_form(name, tensor, expected[name], form)
-    return sorted(shapes)
+    return InReply(arrays, names, form)
 
 
 def _require_form(name: str, tensor: npt.NDArray[Any], shape: tuple[int, ...], form: Form) -> None:

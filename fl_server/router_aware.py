@@ -27,6 +27,9 @@ from icmoe.messages import ARRAYS, CONFIG, DICE_KEY, LOSS_KEY, PATIENTS_KEY, ROU
 from icmoe.packing import NUMPY, bytes_of
 from icmoe.study import Aggregation, Study
 
+FLOAT32_NAME = np.dtype(np.float32).name
+Weight = npt.NDArray[np.float32]
+"""A number as an array without axes, which NumPy multiplies by faster than by a scalar."""
 AT_ONCE = 16
 """Updates at most whose arrays are objects at once: those of a hundred take more memory than the model."""
 
@@ -96,7 +99,7 @@ class RouterAware(Strategy):
         if not updates:
             return None, None
         metrics = MetricRecord() if (loss := mean_loss(updates)) is None else MetricRecord({LOSS_KEY: loss})
-        return ArrayRecord({name: flower_array(tensor) for name, tensor in moved.items()}), metrics
+        return record_of(moved), metrics
 
     def _moved(self, updates: Sequence[Update]) -> Tensors:
         """Return the global tensors after the round; at least one update."""
@@ -105,12 +108,12 @@ class RouterAware(Strategy):
         if self.study.model.experts:
             self.report.weights = expert_weights(size_S, usage_SM, self.settings)
         moved = {name: tensor.copy() for name, tensor in self._current.items()}
-        weights = {name: self._share(name, size_S) for name in moved}
+        weights, weighed_by = self._weights(size_S), {name: self._weighed_by(name) for name in moved}
         for group in together(updates):  # in site order
             read = [(index, dict(updates[index].tensors.items())) for index in group]
             for name, tensor in moved.items():
-                share_S, step = weights[name]
-                add(tensor, [(np.float32(step * share_S[index]), sent[name]) for index, sent in read if name in sent])
+                weight_S = weights[weighed_by[name]]
+                add(tensor, [(weight_S[index], sent[name]) for index, sent in read if name in sent])
         if BALANCE_BIAS in moved and self.settings.balance_step > 0.0:
             bias_M = moved[BALANCE_BIAS].astype(np.float64)
             moved[BALANCE_BIAS] = balance_step(bias_M, size_S, usage_SM, self.settings.balance_step).astype(np.float32)
@@ -128,12 +131,17 @@ class RouterAware(Strategy):
         """Return the round's arrays as they were sent out."""
         return ArrayRecord({name: Array(tensor) for name, tensor in self._current.items()})
 
-    def _share(self, name: str, size_S: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], float]:
-        """Return each site's weight for a tensor and the step it takes."""
-        weights, expert = self.report.weights, expert_of(name)
-        if weights is None or expert is None or not is_usage_weighted(name, self.study.model):
-            return plain_share(size_S), 1.0
-        return weights.share_SM[:, expert], float(weights.step_M[expert])
+    def _weights(self, size_S: npt.NDArray[np.float64]) -> dict[int | None, list[Weight]]:
+        """Return step times share of each site, by the expert whose use weighs it, and under None by size alone."""
+        found: dict[int | None, list[Weight]] = {None: [_weight(share) for share in plain_share(size_S)]}
+        if (weights := self.report.weights) is not None:
+            for expert, (step, share_S) in enumerate(zip(weights.step_M, weights.share_SM.T, strict=True)):
+                found[expert] = [_weight(step * share) for share in share_S]
+        return found
+
+    def _weighed_by(self, name: str) -> int | None:
+        """Return the expert whose use weighs a tensor, None where size alone does."""
+        return expert_of(name) if self.report.weights is not None and is_usage_weighted(name, self.study.model) else None
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the validation Dice over the patients of all sites, None where no site has any."""
@@ -145,9 +153,17 @@ class RouterAware(Strategy):
         return MetricRecord({DICE_KEY: math.fsum(count * dice for dice, count in scored) / patients, PATIENTS_KEY: patients})
 
 
+def record_of(tensors: Tensors) -> ArrayRecord:
+    """Return the record of tensors; Flower's constructor would make every array twice."""
+    record = ArrayRecord()
+    for name, tensor in tensors.items():
+        record[name] = flower_array(tensor)
+    return record
+
+
 def flower_array(tensor: npt.NDArray[np.float32]) -> Array:
     """Return ``Array(tensor)``, whose header is written once for all tensors of a shape."""
-    return Array(tensor.dtype.name, tensor.shape, NUMPY, bytes_of(tensor))
+    return Array(FLOAT32_NAME, tensor.shape, NUMPY, bytes_of(tensor))
 
 
 def combine(
@@ -170,16 +186,25 @@ def combine(
         s in [0, 1].
     """
     moved = tensor.copy()
-    shares = [np.float32(step * share) for share in share_S]
+    shares = [_weight(step * share) for share in share_S]
     add(moved, [(share, delta) for share, delta in zip(shares, deltas, strict=True) if delta is not None])
     return moved
 
 
-def add(moved: npt.NDArray[np.float32], parts: Sequence[tuple[np.float32, npt.NDArray[np.float32]]]) -> None:
+def _weight(value: float) -> Weight:
+    return np.asarray(value, dtype=np.float32)
+
+
+def add(moved: npt.NDArray[np.float32], parts: Sequence[tuple[Weight, npt.NDArray[np.float32]]]) -> None:
     """Add the sum of ``weight * delta`` to a tensor in place, in the order given.
 
     All parts of one piece before the next piece, so that the sum stays in the processor's cache.
     """
+    if moved.size <= PIECE:
+        product = np.empty_like(moved)
+        for weight, delta in parts:
+            np.add(moved, np.multiply(delta, weight, product), moved)
+        return
     moved_N, parts_N = moved.reshape(-1), [(weight, delta.reshape(-1)) for weight, delta in parts]
     product_N = np.empty(min(PIECE, moved.size), dtype=np.float32)
     for start in range(0, moved.size, PIECE):

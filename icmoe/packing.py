@@ -61,8 +61,14 @@ def array_of(item: Any) -> npt.NDArray[Any] | None:  # noqa: ANN401  # Flower's 
 
 def is_plain(item: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:  # noqa: ANN401  # as in `array_of`
     """Return whether a message's array is to the letter what `bytes_of` writes of native numbers of this type and shape."""
-    head, data = _header(dtype, shape), item.data
-    return item.stype == NUMPY and len(data) == len(head) + math.prod(shape) * dtype.itemsize and data.startswith(head)
+    head, size_bytes = _plain_form(dtype, shape)
+    data = item.data
+    return len(data) == size_bytes and data.startswith(head) and item.stype == NUMPY
+
+
+def plain_view(item: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:  # noqa: ANN401  # as in `array_of`
+    """Return the array of an item that `is_plain`, read-only and without a copy."""
+    return np.ndarray(shape, dtype, item.data, len(_header(dtype, shape)))
 
 
 def bytes_of(tensor: npt.NDArray[Any]) -> bytes:
@@ -76,6 +82,13 @@ def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     file = BytesIO()
     np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
     return file.getvalue()
+
+
+@lru_cache(maxsize=1024)
+def _plain_form(dtype: np.dtype[Any], shape: tuple[int, ...]) -> tuple[bytes, int]:
+    """Return the header and the size in bytes, header included, of `bytes_of` an array."""
+    head = _header(dtype, shape)
+    return head, len(head) + math.prod(shape) * dtype.itemsize
 
 
 @lru_cache(maxsize=1024)

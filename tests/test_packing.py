@@ -9,7 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from icmoe.packing import HEADER_BYTES, NUMPY, PACKED, array_of, bytes_of, is_plain, pack, pack_records, unpack, unpack_records
+from icmoe.packing import (
+    HEADER_BYTES,
+    NUMPY,
+    PACKED,
+    array_of,
+    bytes_of,
+    is_plain,
+    pack,
+    pack_records,
+    plain_view,
+    unpack,
+    unpack_records,
+)
 
 TENSORS = st.dictionaries(
     st.text(st.characters(codec="ascii", min_codepoint=33), min_size=1, max_size=20),
@@ -128,6 +140,7 @@ def test_what_is_plain_to_the_letter_is_read_as_that_array(at: int, value: int, 
     if is_plain(item, np.dtype(np.float32), shape):
         found = array_of(item)
         assert found is not None
+        assert plain_view(item, np.dtype(np.float32), shape).tobytes() == found.tobytes()
         assert (found.dtype, found.shape) == (np.dtype(np.float32), shape)
     else:
         assert longer or shape != (3, 2) or at < HEADER_BYTES, "whatever the values are"
