@@ -32,7 +32,7 @@ KEPT = 1024
 SCHEMA = """
 create table run.image (path blob primary key, uid, series, patient, space, folder blob, name blob) without rowid;
 create table run.mask (path blob primary key) without rowid;
-create table run.use (path blob, frame integer, form integer, mask blob, said text);
+create table run.use (path blob, frame integer, form integer, mask blob, classes integer, said text);
 create table run.refusal (path blob primary key, number integer, why text) without rowid;
 """
 NEW = """
@@ -47,10 +47,12 @@ create index run.image_name on image (name);
 """
 PREFER = """
 create index run.use_frame on use (path, frame);
-delete from run.use where form >
-    (select min(other.form) from run.use other where other.path = use.path and other.frame = use.frame);
+delete from run.use where classes = 0 and exists
+    (select 1 from run.use other where other.path = use.path and other.frame = use.frame and other.classes <> 0);
+delete from run.use where exists (select 1 from run.use other where other.path = use.path and other.frame = use.frame
+    and other.form < use.form and (use.classes = -1 or use.classes & ~other.classes = 0));
 insert into run.refusal
-    select path, 128, 'a mask that refers to these images by instance is used instead' from run.mask
+    select path, 128, 'other masks say more of these images and are used instead' from run.mask
     where path not in (select mask from run.use) and path not in (select path from run.refusal);
 """
 
@@ -196,13 +198,16 @@ class Catalogue:
     def add_uses(self, uses: Mapping[Key, Use]) -> None:
         """Note what a mask says about frames."""
         rows = (
-            (os.fsencode(path), frame, FORMS.index(use.form), os.fsencode(use.path), _said(use))
+            (os.fsencode(path), frame, FORMS.index(use.form), os.fsencode(use.path), _classes(use), _said(use))
             for (path, frame), use in uses.items()
         )
-        self._run.executemany("insert into run.use values (?, ?, ?, ?, ?)", rows)
+        self._run.executemany("insert into run.use values (?, ?, ?, ?, ?, ?)", rows)
 
     def prefer(self) -> None:
-        """Keep on each frame the masks of the best form, and refuse those that are then of no use."""
+        """Keep on each frame what marks something, each class in the best form, and refuse masks that are then of no use.
+
+        That a mask lists an image without a mark says less than a mark of any other.
+        """
         self._run.executescript(PREFER)
 
     def used_frames(self) -> int:
@@ -239,6 +244,11 @@ class Catalogue:
     def _one(self, query: str, *values: object) -> tuple[Any, ...]:
         row: tuple[Any, ...] = self._run.execute(query, values).fetchone()
         return row
+
+
+def _classes(use: Use) -> int:
+    """Return the classes that a use marks, a bit each; 0 where it marks nothing and -1 where only its pixels tell."""
+    return sum({1 << min(patch.label, 61) for patch in use.patches}) if use.form in MASKS else -1
 
 
 def _said(use: Use) -> str:

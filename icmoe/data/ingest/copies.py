@@ -8,15 +8,15 @@ from icmoe.data.ingest.refusals import Refusal
 from icmoe.data.ingest.run import SPLITS
 
 COMMON = 5
-"""Patients from whom on an equal picture says nothing about a person: a logo, a test pattern, an empty report."""
+"""Patients from whom on an equal picture says nothing about a person, such as a logo, nor does a study that a system named."""
 
 
 class Copies:
     """Which frames are not used because of equal pictures, told in the order in which frames are published.
 
-    Patients who share a picture count as one person, and so do those whom a third one links. Where such a person stands in
-    several splits, only the patients of the best one stay, test before val before train: otherwise pictures of a person in
-    the test would be trained on. Of equal pictures the first is used.
+    Patients who share a picture or a study (which is of one person, PS3.3 A.1.2) count as one person, and so do those whom a
+    third one links. Where such a person stands in several splits, only the patients of the best one stay, test before val
+    before train: otherwise pictures of a person in the test would be trained on. Of equal pictures the first is used.
 
     Parameters
     ----------
@@ -24,15 +24,18 @@ class Copies:
         By patient, of all who have frames that may be used.
     repeated
         Picture and patient of every frame whose picture occurs more than once.
+    studies
+        Study and patient of every series.
     """
 
-    def __init__(self, splits: Mapping[str, str], repeated: Iterable[tuple[str, str]]) -> None:
+    def __init__(
+        self, splits: Mapping[str, str], repeated: Iterable[tuple[str, str]], studies: Iterable[tuple[str, str]] = ()
+    ) -> None:
         self._splits = splits
-        self._owners: dict[str, set[str]] = {}
-        for picture, patient in repeated:
-            self._owners.setdefault(picture, set()).add(patient)
+        self._owners = _grouped(repeated)
         self._kept: dict[str, str] = {}
-        self._persons = _persons([sorted(patients) for patients in self._owners.values() if len(patients) < COMMON])
+        groups = [*self._owners.values(), *_grouped(studies).values()]
+        self._persons = _persons([sorted(patients) for patients in groups if len(patients) < COMMON])
         self._best: dict[str, int] = {}
         for patient, split in splits.items():
             person = self._persons.get(patient, patient)
@@ -41,7 +44,7 @@ class Copies:
     def reason(self, patient: str, picture: str) -> Refusal | None:
         """Return why the next frame is not used, None where it is."""
         if SPLITS.index(self._splits[patient]) < self._best[self._persons.get(patient, patient)]:
-            return Refusal(127, "it shares pictures with a patient of another split")
+            return Refusal(127, "it shares pictures or a study with a patient of another split")
         owners = self._owners.get(picture)
         if owners is None:
             return None
@@ -52,6 +55,14 @@ class Copies:
             return None
         other = self._kept[picture]
         return Refusal(125, "a copy of it is used" if other == patient else f"{other} has the same picture")
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
+    """Return the patients of each picture or study."""
+    found: dict[str, set[str]] = {}
+    for shared, patient in pairs:
+        found.setdefault(shared, set()).add(patient)
+    return found
 
 
 def _persons(groups: Sequence[Sequence[str]]) -> dict[str, str]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from icmoe.data.ingest.catalogue import Catalogue, Key, Use
 from icmoe.data.ingest.forms import MASKS
-from icmoe.data.ingest.geometry import OFF_GRID_PX, Grid, grid_between, height_mm, matrix_of, parallel, plane_matrix
+from icmoe.data.ingest.geometry import OFF_GRID_PX, Grid, grid_between, height_mm, matrix_of, normal, parallel, plane_matrix
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.refusals import Refusal
 from icmoe.data.ingest.walking import case, own_folders, stem
@@ -37,6 +37,7 @@ class Images:
         self._files = files
         self.of_several = files.of_several_patients()
         self._owners = files.owners_by_folder()
+        self.patients = len(set().union(*self._owners.values()))
         self._closest: dict[str, set[str]] = {}
 
     def __getitem__(self, path: str) -> FileRecord:
@@ -144,7 +145,26 @@ def _by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Us
     if off and not placed:
         raise Refusal(121, "none of the images that it refers to lies in the plane of its marks")
     _same_patient(record, images, found)
-    return {key: _use(path, record, parts) for key, parts in found.items()}
+    silent = _unknown(record, [key for key, parts in found.items() if not parts], images)
+    return {key: _use(path, record, parts) for key, parts in found.items() if key not in silent}
+
+
+def _unknown(record: FileRecord, unmarked: Sequence[Key], images: Images) -> set[Key]:
+    """Return the listed frames in whose plane something is marked on another image: these are no background.
+
+    As with a registered series or a second phase that a mask only names.
+    """
+    planes = [patch.plane for patch in record.patches if patch.plane is not None]
+    points_N3 = np.asarray([plane[:3] for plane in planes]).reshape(-1, 3)
+    found = set()
+    for path, frame in unmarked:
+        plane = images[path].frames[frame].plane
+        if plane is None or images[path].space != record.space or not record.space:
+            continue
+        near_N = np.abs((points_N3 - plane[:3]) @ normal(plane)) <= OFF_PLANE_MM
+        if any(_same_plane(record, planes[at], plane) for at in np.flatnonzero(near_N)):
+            found.add((path, frame))
+    return found
 
 
 def _same_patient(record: FileRecord, images: Images, found: Iterable[Key]) -> None:
@@ -209,7 +229,8 @@ def _by_space(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
                 part = (patch, _patch_grid(record, patch, image, frame))
                 series.setdefault(image.series, {}).setdefault((target, frame), []).append(part)
                 folders[image.series] = target
-    best = _closest(path, folders)
+    visit = {name: target for name, target in folders.items() if record.study and images[target].study == record.study}
+    best = _closest(path, visit or folders)
     if not best:
         raise Refusal(123, "it refers to no image, and no image shares its frame of reference and planes")
     if len(best) > 1:
@@ -234,6 +255,11 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     named = {name: target for name, target in volumes.items() if stem(target) == stem(path)}
     channels = {name: target for name, target in volumes.items() if case(target) == stem(path)}
     owned = {name: target for name, target in folders.items() if images[target].patient == record.patient}
+    beside = any(
+        target not in volumes.values() and set(own_folders(target)) & set(own_folders(path)) for target in folders.values()
+    )
+    if beside and not (named or channels) and set(owned) & set(volumes):  # such as a label map of the same series
+        raise Refusal(122, "a volume and a DICOM series beside it lie on the grid of this volume")
     best = _closest(path, named or channels or owned or folders)
     if not best:
         raise Refusal(121, "no image lies on the grid of this volume")
@@ -254,6 +280,8 @@ def _by_name(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
         raise Refusal(122, f"{len(best)} images have its name, equally close by folder")
     image = images[best[0]]
     _at_home(path, image, images)
+    if image.patient != record.patient:
+        _same_name(path, best[0], images)
     if (image.rows, image.columns) != (record.rows, record.columns):
         raise Refusal(105, f"mask {record.rows} x {record.columns}, image {image.rows} x {image.columns}")
     return {(best[0], 0): Use(path, "picture")}
@@ -265,9 +293,17 @@ def _at_home(path: str, image: FileRecord, images: Images) -> None:
         raise Refusal(121, "the image that it fits is another patient's than the images closest to it by folder")
 
 
+def _same_name(path: str, target: str, images: Images) -> None:
+    """Refuse an image of several patients' whose folders all have other names than a mask's: its own may be missing."""
+    own, other = set(own_folders(path)), set(own_folders(target))
+    if images.patients > 1 and own and other and not own & other:
+        raise Refusal(121, "the image that it fits lies in a folder of another name, and the export has several patients")
+
+
 def _may_be_its_own(path: str, target: str, images: Images) -> None:
     """Refuse a volume that fits by its grid alone: those of many patients in one space, or of one scanner, lie on the same."""
     _at_home(path, images[target], images)
+    _same_name(path, target, images)
     if images[target].kind == "volume" and not set(own_folders(path)) & set(own_folders(target)):
         raise Refusal(121, "the volume on its grid has another name and lies in a folder of another name")
 

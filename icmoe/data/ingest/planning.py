@@ -27,6 +27,8 @@ class Planned:
         Fingerprint of all that goes into its result.
     patient, number
         Whose it is, and the hash of the bare number where its issuer is named.
+    study
+        Keyed hash of the study, empty where no file names it.
     modality
         Of its first file.
     planes
@@ -38,6 +40,7 @@ class Planned:
     mark: str
     patient: str
     number: str
+    study: str
     modality: str
     planes: tuple[Plane | None, ...]
     job: SeriesJob
@@ -105,7 +108,7 @@ def _series(series: str, members: list[tuple[str, FileRecord]], files: Catalogue
     if frames:
         frames = ordered(frames)
         mark, job = _job(series, frames, dict(members), uses, files, site)
-        yield Planned(mark, owner, first.number, first.modality, tuple(place.plane for _, _, place in frames), job)
+        yield Planned(mark, owner, first.number, first.study, first.modality, tuple(place.plane for _, _, place in frames), job)
 
 
 def _job(

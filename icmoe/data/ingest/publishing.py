@@ -18,7 +18,7 @@ from icmoe.data.ingest.planning import Planned, spacing_of
 from icmoe.data.ingest.records import FrameResult, Plane
 
 SCHEMA = """
-create table run.planned (id text primary key, patient, number, modality, planes);
+create table run.planned (id text primary key, patient, number, study, modality, planes);
 create table run.left_out (step integer, record text);
 create table run.shown (picture, patient);
 """
@@ -63,8 +63,8 @@ class Publication:
         if isinstance(planned, LeftOut):
             self._leave_out(PLANNED, [planned])
             return
-        row = planned.job.series, planned.patient, planned.number, planned.modality, json.dumps(planned.planes)
-        self._connection.execute("insert into run.planned values (?, ?, ?, ?, ?)", row)
+        row = planned.job.series, planned.patient, planned.number, planned.study, planned.modality, json.dumps(planned.planes)
+        self._connection.execute("insert into run.planned values (?, ?, ?, ?, ?, ?)", row)
 
     def write(self, split_of: Callable[[str, str], str]) -> None:
         """Publish frames, reasons and what is gone in one transaction.
@@ -118,7 +118,10 @@ class Publication:
         query = """select picture, patient from run.shown where picture in
             (select picture from run.shown group by picture having count(*) > 1)"""
         patients = {patient: splits[patient] for (patient,) in self._connection.execute("select distinct patient from run.shown")}
-        copies = Copies(patients, self._connection.execute(query))
+        studies = (
+            "select distinct study, patient from run.planned where study <> '' and patient in (select patient from run.shown)"
+        )
+        copies = Copies(patients, self._connection.execute(query), self._connection.execute(studies))
         for series in self._series():
             kept = []
             for place, (_, result) in enumerate(series.usable):

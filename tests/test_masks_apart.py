@@ -1,0 +1,144 @@
+"""Masks that speak of the same images, or seem to: none makes background of what another marks, none lands on another's image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from dicom_builders import MASKS, VOLUME, contour, item, numbers, put, same, save, scaled, segmentation, structures, used, volume
+from exports import export_of, taken
+from PIL import Image
+from pydicom.dataset import Dataset
+from test_ingest_masks import TWO, as_nifti, square
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+ANOTHER = np.random.default_rng(7).integers(0, 3000, VOLUME.shape).astype(np.uint16)
+BOX = (2.4, 3.4, 12.6, 15.6)
+FILLED = np.zeros((20, 24), np.uint8)
+FILLED[3:13, 4:16] = 1
+
+
+def references(sources: Sequence[Dataset]) -> list[Dataset]:
+    return [item(ReferencedSOPClassUID=one.SOPClassUID, ReferencedSOPInstanceUID=one.SOPInstanceUID) for one in sources]
+
+
+def drawn(sources: Sequence[Dataset], *slices: int, listed: Sequence[Dataset] = (), name: str = "lesion") -> Dataset:
+    contours = [contour(square(sources[number], *BOX), sources[number]) for number in slices]
+    return structures(contours, listed=listed, space=sources[0].FrameOfReferenceUID, name=name)
+
+
+def test_what_one_mask_only_lists_another_one_marks(tmp_path: Path):
+    sources = volume(VOLUME)
+    put(tmp_path, [*sources, segmentation(sources, MASKS, "BINARY"), drawn(sources, 4)])
+    assert same(used(tmp_path)[1], [*MASKS[:4], FILLED])
+
+
+def test_contours_that_list_a_series_leave_its_other_slices_to_a_volume(tmp_path: Path):
+    sources = volume(VOLUME)
+    put(tmp_path, [*sources, drawn(sources, 1, listed=sources)])
+    nibabel.save(as_nifti(MASKS, (2, 1, 0), []), tmp_path / "export/m.nii.gz")
+    assert same(used(tmp_path)[1], [MASKS[0], FILLED, *MASKS[2:]])
+
+
+def test_two_forms_that_mark_two_classes_are_both_used(tmp_path: Path):
+    sources = volume(VOLUME)
+    put(tmp_path, [*sources, segmentation(sources, MASKS, "BINARY"), drawn(sources, 2, name="edema")])
+    want = MASKS.copy()
+    want[2] = np.maximum(want[2], 2 * FILLED)
+    assert same(used(tmp_path, TWO)[1], want)
+
+
+def registered(sources: Sequence[Dataset]) -> list[Dataset]:
+    """Return another series of the same body in the same place."""
+    one = sources[0]
+    return volume(ANOTHER, FrameOfReferenceUID=one.FrameOfReferenceUID, StudyInstanceUID=one.StudyInstanceUID)
+
+
+@pytest.mark.parametrize("form", ["seg", "contours"])
+def test_a_listed_image_in_whose_place_something_is_marked_is_no_background(form: str, tmp_path: Path):
+    sources = volume(VOLUME)
+    other = registered(sources)
+    if form == "seg":
+        made = segmentation(sources, MASKS, "BINARY")
+        made.ReferencedSeriesSequence.append(
+            item(SeriesInstanceUID=other[0].SeriesInstanceUID, ReferencedInstanceSequence=references(other))
+        )
+    else:
+        made = drawn(sources, 1, 2, 3, listed=[*sources, *other])
+    put(tmp_path, [*sources, *other, made])
+    classes, data = used(tmp_path)[1:]
+    marked = [one for one in classes if one.any()]
+    assert len(marked) == 3
+    assert len(classes) == 7, "the three slices of the other series where something is marked are not used"
+    assert numbers(data) == [124]
+
+
+@pytest.mark.parametrize("number", ["Doe 01", ""])
+def test_patients_of_one_study_are_one_person(number: str, tmp_path: Path):
+    sources = volume(VOLUME)
+    one = sources[0]
+    shown = volume(ANOTHER, StudyInstanceUID=one.StudyInstanceUID, PatientID=number)
+    for at in range(6):
+        place = tmp_path / str(at)
+        put(place, [*sources, *shown], "i{}")
+        masks = [segmentation(of, MASKS, "BINARY") for of in (sources, shown)]
+        put(place, masks, "m{}")
+        data = taken(export_of(place / "export", place / "kept", shares=(0.5, 0.0, 0.5)))
+        assert len({part.split for part in data.slices}) == 1
+        assert len({part.patient for part in data.slices}) == 2 or [each for each in numbers(data) if each != 108] == [127] * 5
+
+
+def test_a_mask_in_a_folder_of_another_name_than_all_images_is_nobodys(tmp_path: Path):
+    for name, seed in (("P2", 2), ("P3", 3)):
+        shown = np.random.default_rng(seed).integers(0, 3000, VOLUME.shape).astype(np.uint16)
+        put(tmp_path, volume(shown, PatientID=name, origin=(-20.0, -30.0, 40.0 if name == "P2" else 43.0)), name + "/dicom/{}")
+    (tmp_path / "export/P1/dicom").mkdir(parents=True)
+    (tmp_path / "export/P1/dicom/0").write_bytes(b"\0" * 128 + b"DICM" + b"broken")
+    nibabel.save(as_nifti(MASKS, (2, 1, 0), []), tmp_path / "export/P1/mask.nii.gz")
+    data = used(tmp_path)[2]
+    assert not data.slices
+    assert 121 in numbers(data)
+    (tmp_path / "export/P1/mask.nii.gz").rename(tmp_path / "export/P2/mask.nii.gz")
+    assert same(used(tmp_path)[1], MASKS)
+
+
+def test_a_picture_of_marks_in_a_folder_of_another_name_than_its_image_is_nobodys(tmp_path: Path):
+    for name, first in (("P2", 0), ("P3", 5)):
+        shown = volume(np.random.default_rng(first).integers(0, 3000, VOLUME.shape).astype(np.uint16), PatientID=name)
+        for number, data in enumerate(shown):
+            save(data, tmp_path / f"export/images/{name}/{first + number}.dcm")
+    (tmp_path / "export/masks/P1").mkdir(parents=True)
+    for number in range(5):
+        Image.fromarray(MASKS[number]).save(tmp_path / f"export/masks/P1/{number}.png")
+    data = used(tmp_path)[2]
+    assert not data.slices
+    assert 121 in numbers(data)
+    (tmp_path / "export/masks/P1").rename(tmp_path / "export/masks/P2")
+    assert same(used(tmp_path)[1], MASKS)
+
+
+def test_a_label_map_beside_a_series_does_not_take_its_mask(tmp_path: Path):
+    put(tmp_path, volume(VOLUME, PatientID="P1"), "P1/dicom/{}")
+    nibabel.save(as_nifti(MASKS, (2, 1, 0), []), tmp_path / "export/P1/lesion.nii.gz")
+    many = np.arange(MASKS.size).reshape(MASKS.shape) % 45
+    nibabel.save(as_nifti(many, (2, 1, 0), []), tmp_path / "export/P1/aseg.nii.gz")
+    data = used(tmp_path)[2]
+    assert not data.slices
+    assert 122 in numbers(data)
+    assert same(used(tmp_path, exclude=("*/aseg.nii.gz",))[1], MASKS)
+
+
+def test_contours_without_references_belong_to_the_visit_of_their_study(tmp_path: Path):
+    first = volume(VOLUME)
+    later = volume(ANOTHER, FrameOfReferenceUID=first[0].FrameOfReferenceUID)
+    made = structures([contour(square(first[1], *BOX))], space=first[0].FrameOfReferenceUID)
+    put(tmp_path, [*later, *first, made])
+    assert numbers(used(tmp_path)[2]) == [108, 122, 124, 124]
+    made.StudyInstanceUID = first[0].StudyInstanceUID
+    put(tmp_path, [*later, *first, made])
+    pictures, classes, _ = used(tmp_path)
+    assert same(classes, [FILLED])
+    assert same(pictures, scaled([VOLUME[1]]))
