@@ -142,3 +142,27 @@ def test_contours_without_references_belong_to_the_visit_of_their_study(tmp_path
     pictures, classes, _ = used(tmp_path)
     assert same(classes, [FILLED])
     assert same(pictures, scaled([VOLUME[1]]))
+
+
+def test_all_sequences_of_a_case_share_its_mask(tmp_path: Path):
+    for case in ("BraTS_001", "BraTS_0012"):
+        for seed, sequence in enumerate(("t1", "t1ce", "t2", "flair")):
+            shown = np.random.default_rng([seed, len(case)]).integers(0, 3000, VOLUME.shape).astype(np.int16)
+            path = tmp_path / f"export/{case}/{case}_{sequence}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nibabel.save(as_nifti(shown, (2, 1, 0), [], np.int16), path)
+        nibabel.save(as_nifti(MASKS, (2, 1, 0), []), tmp_path / f"export/{case}/{case}_seg.nii.gz")
+    _, classes, data = used(tmp_path)
+    assert len({part.patient for part in data.slices}) == 2
+    assert sum(map(np.count_nonzero, classes)) == 8 * np.count_nonzero(MASKS)
+    assert not numbers(data)
+
+
+def test_a_volume_for_each_class_is_one_mask(tmp_path: Path):
+    put(tmp_path, volume(VOLUME))
+    edema = np.roll(MASKS, 6, axis=2) * 2
+    for name, masks in (("lesion", MASKS), ("edema", edema)):
+        nibabel.save(as_nifti(masks, (2, 1, 0), []), tmp_path / f"export/{name}.nii.gz")
+    assert same(used(tmp_path, TWO)[1], np.maximum(MASKS, edema))
+    nibabel.save(as_nifti(edema.clip(0, 1), (2, 1, 0), []), tmp_path / "export/edema.nii.gz")
+    assert 122 in numbers(used(tmp_path, TWO)[2]), "two readings of one class"

@@ -192,10 +192,11 @@ class _Masks:
         self._job = job
         self._open: dict[str, Any] = {}
         self._within: dict[str, float] = {}
+        self._marks: dict[str, set[int]] = {}
 
     def classes(self, frame: Wanted, shape: tuple[int, int]) -> Classes:
         """Return the class of every pixel of a frame as stored, before it is turned upright."""
-        classes = np.zeros(shape, dtype=np.uint8)
+        classes, others = np.zeros(shape, dtype=np.uint8), set[int]()
         for place, use in enumerate(frame.uses):
             match use.form:
                 case "volume":
@@ -205,10 +206,21 @@ class _Masks:
                 case form:
                     reader = module_of(MASKS[form])
                     own = reader.draw(self._once(use.path, reader.opened), use.patches, use.grids, frame.plane, shape)
-            if place and _are_two_readings(classes, own, whole=use.form in {"volume", "picture"}):
+            named = self._classes_in(use)
+            apart = use.form == "volume" and not named & others  # a file for each class
+            if place and not apart and _are_two_readings(classes, own, whole=use.form in {"volume", "picture"}):
                 raise Refusal(122, TWO_READINGS)
+            others |= named
             np.maximum(classes, own, out=classes)
         return classes
+
+    def _classes_in(self, use: Use) -> set[int]:
+        """Return the classes that a mask marks on any image, as far as that is known."""
+        if use.form != "volume":
+            return {patch.label for patch in use.patches}
+        if use.path not in self._marks:
+            self._marks[use.path] = set(np.flatnonzero(np.bincount(self._open[use.path].ravel()))[1:].tolist())
+        return self._marks[use.path]
 
     def _volume(self, use: Use, shape: tuple[int, int]) -> Classes:
         voxels = self._once(use.path, lambda path: self._named(read_volume(path)[0]))

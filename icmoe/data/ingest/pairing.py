@@ -253,7 +253,7 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
             folders[image.series] = target
     volumes = {name: target for name, target in folders.items() if images[target].kind == "volume"}
     named = {name: target for name, target in volumes.items() if stem(target) == stem(path)}
-    channels = {name: target for name, target in volumes.items() if case(target) == stem(path)}
+    channels = {name: target for name, target in volumes.items() if case(target) == stem(path) or _is_sequence(target, path)}
     owned = {name: target for name, target in folders.items() if images[target].patient == record.patient}
     beside = any(
         target not in volumes.values() and set(own_folders(target)) & set(own_folders(path)) for target in folders.values()
@@ -268,6 +268,13 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     if not (named or channels or owned):
         _may_be_its_own(path, folders[best[0]], images)
     return {key: use for name in best for key, use in series[name].items()}
+
+
+def _is_sequence(target: str, path: str) -> bool:
+    """Return whether a volume is a sequence of a mask's case as BraTS names them: X_t1 and X_flair beside X_seg in one folder."""
+    return PurePosixPath(target).parent == PurePosixPath(path).parent and stem(target).startswith(
+        (f"{stem(path)}_", f"{stem(path)}-")
+    )
 
 
 def _by_name(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
