@@ -343,11 +343,14 @@ def forget(
 
     with exit_on_fault():
         chosen = _chosen(context)
-        frames, features = forget_patient(chosen.path, chosen.site, patient)
+        frames, features, others = forget_patient(chosen.path, chosen.site, patient)
         line = f"{frames} images and {features} cached views removed; the patient is not read again."
         if not frames:
             line = "No image of this patient was in use here: check the number. Files that bear it are not read from now on."
         Console().print(line, highlight=False, soft_wrap=True)
+        if others:
+            line = f"Equal pictures are there under {', '.join(others)}: forget them too if it is the same person."
+            Console().print(line, highlight=False, soft_wrap=True)
 
 
 def _chosen(context: typer.Context) -> Chosen:

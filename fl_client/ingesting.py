@@ -26,7 +26,7 @@ from icmoe.data.ingest.index import in_use
 from icmoe.data.ingest.page import PAGE, drop_report, quality_report
 from icmoe.data.ingest.pseudonyms import SECRET_FILE
 from icmoe.data.ingest.quality import quality_record
-from icmoe.data.ingest.run import Export, forget, gone_digests, ingest, stores_in
+from icmoe.data.ingest.run import Export, forget, gone_digests, ingest, sharing, stores_in
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Study
 
@@ -95,8 +95,10 @@ def encode_site(path: Path, name: str, reports: list[dict[str, Any]]) -> None:
             report["encoded"] = encode_ingested(path, settings, study, on_progress=on_progress)
 
 
-def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int]:
-    """Take a patient out of every index, those of withdrawn studies too; return how many images and cached views went.
+def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int, list[str]]:
+    """Take a patient out of every index, those of withdrawn studies too.
+
+    Return how many images and cached views went, and who else has some of the pictures (`sharing`).
 
     Raises
     ------
@@ -111,8 +113,9 @@ def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int]:
     stores = stores_in(folder)
     for store in stores:
         drop_report(store)  # it shows the patient
+    others = sharing(folder, patient)
     frames = forget(folder, patient)
-    return frames, sum(_drop_features(path, settings, store) for store in stores)
+    return frames, sum(_drop_features(path, settings, store) for store in stores), others
 
 
 def files_named(path: Path, name: str, wanted: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from pathlib import Path
 
@@ -162,3 +163,12 @@ def test_a_patient_may_be_forgotten_before_any_study_is_approved(site: Path) -> 
 def test_forgetting_needs_an_ingest(site: Path) -> None:
     site.write_text('name = "Elm"\ndata = "export"\n')
     assert "ICM203" in command(site, "forget", "one")
+
+
+def test_forgetting_names_who_else_has_the_pictures(site: Path) -> None:
+    write_series(site.parent / "export/c", "one again", seed=1)
+    ingest(site)
+    (other,) = re.findall(r"P-[0-9a-f]{16}", command(site, "forget", "one"))
+    assert other in ingest(site), "the pictures are used under the other number now"
+    assert "3 images" in command(site, "forget", other)
+    assert "1 patient\n" in ingest(site)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from icmoe.data.ingest.refusals import Refusal
-from icmoe.data.ingest.run import SPLITS
+from icmoe.data.ingest.run import SAME_PICTURE, SPLITS
 
 COMMON = 5
 """Patients from whom on an equal picture says nothing about a person, such as a logo, nor does a study that a system named."""
@@ -54,7 +54,7 @@ class Copies:
             self._kept[picture] = patient
             return None
         other = self._kept[picture]
-        return Refusal(125, "a copy of it is used" if other == patient else f"{other} has the same picture")
+        return Refusal(125, "a copy of it is used" if other == patient else f"{other}{SAME_PICTURE}")
 
 
 def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, set[str]]:

@@ -27,6 +27,8 @@ from icmoe.study import Label
 SPLITS = ("train", "val", "test")
 PACKAGES = ("pydicom", "highdicom", "nibabel", "pylibjpeg", "libjpeg", "openjpeg", "rle", "jpeg_ls")
 """What the extra `dicom` installs, by import name."""
+SAME_PICTURE = " has the same picture"
+"""After a patient's pseudonym: why a frame of another one is left out."""
 BATCH_FILES = 64
 DEADLINE_S = 600.0
 HELD = """insert or ignore into held select json_extract(result.value, '$.entry') from series, json_each(series.results) result
@@ -175,6 +177,25 @@ def forget(folder: Path, patient: str) -> int:
     name = pseudonym_of(patient, site_pseudonyms(folder))
     forget_name(folder, name)
     return sum(_forget_in(store, name) for store in stores_in(folder))
+
+
+def sharing(folder: Path, patient: str) -> list[str]:
+    """Return the pseudonyms under which the export holds equal pictures of a patient, who may have another number there.
+
+    Parameters
+    ----------
+    folder, patient
+        As for `forget`, before it is called.
+    """
+    from icmoe.data.ingest.pseudonyms import pseudonym_of, site_pseudonyms
+
+    name, found = pseudonym_of(patient, site_pseudonyms(folder)), set[str]()
+    for store in stores_in(folder):
+        for one in index.published(store)[1]:
+            kept = one.why.removesuffix(SAME_PICTURE)
+            if kept != one.why and name in {kept, one.patient}:
+                found |= {kept, one.patient}
+    return sorted(found - {name})
 
 
 def _forget_in(store: Path, name: str) -> int:
