@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import highdicom as hd
 import nibabel
 import numpy as np
 import pytest
@@ -166,3 +167,23 @@ def test_a_volume_for_each_class_is_one_mask(tmp_path: Path):
     assert same(used(tmp_path, TWO)[1], np.maximum(MASKS, edema))
     nibabel.save(as_nifti(edema.clip(0, 1), (2, 1, 0), []), tmp_path / "export/edema.nii.gz")
     assert 122 in numbers(used(tmp_path, TWO)[2]), "two readings of one class"
+
+
+@pytest.mark.parametrize("step_mm", [10.0, 3.0, 5.0])
+def test_images_within_a_thicker_slice_of_a_mask_are_no_background(step_mm: float, tmp_path: Path):
+    sources = volume(VOLUME)
+    start = np.asarray(sources[0].ImagePositionPatient, float)
+    places = [start + np.asarray([0.0, 0.0, height]) for height in np.arange(5.0, 20.1, step_mm)]
+    made = segmentation(
+        sources,
+        np.ones((len(places), 20, 24), np.uint8),
+        "BINARY",
+        plane_positions=[hd.PlanePositionSequence("PATIENT", list(place)) for place in places],
+        plane_orientation=hd.PlaneOrientationSequence("PATIENT", [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]),
+        pixel_measures=hd.PixelMeasuresSequence([1.0, 1.5], step_mm, step_mm),
+    )
+    put(tmp_path, [*sources, made])
+    data = used(tmp_path)[2]
+    empty = [part for part in data.slices if part.classes == (0,)]
+    assert len(empty) == (0 if step_mm == 10.0 else 1), "the first slice lies before the mask, or at its edge"
+    assert len(data.slices) - len(empty) == {10.0: 2, 3.0: 2, 5.0: 4}[step_mm]

@@ -12,14 +12,14 @@ from pathlib import PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
+from icmoe.data.ingest.background import OFF_PLANE_MM, not_background
 from icmoe.data.ingest.catalogue import Catalogue, Key, Use
 from icmoe.data.ingest.forms import MASKS
-from icmoe.data.ingest.geometry import OFF_GRID_PX, Grid, grid_between, height_mm, matrix_of, normal, parallel, plane_matrix
+from icmoe.data.ingest.geometry import OFF_GRID_PX, Grid, grid_between, height_mm, matrix_of, parallel, plane_matrix
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.refusals import Refusal
 from icmoe.data.ingest.walking import case, own_folders, stem
 
-OFF_PLANE_MM = 0.5
 ROUNDED = 1e-3
 """How far the planes of two copies of an image may differ: millimetres, and lengths of directions."""
 
@@ -145,26 +145,9 @@ def _by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Us
     if off and not placed:
         raise Refusal(121, "none of the images that it refers to lies in the plane of its marks")
     _same_patient(record, images, found)
-    silent = _unknown(record, [key for key, parts in found.items() if not parts], images)
+    places = {(path, n): images[path].frames[n].plane for (path, n), parts in found.items() if not parts}
+    silent = not_background(record, {key: plane for key, plane in places.items() if images[key[0]].space == record.space != ""})
     return {key: _use(path, record, parts) for key, parts in found.items() if key not in silent}
-
-
-def _unknown(record: FileRecord, unmarked: Sequence[Key], images: Images) -> set[Key]:
-    """Return the listed frames in whose plane something is marked on another image: these are no background.
-
-    As with a registered series or a second phase that a mask only names.
-    """
-    planes = [patch.plane for patch in record.patches if patch.plane is not None]
-    points_N3 = np.asarray([plane[:3] for plane in planes]).reshape(-1, 3)
-    found = set()
-    for path, frame in unmarked:
-        plane = images[path].frames[frame].plane
-        if plane is None or images[path].space != record.space or not record.space:
-            continue
-        near_N = np.abs((points_N3 - plane[:3]) @ normal(plane)) <= OFF_PLANE_MM
-        if any(_same_plane(record, planes[at], plane) for at in np.flatnonzero(near_N)):
-            found.add((path, frame))
-    return found
 
 
 def _same_patient(record: FileRecord, images: Images, found: Iterable[Key]) -> None:

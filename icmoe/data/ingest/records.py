@@ -104,6 +104,8 @@ class FileRecord(Record):
     """Of a volume: rows 1 to 3 of the matrix from voxel index to DICOM's axes, mm."""
     patches: tuple[Patch, ...] = ()
     """Of a form of `MASKS`."""
+    step_mm: float = 0.0
+    """Of a SEG object: distance of its frames, else their thickness; 0 where unknown."""
     listed: tuple[str, ...] = ()
     """Keyed hashes of the instances that a mask says it was drawn on: without a patch they are background."""
 

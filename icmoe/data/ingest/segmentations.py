@@ -12,7 +12,17 @@ from pydicom.dataset import Dataset
 from pydicom.pixels import pixel_array
 
 from icmoe.data.ingest.geometry import Grid, share_within
-from icmoe.data.ingest.headers import EMPTY, group_plane, identity, integer, named_patient, referenced_frames, sequence, text
+from icmoe.data.ingest.headers import (
+    EMPTY,
+    group_plane,
+    identity,
+    integer,
+    named_patient,
+    numeric,
+    referenced_frames,
+    sequence,
+    text,
+)
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pseudonyms import Pseudonyms
@@ -66,6 +76,7 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
             columns=int(seg.Columns),
             patches=tuple(_patches(seg, known, hashes)),
             listed=tuple(sorted(set(listed_instances(seg, hashes)))),
+            step_mm=_step_mm(seg),
             **(identity(seg, hashes) | named_patient(seg, hashes)),
         )
 
@@ -224,6 +235,14 @@ def _groups(seg: Dataset) -> tuple[Sequence[Dataset], Dataset]:
     """Return what is said of each frame, and of all."""
     shared = sequence(seg, "SharedFunctionalGroupsSequence") or [EMPTY]
     return sequence(seg, "PerFrameFunctionalGroupsSequence"), shared[0]
+
+
+def _step_mm(seg: Dataset) -> float:
+    """Return how far one frame is from the next or how thick it is, 0 where the object does not say."""
+    groups, shared = _groups(seg)
+    measures = [item for place in (shared, *groups[:1]) for item in sequence(place, "PixelMeasuresSequence")[:1]]
+    said = [numeric(item, name) for item in measures for name in ("SpacingBetweenSlices", "SliceThickness")]
+    return next((value for value in said if value > 0.0), 0.0)
 
 
 def _segment(own: Dataset, shared: Dataset) -> int:

@@ -1,0 +1,45 @@
+"""Which of the images that a mask only lists are background: those where nothing is marked, on them or around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from icmoe.data.ingest.catalogue import Key
+from icmoe.data.ingest.forms import MASKS
+from icmoe.data.ingest.geometry import normal, parallel
+from icmoe.data.ingest.records import FileRecord, Plane
+
+OFF_PLANE_MM = 0.5
+"""How far a mark may lie from the plane that it is on."""
+
+
+def not_background(record: FileRecord, unmarked: Mapping[Key, Plane | None]) -> set[Key]:
+    """Return the listed frames in whose plane, or around it, something is marked on another image.
+
+    As with a registered series or a second phase that a mask only names, and with a SEG object of thicker slices.
+
+    Parameters
+    ----------
+    record
+        Of the mask.
+    unmarked
+        Planes of listed frames in its frame of reference on which it marks nothing.
+    """
+    planes = [patch.plane for patch in record.patches if patch.plane is not None]
+    points_N3 = np.asarray([plane[:3] for plane in planes]).reshape(-1, 3)
+    reach_mm = max(OFF_PLANE_MM, record.step_mm / 2.0 if _is_apart(planes, record.step_mm) else 0.0) + 1e-3
+    found = set()
+    for key, plane in unmarked.items():
+        if plane is not None:
+            near_N = np.abs((points_N3 - plane[:3]) @ normal(plane)) <= reach_mm
+            if any(MASKS[record.kind].on_planes or parallel(planes[at], plane) for at in np.flatnonzero(near_N)):
+                found.add(key)
+    return found
+
+
+def _is_apart(planes: Sequence[Plane], step_mm: float) -> bool:
+    """Return whether the frames of a SEG object lie a step apart or more: slices that overlap say less of those between."""
+    heights = np.unique(np.round([np.dot(normal(planes[0]), plane[:3]) for plane in planes], 2)) if planes else np.empty(0)
+    return len(heights) > 1 and float(np.diff(heights).min()) >= 0.99 * step_mm > 0.0
