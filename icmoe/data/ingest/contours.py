@@ -1,4 +1,4 @@
-"""RTSTRUCT: closed planar contours in patient coordinates, filled on the pixels whose centres they enclose."""
+"""RTSTRUCT: closed planar contours in patient coordinates, filled on the pixels whose centres they enclose or pass through."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ from icmoe.data.ingest.refusals import OFF_IMAGE
 
 OFF_PLANE_MM = 0.5
 """How far a contour may lie from the image that it refers to."""
+ON_OUTLINE_PX = 1e-3
+"""How far from an outline, along a row or a column, a pixel's centre lies on it."""
+MAX_OUTLINE_PX = 2**22
+TOO_LARGE = "contour is far larger than its image"
 XOR = "CLOSEDPLANAR_XOR"
 CLOSED = frozenset({"CLOSED_PLANAR", XOR})
 """Types of contours that enclose something."""
@@ -31,6 +35,22 @@ class Outline(NamedTuple):
 
     points_N3: npt.NDArray[np.float64]
     xor: bool
+
+
+class Filled(NamedTuple):
+    """What one contour marks on an image, H x W: the pixels whose centres lie within it, and those whose centres it runs through.
+
+    Both belong to its region, also where it leaves a hole: systems that trace a mask draw through the centres of the mask's
+    outermost pixels, around a hole as well.
+    """
+
+    inside: npt.NDArray[np.bool_]
+    on_outline: npt.NDArray[np.bool_]
+
+    @property
+    def all(self) -> npt.NDArray[np.bool_]:
+        """Both together."""
+        return self.inside | self.on_outline
 
 
 def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -> FileRecord:
@@ -119,20 +139,21 @@ def draw(
     """
     del grids
     classes = np.zeros(shape, dtype=np.uint8)
-    regions: dict[tuple[int, int], dict[bytes, tuple[npt.NDArray[np.bool_], bool]]] = {}
+    regions: dict[tuple[int, int], dict[bytes, tuple[Filled, bool]]] = {}
     for patch in patches:
         assert plane is not None
         outline = outlines[patch.number]
         filled = fill(outline.points_N3, plane, shape)
         parts = regions.setdefault((patch.label, patch.group), {})
-        parts.setdefault(filled.tobytes(), (filled, outline.xor))  # written twice, it is no hole in itself
+        key = filled.inside.tobytes() + filled.on_outline.tobytes()
+        parts.setdefault(key, (filled, outline.xor))  # written twice, it is no hole in itself
     for (label, _), parts in regions.items():
         marked = joined(parts.values())
         classes[marked] = np.maximum(classes[marked], label)
     return classes
 
 
-def joined(parts: Iterable[tuple[npt.NDArray[np.bool_], bool]]) -> npt.NDArray[np.bool_]:
+def joined(parts: Iterable[tuple[Filled, bool]]) -> npt.NDArray[np.bool_]:
     """Return what the contours of one region mark on an image: one within another leaves a hole (PS3.3 C.8.8.6.3).
 
     Contours that overlap in part are one area, except those of type `XOR`.
@@ -140,17 +161,23 @@ def joined(parts: Iterable[tuple[npt.NDArray[np.bool_], bool]]) -> npt.NDArray[n
     Parameters
     ----------
     parts
-        At least one: the pixels within a contour, H x W, and whether it is of type `XOR`.
+        At least one: what a contour marks, and whether it is of type `XOR`.
     """
-    (region, _), *further = sorted(parts, key=lambda part: -np.count_nonzero(part[0]))  # an outline before what lies in it
+    (outermost, _), *further = sorted(parts, key=_largest_first)  # an outline before what lies in it
+    region = outermost.all
     for filled, xor in further:
-        inside, size = np.count_nonzero(region & filled), np.count_nonzero(filled)
-        region = region ^ filled if xor or inside in {0, size} else region | filled
+        within = not (filled.all & ~region).any()
+        apart = not (filled.inside & region).any()
+        region = ((region ^ filled.inside) if xor or within or apart else (region | filled.inside)) | filled.on_outline
     return region
 
 
-def fill(points_N3: npt.NDArray[np.float64], plane: Plane, shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
-    """Return the pixels whose centres a contour encloses.
+def _largest_first(part: tuple[Filled, bool]) -> tuple[int, int]:
+    return -int(np.count_nonzero(part[0].all)), -int(np.count_nonzero(part[0].inside))
+
+
+def fill(points_N3: npt.NDArray[np.float64], plane: Plane, shape: tuple[int, int]) -> Filled:
+    """Return the pixels whose centres a contour encloses or runs through, wherever it starts and whichever way it goes.
 
     Parameters
     ----------
@@ -166,24 +193,66 @@ def fill(points_N3: npt.NDArray[np.float64], plane: Plane, shape: tuple[int, int
     Refusal
         121 where the contour does not lie in the image's plane or mostly outside the image.
     """
-    from matplotlib.path import Path as Outline  # slow to import, and most exports have no contours
+    points_N2 = _on_plane(points_N3, plane)
+    inside_N2, outline_N2 = _enclosed(points_N2), _run_through(points_N2)
+    marked_N2 = np.concatenate([inside_N2, outline_N2])
+    if len(marked_N2) and _on_image(marked_N2, shape).mean() < 0.5:
+        raise Refusal(121, OFF_IMAGE)
+    on_outline = _mask(outline_N2, shape)
+    return Filled(_mask(inside_N2, shape) & ~on_outline, on_outline)
 
+
+def _on_plane(points_N3: npt.NDArray[np.float64], plane: Plane) -> npt.NDArray[np.float64]:
+    """Return the points as rows and columns of the image."""
     homogeneous = np.column_stack([points_N3, np.ones(len(points_N3))])
     where = np.linalg.inv(plane_matrix(plane)) @ homogeneous.T
     if np.abs(where[2]).max() > OFF_PLANE_MM:
         raise Refusal(121, f"contour lies {np.abs(where[2]).max():.1f} mm off the plane of its image")
-    low, high = np.floor(where[:2].min(axis=1)).astype(int), np.ceil(where[:2].max(axis=1)).astype(int)
+    return np.asarray(where[:2].T)
+
+
+def _enclosed(points_N2: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Return the pixels, rows and columns, whose centres lie within; those on the outline come out either way."""
+    from matplotlib.path import Path as Outline  # slow to import, and most exports have no contours
+
+    low, high = np.floor(points_N2.min(axis=0)).astype(int), np.ceil(points_N2.max(axis=0)).astype(int)
     if np.prod((high - low + 1).astype(float)) > 2**26:
-        raise Refusal(121, "contour is far larger than its image")
+        raise Refusal(121, TOO_LARGE)
     rows, columns = np.mgrid[low[0] : high[0] + 1, low[1] : high[1] + 1]
-    inside = Outline(where[:2].T).contains_points(np.column_stack([rows.ravel(), columns.ravel()]))
-    rows, columns = rows.ravel()[inside], columns.ravel()[inside]
-    on_image = (rows >= 0) & (rows < shape[0]) & (columns >= 0) & (columns < shape[1])
-    if rows.size and on_image.mean() < 0.5:
-        raise Refusal(121, OFF_IMAGE)
-    filled = np.zeros(shape, dtype=bool)
-    filled[rows[on_image], columns[on_image]] = True
-    return filled
+    pixels_N2 = np.column_stack([rows.ravel(), columns.ravel()])
+    return np.asarray(pixels_N2[Outline(points_N2).contains_points(pixels_N2)])
+
+
+def _run_through(points_N2: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Return the pixels, rows and columns, whose centres lie on the closed line through some points.
+
+    Each edge is followed along the axis on which it is longest, whole pixel by whole pixel: of those its centres are.
+    """
+    way_N2 = np.roll(points_N2, -1, axis=0) - points_N2
+    edges = np.arange(len(points_N2))
+    axis = np.abs(way_N2).argmax(axis=1)
+    start, way = points_N2[edges, axis], way_N2[edges, axis]
+    first = np.ceil(np.minimum(start, start + way) - ON_OUTLINE_PX)
+    counts = np.maximum(np.floor(np.maximum(start, start + way) + ON_OUTLINE_PX) - first + 1, 0).astype(np.int64)
+    if counts.sum() > MAX_OUTLINE_PX:
+        raise Refusal(121, TOO_LARGE)
+    edge = np.repeat(edges, counts)
+    steps = np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts, counts)
+    share = (first[edge] + steps - start[edge]) / np.where(way == 0.0, 1.0, way)[edge]
+    on_line_N2 = points_N2[edge] + np.clip(share, 0.0, 1.0)[:, None] * way_N2[edge]
+    pixels_N2 = np.rint(on_line_N2).astype(np.int64)
+    return np.unique(pixels_N2[np.abs(on_line_N2 - pixels_N2).max(axis=1) <= ON_OUTLINE_PX], axis=0)
+
+
+def _on_image(pixels_N2: npt.NDArray[np.int64], shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    return np.asarray(((pixels_N2 >= 0) & (pixels_N2 < shape)).all(axis=1))
+
+
+def _mask(pixels_N2: npt.NDArray[np.int64], shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    rows, columns = pixels_N2[_on_image(pixels_N2, shape)].T
+    mask = np.zeros(shape, dtype=bool)
+    mask[rows, columns] = True
+    return mask
 
 
 def _regions(data: Dataset) -> dict[int, list[str]]:

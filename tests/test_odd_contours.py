@@ -1,0 +1,94 @@
+"""Contours as systems draw them: through the centres of pixels, either way round, or around nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_builders import VOLUME, contour, put, same, used, volume
+from hypothesis import given
+from hypothesis import strategies as st
+from pydicom.dataset import Dataset
+from test_ingest_masks import square
+from test_odd_masks import EMPTY, drawn
+
+from icmoe.data.ingest.contours import Filled, fill, joined
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+FLAT = (0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0)
+SHAPE = (9, 9)
+POLYGON = st.lists(st.tuples(st.integers(0, 16), st.integers(0, 16)), min_size=1, max_size=9)
+"""Corners in half pixels."""
+
+
+def filled(corners: Sequence[tuple[float, float]]) -> Filled:
+    return fill(np.asarray([(column, row, 0.0) for row, column in corners], float), FLAT, SHAPE)
+
+
+def lies(point: tuple[int, int], corners: Sequence[tuple[int, int]]) -> str:
+    """Return where a point lies, in whole numbers: on an edge, or within by the number of edges to one side of it."""
+    crossings = 0
+    for (r0, c0), (r1, c1) in zip(corners, [*corners[1:], corners[0]], strict=True):
+        turn = (r1 - r0) * (point[1] - c0) - (c1 - c0) * (point[0] - r0)
+        if turn == 0 and min(r0, r1) <= point[0] <= max(r0, r1) and min(c0, c1) <= point[1] <= max(c0, c1):
+            return "outline"
+        crossings += (r0 > point[0]) != (r1 > point[0]) and (turn > 0) == (r1 > r0)
+    return "inside" if crossings % 2 else "outside"
+
+
+@given(POLYGON, st.sampled_from([1, 2]), st.integers(0, 8), st.booleans(), st.integers(0, 8))
+def test_filling_does_not_depend_on_start_direction_or_repeated_points(
+    corners: list[tuple[int, int]], whole: int, start: int, back: bool, twice: int
+):
+    corners = [(row // whole * whole, column // whole * whole) for row, column in corners]
+    where = [[lies((2 * row, 2 * column), corners) for column in range(SHAPE[1])] for row in range(SHAPE[0])]
+    again = [*corners[start % len(corners) :], *corners[: start % len(corners)]][:: -1 if back else 1]
+    again.insert(twice % len(again), again[twice % len(again)])
+    found = filled([(row / 2, column / 2) for row, column in again])
+    assert np.array_equal(found.inside, np.asarray(where) == "inside")
+    assert np.array_equal(found.on_outline, np.asarray(where) == "outline")
+
+
+def test_a_centre_within_a_thousandth_of_a_pixel_of_the_outline_lies_on_it():
+    assert np.count_nonzero(filled([(2.0009, 2.0009), (2.0009, 5.9991), (5.9991, 5.9991), (5.9991, 2.0009)]).all) == 25
+    assert np.count_nonzero(filled([(2.002, 2.002), (2.002, 5.998), (5.998, 5.998), (5.998, 2.002)]).all) == 9
+
+
+def box(top: float, left: float, bottom: float, right: float) -> list[tuple[float, float]]:
+    return [(top, left), (top, right), (bottom, right), (bottom, left)]
+
+
+@pytest.mark.parametrize("xor", [False, True])
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_outline_through_centres_belongs_to_its_region_around_holes_and_islands(order: int, xor: bool):
+    want = np.zeros(SHAPE, bool)
+    want[0:9, 0:9] = True
+    want[2:7, 2:7] = False
+    want[4, 4] = True
+    traced = [box(0, 0, 8, 8), [(1, 2), (1, 6), (2, 7), (6, 7), (7, 6), (7, 2), (6, 1), (2, 1)], [(4, 4)]]
+    assert np.array_equal(joined([(filled(corners), xor) for corners in traced[::order]]), want)
+
+
+def test_areas_that_share_the_centres_on_an_edge_are_one_area():
+    found = joined([(filled(box(1, 1, 4, 7)), False), (filled(box(4, 2, 7, 5)), False), (filled(box(2, 7, 3, 8)), False)])
+    want = np.zeros(SHAPE, bool)
+    want[1:5, 1:8], want[4:8, 2:6], want[2:4, 7:9] = True, True, True
+    assert np.array_equal(found, want)
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_mask_traced_through_the_centres_of_its_outermost_pixels_comes_back_as_it_was(back: bool, tmp_path: Path):
+    sources = volume(VOLUME)
+    corners = [box(3, 4, 8, 9), [(5, 5), (5, 8)], [(6, 7)]]
+    order = -1 if back else 1
+    lines = [contour(outline(one, points)[::order], one) for one, points in zip(sources, corners, strict=False)]
+    put(tmp_path, [*sources, drawn(sources, *lines)])
+    want = [EMPTY.copy() for _ in sources]
+    want[0][3:9, 4:10], want[1][5, 5:9], want[2][6, 7] = 1, 1, 1
+    assert same(used(tmp_path)[1], want)
+
+
+def outline(source: Dataset, corners: Sequence[tuple[float, float]]) -> np.ndarray:
+    return np.concatenate([square(source, row, column, row, column)[:1] for row, column in corners])
