@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dicom_builders import VOLUME, contour, put, same, used, volume
+from dicom_builders import VOLUME, contour, numbers, put, same, used, volume
 from hypothesis import given
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from test_ingest_masks import square
-from test_odd_masks import EMPTY, drawn
+from test_odd_masks import BOX, EMPTY, FILLED, drawn
 
 from icmoe.data.ingest.contours import Filled, fill, joined
 
@@ -92,3 +92,17 @@ def test_a_mask_traced_through_the_centres_of_its_outermost_pixels_comes_back_as
 
 def outline(source: Dataset, corners: Sequence[tuple[float, float]]) -> np.ndarray:
     return np.concatenate([square(source, row, column, row, column)[:1] for row, column in corners])
+
+
+FAR = (12.4, 17.4, 15.6, 20.6)
+
+
+@pytest.mark.parametrize("kind", ["POINT", "OPEN_PLANAR", "OPEN_NONPLANAR", ""])
+def test_an_image_on_which_a_region_has_points_or_open_lines_alone_is_refused_and_no_other(kind: str, tmp_path: Path):
+    sources = volume(VOLUME)
+    lines = [contour(square(sources[1], *BOX), sources[1]), contour(square(sources[3], 5, 5, 9, 9), sources[3], kind)]
+    lines += [contour(square(sources[1], *FAR), sources[1], kind)]  # beside a closed one it may be a note
+    put(tmp_path, [*sources, drawn(sources, *lines)])
+    _, classes, data = used(tmp_path)
+    assert same(classes, [EMPTY, FILLED, EMPTY, EMPTY])
+    assert numbers(data) == [121]

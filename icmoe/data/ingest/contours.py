@@ -25,16 +25,17 @@ ON_OUTLINE_PX = 1e-3
 """How far from an outline, along a row or a column, a pixel's centre lies on it."""
 MAX_OUTLINE_PX = 2**22
 TOO_LARGE = "contour is far larger than its image"
+OPEN = "a region is drawn there with points or open lines alone, which enclose nothing"
 XOR = "CLOSEDPLANAR_XOR"
 CLOSED = frozenset({"CLOSED_PLANAR", XOR})
 """Types of contours that enclose something."""
 
 
 class Outline(NamedTuple):
-    """The points of one contour, N x 3, mm, none for one that has no usable points; and whether it is of type `XOR`."""
+    """The points of one contour, N x 3, mm, none for one that has no usable points; and its type in capitals."""
 
     points_N3: npt.NDArray[np.float64]
-    xor: bool
+    kind: str
 
 
 class Filled(NamedTuple):
@@ -77,15 +78,15 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
         labels = {number: names.index(called) for number, called in _regions(header).items()}
         if not any(label is not None for label in labels.values()):
             raise Refusal(120, f"no region is called like a class of the study (it has {len(labels)})")
-        patches, drawn = [], set[int]()
+        patches, closed = [], set[int]()
         for number, (region, item) in enumerate(_contours(header)):
             label = labels.get(region)
             if label is None:
                 continue
-            drawn.add(region)
+            patches.append(_patch(number, label, region, item, hashes))
             if _kind(item) in CLOSED:
-                patches.append(_patch(number, label, region, item, hashes))
-        if drawn - {patch.group for patch in patches}:  # its images are not background: something is marked there
+                closed.add(region)
+        if {patch.group for patch in patches} - closed:  # how far it reaches, nobody knows: no image is background
             raise Refusal(117, "a region is drawn with points or open lines alone, which enclose nothing")
         return FileRecord(
             kind="contours",
@@ -107,7 +108,7 @@ def opened(path: Path) -> list[Outline]:
     """
     data = open_dicom(path, pixels=False, tags=[Tag("ROIContourSequence")])
     with refusing(117, "contours cannot be parsed"):
-        return [Outline(_points_if_any(item), _kind(item) == XOR) for _, item in _contours(data)]
+        return [Outline(_points_if_any(item), _kind(item)) for _, item in _contours(data)]
 
 
 def draw(
@@ -135,22 +136,32 @@ def draw(
     Raises
     ------
     Refusal
-        121 where a contour does not lie in the image's plane or mostly outside the image.
+        121 where a contour does not lie in the image's plane or mostly outside the image, or a region has none that encloses
+        something.
     """
     del grids
     classes = np.zeros(shape, dtype=np.uint8)
-    regions: dict[tuple[int, int], dict[bytes, tuple[Filled, bool]]] = {}
+    regions: dict[tuple[int, int], list[Outline]] = {}
     for patch in patches:
+        regions.setdefault((patch.label, patch.group), []).append(outlines[patch.number])
+    for (label, _), own in regions.items():
         assert plane is not None
-        outline = outlines[patch.number]
-        filled = fill(outline.points_N3, plane, shape)
-        parts = regions.setdefault((patch.label, patch.group), {})
-        key = filled.inside.tobytes() + filled.on_outline.tobytes()
-        parts.setdefault(key, (filled, outline.xor))  # written twice, it is no hole in itself
-    for (label, _), parts in regions.items():
-        marked = joined(parts.values())
+        marked = _region(own, plane, shape)
         classes[marked] = np.maximum(classes[marked], label)
     return classes
+
+
+def _region(outlines: Iterable[Outline], plane: Plane, shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """Return what one region marks on an image; points and open lines beside closed contours are notes."""
+    parts: dict[bytes, tuple[Filled, bool]] = {}
+    for outline in outlines:
+        if outline.kind in CLOSED:
+            filled = fill(outline.points_N3, plane, shape)
+            key = filled.inside.tobytes() + filled.on_outline.tobytes()
+            parts.setdefault(key, (filled, outline.kind == XOR))  # written twice, it is no hole in itself
+    if not parts:
+        raise Refusal(121, OPEN)
+    return joined(parts.values())
 
 
 def joined(parts: Iterable[tuple[Filled, bool]]) -> npt.NDArray[np.bool_]:
