@@ -15,16 +15,16 @@ from test_ingest_masks import square
 from test_odd_masks import BOX, EMPTY, FILLED, drawn
 
 from icmoe.data.ingest.contours import Filled, fill, joined
+from icmoe.data.ingest.refusals import Refusal
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
-FLAT = (0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0)
 SHAPE = (9, 9)
 POLYGON = st.lists(st.tuples(st.integers(0, 16), st.integers(0, 16)), min_size=1, max_size=9)
 """Corners in half pixels."""
 
 
 def filled(corners: Sequence[tuple[float, float]]) -> Filled:
-    return fill(np.asarray([(column, row, 0.0) for row, column in corners], float), FLAT, SHAPE)
+    return fill(np.asarray(corners, float), SHAPE)
 
 
 def lies(point: tuple[int, int], corners: Sequence[tuple[int, int]]) -> str:
@@ -106,3 +106,56 @@ def test_an_image_on_which_a_region_has_points_or_open_lines_alone_is_refused_an
     _, classes, data = used(tmp_path)
     assert same(classes, [EMPTY, FILLED, EMPTY, EMPTY])
     assert numbers(data) == [121]
+
+
+def test_a_closed_contour_within_a_pixel_marks_the_pixel_that_it_lies_on(tmp_path: Path):
+    sources = volume(VOLUME)
+    tiny = [square(sources[1], *corners) for corners in [(5.1, 6.1, 5.8, 6.4), (14.2, 18.3, 14.7, 19.2), (7.6, 7.6, 8.4, 7.9)]]
+    lines = [contour(square(sources[1], *BOX), sources[1]), *(contour(points, sources[1]) for points in tiny)]
+    put(tmp_path, [*sources, drawn(sources, *lines, contour(square(sources[3], 5.1, 5.3, 5.4, 5.9), sources[3]))])
+    beside, alone = FILLED.copy(), EMPTY.copy()
+    beside[14, 19], alone[5, 6] = 1, 1  # within the region it leaves no hole
+    assert same(used(tmp_path)[1], [EMPTY, beside, EMPTY, alone, EMPTY])
+
+
+TWO_POINTS = [(4.3, 5.2), (9.1, 8.7)]
+
+
+@pytest.mark.parametrize(
+    "corners", [box(5.1, 5.4, 5.3, 12), box(5.1, 5, 5.9, 12), TWO_POINTS, TWO_POINTS[:1], [(5, 5.5), (8, 5.5), (5, 5.5)]]
+)
+def test_a_closed_contour_that_encloses_no_centre_makes_nothing_background(corners: list[tuple[float, float]], tmp_path: Path):
+    sources = volume(VOLUME)
+    lines = [contour(square(sources[1], *BOX), sources[1]), contour(outline(sources[3], corners), sources[3])]
+    lines += [contour(outline(sources[1], corners), sources[1])]  # within the region it says nothing new
+    put(tmp_path, [*sources, drawn(sources, *lines)])
+    _, classes, data = used(tmp_path)
+    assert same(classes, [EMPTY, FILLED, EMPTY, EMPTY])
+    assert numbers(data) == [121]
+
+
+def test_a_thin_contour_apart_from_the_rest_of_its_region_is_not_left_out(tmp_path: Path):
+    sources = volume(VOLUME)
+    lines = [contour(square(sources[1], *BOX), sources[1]), contour(square(sources[1], 16.1, 4, 16.8, 9), sources[1])]
+    put(tmp_path, [*sources, drawn(sources, *lines)])
+    _, classes, data = used(tmp_path)
+    assert same(classes, [EMPTY] * 4)
+    assert numbers(data) == [121]
+
+
+@pytest.mark.parametrize("corners", [box(-1, 2, 4, 5), box(5.5, 4.5, 9.6, 9.6), box(-0.5, -0.5, 8.5, 8.5), box(-3, -3, 12, 12)])
+def test_what_lies_off_the_image_is_cut_off_and_refused_where_it_is_most(corners: list[tuple[float, float]]):
+    rows, columns = np.mgrid[0:9, 0:9]
+    (top, left), _, (bottom, right), _ = corners
+    want = (rows >= top) & (rows <= bottom) & (columns >= left) & (columns <= right)
+    if top == -3:
+        with pytest.raises(Refusal, match="most of the mask"):
+            filled(corners)
+    else:
+        assert np.array_equal(filled(corners).all, want)
+
+
+@pytest.mark.parametrize("corners", [box(20, 20, 22, 22), box(-9, -9, -7, -7), box(2, 2, 2, 9000), box(0, 0, 9e4, 9e4)])
+def test_what_lies_far_off_or_is_far_too_large_is_refused(corners: list[tuple[float, float]]):
+    with pytest.raises(Refusal):
+        filled(corners * 500)

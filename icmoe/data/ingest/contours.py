@@ -23,9 +23,11 @@ OFF_PLANE_MM = 0.5
 """How far a contour may lie from the image that it refers to."""
 ON_OUTLINE_PX = 1e-3
 """How far from an outline, along a row or a column, a pixel's centre lies on it."""
+MAX_BOX_PX = 2**26
 MAX_OUTLINE_PX = 2**22
 TOO_LARGE = "contour is far larger than its image"
 OPEN = "a region is drawn there with points or open lines alone, which enclose nothing"
+THIN = "a contour encloses no pixel's centre: it is thinner than a pixel, or has fewer than 3 points"
 XOR = "CLOSEDPLANAR_XOR"
 CLOSED = frozenset({"CLOSED_PLANAR", XOR})
 """Types of contours that enclose something."""
@@ -136,8 +138,7 @@ def draw(
     Raises
     ------
     Refusal
-        121 where a contour does not lie in the image's plane or mostly outside the image, or a region has none that encloses
-        something.
+        121 where a contour does not lie in the image's plane or mostly outside the image, or encloses nothing.
     """
     del grids
     classes = np.zeros(shape, dtype=np.uint8)
@@ -153,15 +154,38 @@ def draw(
 
 def _region(outlines: Iterable[Outline], plane: Plane, shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
     """Return what one region marks on an image; points and open lines beside closed contours are notes."""
-    parts: dict[bytes, tuple[Filled, bool]] = {}
-    for outline in outlines:
-        if outline.kind in CLOSED:
-            filled = fill(outline.points_N3, plane, shape)
+    closed = [outline for outline in outlines if outline.kind in CLOSED]
+    if not closed:
+        raise Refusal(121, OPEN)
+    parts, thin = dict[bytes, tuple[Filled, bool]](), list[npt.NDArray[np.float64]]()
+    for outline in closed:
+        points_N2 = _on_plane(outline.points_N3, plane)
+        filled = _marked(points_N2, shape)
+        if filled is None:
+            thin.append(points_N2)
+        else:
             key = filled.inside.tobytes() + filled.on_outline.tobytes()
             parts.setdefault(key, (filled, outline.kind == XOR))  # written twice, it is no hole in itself
-    if not parts:
-        raise Refusal(121, OPEN)
-    return joined(parts.values())
+    region = joined(parts.values()) if parts else np.zeros(shape, dtype=bool)
+    for points_N2 in thin:  # a sliver of an area that is marked may be left out, an object of its own may not
+        if not region[_on_image(_run_through(points_N2, within_px=0.5), shape)].any():
+            raise Refusal(121, THIN)
+    return region
+
+
+def _marked(points_N2: npt.NDArray[np.float64], shape: tuple[int, int]) -> Filled | None:
+    """Return what a closed contour marks, None where it encloses no more than a line does.
+
+    One no larger than a pixel that encloses no centre marks the pixel that it lies on: small objects are looked for, and their
+    image is not background. One of fewer than 3 points marks something only where it was traced from centre to centre.
+    """
+    filled, corners_N2 = fill(points_N2, shape), np.unique(points_N2, axis=0)
+    if len(corners_N2) < 3:
+        return filled if np.abs(corners_N2 - np.rint(corners_N2)).max() <= ON_OUTLINE_PX else None
+    if not filled.all.any() and np.ptp(corners_N2, axis=0).max() <= 1.0:
+        middle_2 = (corners_N2.min(axis=0) + corners_N2.max(axis=0)) / 2
+        filled.on_outline[_on_image(np.rint(middle_2)[None].astype(np.int64), shape)] = True
+    return filled if filled.all.any() else None
 
 
 def joined(parts: Iterable[tuple[Filled, bool]]) -> npt.NDArray[np.bool_]:
@@ -187,30 +211,29 @@ def _largest_first(part: tuple[Filled, bool]) -> tuple[int, int]:
     return -int(np.count_nonzero(part[0].all)), -int(np.count_nonzero(part[0].inside))
 
 
-def fill(points_N3: npt.NDArray[np.float64], plane: Plane, shape: tuple[int, int]) -> Filled:
+def fill(points_N2: npt.NDArray[np.float64], shape: tuple[int, int]) -> Filled:
     """Return the pixels whose centres a contour encloses or runs through, wherever it starts and whichever way it goes.
 
     Parameters
     ----------
-    points_N3
-        In patient coordinates, mm.
-    plane
-        Of the image.
+    points_N2
+        Rows and columns on the image, pixels.
     shape
-        Its height and width, pixels.
+        Height and width of the image, pixels.
 
     Raises
     ------
     Refusal
-        121 where the contour does not lie in the image's plane or mostly outside the image.
+        121 where the contour lies mostly outside the image.
     """
-    points_N2 = _on_plane(points_N3, plane)
-    inside_N2, outline_N2 = _enclosed(points_N2), _run_through(points_N2)
-    marked_N2 = np.concatenate([inside_N2, outline_N2])
-    if len(marked_N2) and _on_image(marked_N2, shape).mean() < 0.5:
+    low_2, inside = _enclosed(points_N2)
+    on_outline = np.zeros_like(inside)
+    on_outline[tuple((_run_through(points_N2) - low_2).T)] = True
+    inside &= ~on_outline
+    filled = Filled(_cropped(inside, low_2, shape), _cropped(on_outline, low_2, shape))
+    if 2 * np.count_nonzero(filled.all) < np.count_nonzero(inside) + np.count_nonzero(on_outline):
         raise Refusal(121, OFF_IMAGE)
-    on_outline = _mask(outline_N2, shape)
-    return Filled(_mask(inside_N2, shape) & ~on_outline, on_outline)
+    return filled
 
 
 def _on_plane(points_N3: npt.NDArray[np.float64], plane: Plane) -> npt.NDArray[np.float64]:
@@ -222,20 +245,33 @@ def _on_plane(points_N3: npt.NDArray[np.float64], plane: Plane) -> npt.NDArray[n
     return np.asarray(where[:2].T)
 
 
-def _enclosed(points_N2: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """Return the pixels, rows and columns, whose centres lie within; those on the outline come out either way."""
+def _enclosed(points_N2: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Return the first pixel of the box around a contour, and which of the box's pixels have their centres within.
+
+    Those on the outline come out either way.
+    """
     from matplotlib.path import Path as Outline  # slow to import, and most exports have no contours
 
-    low, high = np.floor(points_N2.min(axis=0)).astype(int), np.ceil(points_N2.max(axis=0)).astype(int)
-    if np.prod((high - low + 1).astype(float)) > 2**26:
+    low_2, high_2 = np.floor(points_N2.min(axis=0)).astype(np.int64), np.ceil(points_N2.max(axis=0)).astype(np.int64)
+    height, width = high_2 - low_2 + 1
+    if float(height) * float(width) > MAX_BOX_PX:
         raise Refusal(121, TOO_LARGE)
-    rows, columns = np.mgrid[low[0] : high[0] + 1, low[1] : high[1] + 1]
-    pixels_N2 = np.column_stack([rows.ravel(), columns.ravel()])
-    return np.asarray(pixels_N2[Outline(points_N2).contains_points(pixels_N2)])
+    rows, columns = np.mgrid[low_2[0] : high_2[0] + 1, low_2[1] : high_2[1] + 1]
+    inside = Outline(points_N2).contains_points(np.column_stack([rows.ravel(), columns.ravel()]))
+    return low_2, inside.reshape(height, width)
 
 
-def _run_through(points_N2: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """Return the pixels, rows and columns, whose centres lie on the closed line through some points.
+def _cropped(box: npt.NDArray[np.bool_], low_2: npt.NDArray[np.int64], shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """Return a box of pixels that begins at `low_2` on the image."""
+    mask = np.zeros(shape, dtype=bool)
+    first, last = np.maximum(low_2, 0), np.maximum(np.minimum(low_2 + box.shape, shape), 0)
+    own = box[tuple(slice(*ends) for ends in zip(first - low_2, last - low_2, strict=True))] if (first < last).all() else False
+    mask[first[0] : last[0], first[1] : last[1]] = own
+    return mask
+
+
+def _run_through(points_N2: npt.NDArray[np.float64], within_px: float = ON_OUTLINE_PX) -> npt.NDArray[np.int64]:
+    """Return the pixels, rows and columns, whose centres lie on the closed line through some points, or so close to it.
 
     Each edge is followed along the axis on which it is longest, whole pixel by whole pixel: of those its centres are.
     """
@@ -243,8 +279,8 @@ def _run_through(points_N2: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     edges = np.arange(len(points_N2))
     axis = np.abs(way_N2).argmax(axis=1)
     start, way = points_N2[edges, axis], way_N2[edges, axis]
-    first = np.ceil(np.minimum(start, start + way) - ON_OUTLINE_PX)
-    counts = np.maximum(np.floor(np.maximum(start, start + way) + ON_OUTLINE_PX) - first + 1, 0).astype(np.int64)
+    first = np.ceil(np.minimum(start, start + way) - within_px)
+    counts = np.maximum(np.floor(np.maximum(start, start + way) + within_px) - first + 1, 0).astype(np.int64)
     if counts.sum() > MAX_OUTLINE_PX:
         raise Refusal(121, TOO_LARGE)
     edge = np.repeat(edges, counts)
@@ -252,18 +288,13 @@ def _run_through(points_N2: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     share = (first[edge] + steps - start[edge]) / np.where(way == 0.0, 1.0, way)[edge]
     on_line_N2 = points_N2[edge] + np.clip(share, 0.0, 1.0)[:, None] * way_N2[edge]
     pixels_N2 = np.rint(on_line_N2).astype(np.int64)
-    return np.unique(pixels_N2[np.abs(on_line_N2 - pixels_N2).max(axis=1) <= ON_OUTLINE_PX], axis=0)
+    return np.asarray(pixels_N2[np.abs(on_line_N2 - pixels_N2).max(axis=1) <= within_px])
 
 
-def _on_image(pixels_N2: npt.NDArray[np.int64], shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
-    return np.asarray(((pixels_N2 >= 0) & (pixels_N2 < shape)).all(axis=1))
-
-
-def _mask(pixels_N2: npt.NDArray[np.int64], shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
-    rows, columns = pixels_N2[_on_image(pixels_N2, shape)].T
-    mask = np.zeros(shape, dtype=bool)
-    mask[rows, columns] = True
-    return mask
+def _on_image(pixels_N2: npt.NDArray[np.int64], shape: tuple[int, int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the rows and the columns of those that are on the image."""
+    rows, columns = pixels_N2[((pixels_N2 >= 0) & (pixels_N2 < shape)).all(axis=1)].T
+    return rows, columns
 
 
 def _regions(data: Dataset) -> dict[int, list[str]]:
