@@ -159,3 +159,21 @@ def test_what_lies_off_the_image_is_cut_off_and_refused_where_it_is_most(corners
 def test_what_lies_far_off_or_is_far_too_large_is_refused(corners: list[tuple[float, float]]):
     with pytest.raises(Refusal):
         filled(corners * 500)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_each_image_that_a_contour_names_is_marked_wherever_it_stands_in_the_list(order: int, tmp_path: Path):
+    sources, absent = volume(VOLUME), volume(VOLUME[:1])[0]
+    made = contour(square(sources[2], *BOX), absent)
+    made.ContourImageSequence.append(contour(square(sources[2], *BOX), sources[2]).ContourImageSequence[0])
+    made.ContourImageSequence = list(made.ContourImageSequence)[::order]
+    put(tmp_path, [*sources, drawn(sources, made)])
+    assert same(used(tmp_path)[1], [EMPTY, EMPTY, FILLED, EMPTY, EMPTY])
+
+
+def test_a_contour_that_names_the_whole_series_marks_the_image_in_its_plane(tmp_path: Path):
+    sources = volume(VOLUME)
+    made = contour(square(sources[2], *BOX))
+    made.ContourImageSequence = [contour(square(one, *BOX), one).ContourImageSequence[0] for one in sources]
+    put(tmp_path, [*sources, drawn(sources, made)])
+    assert same(used(tmp_path)[1], [EMPTY, EMPTY, FILLED, EMPTY, EMPTY])

@@ -85,7 +85,7 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
             label = labels.get(region)
             if label is None:
                 continue
-            patches.append(_patch(number, label, region, item, hashes))
+            patches += _patches(number, label, region, item, hashes)
             if _kind(item) in CLOSED:
                 closed.add(region)
         if {patch.group for patch in patches} - closed:  # how far it reaches, nobody knows: no image is background
@@ -318,18 +318,22 @@ def _kind(item: Dataset) -> str:
     return text(item, "ContourGeometricType").upper()
 
 
-def _patch(number: int, label: int, region: int, item: Dataset, hashes: Pseudonyms) -> Patch:
-    source = (sequence(item, "ContourImageSequence") or [Dataset()])[0]
-    uid = text(source, "ReferencedSOPInstanceUID")
+def _patches(number: int, label: int, region: int, item: Dataset, hashes: Pseudonyms) -> list[Patch]:
+    """Return a contour's part of every image, or frame of one, that it names; of none where it names none."""
     x, y, z = (float(value) for value in _points(item)[0])
-    return Patch(
-        number=number,
-        label=label,
-        group=region,
-        image=hashes.of("uid", uid) if uid else "",
-        frame=referenced_frames(source)[0],
-        plane=(x, y, z, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
-    )
+    sources = [(text(one, "ReferencedSOPInstanceUID"), one) for one in sequence(item, "ContourImageSequence")]
+    named = [(hashes.of("uid", uid), frame) for uid, one in sources if uid for frame in referenced_frames(one)]
+    return [
+        Patch(
+            number=number,
+            label=label,
+            group=region,
+            image=image,
+            frame=frame,
+            plane=(x, y, z, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+        )
+        for image, frame in dict.fromkeys(named) or [("", -1)]
+    ]
 
 
 def _points(item: Dataset) -> npt.NDArray[np.float64]:
