@@ -177,3 +177,29 @@ def test_a_contour_that_names_the_whole_series_marks_the_image_in_its_plane(tmp_
     made.ContourImageSequence = [contour(square(one, *BOX), one).ContourImageSequence[0] for one in sources]
     put(tmp_path, [*sources, drawn(sources, made)])
     assert same(used(tmp_path)[1], [EMPTY, EMPTY, FILLED, EMPTY, EMPTY])
+
+
+@pytest.mark.parametrize("harm", ["absent", "empty"])
+def test_a_contour_without_any_point_costs_nothing_beside_others_of_its_region(harm: str, tmp_path: Path):
+    sources = volume(VOLUME)
+    bare = contour(square(sources[2], *BOX), sources[2])
+    bare.NumberOfContourPoints, bare.ContourData = 0, None
+    if harm == "absent":
+        del bare.ContourData, bare.NumberOfContourPoints
+    put(tmp_path, [*sources, drawn(sources, contour(square(sources[1], *BOX), sources[1]), bare)])
+    assert same(used(tmp_path)[1], [EMPTY, FILLED, EMPTY, EMPTY, EMPTY])
+
+
+@pytest.mark.parametrize("harm", ["alone", "should have some", "two numbers", "no numbers"])
+def test_a_contour_whose_points_are_lost_costs_its_file(harm: str, tmp_path: Path):
+    sources = volume(VOLUME)
+    bare = contour(square(sources[2], *BOX), sources[2])
+    bare.ContourData = [1.0, 2.0] if harm == "two numbers" else None
+    if harm == "no numbers":
+        del bare.ContourData
+        bare.add_new("ContourData", "LO", ["a", "b", "c"])
+    if harm == "alone":
+        bare.NumberOfContourPoints = 0
+    lines = [contour(square(sources[1], *BOX), sources[1])] * (harm != "alone")
+    put(tmp_path, [*sources, drawn(sources, *lines, bare)])
+    assert numbers(used(tmp_path)[2]) == [108, 117, 124]

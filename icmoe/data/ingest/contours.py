@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ ON_OUTLINE_PX = 1e-3
 MAX_BOX_PX = 2**26
 MAX_OUTLINE_PX = 2**22
 TOO_LARGE = "contour is far larger than its image"
+NO_POINTS = "a contour has no usable points"
 OPEN = "a region is drawn there with points or open lines alone, which enclose nothing"
 THIN = "a contour encloses no pixel's centre: it is thinner than a pixel, or has fewer than 3 points"
 XOR = "CLOSEDPLANAR_XOR"
@@ -80,28 +81,39 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
         labels = {number: names.index(called) for number, called in _regions(header).items()}
         if not any(label is not None for label in labels.values()):
             raise Refusal(120, f"no region is called like a class of the study (it has {len(labels)})")
-        patches, closed = [], set[int]()
-        for number, (region, item) in enumerate(_contours(header)):
-            label = labels.get(region)
-            if label is None:
-                continue
-            patches += _patches(number, label, region, item, hashes)
-            if _kind(item) in CLOSED:
-                closed.add(region)
-        if {patch.group for patch in patches} - closed:  # how far it reaches, nobody knows: no image is background
-            raise Refusal(117, "a region is drawn with points or open lines alone, which enclose nothing")
         return FileRecord(
             kind="contours",
-            patches=tuple(patches),
+            patches=tuple(_drawn(header, labels, hashes)),
             listed=tuple(sorted({hashes.of("uid", uid) for uid in _listed(header)})),
             **(identity(header, hashes) | named_patient(header, hashes) | {"space": _space(header, hashes)}),
         )
 
 
+def _drawn(header: Dataset, labels: Mapping[int, int | None], hashes: Pseudonyms) -> list[Patch]:
+    """Return the parts of the regions that have a label; of a contour that has no points there is none."""
+    patches, closed, bare = list[Patch](), set[int](), set[int]()
+    for number, (region, item) in enumerate(_contours(header)):
+        label = labels.get(region)
+        if label is None:
+            continue
+        if _is_bare(item):
+            bare.add(region)
+            continue
+        patches += _patches(number, label, region, item, hashes)
+        if _kind(item) in CLOSED:
+            closed.add(region)
+    drawn = {patch.group for patch in patches}
+    if bare - drawn:
+        raise Refusal(117, NO_POINTS)
+    if drawn - closed:  # how far it reaches, nobody knows: no image is background
+        raise Refusal(117, "a region is drawn with points or open lines alone, which enclose nothing")
+    return patches
+
+
 def opened(path: Path) -> list[Outline]:
     """Return every contour of a file in its order.
 
-    A record has none without points among its patches: they are of regions that the study does not ask for.
+    A record has none without points among its patches.
 
     Raises
     ------
@@ -318,6 +330,12 @@ def _kind(item: Dataset) -> str:
     return text(item, "ContourGeometricType").upper()
 
 
+def _is_bare(item: Dataset) -> bool:
+    """Return whether a contour was never drawn: it has no points and does not say that it should have some."""
+    written = item.get("ContourData")
+    return (written is None or not str(written)) and integer(item, "NumberOfContourPoints") == 0
+
+
 def _patches(number: int, label: int, region: int, item: Dataset, hashes: Pseudonyms) -> list[Patch]:
     """Return a contour's part of every image, or frame of one, that it names; of none where it names none."""
     x, y, z = (float(value) for value in _points(item)[0])
@@ -339,7 +357,7 @@ def _patches(number: int, label: int, region: int, item: Dataset, hashes: Pseudo
 def _points(item: Dataset) -> npt.NDArray[np.float64]:
     points = np.asarray([float(value) for value in item.ContourData], dtype=np.float64).reshape(-1, 3)
     if len(points) < 1 or not np.isfinite(points).all() or np.abs(points).max() > 1e5:
-        raise Refusal(117, "a contour has no usable points")
+        raise Refusal(117, NO_POINTS)
     return points
 
 
