@@ -145,3 +145,36 @@ def test_a_volume_in_two_files_is_told_for_what_it_is(kind: type[nibabel.Nifti1P
     data = used(tmp_path)[2]
     assert numbers(data) == [108, 116, 116, 124]
     assert any("voxels lie in another file" in str(fault) for fault in data.exclusions)
+
+
+def placed_twice(away_px: float, codes: tuple[int, int], *, turned: bool = False) -> nibabel.Nifti1Image:
+    """Return a mask of which the qform says that it lies elsewhere, or that it is mirrored."""
+    made = as_nifti(MASKS, (2, 1, 0), [])
+    other = np.eye(4)
+    other[0, 3] = away_px
+    if turned:
+        other[0, 0], other[0, 3] = -1.0, made.shape[0] - 1
+    made.set_sform(made.affine, codes[1])
+    made.set_qform(made.affine @ other, codes[0])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("made", "fits"),
+    [
+        (placed_twice(0.0, (1, 1)), True),
+        (placed_twice(0.05, (1, 2)), True),
+        (placed_twice(3.0, (0, 2)), True),
+        (placed_twice(0.2, (1, 2)), False),
+        (placed_twice(3.0, (1, 4)), False),
+        (placed_twice(0.0, (1, 1), turned=True), False),
+    ],
+)
+def test_a_nifti_file_that_says_of_two_places_that_it_lies_there_is_refused(
+    made: nibabel.Nifti1Image, fits: bool, tmp_path: Path
+):
+    put(tmp_path, volume(VOLUME))
+    nibabel.save(made, tmp_path / "export/m.nii.gz")
+    _, classes, data = used(tmp_path)
+    assert same(classes, MASKS if fits else [])
+    assert any("qform and sform" in str(fault) for fault in data.exclusions) != fits

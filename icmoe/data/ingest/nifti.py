@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ MAX_VOXELS = 2**28
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 MM = {1: 1e3, 2: 1.0, 3: 1e-3}
 """Millimetres by the code of a unit of length: metre, millimetre, micrometre; without one they are millimetres."""
+MAX_APART_VOXELS = 0.1
+"""How far the two places that a header may give for a voxel may lie apart."""
 
 
 def is_one(head: bytes) -> bool:
@@ -30,8 +33,8 @@ def read(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
     Raises
     ------
     Refusal
-        116 where the voxels lie in another file, 117 where it cannot be read, 119 where it is no volume of at most
-        `MAX_VOXELS` voxels.
+        116 where the voxels lie in another file, 117 where it cannot be read or gives two places for them, 119 where it is no
+        volume of at most `MAX_VOXELS` voxels.
     """
     # nibabel chooses a reader by the name's ending; the content has been looked at, and the name has no say.
     with refusing(117, "NIfTI volume is damaged"), path.open("rb") as raw:
@@ -46,7 +49,21 @@ def read(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
         matrix = RAS_TO_LPS @ np.diag([mm, mm, mm, 1.0]) @ np.asarray(image.affine, dtype=np.float64)
         if voxels.dtype.kind not in "iuf" or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-9:
             raise Refusal(117, "NIfTI volume has no usable axes or no real numbers")
+        if not (apart := _apart_voxels(image)) <= MAX_APART_VOXELS:  # also where it is no number
+            raise Refusal(117, f"qform and sform disagree by {apart:.1f} voxels where the volume lies; one of them must go")
     return voxels, matrix
+
+
+def _apart_voxels(image: Any) -> float:  # noqa: ANN401  # nibabel carries no types
+    """Return how far the header's two matrices place a voxel apart at most, 0 where it has but one of them.
+
+    Readers take either of the two: a mask may have been drawn on the one and be read by the other.
+    """
+    (qform, in_q), (sform, in_s) = (of(coded=True) for of in (image.header.get_qform, image.header.get_sform))
+    if in_q < 1 or in_s < 1:
+        return 0.0
+    corners_84 = np.asarray(list(itertools.product(*([0, extent - 1] for extent in image.shape[:3]), [1])), dtype=np.float64)
+    return float(np.abs(corners_84 @ (np.linalg.inv(sform) @ qform - np.eye(4)).T).max())
 
 
 def _image(stream: Any) -> Any:  # noqa: ANN401  # nibabel carries no types

@@ -1,0 +1,205 @@
+"""Contours as systems draw them: through the centres of pixels, either way round, or around nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_builders import VOLUME, contour, numbers, put, same, used, volume
+from hypothesis import given
+from hypothesis import strategies as st
+from pydicom.dataset import Dataset
+from test_ingest_masks import square
+from test_odd_masks import BOX, EMPTY, FILLED, drawn
+
+from icmoe.data.ingest.contours import Filled, fill, joined
+from icmoe.data.ingest.refusals import Refusal
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+SHAPE = (9, 9)
+POLYGON = st.lists(st.tuples(st.integers(0, 16), st.integers(0, 16)), min_size=1, max_size=9)
+"""Corners in half pixels."""
+
+
+def filled(corners: Sequence[tuple[float, float]]) -> Filled:
+    return fill(np.asarray(corners, float), SHAPE)
+
+
+def lies(point: tuple[int, int], corners: Sequence[tuple[int, int]]) -> str:
+    """Return where a point lies, in whole numbers: on an edge, or within by the number of edges to one side of it."""
+    crossings = 0
+    for (r0, c0), (r1, c1) in zip(corners, [*corners[1:], corners[0]], strict=True):
+        turn = (r1 - r0) * (point[1] - c0) - (c1 - c0) * (point[0] - r0)
+        if turn == 0 and min(r0, r1) <= point[0] <= max(r0, r1) and min(c0, c1) <= point[1] <= max(c0, c1):
+            return "outline"
+        crossings += (r0 > point[0]) != (r1 > point[0]) and (turn > 0) == (r1 > r0)
+    return "inside" if crossings % 2 else "outside"
+
+
+@given(POLYGON, st.sampled_from([1, 2]), st.integers(0, 8), st.booleans(), st.integers(0, 8))
+def test_filling_does_not_depend_on_start_direction_or_repeated_points(
+    corners: list[tuple[int, int]], whole: int, start: int, back: bool, twice: int
+):
+    corners = [(row // whole * whole, column // whole * whole) for row, column in corners]
+    where = [[lies((2 * row, 2 * column), corners) for column in range(SHAPE[1])] for row in range(SHAPE[0])]
+    again = [*corners[start % len(corners) :], *corners[: start % len(corners)]][:: -1 if back else 1]
+    again.insert(twice % len(again), again[twice % len(again)])
+    found = filled([(row / 2, column / 2) for row, column in again])
+    assert np.array_equal(found.inside, np.asarray(where) == "inside")
+    assert np.array_equal(found.on_outline, np.asarray(where) == "outline")
+
+
+def test_a_centre_within_a_thousandth_of_a_pixel_of_the_outline_lies_on_it():
+    assert np.count_nonzero(filled([(2.0009, 2.0009), (2.0009, 5.9991), (5.9991, 5.9991), (5.9991, 2.0009)]).all) == 25
+    assert np.count_nonzero(filled([(2.002, 2.002), (2.002, 5.998), (5.998, 5.998), (5.998, 2.002)]).all) == 9
+
+
+def box(top: float, left: float, bottom: float, right: float) -> list[tuple[float, float]]:
+    return [(top, left), (top, right), (bottom, right), (bottom, left)]
+
+
+@pytest.mark.parametrize("xor", [False, True])
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_outline_through_centres_belongs_to_its_region_around_holes_and_islands(order: int, xor: bool):
+    want = np.zeros(SHAPE, bool)
+    want[0:9, 0:9] = True
+    want[2:7, 2:7] = False
+    want[4, 4] = True
+    traced = [box(0, 0, 8, 8), [(1, 2), (1, 6), (2, 7), (6, 7), (7, 6), (7, 2), (6, 1), (2, 1)], [(4, 4)]]
+    assert np.array_equal(joined([(filled(corners), xor) for corners in traced[::order]]), want)
+
+
+def test_areas_that_share_the_centres_on_an_edge_are_one_area():
+    found = joined([(filled(box(1, 1, 4, 7)), False), (filled(box(4, 2, 7, 5)), False), (filled(box(2, 7, 3, 8)), False)])
+    want = np.zeros(SHAPE, bool)
+    want[1:5, 1:8], want[4:8, 2:6], want[2:4, 7:9] = True, True, True
+    assert np.array_equal(found, want)
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_mask_traced_through_the_centres_of_its_outermost_pixels_comes_back_as_it_was(back: bool, tmp_path: Path):
+    sources = volume(VOLUME)
+    corners = [box(3, 4, 8, 9), [(5, 5), (5, 8)], [(6, 7)]]
+    order = -1 if back else 1
+    lines = [contour(outline(one, points)[::order], one) for one, points in zip(sources, corners, strict=False)]
+    put(tmp_path, [*sources, drawn(sources, *lines)])
+    want = [EMPTY.copy() for _ in sources]
+    want[0][3:9, 4:10], want[1][5, 5:9], want[2][6, 7] = 1, 1, 1
+    assert same(used(tmp_path)[1], want)
+
+
+def outline(source: Dataset, corners: Sequence[tuple[float, float]]) -> np.ndarray:
+    return np.concatenate([square(source, row, column, row, column)[:1] for row, column in corners])
+
+
+FAR = (12.4, 17.4, 15.6, 20.6)
+
+
+@pytest.mark.parametrize("kind", ["POINT", "OPEN_PLANAR", "OPEN_NONPLANAR", ""])
+def test_an_image_on_which_a_region_has_points_or_open_lines_alone_is_refused_and_no_other(kind: str, tmp_path: Path):
+    sources = volume(VOLUME)
+    lines = [contour(square(sources[1], *BOX), sources[1]), contour(square(sources[3], 5, 5, 9, 9), sources[3], kind)]
+    lines += [contour(square(sources[1], *FAR), sources[1], kind)]  # beside a closed one it may be a note
+    put(tmp_path, [*sources, drawn(sources, *lines)])
+    _, classes, data = used(tmp_path)
+    assert same(classes, [EMPTY, FILLED, EMPTY, EMPTY])
+    assert numbers(data) == [121]
+
+
+def test_a_closed_contour_within_a_pixel_marks_the_pixel_that_it_lies_on(tmp_path: Path):
+    sources = volume(VOLUME)
+    tiny = [square(sources[1], *corners) for corners in [(5.1, 6.1, 5.8, 6.4), (14.2, 18.3, 14.7, 19.2), (7.6, 7.6, 8.4, 7.9)]]
+    lines = [contour(square(sources[1], *BOX), sources[1]), *(contour(points, sources[1]) for points in tiny)]
+    put(tmp_path, [*sources, drawn(sources, *lines, contour(square(sources[3], 5.1, 5.3, 5.4, 5.9), sources[3]))])
+    beside, alone = FILLED.copy(), EMPTY.copy()
+    beside[14, 19], alone[5, 6] = 1, 1  # within the region it leaves no hole
+    assert same(used(tmp_path)[1], [EMPTY, beside, EMPTY, alone, EMPTY])
+
+
+TWO_POINTS = [(4.3, 5.2), (9.1, 8.7)]
+
+
+@pytest.mark.parametrize(
+    "corners", [box(5.1, 5.4, 5.3, 12), box(5.1, 5, 5.9, 12), TWO_POINTS, TWO_POINTS[:1], [(5, 5.5), (8, 5.5), (5, 5.5)]]
+)
+def test_a_closed_contour_that_encloses_no_centre_makes_nothing_background(corners: list[tuple[float, float]], tmp_path: Path):
+    sources = volume(VOLUME)
+    lines = [contour(square(sources[1], *BOX), sources[1]), contour(outline(sources[3], corners), sources[3])]
+    lines += [contour(outline(sources[1], corners), sources[1])]  # within the region it says nothing new
+    put(tmp_path, [*sources, drawn(sources, *lines)])
+    _, classes, data = used(tmp_path)
+    assert same(classes, [EMPTY, FILLED, EMPTY, EMPTY])
+    assert numbers(data) == [121]
+
+
+def test_a_thin_contour_apart_from_the_rest_of_its_region_is_not_left_out(tmp_path: Path):
+    sources = volume(VOLUME)
+    lines = [contour(square(sources[1], *BOX), sources[1]), contour(square(sources[1], 16.1, 4, 16.8, 9), sources[1])]
+    put(tmp_path, [*sources, drawn(sources, *lines)])
+    _, classes, data = used(tmp_path)
+    assert same(classes, [EMPTY] * 4)
+    assert numbers(data) == [121]
+
+
+@pytest.mark.parametrize("corners", [box(-1, 2, 4, 5), box(5.5, 4.5, 9.6, 9.6), box(-0.5, -0.5, 8.5, 8.5), box(-3, -3, 12, 12)])
+def test_what_lies_off_the_image_is_cut_off_and_refused_where_it_is_most(corners: list[tuple[float, float]]):
+    rows, columns = np.mgrid[0:9, 0:9]
+    (top, left), _, (bottom, right), _ = corners
+    want = (rows >= top) & (rows <= bottom) & (columns >= left) & (columns <= right)
+    if top == -3:
+        with pytest.raises(Refusal, match="most of the mask"):
+            filled(corners)
+    else:
+        assert np.array_equal(filled(corners).all, want)
+
+
+@pytest.mark.parametrize("corners", [box(20, 20, 22, 22), box(-9, -9, -7, -7), box(2, 2, 2, 9000), box(0, 0, 9e4, 9e4)])
+def test_what_lies_far_off_or_is_far_too_large_is_refused(corners: list[tuple[float, float]]):
+    with pytest.raises(Refusal):
+        filled(corners * 500)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_each_image_that_a_contour_names_is_marked_wherever_it_stands_in_the_list(order: int, tmp_path: Path):
+    sources, absent = volume(VOLUME), volume(VOLUME[:1])[0]
+    made = contour(square(sources[2], *BOX), absent)
+    made.ContourImageSequence.append(contour(square(sources[2], *BOX), sources[2]).ContourImageSequence[0])
+    made.ContourImageSequence = list(made.ContourImageSequence)[::order]
+    put(tmp_path, [*sources, drawn(sources, made)])
+    assert same(used(tmp_path)[1], [EMPTY, EMPTY, FILLED, EMPTY, EMPTY])
+
+
+def test_a_contour_that_names_the_whole_series_marks_the_image_in_its_plane(tmp_path: Path):
+    sources = volume(VOLUME)
+    made = contour(square(sources[2], *BOX))
+    made.ContourImageSequence = [contour(square(one, *BOX), one).ContourImageSequence[0] for one in sources]
+    put(tmp_path, [*sources, drawn(sources, made)])
+    assert same(used(tmp_path)[1], [EMPTY, EMPTY, FILLED, EMPTY, EMPTY])
+
+
+@pytest.mark.parametrize("harm", ["absent", "empty"])
+def test_a_contour_without_any_point_costs_nothing_beside_others_of_its_region(harm: str, tmp_path: Path):
+    sources = volume(VOLUME)
+    bare = contour(square(sources[2], *BOX), sources[2])
+    bare.NumberOfContourPoints, bare.ContourData = 0, None
+    if harm == "absent":
+        del bare.ContourData, bare.NumberOfContourPoints
+    put(tmp_path, [*sources, drawn(sources, contour(square(sources[1], *BOX), sources[1]), bare)])
+    assert same(used(tmp_path)[1], [EMPTY, FILLED, EMPTY, EMPTY, EMPTY])
+
+
+@pytest.mark.parametrize("harm", ["alone", "should have some", "two numbers", "no numbers"])
+def test_a_contour_whose_points_are_lost_costs_its_file(harm: str, tmp_path: Path):
+    sources = volume(VOLUME)
+    bare = contour(square(sources[2], *BOX), sources[2])
+    bare.ContourData = [1.0, 2.0] if harm == "two numbers" else None
+    if harm == "no numbers":
+        del bare.ContourData
+        bare.add_new("ContourData", "LO", ["a", "b", "c"])
+    if harm == "alone":
+        bare.NumberOfContourPoints = 0
+    lines = [contour(square(sources[1], *BOX), sources[1])] * (harm != "alone")
+    put(tmp_path, [*sources, drawn(sources, *lines, bare)])
+    assert numbers(used(tmp_path)[2]) == [108, 117, 124]
