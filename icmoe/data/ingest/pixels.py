@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -198,7 +198,7 @@ def _grey(stored_V: npt.NDArray[Any], header: Header, number: int, shown: Shown)
     padded = _padding(values, header)
     modality = frame_element(header, number, "PixelValueTransformationSequence", MODALITY_TAGS)
     voi = frame_element(header, number, "FrameVOILUTSequence", VOI_TAGS)
-    grey, limits, top = _voi(_modality(values, modality), voi)
+    grey, limits, top = _voi(_modality(values, modality), voi, lambda: min(_ends(header, modality)) < 0.0)
     if text(header, "PhotometricInterpretation").upper() == "MONOCHROME1":
         turning_point = _turning_point(header, modality) if top is None else top
         grey = turning_point - grey.astype(np.float64)
@@ -213,7 +213,8 @@ def _modality(values: npt.NDArray[Any], modality: Header) -> npt.NDArray[Any]:
     """Return values after the modality transform; a slope of 0 or one that is no number counts as not given."""
     if isinstance(modality, Dataset) and sequence(modality, "ModalityLUTSequence"):
         table = sequence(modality, "ModalityLUTSequence")[0]
-        return looked_up(values, table.LUTDescriptor, table.LUTData, little=_is_little(modality))
+        signed = integer(modality, "PixelRepresentation") == 1
+        return looked_up(values, table.LUTDescriptor, table.LUTData, little=_is_little(modality), signed=signed)
     slope, intercept = numeric(modality, "RescaleSlope") or 1.0, numeric(modality, "RescaleIntercept")
     return values if (slope, intercept) == (1.0, 0.0) else values * slope + intercept
 
@@ -278,15 +279,18 @@ def frame_element(header: Header, number: int, group: str, names: Sequence[str])
     return found
 
 
-def _voi(grey: npt.NDArray[Any], voi: Header) -> tuple[npt.NDArray[Any], tuple[float, float], float | None]:
+def _voi(
+    grey: npt.NDArray[Any], voi: Header, signed: Callable[[], bool]
+) -> tuple[npt.NDArray[Any], tuple[float, float], float | None]:
     """Return values after a VOI transform that bends, the range that a linear one lets through, and where the scale ends.
 
-    The end is None where the values keep their scale.
+    The end is None where the values keep their scale; `signed` says whether values can be below zero.
     """
     everything = (-np.inf, np.inf)
     if isinstance(voi, Dataset) and sequence(voi, "VOILUTSequence"):
         table = sequence(voi, "VOILUTSequence")[0]
-        shown = looked_up(np.rint(grey).astype(np.int64), table.LUTDescriptor, table.LUTData, little=_is_little(voi))
+        whole, little = np.rint(grey).astype(np.int64), _is_little(voi)
+        shown = looked_up(whole, table.LUTDescriptor, table.LUTData, little=little, signed=signed())
         return shown, everything, 2.0 ** int(table.LUTDescriptor[2]) - 1.0
     centre, width = first_number(voi, "WindowCenter"), first_number(voi, "WindowWidth")
     function = text(voi, "VOILUTFunction").upper() or "LINEAR"
@@ -315,11 +319,15 @@ def _turning_point(header: Header, modality: Header) -> float:
     It is 0 where these are so large that single values would be lost beside them.
     """
     bits = integer(header, "BitsStored") or integer(header, "BitsAllocated")
-    if bits > 16:
-        return 0.0
+    return 0.0 if bits > 16 else sum(_ends(header, modality))
+
+
+def _ends(header: Header, modality: Header) -> list[float]:
+    """Return what the modality transform makes of the least and of the greatest value that the stored bits can give."""
+    bits = min(integer(header, "BitsStored") or integer(header, "BitsAllocated"), 32)
     signed = integer(header, "PixelRepresentation") == 1
     ends = [-(1 << (bits - 1)), (1 << (bits - 1)) - 1] if signed else [0, (1 << bits) - 1]
-    return float(_modality(np.asarray([ends], dtype=np.int64), modality).sum(dtype=np.float64))
+    return [float(end) for end in _modality(np.asarray(ends, dtype=np.int64), modality)]
 
 
 def _padding(values: npt.NDArray[Any], header: Header) -> npt.NDArray[np.bool_] | None:
