@@ -87,3 +87,12 @@ def test_a_palette_for_signed_values_begins_below_zero_whatever_values_are_there
         data.add_new(f"{colour}PaletteColorLookupTableDescriptor", vr, [4096, first, 16])
         data.add_new(f"{colour}PaletteColorLookupTableData", "OW", STEPS.tobytes())
     assert np.array_equal(grey_of(data, tmp_path), STEPS[np.minimum(stored.astype(int) + 2048, 4095)])
+
+
+@pytest.mark.parametrize("empty", ["PixelPaddingRangeLimit", "PixelPaddingValue"])
+def test_an_empty_element_of_padding_says_nothing(empty: str, tmp_path: Path):
+    data = image(S12, **TWELVE)
+    data.add_new("PixelPaddingValue", "SS", -2048)
+    raw(data, empty, "SS", b"")
+    want = np.where(S12 == -2048, S12[S12 > -2048].min(), S12) if empty != "PixelPaddingValue" else S12
+    assert np.array_equal(grey_of(data, tmp_path), want)

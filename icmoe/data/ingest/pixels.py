@@ -331,10 +331,11 @@ def _ends(header: Header, modality: Header) -> list[float]:
 
 
 def _padding(values: npt.NDArray[Any], header: Header) -> npt.NDArray[np.bool_] | None:
-    """Return which pixels the header says to be padding, None where it names no padding value."""
-    if "PixelPaddingValue" not in header:
+    """Return which pixels the header says to be padding, None where it names no value for that."""
+    if numbers(header, "PixelPaddingValue", 1) is None:
         return None
-    ends = [numeric(header, name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit") if name in header]
+    names = ("PixelPaddingValue", "PixelPaddingRangeLimit")
+    ends = [numeric(header, name) for name in names if numbers(header, name, 1)]  # an empty limit is not a limit of 0
     if integer(header, "PixelRepresentation") == 1 and values.dtype.kind == "i":  # often written with the other sign
         span = 1 << integer(header, "BitsAllocated")
         ends = [end - span if end >= span / 2 else end for end in ends]
