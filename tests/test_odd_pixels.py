@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from dicom_builders import image, save
+from dicom_builders import image, item, save
 from exports import read_frames
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
+from icmoe.data.ingest.pixels import Shown, read_pictures
 from icmoe.data.ingest.refusals import Refusal, refusing
 
 RNG = np.random.default_rng(8)
@@ -96,3 +97,34 @@ def test_an_empty_element_of_padding_says_nothing(empty: str, tmp_path: Path):
     raw(data, empty, "SS", b"")
     want = np.where(S12 == -2048, S12[S12 > -2048].min(), S12) if empty != "PixelPaddingValue" else S12
     assert np.array_equal(grey_of(data, tmp_path), want)
+
+
+@pytest.mark.parametrize("slope", [b"0,5 ", b"0.5\\0.5 ", b"5D-1", b"nan "])
+def test_a_slope_that_is_not_one_number_is_a_reason(slope: bytes, tmp_path: Path):
+    reason = reason_of(raw(image(U12, RescaleIntercept="-7", **TWELVE), "RescaleSlope", "DS", slope), tmp_path)
+    assert (reason.number, reason.why) == (118, "RescaleSlope is not one number")
+    transform = raw(item(RescaleIntercept="-7"), "RescaleSlope", "DS", slope)
+    enhanced = image(U12, SharedFunctionalGroupsSequence=[item(PixelValueTransformationSequence=[transform])], **TWELVE)
+    assert reason_of(enhanced, tmp_path).why == reason.why
+
+
+@pytest.mark.parametrize("slope", [b"", b"  ", b"0 ", b"1\0"])
+def test_a_slope_of_nothing_or_0_counts_as_not_given(slope: bytes, tmp_path: Path):
+    data = raw(image(U12, RescaleIntercept="-7", **TWELVE), "RescaleSlope", "DS", slope)
+    assert np.array_equal(grey_of(data, tmp_path), U12 - 7.0)
+
+
+@pytest.mark.parametrize(
+    ("centre", "width"),
+    [
+        (b"100\\" * 8 + b"100 ", b"50\\" * 8 + b"50"),
+        (b"100\\", b"50\\60 "),
+        (b"100\\ ", b"50"),
+        (b"100\\abc ", b"50"),
+    ],
+)
+def test_the_first_window_bounds_the_series_whatever_follows_it(centre: bytes, width: bytes, tmp_path: Path):
+    data = raw(raw(image(U12, **TWELVE), "WindowCenter", "DS", centre), "WindowWidth", "DS", width)
+    shown = Shown()
+    list(read_pictures(save(data, tmp_path / "x"), [0], shown))
+    assert (shown.low, shown.high) == (75.0, 124.0)

@@ -29,7 +29,20 @@ from pydicom.uid import (
 )
 
 from icmoe.data.images import LUMINANCE
-from icmoe.data.ingest.headers import GREY, SHOWN, Header, all_numbers, integer, named, numbers, numeric, sequence, text
+from icmoe.data.ingest.headers import (
+    GREY,
+    SHOWN,
+    Header,
+    all_numbers,
+    first_number,
+    integer,
+    named,
+    numbers,
+    numeric,
+    sequence,
+    text,
+    written,
+)
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.tables import coloured, looked_up
 from icmoe.data.picture import Picture, picture_of
@@ -210,11 +223,13 @@ def _grey(stored_V: npt.NDArray[Any], header: Header, number: int, shown: Shown)
 
 
 def _modality(values: npt.NDArray[Any], modality: Header) -> npt.NDArray[Any]:
-    """Return values after the modality transform; a slope of 0 or one that is no number counts as not given."""
+    """Return values after the modality transform; a slope of 0 or nothing counts as not given."""
     if isinstance(modality, Dataset) and sequence(modality, "ModalityLUTSequence"):
         table = sequence(modality, "ModalityLUTSequence")[0]
         signed = integer(modality, "PixelRepresentation") == 1
         return looked_up(values, table.LUTDescriptor, table.LUTData, little=_is_little(modality), signed=signed)
+    if written(modality, "RescaleSlope") and numbers(modality, "RescaleSlope", 1) is None:
+        raise Refusal(118, "RescaleSlope is not one number")
     slope, intercept = numeric(modality, "RescaleSlope") or 1.0, numeric(modality, "RescaleIntercept")
     return values if (slope, intercept) == (1.0, 0.0) else values * slope + intercept
 
@@ -263,7 +278,7 @@ def frame_element(header: Header, number: int, group: str, names: Sequence[str])
     group
         Functional group that holds them in an enhanced object.
     names
-        Keywords; those in a group with a value of another form are left out.
+        Keywords; those without a value are left out.
     """
     own = sequence(header, "PerFrameFunctionalGroupsSequence")[number : number + 1]
     shared = sequence(header, "SharedFunctionalGroupsSequence")[:1]
@@ -274,8 +289,8 @@ def frame_element(header: Header, number: int, group: str, names: Sequence[str])
     found.file_meta = header.file_meta  # with the next, tells byte order and sign of what stands in a table
     found.PixelRepresentation = integer(header, "PixelRepresentation")
     for name in names:
-        if name in source and (name.endswith("Sequence") or text(source, name)):
-            found[name] = source[name]
+        if name in source and (name.endswith("Sequence") or written(source, name)):
+            found[name] = source.get_item(name)  # not converted: a number in a wrong form must still be there
     return found
 
 
@@ -302,15 +317,6 @@ def _voi(
     if function == "LINEAR_EXACT":
         return grey, (centre - width / 2.0, centre + width / 2.0), None
     return grey, (centre - 0.5 - (width - 1.0) / 2.0, centre - 0.5 + (width - 1.0) / 2.0), None
-
-
-def first_number(data: Header, name: str) -> float | None:
-    """Return the first of one or several numbers, None where there is none."""
-    for count in range(1, 9):
-        values = numbers(data, name, count)
-        if values:
-            return values[0]
-    return None
 
 
 def _turning_point(header: Header, modality: Header) -> float:
