@@ -14,7 +14,9 @@ from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
+from icmoe.data.ingest.headers import image_record, read_header
 from icmoe.data.ingest.pixels import Shown, read_pictures
+from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.refusals import Refusal, refusing
 
 RNG = np.random.default_rng(8)
@@ -128,3 +130,10 @@ def test_the_first_window_bounds_the_series_whatever_follows_it(centre: bytes, w
     shown = Shown()
     list(read_pictures(save(data, tmp_path / "x"), [0], shown))
     assert (shown.low, shown.high) == (75.0, 124.0)
+
+
+def test_a_mosaic_of_slices_is_not_taken_as_one_slice(tmp_path: Path):
+    path = save(image(U12, ImageType=["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"], **TWELVE), tmp_path / "x")
+    with pytest.raises(Refusal, match="mosaic") as refusal:
+        image_record(read_header(path), Pseudonyms(bytes(32)))
+    assert refusal.value.number == 119

@@ -110,6 +110,8 @@ def image_record(data: Dataset, hashes: Pseudonyms) -> FileRecord:
     for prefix, why in NO_PICTURE.items():
         if kind == prefix or kind.startswith(prefix + "."):
             raise Refusal(119, why)
+    if "MOSAIC" in terms(data, "ImageType"):
+        raise Refusal(119, "a mosaic of slices in one picture, whose geometry is that of none of them")
     rows, columns = integer(data, "Rows"), integer(data, "Columns")
     count = integer(data, "NumberOfFrames") or 1
     if not (rows and columns):
