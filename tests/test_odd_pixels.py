@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
-from icmoe.data.ingest.headers import image_record, read_header
+from icmoe.data.ingest.headers import Header, image_record, read_header, sequence
 from icmoe.data.ingest.pixels import Shown, read_pictures
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.refusals import Refusal, refusing
@@ -137,3 +138,17 @@ def test_a_mosaic_of_slices_is_not_taken_as_one_slice(tmp_path: Path):
     with pytest.raises(Refusal, match="mosaic") as refusal:
         image_record(read_header(path), Pseudonyms(bytes(32)))
     assert refusal.value.number == 119
+
+
+def test_functional_groups_are_looked_up_once_for_all_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    looks: list[str] = []
+
+    def looked(data: Header, name: str) -> Sequence[Dataset]:
+        looks.append(name)
+        return sequence(data, name)
+
+    monkeypatch.setattr("icmoe.data.ingest.groups.sequence", looked)
+    slopes = [item(PixelValueTransformationSequence=[item(RescaleSlope=str(n), RescaleIntercept="0")]) for n in (1, 2, 3)]
+    path = save(image(np.stack([U12] * 3), PerFrameFunctionalGroupsSequence=slopes, **TWELVE), tmp_path / "x")
+    assert [np.array_equal(grey, U12 * (n + 1)) for n, grey in read_frames(path, range(3))] == [True] * 3
+    assert looks.count("PerFrameFunctionalGroupsSequence") == 1

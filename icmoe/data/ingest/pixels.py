@@ -29,6 +29,7 @@ from pydicom.uid import (
 )
 
 from icmoe.data.images import LUMINANCE
+from icmoe.data.ingest.groups import Groups
 from icmoe.data.ingest.headers import (
     GREY,
     SHOWN,
@@ -120,12 +121,13 @@ def read_pictures(
     values = json.loads(plain[0] or "{}")
     stored = _plain_pixels(path, values, plain[1]) if values else None
     if stored is not None:
-        yield 0, _picture(stored, values, 0, shown)
+        yield 0, _picture(stored, Groups.of(values), 0, shown)
         return
     with refusing(117, "file cannot be opened"):
         large = path.stat().st_size > WHOLE_BYTES
     header = open_dicom(path, pixels=not large)
     wanted = sorted(set(numbers_wanted)) if integer(header, "NumberOfFrames") > 1 else [0]
+    groups = Groups.of(header)
     packed, damaged = str(header.file_meta.TransferSyntaxUID) not in PLAIN, 0
     while wanted:
         # pydicom would drop the upper bits of pixels that do not start at bit 0.
@@ -133,7 +135,7 @@ def read_pictures(
         for place, number in enumerate(wanted):
             try:
                 with refusing(118, UNDECODABLE):
-                    picture = _picture(next(stream), header, number, shown)
+                    picture = _picture(next(stream), groups, number, shown)
                 yield number, picture
             except Refusal as refusal:
                 damaged += 1  # compressed frames are independent of each other
@@ -192,8 +194,9 @@ def _plain_pixels(path: Path, values: Mapping[str, Any], at: int) -> npt.NDArray
         return np.frombuffer(file.read(size), dtype=kind).reshape(integer(values, "Rows"), -1) if size else None
 
 
-def _picture(stored: npt.NDArray[Any], header: Header, number: int, shown: Shown) -> Picture:
+def _picture(stored: npt.NDArray[Any], groups: Groups, number: int, shown: Shown) -> Picture:
     """Return the grey picture of one decoded frame; all that the header does to a value is done once per value."""
+    header = groups.header
     if isinstance(header, Dataset) and text(header, "PhotometricInterpretation").upper() == "PALETTE COLOR":
         stored = coloured(significant_bits(stored, header), header, little=_is_little(header))
     if stored.ndim == 3:
@@ -202,15 +205,16 @@ def _picture(stored: npt.NDArray[Any], header: Header, number: int, shown: Shown
     if stored.ndim != 2:
         raise Refusal(118, f"a frame of {stored.ndim} dimensions")
     picture = picture_of(stored)
-    return picture.of_values(smallest(_grey(picture.values_V, header, number, shown)))
+    return picture.of_values(smallest(_grey(picture.values_V, groups, number, shown)))
 
 
-def _grey(stored_V: npt.NDArray[Any], header: Header, number: int, shown: Shown) -> Grey:
+def _grey(stored_V: npt.NDArray[Any], groups: Groups, number: int, shown: Shown) -> Grey:
     """Return the grey values that a frame's stored values stand for, in their order."""
+    header = groups.header
     values = significant_bits(stored_V, header)
     padded = _padding(values, header)
-    modality = frame_element(header, number, "PixelValueTransformationSequence", MODALITY_TAGS)
-    voi = frame_element(header, number, "FrameVOILUTSequence", VOI_TAGS)
+    modality = groups.element(number, "PixelValueTransformationSequence", MODALITY_TAGS)
+    voi = groups.element(number, "FrameVOILUTSequence", VOI_TAGS)
     grey, limits, top = _voi(_modality(values, modality), voi, lambda: min(_ends(header, modality)) < 0.0)
     if text(header, "PhotometricInterpretation").upper() == "MONOCHROME1":
         turning_point = _turning_point(header, modality) if top is None else top
@@ -264,34 +268,6 @@ def significant_bits(stored: npt.NDArray[Any], header: Header) -> npt.NDArray[An
         return stored
     kept = stored.astype(np.int64) & ((1 << bits) - 1)
     return np.where(kept > high, kept - (1 << bits), kept) if signed else kept
-
-
-def frame_element(header: Header, number: int, group: str, names: Sequence[str]) -> Header:
-    """Return a data set with the elements `names` that hold for a frame: its own group's, the shared group's, or the object.
-
-    Parameters
-    ----------
-    header
-        The object.
-    number
-        Frame number from 0.
-    group
-        Functional group that holds them in an enhanced object.
-    names
-        Keywords; those without a value are left out.
-    """
-    own = sequence(header, "PerFrameFunctionalGroupsSequence")[number : number + 1]
-    shared = sequence(header, "SharedFunctionalGroupsSequence")[:1]
-    places = [item for place in (*own, *shared) for item in sequence(place, group)[:1]]
-    if not places or not isinstance(header, Dataset):
-        return header
-    source, found = places[0], Dataset()
-    found.file_meta = header.file_meta  # with the next, tells byte order and sign of what stands in a table
-    found.PixelRepresentation = integer(header, "PixelRepresentation")
-    for name in names:
-        if name in source and (name.endswith("Sequence") or written(source, name)):
-            found[name] = source.get_item(name)  # not converted: a number in a wrong form must still be there
-    return found
 
 
 def _voi(
