@@ -16,7 +16,7 @@ from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
 from icmoe.data.ingest.headers import Header, image_record, read_header, sequence
-from icmoe.data.ingest.pixels import Shown, read_pictures
+from icmoe.data.ingest.pixels import Shown, plain_pixels_of, read_pictures
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.refusals import Refusal, refusing
 
@@ -109,6 +109,14 @@ def test_a_slope_that_is_not_one_number_is_a_reason(slope: bytes, tmp_path: Path
     transform = raw(item(RescaleIntercept="-7"), "RescaleSlope", "DS", slope)
     enhanced = image(U12, SharedFunctionalGroupsSequence=[item(PixelValueTransformationSequence=[transform])], **TWELVE)
     assert reason_of(enhanced, tmp_path).why == reason.why
+
+
+def test_two_slopes_of_a_plain_object_are_a_reason_too(tmp_path: Path):
+    path = save(image(U12, RescaleSlope=["1", "2"], RescaleIntercept="-7", **TWELVE), tmp_path / "x")
+    plain = plain_pixels_of(path, read_header(path))
+    ((_, found),) = read_pictures(path, [0], plain=(plain["plain"], plain["pixels_at"]))
+    assert isinstance(found, Refusal)
+    assert found.number == 118
 
 
 @pytest.mark.parametrize("slope", [b"", b"  ", b"0 ", b"1\0"])

@@ -17,15 +17,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset
-from pydicom.pixels import iter_pixels
 from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
-    JPEGLossless,
-    JPEGLosslessSV1,
-    RLELossless,
-    UncompressedTransferSyntaxes,
 )
 
 from icmoe.data.images import LUMINANCE
@@ -44,7 +39,8 @@ from icmoe.data.ingest.headers import (
     text,
     written,
 )
-from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
+from icmoe.data.ingest.opening import Refusal, refusing
+from icmoe.data.ingest.stored import UNDECODABLE, Frame, opened, significant_bits
 from icmoe.data.ingest.tables import coloured, looked_up
 from icmoe.data.picture import Picture, picture_of
 from icmoe.data.store import smallest
@@ -52,13 +48,8 @@ from icmoe.window import Window
 
 MODALITY_TAGS = ("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence")
 VOI_TAGS = ("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence")
-UNDECODABLE = "pixels are cut short, damaged, or compressed in a way that no installed decoder reads"
-WHOLE_BYTES = 2**26
-"""Largest file that is read in one go."""
-WHOLE_WORDS = frozenset({RLELossless, JPEGLossless, JPEGLosslessSV1})
-"""Compression that keeps all allocated bits, also those that are not part of the pixel."""
 MAX_DAMAGED = 16
-"""Damaged frames of one compressed object after which the rest is not tried."""
+"""Damaged frames of one object after which the rest is not tried."""
 PIXEL_DATA = b"\xe0\x7f\x10\x00"
 TABLES = ("ModalityLUTSequence", "VOILUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 NUMBERS = (*GREY, *SHOWN, "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames")
@@ -67,7 +58,6 @@ TERMS = {
     "VOILUTFunction": ("LINEAR", "LINEAR_EXACT", "SIGMOID"),
 }
 """Of plain objects."""
-PLAIN = frozenset(map(str, UncompressedTransferSyntaxes))
 Grey = npt.NDArray[np.float32]
 
 
@@ -119,32 +109,30 @@ def read_pictures(
     """
     shown = shown or Shown()
     values = json.loads(plain[0] or "{}")
-    stored = _plain_pixels(path, values, plain[1]) if values else None
-    if stored is not None:
-        yield 0, _picture(stored, Groups.of(values), 0, shown)
+    pixels = _plain_pixels(path, values, plain[1]) if values else None
+    if pixels is not None:
+        frame = Frame(pixels)
+        yield 0, _found(lambda _: frame, Groups.of(values), 0, shown)
         return
-    with refusing(117, "file cannot be opened"):
-        large = path.stat().st_size > WHOLE_BYTES
-    header = open_dicom(path, pixels=not large)
-    wanted = sorted(set(numbers_wanted)) if integer(header, "NumberOfFrames") > 1 else [0]
-    groups = Groups.of(header)
-    packed, damaged = str(header.file_meta.TransferSyntaxUID) not in PLAIN, 0
-    while wanted:
-        # pydicom would drop the upper bits of pixels that do not start at bit 0.
-        stream = iter_pixels(path if large else header, indices=wanted, correct_unused_bits=False)
-        for place, number in enumerate(wanted):
-            try:
-                with refusing(118, UNDECODABLE):
-                    picture = _picture(next(stream), groups, number, shown)
-                yield number, picture
-            except Refusal as refusal:
-                damaged += 1  # compressed frames are independent of each other
-                lost = wanted[place:] if not packed or damaged > MAX_DAMAGED else [number]
-                yield from ((other, refusal) for other in lost)
-                wanted = wanted[place + len(lost) :]
-                break
-        else:
-            return
+    with opened(path) as (header, read):
+        groups, damaged = Groups.of(header), 0
+        found: Picture | Refusal = Refusal(118, UNDECODABLE)
+        for number in sorted(set(numbers_wanted)) if integer(header, "NumberOfFrames") > 1 else [0]:
+            if damaged <= MAX_DAMAGED:
+                found = _found(read, groups, number, shown)
+            damaged += isinstance(found, Refusal)
+            yield number, found
+
+
+def _found(read: Callable[[int], Frame] | Refusal, groups: Groups, number: int, shown: Shown) -> Picture | Refusal:
+    """Return the picture of one frame, or why it has none."""
+    try:
+        if isinstance(read, Refusal):
+            raise read
+        with refusing(118, UNDECODABLE):
+            return _picture(read(number), groups, number, shown)
+    except Refusal as refusal:
+        return refusal
 
 
 def plain_pixels_of(path: Path, header: Dataset) -> dict[str, Any]:
@@ -194,9 +182,9 @@ def _plain_pixels(path: Path, values: Mapping[str, Any], at: int) -> npt.NDArray
         return np.frombuffer(file.read(size), dtype=kind).reshape(integer(values, "Rows"), -1) if size else None
 
 
-def _picture(stored: npt.NDArray[Any], groups: Groups, number: int, shown: Shown) -> Picture:
+def _picture(frame: Frame, groups: Groups, number: int, shown: Shown) -> Picture:
     """Return the grey picture of one decoded frame; all that the header does to a value is done once per value."""
-    header = groups.header
+    header, stored = groups.header, frame.pixels
     if isinstance(header, Dataset) and text(header, "PhotometricInterpretation").upper() == "PALETTE COLOR":
         stored = coloured(significant_bits(stored, header), header, little=_is_little(header))
     if stored.ndim == 3:
@@ -205,13 +193,12 @@ def _picture(stored: npt.NDArray[Any], groups: Groups, number: int, shown: Shown
     if stored.ndim != 2:
         raise Refusal(118, f"a frame of {stored.ndim} dimensions")
     picture = picture_of(stored)
-    return picture.of_values(smallest(_grey(picture.values_V, groups, number, shown)))
+    return picture.of_values(smallest(_grey(significant_bits(picture.values_V, header), groups, number, shown)))
 
 
-def _grey(stored_V: npt.NDArray[Any], groups: Groups, number: int, shown: Shown) -> Grey:
+def _grey(values: npt.NDArray[Any], groups: Groups, number: int, shown: Shown) -> Grey:
     """Return the grey values that a frame's stored values stand for, in their order."""
     header = groups.header
-    values = significant_bits(stored_V, header)
     padded = _padding(values, header)
     modality = groups.element(number, "PixelValueTransformationSequence", MODALITY_TAGS)
     voi = groups.element(number, "FrameVOILUTSequence", VOI_TAGS)
@@ -240,34 +227,6 @@ def _modality(values: npt.NDArray[Any], modality: Header) -> npt.NDArray[Any]:
 
 def _is_little(header: Dataset) -> bool:
     return bool(header.file_meta.TransferSyntaxUID != ExplicitVRBigEndian)
-
-
-def significant_bits(stored: npt.NDArray[Any], header: Header) -> npt.NDArray[Any]:
-    """Return integers without what lies above their stored bits: overlays in old files, or a sign not extended.
-
-    Parameters
-    ----------
-    stored
-        Decoded pixels, any integer type.
-    header
-        Names BitsStored, HighBit and PixelRepresentation.
-    """
-    depth, bits = stored.dtype.itemsize * 8, integer(header, "BitsStored")
-    shift = integer(header, "HighBit") + 1 - bits
-    signed, syntax = (
-        integer(header, "PixelRepresentation") == 1,
-        header.file_meta.TransferSyntaxUID if isinstance(header, Dataset) else ExplicitVRLittleEndian,
-    )
-    whole = syntax in WHOLE_WORDS or not syntax.is_encapsulated
-    if stored.dtype.kind not in "iu" or not 1 < bits < depth or not whole:
-        return stored
-    if 0 < shift <= depth - bits:
-        stored = stored >> shift
-    low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
-    if low <= int(stored.min()) and int(stored.max()) <= high:
-        return stored
-    kept = stored.astype(np.int64) & ((1 << bits) - 1)
-    return np.where(kept > high, kept - (1 << bits), kept) if signed else kept
 
 
 def _voi(
