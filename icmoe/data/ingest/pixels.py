@@ -186,14 +186,14 @@ def _picture(frame: Frame, groups: Groups, number: int, shown: Shown) -> Picture
     """Return the grey picture of one decoded frame; all that the header does to a value is done once per value."""
     header, stored = groups.header, frame.pixels
     if isinstance(header, Dataset) and text(header, "PhotometricInterpretation").upper() == "PALETTE COLOR":
-        stored = coloured(significant_bits(stored, header), header, little=_is_little(header))
+        stored = coloured(significant_bits(stored, header, frame.stream), header, little=_is_little(header))
     if stored.ndim == 3:
         shown.add(-np.inf, np.inf)
         return picture_of(smallest(_luminance(stored[..., :3])))
     if stored.ndim != 2:
         raise Refusal(118, f"a frame of {stored.ndim} dimensions")
     picture = picture_of(stored)
-    return picture.of_values(smallest(_grey(significant_bits(picture.values_V, header), groups, number, shown)))
+    return picture.of_values(smallest(_grey(significant_bits(picture.values_V, header, frame.stream), groups, number, shown)))
 
 
 def _grey(values: npt.NDArray[Any], groups: Groups, number: int, shown: Shown) -> Grey:

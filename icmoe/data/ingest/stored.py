@@ -17,8 +17,9 @@ from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels import get_decoder
 from pydicom.pixels.utils import as_pixel_options, get_expected_length
 from pydicom.tag import Tag
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEGLossless, JPEGLosslessSV1, RLELossless
+from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
+from icmoe.data.ingest.codestreams import Codestream, codestream_of
 from icmoe.data.ingest.headers import Header, integer, named
 from icmoe.data.ingest.opening import open_dicom
 from icmoe.data.ingest.refusals import Refusal, refusing
@@ -27,8 +28,6 @@ UNDECODABLE = "pixels are cut short, damaged, or compressed in a way that no ins
 UNNAMED = "pixels are compressed, and the transfer syntax is missing or one of plain pixels"
 WHOLE_BYTES = 2**26
 """Largest file that is read in one go."""
-WHOLE_WORDS = frozenset({RLELossless, JPEGLossless, JPEGLosslessSV1})
-"""Compression that keeps all allocated bits, also those that are not part of the pixel."""
 UNDEFINED = 2**32 - 1
 KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
@@ -41,9 +40,12 @@ class Frame:
     ----------
     pixels
         Height x width, or with three colours.
+    stream
+        What it was decoded from; None for plain pixels and run lengths, which are as deep as BitsAllocated.
     """
 
     pixels: npt.NDArray[Any]
+    stream: Codestream | None = None
 
 
 @contextmanager
@@ -113,7 +115,7 @@ def _lying(header: Dataset, file: BinaryIO) -> tuple[BinaryIO, int, str, str]:
 
 
 def _compressed(header: Dataset, source: bytes | BinaryIO, options: dict[str, Any]) -> Callable[[int], Frame]:
-    """Return what decodes the compressed frames of an object."""
+    """Return what decodes the compressed frames of an object; each has to be of the size that the header says."""
     syntax = header.file_meta.TransferSyntaxUID
     decoder, tables = get_decoder(syntax), options.pop("extended_offsets", None)
     if tables and len(tables[0]) != len(tables[1]):
@@ -123,9 +125,21 @@ def _compressed(header: Dataset, source: bytes | BinaryIO, options: dict[str, An
 
     def read(number: int) -> Frame:
         encoded = next((frame for at, frame in frames if at == number), b"")
-        return Frame(decoder.as_array(encapsulate([encoded]), index=0, **options)[0])
+        stream = None if syntax == RLELossless else codestream_of(encoded)
+        if stream is not None:
+            _require_size(stream, header)
+        elif syntax != RLELossless:
+            raise Refusal(118, UNDECODABLE)
+        return Frame(decoder.as_array(encapsulate([encoded]), index=0, **options)[0], stream)
 
     return read
+
+
+def _require_size(stream: Codestream, header: Dataset) -> None:
+    rows, columns, depth = (integer(header, name) for name in ("Rows", "Columns", "BitsAllocated"))
+    if (stream.rows, stream.columns) != (rows, columns) or stream.precision > depth:
+        found = f"{stream.rows} x {stream.columns} pixels of {stream.precision} bits"
+        raise Refusal(118, f"a compressed frame is of {found}, its header says {rows} x {columns} of {depth}")
 
 
 def _unpacked(header: Dataset, source: bytes | BinaryIO, number: int) -> npt.NDArray[np.uint8]:
@@ -145,7 +159,7 @@ def _unpacked(header: Dataset, source: bytes | BinaryIO, number: int) -> npt.NDA
     return bits[bit : bit + size].reshape(shape)
 
 
-def significant_bits(stored: npt.NDArray[Any], header: Header) -> npt.NDArray[Any]:
+def significant_bits(stored: npt.NDArray[Any], header: Header, stream: Codestream | None = None) -> npt.NDArray[Any]:
     """Return integers without what lies above their stored bits: overlays in old files, or a sign not extended.
 
     Parameters
@@ -154,20 +168,20 @@ def significant_bits(stored: npt.NDArray[Any], header: Header) -> npt.NDArray[An
         Decoded pixels, any integer type.
     header
         Names BitsStored, HighBit and PixelRepresentation.
+    stream
+        What they were decoded from: it may hold the stored bits alone, or all that are allocated.
     """
     depth, bits = stored.dtype.itemsize * 8, integer(header, "BitsStored")
-    shift = integer(header, "HighBit") + 1 - bits
-    signed, syntax = (
-        integer(header, "PixelRepresentation") == 1,
-        header.file_meta.TransferSyntaxUID if isinstance(header, Dataset) else ExplicitVRLittleEndian,
-    )
-    whole = syntax in WHOLE_WORDS or not syntax.is_encapsulated
-    if stored.dtype.kind not in "iu" or not 1 < bits < depth or not whole:
+    shift, held = integer(header, "HighBit") + 1 - bits, stream.precision if stream else depth
+    signed = integer(header, "PixelRepresentation") == 1
+    if stored.dtype.kind not in "iu" or not 1 < bits < depth:
         return stored
-    if 0 < shift <= depth - bits:
+    if 0 < shift <= held - bits:
         stored = stored >> shift
     low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
     if low <= int(stored.min()) and int(stored.max()) <= high:
         return stored
+    if stream is not None and stream.lossy and not signed:
+        return np.asarray(np.minimum(stored, high))  # white that overshoots must not wrap round to black
     kept = stored.astype(np.int64) & ((1 << bits) - 1)
-    return np.where(kept > high, kept - (1 << bits), kept) if signed else kept
+    return np.asarray(np.where(kept > high, kept - (1 << bits), kept)) if signed else kept
