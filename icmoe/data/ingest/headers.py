@@ -110,6 +110,8 @@ def image_record(data: Dataset, hashes: Pseudonyms) -> FileRecord:
     for prefix, why in NO_PICTURE.items():
         if kind == prefix or kind.startswith(prefix + "."):
             raise Refusal(119, why)
+    if "MOSAIC" in terms(data, "ImageType"):
+        raise Refusal(119, "a mosaic of slices in one picture, whose geometry is that of none of them")
     rows, columns = integer(data, "Rows"), integer(data, "Columns")
     count = integer(data, "NumberOfFrames") or 1
     if not (rows and columns):
@@ -285,6 +287,28 @@ def all_numbers(data: Header, name: str) -> tuple[float, ...]:
     except (TypeError, ValueError):
         return ()
     return found if all(map(math.isfinite, found)) else ()
+
+
+def first_number(data: Header, name: str) -> float | None:
+    """Return the first of one or several numbers, None where it is none; what follows it has no say."""
+    try:
+        found = float(written(data, name)[0])
+    except (IndexError, TypeError, ValueError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def written(data: Header, name: str) -> Sequence[Any]:
+    """Return the values of an element of decimal texts as they are written, also those that are no numbers; none where empty."""
+    if isinstance(data, Dataset):
+        found: Any = data.get_item(_tag(name)[0])
+        value = None if found is None else found.value
+    else:
+        value = data.get(name)
+    if isinstance(value, bytes):
+        value = value.decode("latin-1").split("\\")
+    parts = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    return [] if all(part is None or not str(part).strip(" \0") for part in parts) else parts
 
 
 def referenced_frames(source: Dataset) -> Sequence[int]:

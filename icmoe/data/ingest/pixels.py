@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,20 +17,30 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset
-from pydicom.pixels import iter_pixels
 from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
-    JPEGLossless,
-    JPEGLosslessSV1,
-    RLELossless,
-    UncompressedTransferSyntaxes,
 )
 
 from icmoe.data.images import LUMINANCE
-from icmoe.data.ingest.headers import GREY, SHOWN, Header, all_numbers, integer, named, numbers, numeric, sequence, text
-from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
+from icmoe.data.ingest.groups import Groups
+from icmoe.data.ingest.headers import (
+    GREY,
+    SHOWN,
+    Header,
+    all_numbers,
+    first_number,
+    integer,
+    named,
+    numbers,
+    numeric,
+    sequence,
+    text,
+    written,
+)
+from icmoe.data.ingest.opening import Refusal, refusing
+from icmoe.data.ingest.stored import UNDECODABLE, Frame, opened, significant_bits
 from icmoe.data.ingest.tables import coloured, looked_up
 from icmoe.data.picture import Picture, picture_of
 from icmoe.data.store import smallest
@@ -38,13 +48,8 @@ from icmoe.window import Window
 
 MODALITY_TAGS = ("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence")
 VOI_TAGS = ("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence")
-UNDECODABLE = "pixels are cut short, damaged, or compressed in a way that no installed decoder reads"
-WHOLE_BYTES = 2**26
-"""Largest file that is read in one go."""
-WHOLE_WORDS = frozenset({RLELossless, JPEGLossless, JPEGLosslessSV1})
-"""Compression that keeps all allocated bits, also those that are not part of the pixel."""
 MAX_DAMAGED = 16
-"""Damaged frames of one compressed object after which the rest is not tried."""
+"""Damaged frames of one object after which the rest is not tried."""
 PIXEL_DATA = b"\xe0\x7f\x10\x00"
 TABLES = ("ModalityLUTSequence", "VOILUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 NUMBERS = (*GREY, *SHOWN, "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames")
@@ -53,7 +58,6 @@ TERMS = {
     "VOILUTFunction": ("LINEAR", "LINEAR_EXACT", "SIGMOID"),
 }
 """Of plain objects."""
-PLAIN = frozenset(map(str, UncompressedTransferSyntaxes))
 Grey = npt.NDArray[np.float32]
 
 
@@ -105,31 +109,30 @@ def read_pictures(
     """
     shown = shown or Shown()
     values = json.loads(plain[0] or "{}")
-    stored = _plain_pixels(path, values, plain[1]) if values else None
-    if stored is not None:
-        yield 0, _picture(stored, values, 0, shown)
+    pixels = _plain_pixels(path, values, plain[1]) if values else None
+    if pixels is not None:
+        frame = Frame(pixels)
+        yield 0, _found(lambda _: frame, Groups.of(values), 0, shown)
         return
-    with refusing(117, "file cannot be opened"):
-        large = path.stat().st_size > WHOLE_BYTES
-    header = open_dicom(path, pixels=not large)
-    wanted = sorted(set(numbers_wanted)) if integer(header, "NumberOfFrames") > 1 else [0]
-    packed, damaged = str(header.file_meta.TransferSyntaxUID) not in PLAIN, 0
-    while wanted:
-        # pydicom would drop the upper bits of pixels that do not start at bit 0.
-        stream = iter_pixels(path if large else header, indices=wanted, correct_unused_bits=False)
-        for place, number in enumerate(wanted):
-            try:
-                with refusing(118, UNDECODABLE):
-                    picture = _picture(next(stream), header, number, shown)
-                yield number, picture
-            except Refusal as refusal:
-                damaged += 1  # compressed frames are independent of each other
-                lost = wanted[place:] if not packed or damaged > MAX_DAMAGED else [number]
-                yield from ((other, refusal) for other in lost)
-                wanted = wanted[place + len(lost) :]
-                break
-        else:
-            return
+    with opened(path) as (header, read):
+        groups, damaged = Groups.of(header), 0
+        found: Picture | Refusal = Refusal(118, UNDECODABLE)
+        for number in sorted(set(numbers_wanted)) if integer(header, "NumberOfFrames") > 1 else [0]:
+            if damaged <= MAX_DAMAGED:
+                found = _found(read, groups, number, shown)
+            damaged += isinstance(found, Refusal)
+            yield number, found
+
+
+def _found(read: Callable[[int], Frame] | Refusal, groups: Groups, number: int, shown: Shown) -> Picture | Refusal:
+    """Return the picture of one frame, or why it has none."""
+    try:
+        if isinstance(read, Refusal):
+            raise read
+        with refusing(118, UNDECODABLE):
+            return _picture(read(number), groups, number, shown)
+    except Refusal as refusal:
+        return refusal
 
 
 def plain_pixels_of(path: Path, header: Dataset) -> dict[str, Any]:
@@ -179,26 +182,27 @@ def _plain_pixels(path: Path, values: Mapping[str, Any], at: int) -> npt.NDArray
         return np.frombuffer(file.read(size), dtype=kind).reshape(integer(values, "Rows"), -1) if size else None
 
 
-def _picture(stored: npt.NDArray[Any], header: Header, number: int, shown: Shown) -> Picture:
+def _picture(frame: Frame, groups: Groups, number: int, shown: Shown) -> Picture:
     """Return the grey picture of one decoded frame; all that the header does to a value is done once per value."""
+    header, stored = groups.header, frame.pixels
     if isinstance(header, Dataset) and text(header, "PhotometricInterpretation").upper() == "PALETTE COLOR":
-        stored = coloured(significant_bits(stored, header), header, little=_is_little(header))
+        stored = coloured(significant_bits(stored, header, frame.stream), header, little=_is_little(header))
     if stored.ndim == 3:
         shown.add(-np.inf, np.inf)
         return picture_of(smallest(_luminance(stored[..., :3])))
     if stored.ndim != 2:
         raise Refusal(118, f"a frame of {stored.ndim} dimensions")
     picture = picture_of(stored)
-    return picture.of_values(smallest(_grey(picture.values_V, header, number, shown)))
+    return picture.of_values(smallest(_grey(significant_bits(picture.values_V, header, frame.stream), groups, number, shown)))
 
 
-def _grey(stored_V: npt.NDArray[Any], header: Header, number: int, shown: Shown) -> Grey:
+def _grey(values: npt.NDArray[Any], groups: Groups, number: int, shown: Shown) -> Grey:
     """Return the grey values that a frame's stored values stand for, in their order."""
-    values = significant_bits(stored_V, header)
+    header = groups.header
     padded = _padding(values, header)
-    modality = frame_element(header, number, "PixelValueTransformationSequence", MODALITY_TAGS)
-    voi = frame_element(header, number, "FrameVOILUTSequence", VOI_TAGS)
-    grey, limits, top = _voi(_modality(values, modality), voi)
+    modality = groups.element(number, "PixelValueTransformationSequence", MODALITY_TAGS)
+    voi = groups.element(number, "FrameVOILUTSequence", VOI_TAGS)
+    grey, limits, top = _voi(_modality(values, modality), voi, lambda: min(_ends(header, modality)) < 0.0)
     if text(header, "PhotometricInterpretation").upper() == "MONOCHROME1":
         turning_point = _turning_point(header, modality) if top is None else top
         grey = turning_point - grey.astype(np.float64)
@@ -210,10 +214,13 @@ def _grey(stored_V: npt.NDArray[Any], header: Header, number: int, shown: Shown)
 
 
 def _modality(values: npt.NDArray[Any], modality: Header) -> npt.NDArray[Any]:
-    """Return values after the modality transform; a slope of 0 or one that is no number counts as not given."""
+    """Return values after the modality transform; a slope of 0 or nothing counts as not given."""
     if isinstance(modality, Dataset) and sequence(modality, "ModalityLUTSequence"):
         table = sequence(modality, "ModalityLUTSequence")[0]
-        return looked_up(values, table.LUTDescriptor, table.LUTData, little=_is_little(modality))
+        signed = integer(modality, "PixelRepresentation") == 1
+        return looked_up(values, table.LUTDescriptor, table.LUTData, little=_is_little(modality), signed=signed)
+    if written(modality, "RescaleSlope") and numbers(modality, "RescaleSlope", 1) is None:
+        raise Refusal(118, "RescaleSlope is not one number")
     slope, intercept = numeric(modality, "RescaleSlope") or 1.0, numeric(modality, "RescaleIntercept")
     return values if (slope, intercept) == (1.0, 0.0) else values * slope + intercept
 
@@ -222,71 +229,18 @@ def _is_little(header: Dataset) -> bool:
     return bool(header.file_meta.TransferSyntaxUID != ExplicitVRBigEndian)
 
 
-def significant_bits(stored: npt.NDArray[Any], header: Header) -> npt.NDArray[Any]:
-    """Return integers without what lies above their stored bits: overlays in old files, or a sign not extended.
-
-    Parameters
-    ----------
-    stored
-        Decoded pixels, any integer type.
-    header
-        Names BitsStored, HighBit and PixelRepresentation.
-    """
-    depth, bits = stored.dtype.itemsize * 8, integer(header, "BitsStored")
-    shift = integer(header, "HighBit") + 1 - bits
-    signed, syntax = (
-        integer(header, "PixelRepresentation") == 1,
-        header.file_meta.TransferSyntaxUID if isinstance(header, Dataset) else ExplicitVRLittleEndian,
-    )
-    whole = syntax in WHOLE_WORDS or not syntax.is_encapsulated
-    if stored.dtype.kind not in "iu" or not 1 < bits < depth or not whole:
-        return stored
-    if 0 < shift <= depth - bits:
-        stored = stored >> shift
-    low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
-    if low <= int(stored.min()) and int(stored.max()) <= high:
-        return stored
-    kept = stored.astype(np.int64) & ((1 << bits) - 1)
-    return np.where(kept > high, kept - (1 << bits), kept) if signed else kept
-
-
-def frame_element(header: Header, number: int, group: str, names: Sequence[str]) -> Header:
-    """Return a data set with the elements `names` that hold for a frame: its own group's, the shared group's, or the object.
-
-    Parameters
-    ----------
-    header
-        The object.
-    number
-        Frame number from 0.
-    group
-        Functional group that holds them in an enhanced object.
-    names
-        Keywords; those in a group with a value of another form are left out.
-    """
-    own = sequence(header, "PerFrameFunctionalGroupsSequence")[number : number + 1]
-    shared = sequence(header, "SharedFunctionalGroupsSequence")[:1]
-    places = [item for place in (*own, *shared) for item in sequence(place, group)[:1]]
-    if not places or not isinstance(header, Dataset):
-        return header
-    source, found = places[0], Dataset()
-    found.file_meta = header.file_meta  # with the next, tells byte order and sign of what stands in a table
-    found.PixelRepresentation = integer(header, "PixelRepresentation")
-    for name in names:
-        if name in source and (name.endswith("Sequence") or text(source, name)):
-            found[name] = source[name]
-    return found
-
-
-def _voi(grey: npt.NDArray[Any], voi: Header) -> tuple[npt.NDArray[Any], tuple[float, float], float | None]:
+def _voi(
+    grey: npt.NDArray[Any], voi: Header, signed: Callable[[], bool]
+) -> tuple[npt.NDArray[Any], tuple[float, float], float | None]:
     """Return values after a VOI transform that bends, the range that a linear one lets through, and where the scale ends.
 
-    The end is None where the values keep their scale.
+    The end is None where the values keep their scale; `signed` says whether values can be below zero.
     """
     everything = (-np.inf, np.inf)
     if isinstance(voi, Dataset) and sequence(voi, "VOILUTSequence"):
         table = sequence(voi, "VOILUTSequence")[0]
-        shown = looked_up(np.rint(grey).astype(np.int64), table.LUTDescriptor, table.LUTData, little=_is_little(voi))
+        whole, little = np.rint(grey).astype(np.int64), _is_little(voi)
+        shown = looked_up(whole, table.LUTDescriptor, table.LUTData, little=little, signed=signed())
         return shown, everything, 2.0 ** int(table.LUTDescriptor[2]) - 1.0
     centre, width = first_number(voi, "WindowCenter"), first_number(voi, "WindowWidth")
     function = text(voi, "VOILUTFunction").upper() or "LINEAR"
@@ -300,33 +254,29 @@ def _voi(grey: npt.NDArray[Any], voi: Header) -> tuple[npt.NDArray[Any], tuple[f
     return grey, (centre - 0.5 - (width - 1.0) / 2.0, centre - 0.5 + (width - 1.0) / 2.0), None
 
 
-def first_number(data: Header, name: str) -> float | None:
-    """Return the first of one or several numbers, None where there is none."""
-    for count in range(1, 9):
-        values = numbers(data, name, count)
-        if values:
-            return values[0]
-    return None
-
-
 def _turning_point(header: Header, modality: Header) -> float:
     """Return the sum of the least and the greatest value that the stored bits can give after the modality transform.
 
     It is 0 where these are so large that single values would be lost beside them.
     """
     bits = integer(header, "BitsStored") or integer(header, "BitsAllocated")
-    if bits > 16:
-        return 0.0
+    return 0.0 if bits > 16 else sum(_ends(header, modality))
+
+
+def _ends(header: Header, modality: Header) -> list[float]:
+    """Return what the modality transform makes of the least and of the greatest value that the stored bits can give."""
+    bits = min(integer(header, "BitsStored") or integer(header, "BitsAllocated"), 32)
     signed = integer(header, "PixelRepresentation") == 1
     ends = [-(1 << (bits - 1)), (1 << (bits - 1)) - 1] if signed else [0, (1 << bits) - 1]
-    return float(_modality(np.asarray([ends], dtype=np.int64), modality).sum(dtype=np.float64))
+    return [float(end) for end in _modality(np.asarray(ends, dtype=np.int64), modality)]
 
 
 def _padding(values: npt.NDArray[Any], header: Header) -> npt.NDArray[np.bool_] | None:
-    """Return which pixels the header says to be padding, None where it names no padding value."""
-    if "PixelPaddingValue" not in header:
+    """Return which pixels the header says to be padding, None where it names no value for that."""
+    if numbers(header, "PixelPaddingValue", 1) is None:
         return None
-    ends = [numeric(header, name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit") if name in header]
+    names = ("PixelPaddingValue", "PixelPaddingRangeLimit")
+    ends = [numeric(header, name) for name in names if numbers(header, name, 1)]  # an empty limit is not a limit of 0
     if integer(header, "PixelRepresentation") == 1 and values.dtype.kind == "i":  # often written with the other sign
         span = 1 << integer(header, "BitsAllocated")
         ends = [end - span if end >= span / 2 else end for end in ends]

@@ -43,7 +43,7 @@ def refusing(number: int, why: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except Refusal:
+    except (Refusal, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception:  # noqa: BLE001  # there is no list of what a parser raises on arbitrary bytes
+    except BaseException:  # noqa: BLE001  # no list says what a parser raises on arbitrary bytes; a panic in Rust is no Exception
         raise Refusal(number, why) from None

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_color_lut
 
+from icmoe.data.ingest.headers import integer
 from icmoe.data.ingest.refusals import Refusal
 
 NO_TABLE = "a lookup table is shorter than it says, or of a depth that the standard does not know"
@@ -21,7 +22,7 @@ COLOURS = ("Red", "Green", "Blue")
 
 
 def looked_up(
-    values: npt.NDArray[Any], descriptor: Sequence[int], stored: bytes | int | Sequence[int], *, little: bool
+    values: npt.NDArray[Any], descriptor: Sequence[int], stored: bytes | int | Sequence[int], *, little: bool, signed: bool
 ) -> npt.NDArray[np.uint16]:
     """Return what a table makes of values; those before its first and after its last entry become that entry.
 
@@ -35,6 +36,8 @@ def looked_up(
         The entries.
     little
         Whether the file is little endian.
+    signed
+        Whether values before the transform can be below zero, whichever of them are there: the first one's sign is theirs.
 
     Raises
     ------
@@ -43,7 +46,8 @@ def looked_up(
     """
     count, first, bits = (int(number) for number in descriptor)
     count = count % 2**16 or 2**16
-    if first >= 2**15 and int(values.min()) < 0:  # an unsigned VR where the standard asks for the sign of the values
+    first %= 2**16  # the VR may have either sign: files get it wrong, and implicit ones do not say
+    if signed and first >= 2**15:
         first -= 2**16
     table = _entries(stored, count, bits, little=little)
     return table[np.clip(values.astype(np.int64) - first, 0, count - 1)]
@@ -63,7 +67,8 @@ def coloured(values: npt.NDArray[Any], header: Dataset, *, little: bool) -> npt.
         (header[f"{name}PaletteColorLookupTableDescriptor"].value, header[f"{name}PaletteColorLookupTableData"].value)
         for name in COLOURS
     ]
-    return np.stack([looked_up(values, *table, little=little) for table in tables], axis=-1)
+    signed = integer(header, "PixelRepresentation") == 1
+    return np.stack([looked_up(values, *table, little=little, signed=signed) for table in tables], axis=-1)
 
 
 def _entries(stored: bytes | int | Sequence[int], count: int, bits: int, *, little: bool) -> npt.NDArray[np.uint16]:

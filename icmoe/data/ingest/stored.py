@@ -1,0 +1,187 @@
+"""Stored pixels of a DICOM object, frame by frame: what can be told before a decoder sees them, and the decoders of pydicom."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from pydicom.datadict import keyword_for_tag
+from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate, generate_frames
+from pydicom.pixels import get_decoder
+from pydicom.pixels.utils import as_pixel_options, get_expected_length
+from pydicom.tag import Tag
+from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
+
+from icmoe.data.ingest.codestreams import Codestream, codestream_of
+from icmoe.data.ingest.headers import Header, integer, named
+from icmoe.data.ingest.opening import open_dicom
+from icmoe.data.ingest.refusals import Refusal, refusing
+
+UNDECODABLE = "pixels are cut short, damaged, or compressed in a way that no installed decoder reads"
+UNNAMED = "pixels are compressed, and the transfer syntax is missing or one of plain pixels"
+WHOLE_BYTES = 2**26
+"""Largest file that is read in one go."""
+UNDEFINED = 2**32 - 1
+KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One decoded frame.
+
+    Parameters
+    ----------
+    pixels
+        Height x width, or with three colours.
+    stream
+        What it was decoded from; None for plain pixels and run lengths, which are as deep as BitsAllocated.
+    """
+
+    pixels: npt.NDArray[Any]
+    stream: Codestream | None = None
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[Dataset, Callable[[int], Frame] | Refusal]]:
+    """Open an object that has pixels; a large one is read frame by frame from disk, so that memory does not grow with it.
+
+    Yields
+    ------
+    tuple[Dataset, Callable[[int], Frame] | Refusal]
+        The header, and what returns a frame by its number, to be asked in rising order and within `refusing`; or why nothing
+        does.
+
+    Raises
+    ------
+    Refusal
+        116 or 117 where the header cannot be read.
+    """
+    with refusing(117, "file cannot be opened"):
+        large = path.stat().st_size > WHOLE_BYTES
+    header = open_dicom(path, pixels=not large)
+    if large and header.file_meta.TransferSyntaxUID == DeflatedExplicitVRLittleEndian:
+        header, large = open_dicom(path, pixels=True), False  # its frames lie nowhere in the file
+    with path.open("rb") if large else nullcontext() as file:
+        try:
+            with refusing(118, UNDECODABLE):
+                found: Callable[[int], Frame] | Refusal = _reading(header, file)
+        except Refusal as refusal:
+            found = refusal
+        yield header, found
+
+
+def _reading(header: Dataset, file: BinaryIO | None) -> Callable[[int], Frame]:
+    """Return what returns the frames of an object by their numbers."""
+    syntax = header.file_meta.TransferSyntaxUID
+    source, length, keyword, kind = _held(header) if file is None else _lying(header, file)
+    options = as_pixel_options(header, pixel_keyword=keyword, pixel_vr=kind, correct_unused_bits=False)  # done here
+    if syntax.is_encapsulated:
+        return _compressed(header, source, options)
+    if length == UNDEFINED:
+        raise Refusal(118, UNNAMED)
+    if length // 2 >= max(2, get_expected_length(header)):  # a single byte is padded to two
+        raise Refusal(118, "pixels are at least twice as long as the header says")
+    if integer(header, "BitsAllocated") == 1:
+        return lambda number: Frame(_unpacked(header, source, number))
+    decoder = get_decoder(syntax)
+    return lambda number: Frame(decoder.as_array(source, index=number, **options)[0])
+
+
+def _held(header: Dataset) -> tuple[bytes, int, str, str]:
+    """Return the pixels of an object in memory, their length in the file, and the keyword and kind of their element."""
+    (keyword,) = named(header, KEYWORDS)
+    element = header[keyword]
+    return element.value, UNDEFINED if element.is_undefined_length else len(element.value), keyword, element.VR
+
+
+def _lying(header: Dataset, file: BinaryIO) -> tuple[BinaryIO, int, str, str]:
+    """Return the same of an object in a file, gone to its first pixel."""
+    order: Any = "little" if header.file_meta.TransferSyntaxUID.is_little_endian else "big"
+    file.seek(int(header.read_to_byte))
+    head = file.read(8)
+    explicit = head[4:5] == b"O"  # OB, OW, OF, OD; as a length it would be odd
+    length = int.from_bytes(file.read(4) if explicit else head[4:], order)
+    keyword = keyword_for_tag(Tag(int.from_bytes(head[:2], order), int.from_bytes(head[2:4], order)))
+    if keyword not in KEYWORDS:
+        raise Refusal(118, UNDECODABLE)
+    return file, length, keyword, head[4:6].decode("ascii") if explicit else "OW"
+
+
+def _compressed(header: Dataset, source: bytes | BinaryIO, options: dict[str, Any]) -> Callable[[int], Frame]:
+    """Return what decodes the compressed frames of an object; each has to be of the size that the header says."""
+    syntax = header.file_meta.TransferSyntaxUID
+    decoder, tables = get_decoder(syntax), options.pop("extended_offsets", None)
+    if tables and len(tables[0]) != len(tables[1]):
+        tables = None
+    frames = enumerate(generate_frames(source, number_of_frames=options["number_of_frames"], extended_offsets=tables))
+    options["number_of_frames"] = 1
+
+    def read(number: int) -> Frame:
+        encoded = next((frame for at, frame in frames if at == number), b"")
+        stream = None if syntax == RLELossless else codestream_of(encoded)
+        if stream is not None:
+            _require_size(stream, header)
+        elif syntax != RLELossless:
+            raise Refusal(118, UNDECODABLE)
+        return Frame(decoder.as_array(encapsulate([encoded]), index=0, **options)[0], stream)
+
+    return read
+
+
+def _require_size(stream: Codestream, header: Dataset) -> None:
+    rows, columns, depth = (integer(header, name) for name in ("Rows", "Columns", "BitsAllocated"))
+    if (stream.rows, stream.columns) != (rows, columns) or stream.precision > depth:
+        found = f"{stream.rows} x {stream.columns} pixels of {stream.precision} bits"
+        raise Refusal(118, f"a compressed frame is of {found}, its header says {rows} x {columns} of {depth}")
+
+
+def _unpacked(header: Dataset, source: bytes | BinaryIO, number: int) -> npt.NDArray[np.uint8]:
+    """Return one frame of single bits, which need not begin with a byte."""
+    shape = integer(header, "Rows"), integer(header, "Columns")
+    size = shape[0] * shape[1]
+    first, bit = divmod(number * size, 8)
+    count = (bit + size + 7) // 8
+    if isinstance(source, bytes):
+        packed = source[first : first + count]
+    else:
+        start = source.tell()
+        source.seek(first, io.SEEK_CUR)
+        packed = source.read(count)
+        source.seek(start)
+    bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
+    return bits[bit : bit + size].reshape(shape)
+
+
+def significant_bits(stored: npt.NDArray[Any], header: Header, stream: Codestream | None = None) -> npt.NDArray[Any]:
+    """Return integers without what lies above their stored bits: overlays in old files, or a sign not extended.
+
+    Parameters
+    ----------
+    stored
+        Decoded pixels, any integer type.
+    header
+        Names BitsStored, HighBit and PixelRepresentation.
+    stream
+        What they were decoded from: it may hold the stored bits alone, or all that are allocated.
+    """
+    depth, bits = stored.dtype.itemsize * 8, integer(header, "BitsStored")
+    shift, held = integer(header, "HighBit") + 1 - bits, stream.precision if stream else depth
+    signed = integer(header, "PixelRepresentation") == 1
+    if stored.dtype.kind not in "iu" or not 1 < bits < depth:
+        return stored
+    if 0 < shift <= held - bits:
+        stored = stored >> shift
+    low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
+    if low <= int(stored.min()) and int(stored.max()) <= high:
+        return stored
+    if stream is not None and stream.lossy and not signed:
+        return np.asarray(np.minimum(stored, high))  # white that overshoots must not wrap round to black
+    kept = stored.astype(np.int64) & ((1 << bits) - 1)
+    return np.asarray(np.where(kept > high, kept - (1 << bits), kept)) if signed else kept
