@@ -116,8 +116,12 @@ def proxy_of(host: str) -> tuple[str, int] | None:
     url = found.get("https") or found.get("all")
     if not url or proxy_bypass(host):
         return None
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    return (parts.hostname or "", parts.port or 80)
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        return (parts.hostname or "", parts.port or 80)
+    except ValueError:  # not shown: it may hold a password
+        todo = "Correct HTTPS_PROXY or ALL_PROXY: http://HOST:PORT."
+        raise IcmoeError(Fault(number=311, where=host, what="proxy in the environment is no address", todo=todo)) from None
 
 
 def check_port(host: str, port: int, *, via: str = "") -> list[Check]:

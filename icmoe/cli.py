@@ -113,7 +113,7 @@ def predict(
 def export(
     model: Annotated[Path, typer.Option(help="Model file written by a study or a rehearsal, *.safetensors.")],
     output: Annotated[Path, typer.Option(help="File to write.")],
-    form: Annotated[str, typer.Option("--format", help="torchscript, or onnx with the extra [onnx].")] = "torchscript",
+    form: Annotated[str, typer.Option("--format", help="torchscript, or onnx with the extra \\[onnx].")] = "torchscript",
     force: Annotated[bool, typer.Option("--force", help="Replace --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:

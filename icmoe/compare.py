@@ -107,13 +107,15 @@ class Comparison:
         return asdict(self)
 
 
-def read_results(path: Path) -> Results:
+def read_results(path: Path, *, did: str = "Nothing was compared.") -> Results:
     """Return the results of a rehearsal.
 
     Parameters
     ----------
     path
         `results.json`, or the folder that holds it.
+    did
+        What a fault says of the consequence.
 
     Raises
     ------
@@ -124,12 +126,11 @@ def read_results(path: Path) -> Results:
     try:
         return Results.model_validate_json(file.read_bytes())
     except OSError as error:
-        did = "Nothing was compared."
         raise IcmoeError(Fault(number=205, where=str(file), value=error.strerror or "", did=did)) from None
     except ValidationError as error:
         first = error.errors()[0]
         value = ".".join(map(str, first["loc"])) or first["msg"]
-        raise IcmoeError(Fault(number=217, where=str(file), value=value, did="Nothing was compared.")) from None
+        raise IcmoeError(Fault(number=217, where=str(file), value=value, did=did)) from None
 
 
 def compare(a: Results, b: Results) -> Comparison:

@@ -8,9 +8,15 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from icmoe.atomic import write_atomically
+from icmoe.compare import read_results
 from icmoe.errors import Fault, IcmoeError
+
+if TYPE_CHECKING:
+    from icmoe.study import Study
+    from simulations.scenario import Simulation
 
 RESULTS = "results.json"
 REPORT = "report.html"
@@ -76,6 +82,25 @@ class RunFolder:
             except IcmoeError:
                 self._leave_as_found(had_phantoms=had_phantoms)
                 raise
+
+    def finished(self, study: Study, simulation: Simulation) -> dict[str, Any]:
+        """Return the results of a run that was completed.
+
+        Raises
+        ------
+        IcmoeError
+            205 or 217 where they cannot be read, 502 where they are of another study, other methods, seeds or sites.
+        """
+        did = "Nothing was started."
+        read_results(self.results, did=did)
+        results: dict[str, Any] = json.loads(self.results.read_bytes())
+        settings, kept = simulation.model_dump(mode="json"), results["configuration"].get("simulation", {})
+        other = ["study"] if results["study_digest"] != study.digest else []
+        other += [name for name in ("methods", "seeds", "sites", "alpha") if kept.get(name) != settings[name]]
+        if other:
+            what, value = "folder holds the results of another run", f"other {', '.join(other)}"
+            raise IcmoeError(Fault(number=502, where=str(self.root), what=what, value=value, did=did))
+        return results
 
     def _leave_as_found(self, *, had_phantoms: bool) -> None:
         """Remove what a refused start made: the corrected command needs no other --out and no --resume."""

@@ -104,8 +104,12 @@ def _command(typed: str, command: click.Command, level: str) -> Iterator[str]:
         yield " ".join(command.help.split()) + "\n"
     if parameters := [parameter for parameter in command.params if parameter.name != "help"]:
         restore_help(command)
-        rows = ((*_parameter(parameter), getattr(parameter, "help", None) or "") for parameter in parameters)
+        rows = ((*_parameter(parameter), _meaning(parameter)) for parameter in parameters)
         yield from _table(("option", "value", "default", "meaning"), rows)
+
+
+def _meaning(found: click.Parameter) -> str:
+    return (getattr(found, "help", None) or "").replace("\\[", "[")  # escaped for the terminal
 
 
 def _parameter(found: click.Parameter) -> tuple[str, str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,9 +52,9 @@ def rehearse_command(
     as_json: Annotated[
         bool, Option("--json", help="Print results.json on standard output, everything else on standard error.")
     ] = False,
-    scenario: Annotated[Path | None, Option(help="TOML file with [study] and [simulation]; options go on top.")] = None,
+    scenario: Annotated[Path | None, Option(help="TOML file with \\[study] and \\[simulation]; options go on top.")] = None,
     address: Annotated[str | None, Option(help="Existing Ray cluster: auto or HOST:PORT.")] = None,
-    track: Annotated[str | None, Option(help="tensorboard or mlflow: also write its runs to --out; extra [track].")] = None,
+    track: Annotated[str | None, Option(help="tensorboard or mlflow: also write its runs to --out; extra \\[track].")] = None,
 ) -> None:
     """Train one IC-MoE across virtual hospitals and compare it with FedAvg, each hospital alone, and pooled data."""
     study_options = _given(
@@ -106,12 +106,12 @@ def _run(
 
     console = Console(stderr=as_json)
     study, simulation = read_scenario(scenario, study_options, simulation_options)
-    name = Path(simulation.data).resolve().name if simulation.data else "phantoms"
+    name = Path(os.path.realpath(simulation.data)).name if simulation.data else "phantoms"
     folder = RunFolder(out or Path("runs") / f"{name}-{study.digest[:8]}")
     with folder.claimed(resume=resume), tracking(track, folder.root) as also, Screen(console, also) as screen:
         if resume and folder.results.exists():
+            results = folder.finished(study, simulation)
             screen.say(f"{folder.root} is complete; nothing was left to do.")
-            results = json.loads(folder.results.read_text())
         else:
             results = rehearse(study, simulation, folder, screen)
     if (everywhere := cross_table(results, console)) is not None:

@@ -17,7 +17,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from loopback import FLEET, HOSTS, NOW, Authority, closed_port, http_server, raw_server
 
 from fl_client import connection
+from fl_client.connection import proxy_of
 from fl_client.preflight import run_preflight
+from icmoe.errors import IcmoeError
 
 if TYPE_CHECKING:
     from hospitals import Hospital
@@ -278,3 +280,13 @@ def test_grpc_health_is_asked_where_an_address_is_given(hospital: Hospital, auth
             assert hospital.only_fault()["number"] == 311
     finally:
         server.stop(0).wait(5)
+
+
+@pytest.mark.parametrize("proxy", ["http://proxy.hospital:port", "http://[::1", "h:99999"])
+def test_a_proxy_that_is_no_address_is_told_and_not_shown(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with pytest.raises(IcmoeError, match=r"ICM311 .*proxy in the environment is no address") as told:
+        proxy_of("coordinator.example")
+    assert proxy not in str(told.value)

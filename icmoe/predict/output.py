@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ def require_free(out: Path, source: Path, *, force: bool) -> None:
     IcmoeError
         141 where something is there, 210 where the output lies in the input, which would be read the next time.
     """
-    if source.is_dir() and source.resolve() in [out.resolve(), *out.resolve().parents]:
+    inside = Path(os.path.realpath(out))
+    if source.is_dir() and Path(os.path.realpath(source)) in [inside, *inside.parents]:
         what = "the output lies inside the input"
         raise IcmoeError(Fault(number=210, where="--output", what=what, value=str(out), did="Nothing was segmented."))
     if not out.exists() and not out.is_symlink():

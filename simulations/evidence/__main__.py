@@ -28,7 +28,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 Data = Annotated[Path, typer.Option(help="Folder of the data set.")]
 Out = Annotated[Path, typer.Option(help="Folder of runs and tables; finished work in it is kept.")]
 Seeds = Annotated[int, typer.Option(min=1, max=10, help="Number of seeds, 1..N.")]
-Scenario = Annotated[Path | None, typer.Option(help="TOML file with changes to the recipe in [study].")]
+Scenario = Annotated[Path | None, typer.Option(help="TOML file with changes to the recipe in \\[study].")]
 Only = Annotated[str | None, typer.Option(help="Comma-separated names of runs, for example lgg-base.")]
 
 
