@@ -110,12 +110,16 @@ def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int, list[
         what, todo = "no patient is named", "Give the hospital's own number, or the P-... of ingest."
         raise IcmoeError(Fault(number=210, where="forget", what=what, did="Nothing was removed.", todo=todo))
     folder = ingest_folder(path, settings)
-    stores = stores_in(folder)
-    for store in stores:
-        drop_report(store)  # it shows the patient
-    others = sharing(folder, patient)
-    frames = forget(folder, patient)
-    return frames, sum(_drop_features(path, settings, store) for store in stores), others
+    with _numbered_os_errors():
+        stores = stores_in(folder)
+        if stores and not (folder / SECRET_FILE).exists():
+            what, todo = "secret of the site is lost, so that nobody can tell who is who", "Restore it from a backup."
+            raise IcmoeError(Fault(number=129, where=str(folder), what=what, did="Nothing was removed.", todo=todo))
+        for store in stores:
+            drop_report(store)  # it shows the patient
+        others = sharing(folder, patient)
+        frames = forget(folder, patient)
+        return frames, sum(_drop_features(path, settings, store) for store in stores), others
 
 
 def files_named(path: Path, name: str, wanted: str) -> list[str]:
@@ -216,13 +220,18 @@ def _place(export: Export, *, dry_run: bool) -> Iterator[Export]:
         yield export
         return
     folder = Path(tempfile.mkdtemp(prefix="icmoe-dry-run-"))
-    former = signal.signal(signal.SIGTERM, _stop)  # the pictures in the folder must go when the command is ended, too
+    ends = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    former = [signal.signal(end, _stop) for end in ends]  # the pictures in the folder must go when the command is ended, too
     try:
         known = (export.secret_folder / SECRET_FILE).exists()
         yield replace(export, store=folder / "store", secret_folder=export.secret_folder if known else folder)
     finally:
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not stop the removal
+        for end in ends:
+            signal.signal(end, signal.SIG_IGN)
         shutil.rmtree(folder)
-        signal.signal(signal.SIGTERM, former)
+        for end, action in zip((*ends, signal.SIGINT), (*former, interrupt), strict=True):
+            signal.signal(end, action)
 
 
 def _stop(number: int, frame: object) -> None:

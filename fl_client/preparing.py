@@ -48,7 +48,8 @@ def encode_ingested(path: Path, settings: SiteFile, study: Study, *, on_progress
     store = site_export(path, settings, study).store
     with index.claimed(store) as connection:
         wanted = _mark(path, settings, study, index.meta(connection, "complete"))
-        if index.meta(connection, "encoded") == wanted:
+        kept = any(cache_folder_of(path, settings).glob("*/*"))  # a cache that was emptied is seen; one entry less is not
+        if kept and index.meta(connection, "encoded") == wanted:
             return 0
     data = site_data(path, settings, study)
     encoded = _encode(path, settings, study, data.slices if data else (), on_progress)

@@ -83,13 +83,26 @@ def read_named(path: Path, name: str) -> SiteFile:
     Raises
     ------
     IcmoeError
-        As `read_site_file`; 210 where the file is of another site.
+        As `read_site_file`; 210 where the file is of another site, 205 where its state cannot be looked into.
     """
     settings = read_site_file(path)
     if settings.name != name:
         what = "--site and the site file differ"
         raise IcmoeError(Fault(number=210, where=str(path), what=what, value=name, limit=settings.name))
+    _require_state(path.parent / settings.state)
     return settings
+
+
+def _require_state(state: Path) -> None:
+    """Refuse a state folder that cannot be looked into: its approvals and records would pass for none."""
+    try:
+        for folder in filter(os.path.lexists, (state, state / "approvals")):
+            os.scandir(folder).close()
+    except OSError as error:
+        todo = "Correct state in the site file, its rights, or restore the folder from a backup."
+        what = "state folder cannot be looked into"
+        fault = Fault(number=205, where=str(state), what=what, value=error.strerror or "", did="Nothing was done.", todo=todo)
+        raise IcmoeError(fault) from None
 
 
 def study_faults(path: Path, settings: SiteFile, study: Study) -> list[Fault]:

@@ -21,7 +21,7 @@ from fl_client import preparing
 from fl_client.approval import approved_studies
 from fl_client.ingesting import forget_patient, ingest_site
 from fl_client.participant import Participant
-from fl_client.site import read_named
+from fl_client.site import cache_folder_of, read_named
 from icmoe.data.ingest import index
 from icmoe.data.ingest.pseudonyms import pseudonym_of, site_pseudonyms
 from icmoe.data.ingest.run import Export, forget, ingest
@@ -109,6 +109,7 @@ def test_forgetting_a_patient_reaches_studies_that_are_no_longer_approved(tmp_pa
 def test_features_are_looked_through_again_once_they_are_computed_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_series(tmp_path / "export/a", "one", 2, seed=1)
     path = site_file(tmp_path, tmp_path / "export", "[255]")
+    path.write_text(path.read_text().replace("[ingest]", 'cache = "cache"\n[ingest]'))
     settings, (study,) = read_named(path, "Elm"), approved_studies(tmp_path / "state")
     ingest_site(path, "Elm", dry_run=False)
     looks: list[str] = []
@@ -118,7 +119,11 @@ def test_features_are_looked_through_again_once_they_are_computed_otherwise(tmp_
         looks.append("")
         return preparing.encode_ingested(path, settings, study, on_progress=lambda *_: None)
 
-    assert (look(), look()) == (1, 0)
+    assert (look(), look()) == (1, 2), "nothing is in the cache"
+    entry = cache_folder_of(path, settings) / "ab/cd.safetensors"
+    entry.parent.mkdir(parents=True)
+    entry.touch()
+    assert look() == 0
     for name in ("PREPROCESSING_VERSION", "FORMAT"):
         monkeypatch.setattr(preparing, name, "another")
         assert look()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -172,3 +175,69 @@ def test_forgetting_names_who_else_has_the_pictures(site: Path) -> None:
     assert other in ingest(site), "the pictures are used under the other number now"
     assert "3 images" in command(site, "forget", other)
     assert "1 patient\n" in ingest(site)
+
+
+def stores(site: Path) -> list[Path]:
+    return [path for path in (site.parent / "ingest").iterdir() if (path / "frames").is_dir()]
+
+
+@pytest.mark.parametrize("harm", ["no index", "empty index", "no secret"])
+def test_forgetting_does_not_pass_for_done_where_nobody_can_look(site: Path, harm: str) -> None:
+    ingest(site)
+    (store,) = stores(site)
+    if harm == "no secret":
+        (site.parent / "ingest" / SECRET_FILE).unlink()
+    else:
+        (store / "index.sqlite").unlink()
+        if harm == "empty index":
+            (store / "index.sqlite").touch()
+    done = CliRunner().invoke(cli.app, ["--site", "Elm", "--config", str(site), "forget", "one"])
+    assert done.exit_code == 1
+    assert "ICM129" in done.output
+    assert (site.parent / "ingest" / SECRET_FILE).exists() == (harm != "no secret"), "no new secret is made"
+
+
+def test_forgotten_patients_do_not_come_back_with_a_new_secret(site: Path) -> None:
+    ingest(site)
+    command(site, "forget", "one")
+    (site.parent / "ingest" / SECRET_FILE).unlink()
+    assert "patients were forgotten under it" in ingest(site)
+
+
+@pytest.mark.parametrize("harm", ["file", "loop", "approvals"])
+@pytest.mark.parametrize("words", [["audit", "verify"], ["status"], ["withdraw", "tiny"], ["ledger"]])
+def test_a_state_folder_that_is_none_does_not_pass_for_an_empty_one(site: Path, harm: str, words: list[str]) -> None:
+    state = site.parent / "state"
+    if harm == "approvals":
+        (state / "approvals").rename(state / "aside")
+        (state / "approvals").write_text("x")
+    else:
+        state.rename(site.parent / "aside")
+        state.symlink_to("state") if harm == "loop" else state.write_text("x")
+    assert "ICM205" in command(site, *words)
+
+
+def test_the_store_may_not_be_a_link_to_itself(site: Path) -> None:
+    (site.parent / "ingest").symlink_to("ingest")
+    assert "ICM129" in ingest(site)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT])
+def test_a_dry_run_that_is_ended_keeps_no_picture(site: Path, number: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    passing = tmp_path_factory.mktemp("passing")
+    code = f"""
+import os, sys
+import fl_client.ingesting as ingesting
+def ingest(export, **_):
+    export.store.mkdir(parents=True)
+    (export.store / "x").touch()
+    os.kill(os.getpid(), {int(number)})
+ingesting.ingest = ingest
+from fl_client.cli import main
+sys.argv = ["fl_client", "--site", "Elm", "--config", {str(site)!r}, "ingest", "--dry-run"]
+main()
+"""
+    environment = {**os.environ, "TMPDIR": str(passing)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 128 + number, done.stderr.decode()
+    assert not list(passing.glob("icmoe-dry-run-*"))

@@ -56,11 +56,14 @@ def site_pseudonyms(folder: Path) -> Pseudonyms:
     Raises
     ------
     IcmoeError
-        129 where the secret cannot be read, is damaged, or others may read it.
+        129 where the secret cannot be read, is damaged or lost, or others may read it.
     """
     path = folder / SECRET_FILE
     try:
         if not path.exists():
+            if any((folder / FORGOTTEN).glob("P-*")):  # under another secret they would come back
+                todo = "Restore it from a backup. Without one, move this folder away, then forget these patients again."
+                raise IcmoeError(_fault(path, "secret of the site is lost, and patients were forgotten under it", "", todo=todo))
             write_atomically(path, secrets.token_bytes(SECRET_BYTES), private=True)
         secret, mode = path.read_bytes(), path.stat().st_mode & 0o077
     except OSError as error:

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import importlib.util
 import json
+import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -133,7 +134,8 @@ def _no_export(export: Export, what: str, todo: str) -> Fault:
 
 def _require_apart(export: Export) -> None:
     """Refuse to keep the ingest within the export, which is only read: it would find what it wrote."""
-    if export.secret_folder.resolve().is_relative_to(export.root.resolve()):
+    kept, root = (os.path.realpath(path) for path in (export.secret_folder, export.root))
+    if Path(kept).is_relative_to(root):
         what, value = "the ingest would be kept inside the export", str(export.secret_folder)
         did, todo = "Nothing was read.", "Name a store outside folder, or a folder without it."
         raise IcmoeError(Fault(number=210, where=str(export.root), what=what, value=value, did=did, todo=todo))
@@ -153,8 +155,24 @@ def require_packages() -> None:
 
 
 def stores_in(folder: Path) -> list[Path]:
-    """Return the folders of the indexes that an ingest folder holds, of studies that are no longer approved too."""
-    return [place.parent for place in sorted(folder.glob(f"*/{index.INDEX}"))]
+    """Return the folders of the indexes that an ingest folder holds, of studies that are no longer approved too.
+
+    Raises
+    ------
+    IcmoeError
+        129 where one has frames and no index, so that nobody can tell whose they are.
+    OSError
+        Where one cannot be looked into.
+    """
+    found = []
+    for place in sorted(folder.iterdir()) if folder.exists() else []:
+        names = {path.name: path for path in place.iterdir()} if place.is_dir() else {}
+        if index.INDEX in names and names[index.INDEX].stat().st_size:
+            found.append(place)
+        elif "frames" in names and any(names["frames"].iterdir()):
+            what, todo = "index is gone, though its frames are there", "Remove this folder; the next ingest makes it anew."
+            raise IcmoeError(Fault(number=129, where=str(place), what=what, did="Nothing was removed.", todo=todo))
+    return found
 
 
 def forget(folder: Path, patient: str) -> int:
