@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event
 
 # Both must be set before the libraries are imported: a hospital's network carries no telemetry.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-from flwr.app import Context
+import ray
+from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from pydantic import TypeAdapter
@@ -25,6 +28,7 @@ from fl_client.app import Handler
 from fl_client.participant import Participant
 from fl_server.app import make_strategy, start_state
 from fl_server.data_check import DataCheck, check_data
+from fl_server.grid import InFront
 from fl_server.roster import Roster, await_online, meet
 from fl_server.round_log import RoundRecord
 from fl_server.rounds import run_rounds
@@ -37,6 +41,8 @@ from simulations.lanes import LANES, PARTITION, AnySite, Lanes
 
 CLUSTER_TIMEOUT_S = 10.0
 """For a connection to a Ray cluster that is named; Ray itself retries for minutes."""
+END_S = 5.0
+"""How long an interrupted rehearsal waits for the thread of its ServerApp."""
 POLL_S = 0.05
 # Flower's engine runs at most this many clients at once, and no more than cores of the driver's machine plus four.
 MOST_ACTORS = 32
@@ -120,6 +126,50 @@ class Engine:
         return {"client_resources": {"num_cpus": 1, "num_gpus": self.gpus_per_site}, "init_args": init}
 
 
+@contextmanager
+def noted(ended: Event) -> Iterator[None]:
+    """Set an event at the end of a block.
+
+    Yields
+    ------
+    None
+    """
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+class Stoppable(InFront):
+    """A Grid that ends the thread that asks it, once the rehearsal was interrupted.
+
+    Parameters
+    ----------
+    grid
+        The Grid that sends and receives.
+    stopped
+        Set by the interruption.
+    """
+
+    def __init__(self, grid: Grid, stopped: Event) -> None:
+        super().__init__(grid)
+        self._stopped = stopped
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the answers that are there."""
+        self._end_if_stopped()
+        return super().pull_messages(message_ids)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the Grid's nodes."""
+        self._end_if_stopped()
+        return super().get_node_ids()
+
+    def _end_if_stopped(self) -> None:
+        if self._stopped.is_set():
+            raise SystemExit  # ends this thread without a word
+
+
 Listener = Callable[[Job, RoundRecord | None, str], None]
 
 
@@ -160,11 +210,12 @@ def run_jobs(
     sites = _read_sites(sites_path)
     lanes = min(len(sites), LANES)
     finished: dict[tuple[str, int], RunState] = {}
-    server_app = ServerApp()
+    server_app, stopped, ended = ServerApp(), Event(), Event()
 
     def rehearse(grid: Grid, context: Context) -> None:
         del context
-        with TemporaryDirectory(dir=sites_path.parent, prefix="replies-") as folder:
+        grid = Stoppable(grid, stopped)
+        with noted(ended), TemporaryDirectory(dir=sites_path.parent, prefix="replies-") as folder:
             nodes = await_online(grid, lanes, deadline_s=jobs[0].study.deadline_s, poll_s=POLL_S)
             everybody = Lanes(grid, nodes, len(sites), Path(folder))
             roster = meet(everybody, len(sites), jobs[0].study, trust_answers=True, poll_s=POLL_S)
@@ -184,6 +235,12 @@ def run_jobs(
         )
     except IcmoeError:
         raise
+    except (KeyboardInterrupt, SystemExit):
+        quiet_libraries(logging.CRITICAL + 1)  # of actors that ended with it
+        stopped.set()  # Flower leaves the thread of the ServerApp alone, which would wait for answers until its deadline
+        ended.wait(END_S)
+        ray.shutdown()
+        raise KeyboardInterrupt from None  # Ray makes a SystemExit without a word of SIGTERM
     except (ConnectionError, ValueError) as error:
         if engine.address == "local":
             raise
@@ -237,10 +294,10 @@ def commit_whole(state: RunState, path: Path) -> None:
     state.commit(path)
 
 
-def quiet_libraries() -> None:
-    """Keep Flower's and Ray's own lines off the screen; errors still show."""
+def quiet_libraries(level: int = logging.ERROR) -> None:
+    """Keep Flower's and Ray's own lines below a level off the screen."""
     for name in ("flwr", "ray"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(level)
 
 
 def require_cluster(address: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -18,6 +18,8 @@ from icmoe.usage import OneCommand
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 Option = typer.Option
+INTERRUPTED = 130
+"""Exit code, as of a shell whose command was interrupted."""
 
 
 @app.command(cls=OneCommand)
@@ -84,7 +86,18 @@ def rehearse_command(
             raise IcmoeError(
                 Fault(number=210, where="--track", value=str(track), limit="tensorboard, mlflow", did="Nothing was started.")
             )
-        _run(scenario, study_options, simulation_options, out, resume=resume, as_json=as_json, track=track)
+        try:
+            _run(scenario, study_options, simulation_options, out, resume=resume, as_json=as_json, track=track)
+        except KeyboardInterrupt:
+            _end_interrupted()
+
+
+def _end_interrupted() -> NoReturn:
+    """Say how to go on and end at once: threads of Flower's engine wait for actors that are gone, for ever."""
+    print_faults([Fault(number=503, what="interrupted", did="Finished rounds are kept.", todo="Continue with --resume.")])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
 
 
 def _run(
@@ -138,12 +151,8 @@ def _seeds(seed: int | None, seeds: int | None) -> list[int] | None:
 
 
 def main() -> None:
-    """Run the command; an interrupted run says how to go on."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        print_faults([Fault(number=503, what="interrupted", did="Finished rounds are kept.", todo="Continue with --resume.")])
-        sys.exit(130)
+    """Run the command."""
+    app()
 
 
 if __name__ == "__main__":

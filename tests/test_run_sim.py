@@ -389,3 +389,30 @@ def test_damaged_results_are_told_on_resume(content: bytes, tmp_path: Path) -> N
     folder.results.write_bytes(content)
     with pytest.raises(IcmoeError, match=r"ICM217 .*Nothing was started"):
         folder.finished(study, simulation)
+
+
+@pytest.mark.parametrize(("number", "later_s"), [(signal.SIGINT, 0.5), (signal.SIGINT, 4.0), (signal.SIGTERM, 4.0)])
+def test_an_interrupted_rehearsal_ends_at_once_and_says_how_to_go_on(
+    number: int, later_s: float, environment: dict[str, str], tmp_path: Path
+) -> None:
+    command = [*RUN_SIM, *TINY, "--rounds", "50", "--methods", "router-aware", "--out", str(tmp_path / "run")]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=file,
+            stderr=file,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    ends = time.monotonic() + 120
+    while "encode:" not in log.read_text() and time.monotonic() < ends:
+        time.sleep(0.1)
+    time.sleep(later_s)  # the engine starts, or its first rounds run
+    process.send_signal(number)
+    try:
+        code = process.wait(60)
+    finally:
+        process.kill()
+    assert code == 130 or (number == signal.SIGTERM and code == -number), log.read_text()
+    assert code != 130 or "ICM503 interrupted" in log.read_text()
