@@ -75,10 +75,12 @@ def withdraw_study(path: Path, name: str, which: str) -> None:
     """Withdraw the approval of a study by name or digest and say which went."""
     settings = read_named(path, name)
     gone = withdraw(path.parent / settings.state, which, datetime.now(UTC))
-    for approval in gone:
-        Console().print(f"{approval.study.name} {approval.digest[:12]} is withdrawn at {name}.", highlight=False)
-    for approval in gone:  # last: whatever is wrong with the log, they are withdrawn
-        records_of(path, settings).write("withdrawn", {"study": approval.digest, "name": approval.study.name})
+    try:
+        for approval in gone:  # before it is told: a terminal may be gone
+            records_of(path, settings).write("withdrawn", {"study": approval.digest, "name": approval.study.name})
+    finally:  # whatever is wrong with the log, they are withdrawn
+        for approval in gone:
+            Console().print(f"{approval.study.name} {approval.digest[:12]} is withdrawn at {name}.", highlight=False)
 
 
 def list_approvals(path: Path, name: str, *, as_json: bool) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from icmoe import __version__
-from icmoe.errors import Fault, IcmoeError, exit_on_fault
+from icmoe.errors import Fault, IcmoeError, exit_on_fault, printable
 from icmoe.platform import require_supported_platform
 from icmoe.usage import Commands
 
@@ -331,7 +331,7 @@ def which(context: typer.Context, name: Annotated[str, typer.Argument(help="P-..
     with exit_on_fault():
         chosen = _chosen(context)
         for path in files_named(chosen.path, chosen.site, name):
-            sys.stdout.write(f"{path}\n")
+            sys.stdout.write(f"{printable(path)}\n")
 
 
 @app.command()

@@ -164,7 +164,7 @@ def _write(site_file: Path, kit: Kit, files: dict[str, bytes], ca: x509.Certific
 def _says(site_file: Path, section: str) -> bool:
     """Return whether the site file has this section already."""
     try:
-        found = tomllib.loads(site_file.read_text(encoding="utf-8"))
+        found = tomllib.loads(site_file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):
         return False  # `check` explains it
     wanted: dict[str, str] = tomllib.loads(section)["coordinator"]

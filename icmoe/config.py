@@ -86,7 +86,7 @@ def parse_toml(data: bytes, *, where: str) -> dict[str, Any]:
         204 where it is not TOML: a number of too many digits, too, or tables nested beyond reading.
     """
     try:
-        return tomllib.loads(data.decode())
+        return tomllib.loads(data.decode("utf-8-sig"))  # as an editor on Windows writes it
     except (ValueError, RecursionError) as error:
         raise IcmoeError(Fault(number=204, where=where, value=str(error)[:160], did="Nothing was started.")) from None
 

@@ -264,14 +264,14 @@ class Fault:
             sentence += f": {self.value}"
         if self.limit:
             sentence += f" (allowed: {self.limit})"
-        return _printable(" ".join(filter(None, [sentence.rstrip(".") + ".", self.did, self.todo or entry.remedy])))
+        return printable(" ".join(filter(None, [sentence.rstrip(".") + ".", self.did, self.todo or entry.remedy])))
 
     def record(self) -> dict[str, str | int]:
         """Return the fault as plain values for JSON."""
         return {**asdict(self), "sentence": str(self)}
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Return the text in one line that commands no terminal: it may quote what came from another machine."""
     return text if text.isprintable() else "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 

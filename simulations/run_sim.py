@@ -73,7 +73,7 @@ def rehearse_command(
         simulation_options = _given(
             {
                 "data": str(data) if data else None,
-                "methods": [name.strip() for name in methods.split(",")] if methods else None,
+                "methods": [name.strip() for name in methods.split(",")] if methods is not None else None,
                 "seeds": _seeds(seed, seeds),
                 "sites": sites,
                 "alpha": alpha,

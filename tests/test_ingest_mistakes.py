@@ -241,3 +241,33 @@ main()
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=120, check=False)
     assert done.returncode == 128 + number, done.stderr.decode()
     assert not list(passing.glob("icmoe-dry-run-*"))
+
+
+def test_which_commands_no_terminal(site: Path) -> None:
+    write_series(site.parent / "export/c\x1b[31m\nx", "three", seed=3)
+    (pseudonym,) = set(re.findall(r"P-[0-9a-f]{16}", ingest(site))) - set(re.findall(r"P-[0-9a-f]{16}", exclude(site)))
+    lines = command(site, "which", pseudonym).splitlines()
+    assert all(line.startswith(r"c\x1b[31m\nx/") for line in lines)
+    assert lines
+
+
+def exclude(site: Path) -> str:
+    """Return what ingest prints without the third patient, and take it in again."""
+    set_key(site, 'exclude = ["c*"]')
+    printed = ingest(site)
+    site.write_text(site.read_text().replace('exclude = ["c*"]\n', ""))
+    ingest(site)
+    return printed
+
+
+def test_a_withdrawal_that_cannot_be_printed_is_on_record(site: Path) -> None:
+    words = [sys.executable, "-m", "fl_client.cli", "--site", "Elm", "--config", str(site), "withdraw", "tiny"]
+    code = "import sys; from fl_client.cli import main; sys.argv = sys.argv[1:]; main()"
+    with Path("/dev/full").open("w") as full:
+        subprocess.run([sys.executable, "-c", code, *words[2:]], stdout=full, stderr=subprocess.DEVNULL, timeout=120, check=False)
+    assert "withdrawn" in command(site, "audit")
+
+
+def test_a_site_file_may_begin_with_a_byte_order_mark(site: Path) -> None:
+    site.write_bytes(b"\xef\xbb\xbf" + site.read_bytes())
+    assert "of 8 images used" in ingest(site)
