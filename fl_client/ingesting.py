@@ -22,11 +22,11 @@ from fl_client.progress import bars
 from fl_client.site import SiteFile, cache_folder_of, ingest_folder, read_named, site_export
 from icmoe.cache_entries import forget_images
 from icmoe.data.ingest.finding import files_of
-from icmoe.data.ingest.index import in_use
+from icmoe.data.ingest.index import in_use, meta, opened
 from icmoe.data.ingest.page import PAGE, drop_report, quality_report
 from icmoe.data.ingest.pseudonyms import SECRET_FILE
 from icmoe.data.ingest.quality import quality_record
-from icmoe.data.ingest.run import Export, forget, gone_digests, ingest, sharing, stores_in
+from icmoe.data.ingest.run import ABSENT, Export, forget, gone_digests, ingest, sharing, stores_in
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Study
 
@@ -62,10 +62,13 @@ def _ingest_study(path: Path, settings: SiteFile, study: Study, *, dry_run: bool
             record = quality_report(export.store, export.site, study.labels, on_progress=on_progress)
             record["page"] = str(export.store / PAGE)
             _drop_features(path, settings, export.store)
+        with opened(export.store) as connection:
+            absent = int(meta(connection, ABSENT) or 0)
     passing = dry_run and not (site_export(path, settings, study).secret_folder / SECRET_FILE).exists()
     names = {row["series"] for row in record["series"]}
     unknown = sorted(set(export.settings.allow) - names)
-    return {"study": study.name, "changed": changed, "allowed_but_not_found": unknown, "hashes_will_change": passing, **record}
+    told = {"allowed_but_not_found": unknown, "split_but_not_found": absent, "hashes_will_change": passing}
+    return {"study": study.name, "changed": changed, **told, **record}
 
 
 @contextmanager
@@ -159,6 +162,10 @@ def print_report(reports: list[dict[str, Any]]) -> None:
         if unknown := report["allowed_but_not_found"]:
             what, todo = "allow names series that are not there", "Copy their names from the table."
             console.print(str(Fault(number=210, what=what, value=", ".join(unknown), todo=todo)), markup=False, soft_wrap=True)
+        if absent := report["split_but_not_found"]:
+            what, value = "split_file names patients without an image in the export", str(absent)
+            todo = "Correct their numbers: as they stand, the patients meant are dealt by chance."
+            console.print(str(Fault(number=110, what=what, value=value, todo=todo)), markup=False, soft_wrap=True)
         if "page" in report:
             console.print(f"Page with pictures, for this site alone: {report['page']}", markup=False, soft_wrap=True)
         elif report["hashes_will_change"]:

@@ -271,3 +271,12 @@ def test_a_withdrawal_that_cannot_be_printed_is_on_record(site: Path) -> None:
 def test_a_site_file_may_begin_with_a_byte_order_mark(site: Path) -> None:
     site.write_bytes(b"\xef\xbb\xbf" + site.read_bytes())
     assert "of 8 images used" in ingest(site)
+
+
+def test_a_patient_of_the_split_file_who_is_not_there_is_told(site: Path) -> None:
+    (site.parent / "split.csv").write_text("patient,split\none,val\ntow,train\n ONE,val\n")
+    set_key(site, 'split_file = "split.csv"')
+    assert "ICM110 split_file names patients without an image in the export: 1." in ingest(site)
+    assert "ICM110" in ingest(site), "told again where nothing changed"
+    (site.parent / "split.csv").write_text("patient,split\none,val\ntwo,train\n")
+    assert "ICM110" not in ingest(site)

@@ -88,6 +88,11 @@ class Publication:
                 "delete from gone where digest in (select json_extract(record, '$.result.digest') from frame)"
             )
 
+    def patients(self) -> set[str]:
+        """Return the pseudonyms of all patients with an image, and those of the bare numbers of issuers' patients."""
+        query = "select patient from run.image union select number from run.planned"
+        return {name for (name,) in self._connection.execute(query)}
+
     def _rows(self, splits: dict[str, str]) -> Iterator[FrameRow]:
         of_patient: dict[str, set[str]] = {}
         for series, kept in self._kept(splits):

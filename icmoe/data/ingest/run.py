@@ -28,6 +28,8 @@ from icmoe.study import Label
 SPLITS = ("train", "val", "test")
 PACKAGES = ("pydicom", "highdicom", "nibabel", "pylibjpeg", "libjpeg", "openjpeg", "rle", "jpeg_ls")
 """What the extra `dicom` installs, by import name."""
+ABSENT = "absent"
+"""Key of the index's meta table: how many patients of the split file have no image in the export."""
 SAME_PICTURE = " has the same picture"
 """After a patient's pseudonym: why a frame of another one is left out."""
 BATCH_FILES = 64

@@ -15,7 +15,7 @@ from icmoe.data.ingest.planning import Planned, Site, plan
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.publishing import Publication
 from icmoe.data.ingest.records import FrameResult, refused
-from icmoe.data.ingest.run import BATCH_FILES, DEADLINE_S, Export, Progress
+from icmoe.data.ingest.run import ABSENT, BATCH_FILES, DEADLINE_S, Export, Progress
 
 CRASHED = "a decoder crashed or hung on it"
 
@@ -121,6 +121,7 @@ def _publish(work: Work, workers: Workers, splits: Mapping[str, str]) -> None:
         return fixed.get(patient) or fixed.get(number) or _split(share, export.settings.shares)
 
     publication.write(split_of)
+    index.put_meta(connection, {ABSENT: str(len(fixed.keys() - publication.patients()))})
 
 
 def _split(share: float, shares: tuple[float, float, float]) -> str:
