@@ -13,12 +13,11 @@ from icmoe.data.ingest.catalogue import Catalogue
 from icmoe.data.ingest.index import FrameRow, LeftOut
 from icmoe.data.ingest.pairing import pair
 from icmoe.data.ingest.planning import Planned, Site, plan
-from icmoe.data.ingest.pseudonyms import Pseudonyms
+from icmoe.data.ingest.pseudonyms import Pseudonyms, site_pseudonyms
 from icmoe.data.ingest.publishing import Publication
 from icmoe.data.ingest.quality import quality_record
 from icmoe.data.ingest.records import FileRecord, FramePlace, FrameResult
-from icmoe.data.ingest.run import Export, forget
-from icmoe.data.ingest.settings import IngestSettings
+from icmoe.data.ingest.run import forget, sharing
 from icmoe.study import Label
 
 SLICES = 16
@@ -109,13 +108,15 @@ def peak_of(work: Callable[[], object]) -> int:
 
 def test_the_quality_record_and_forgetting_hold_no_frame_in_memory(tmp_path: Path):
     few, many = 800, 3200
+    for frames in (few, many):
+        site_pseudonyms(tmp_path / str(frames))
     stores = {frames: published(tmp_path / str(frames) / "store", frames) for frames in (few, many)}
     quality_record(stores[few], LABELS)  # what is imported and compiled is no part of it
 
     def forgotten(frames: int) -> None:
-        place, settings = stores[frames].parent, IngestSettings(folder="x")
-        export = Export(site="Elm", root=tmp_path, store=stores[frames], secret_folder=place, labels=LABELS, settings=settings)
-        assert forget(export.secret_folder, HASHES.patient("a")) == frames // 2
+        place = stores[frames].parent
+        assert not sharing(place, HASHES.patient("a"))
+        assert forget(place, HASHES.patient("a")) == frames // 2
 
     record, going = (
         [peak_of(lambda: work(frames)) for frames in (few, many)]  # noqa: B023  # called at once

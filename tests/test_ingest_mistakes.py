@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,11 +198,15 @@ def test_forgetting_does_not_pass_for_done_where_nobody_can_look(site: Path, har
     assert (site.parent / "ingest" / SECRET_FILE).exists() == (harm != "no secret"), "no new secret is made"
 
 
-def test_forgotten_patients_do_not_come_back_with_a_new_secret(site: Path) -> None:
+@pytest.mark.parametrize("forgotten", [True, False])
+def test_a_lost_secret_is_not_made_anew_beside_an_ingest(site: Path, forgotten: bool) -> None:
     ingest(site)
-    command(site, "forget", "one")
+    if forgotten:
+        command(site, "forget", "one")
+        shutil.rmtree(stores(site)[0])
     (site.parent / "ingest" / SECRET_FILE).unlink()
-    assert "patients were forgotten under it" in ingest(site)
+    assert "secret of the site is lost" in ingest(site)
+    assert not (site.parent / "ingest" / SECRET_FILE).exists()
 
 
 @pytest.mark.parametrize("harm", ["file", "loop", "approvals"])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from icmoe.atomic import write_atomically
 from icmoe.data.ingest.folding import folded
+from icmoe.data.ingest.index import INDEX
 from icmoe.errors import Fault, IcmoeError
 
 SECRET_FILE = "secret.key"  # noqa: S105  # a file name
@@ -61,9 +62,13 @@ def site_pseudonyms(folder: Path) -> Pseudonyms:
     path = folder / SECRET_FILE
     try:
         if not path.exists():
-            if any((folder / FORGOTTEN).glob("P-*")):  # under another secret they would come back
-                todo = "Restore it from a backup. Without one, move this folder away, then forget these patients again."
-                raise IcmoeError(_fault(path, "secret of the site is lost, and patients were forgotten under it", "", todo=todo))
+            if any((folder / FORGOTTEN).glob("P-*")) or any(folder.glob(f"*/{INDEX}")):
+                what = "secret of the site is lost, though its ingest is there"
+                todo = (
+                    "Restore it from a backup. With another, patients may change from test to training, and forgotten ones come "
+                    "back: to accept that, move this folder away and forget them again."
+                )
+                raise IcmoeError(_fault(path, what, "", todo=todo))
             write_atomically(path, secrets.token_bytes(SECRET_BYTES), private=True)
         secret, mode = path.read_bytes(), path.stat().st_mode & 0o077
     except OSError as error:

@@ -34,6 +34,8 @@ SAME_PICTURE = " has the same picture"
 """After a patient's pseudonym: why a frame of another one is left out."""
 BATCH_FILES = 64
 DEADLINE_S = 600.0
+SHARED = """select distinct json_extract(record, '$.patient'), json_extract(record, '$.why') from left_out
+    where json_extract(record, '$.why') like ?"""
 HELD = """insert or ignore into held select json_extract(result.value, '$.entry') from series, json_each(series.results) result
     where json_extract(result.value, '$.entry') is not null"""
 Progress = Callable[[str, int, int], None]
@@ -211,10 +213,9 @@ def sharing(folder: Path, patient: str) -> list[str]:
 
     name, found = pseudonym_of(patient, site_pseudonyms(folder)), set[str]()
     for store in stores_in(folder):
-        for one in index.published(store)[1]:
-            kept = one.why.removesuffix(SAME_PICTURE)
-            if kept != one.why and name in {kept, one.patient}:
-                found |= {kept, one.patient}
+        with index.opened(store) as connection:
+            pairs = connection.execute(SHARED, (f"%{SAME_PICTURE}",)).fetchall()
+        found.update(*({whose, why.removesuffix(SAME_PICTURE)} for whose, why in pairs if name in {whose, why.split(" ")[0]}))
     return sorted(found - {name})
 
 
