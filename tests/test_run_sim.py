@@ -16,11 +16,7 @@ import pytest
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from icmoe.errors import IcmoeError
-from icmoe.study import Study
-from simulations.folder import RunFolder
 from simulations.phantoms import PhantomSite, write_phantoms
-from simulations.scenario import Simulation, read_scenario
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data" / "lgg-multisite"
@@ -363,56 +359,3 @@ def test_each_ablation_is_a_configuration_of_the_same_federation(environment: di
     wrong = run([*script, "--only", "no router", "--out", str(tmp_path / "wrong")], environment)
     assert wrong.returncode == 1
     assert "ICM210" in wrong.stderr
-
-
-def finished_folder(place: Path) -> tuple[RunFolder, Study, Simulation]:
-    study, simulation = read_scenario(None, {"test_only": True}, {"methods": ["local"]})
-    configuration = {"study": study.model_dump(mode="json"), "simulation": simulation.model_dump(mode="json")}
-    kept = {"schema_version": 1, "kind": "icmoe-simulation", "study_digest": study.digest, "data_digest": "d", "phantoms": True}
-    place.mkdir()
-    (place / "results.json").write_text(json.dumps({**kept, "configuration": configuration, "methods": {}}))
-    return RunFolder(place), study, simulation
-
-
-def test_a_complete_run_is_not_shown_as_another_one(tmp_path: Path) -> None:
-    folder, study, simulation = finished_folder(tmp_path / "run")
-    assert folder.finished(study, simulation)["study_digest"] == study.digest
-    with pytest.raises(IcmoeError, match=r"ICM502 .*other study"):
-        folder.finished(study.model_copy(update={"rounds": 5}), simulation)
-    with pytest.raises(IcmoeError, match=r"ICM502 .*other methods"):
-        folder.finished(study, simulation.model_copy(update={"methods": ("pooled",)}))
-
-
-@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"schema_version": 1'])
-def test_damaged_results_are_told_on_resume(content: bytes, tmp_path: Path) -> None:
-    folder, study, simulation = finished_folder(tmp_path / "run")
-    folder.results.write_bytes(content)
-    with pytest.raises(IcmoeError, match=r"ICM217 .*Nothing was started"):
-        folder.finished(study, simulation)
-
-
-@pytest.mark.parametrize(("number", "later_s"), [(signal.SIGINT, 0.5), (signal.SIGINT, 4.0), (signal.SIGTERM, 4.0)])
-def test_an_interrupted_rehearsal_ends_at_once_and_says_how_to_go_on(
-    number: int, later_s: float, environment: dict[str, str], tmp_path: Path
-) -> None:
-    command = [*RUN_SIM, *TINY, "--rounds", "50", "--methods", "router-aware", "--out", str(tmp_path / "run")]
-    log = tmp_path / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=file,
-            stderr=file,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
-    ends = time.monotonic() + 120
-    while "encode:" not in log.read_text() and time.monotonic() < ends:
-        time.sleep(0.1)
-    time.sleep(later_s)  # the engine starts, or its first rounds run
-    process.send_signal(number)
-    try:
-        code = process.wait(60)
-    finally:
-        process.kill()
-    assert code == 130 or (number == signal.SIGTERM and code == -number), log.read_text()
-    assert code != 130 or "ICM503 interrupted" in log.read_text()
