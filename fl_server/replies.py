@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
+from collections.abc import Collection, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -105,7 +106,7 @@ class InReply(Mapping[str, npt.NDArray[np.float32]]):
     """
 
     def __init__(
-        self, arrays: ArrayRecord, names: Sequence[str], form: Form, plain: Mapping[str, tuple[int, ...]] | None = None
+        self, arrays: ArrayRecord, names: Collection[str], form: Form, plain: Mapping[str, tuple[int, ...]] | None = None
     ) -> None:
         self._arrays, self._names, self._form, self._plain = arrays, names, form, plain
 
@@ -301,11 +302,11 @@ def checked_tensors(arrays: ArrayRecord, study: Study, current: Mapping[str, npt
     names = sorted(
         name for name in current if not name.endswith("balance_bias_M") and not (personal and is_personal(name, study.model))
     )
-    shapes = {name: current[name].shape for name in names}
+    shapes = _shared(tuple((name, current[name].shape) for name in names))
     expected = sent_shapes(shapes) if form == "int8" else shapes
     named = set(arrays) == set(expected)
     if named and form == "float32" and all(is_plain(item, FLOAT32, shapes[name]) for name, item in arrays.items()):
-        return InReply(arrays, names, form, plain=shapes)  # by their bytes alone: making arrays of them takes twice as long
+        return InReply(arrays, shapes, form, plain=shapes)  # by their bytes alone: making arrays of them takes twice as long
     found = tensors_in(arrays) if named or set(arrays) == {PACKED} else dict.fromkeys(arrays)
     if set(found) != set(expected):
         missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
@@ -315,7 +316,13 @@ def checked_tensors(arrays: ArrayRecord, study: Study, current: Mapping[str, npt
         if tensor is None:
             raise Refusal(f"{name} is no array", f"{len(arrays[name].data)} bytes", f"{form} {expected[name]}")
         _require_form(name, tensor, expected[name], form)
-    return InReply(arrays, names, form)
+    return InReply(arrays, shapes, form)
+
+
+@lru_cache(maxsize=8)
+def _shared(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Mapping[str, tuple[int, ...]]:
+    """Return shapes by name, one object for all updates of a round."""
+    return dict(shapes)
 
 
 def _require_form(name: str, tensor: npt.NDArray[Any], shape: tuple[int, ...], form: Form) -> None:
