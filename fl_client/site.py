@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from fl_client.approval import FOLDER
 from fl_client.budget import Budget
 from fl_client.credentials import Coordinator
 from fl_client.policy import Policy, policy_faults
@@ -96,7 +97,7 @@ def read_named(path: Path, name: str) -> SiteFile:
 def _require_state(state: Path) -> None:
     """Refuse a state folder that cannot be looked into: its approvals and records would pass for none."""
     try:
-        for folder in filter(os.path.lexists, (state, state / "approvals")):
+        for folder in filter(os.path.lexists, (state, state / FOLDER)):
             os.scandir(folder).close()
     except OSError as error:
         todo = "Correct state in the site file, its rights, or restore the folder from a backup."

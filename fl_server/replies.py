@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import attrgetter
@@ -97,24 +97,22 @@ class InReply(Mapping[str, npt.NDArray[np.float32]]):
     ----------
     arrays
         Record of the reply.
-    names
-        Of its tensors, sorted.
+    shapes
+        Of its tensors by name, sorted.
     form
         In which they were sent.
-    plain
-        Shapes by name, sorted, where every tensor is plain (`is_plain`): it is not parsed again then.
+    is_plain
+        Whether every tensor is plain, as `icmoe.packing.is_plain` says: it is not parsed again then.
     """
 
-    def __init__(
-        self, arrays: ArrayRecord, names: Collection[str], form: Form, plain: Mapping[str, tuple[int, ...]] | None = None
-    ) -> None:
-        self._arrays, self._names, self._form, self._plain = arrays, names, form, plain
+    def __init__(self, arrays: ArrayRecord, shapes: Mapping[str, tuple[int, ...]], form: Form, *, is_plain: bool = False) -> None:
+        self._arrays, self._shapes, self._form, self._is_plain = arrays, shapes, form, is_plain
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._shapes)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._shapes)
 
     def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
         return self._read()[name]
@@ -133,9 +131,9 @@ class InReply(Mapping[str, npt.NDArray[np.float32]]):
         return self._form == "float32" and set(self._arrays) != {PACKED}
 
     def _read(self) -> Mapping[str, npt.NDArray[np.float32]]:
-        if self._plain is not None:
+        if self._is_plain:
             items = dict(self._arrays.items())  # Flower's record looks names up more slowly
-            return {name: plain_view(items[name], FLOAT32, shape) for name, shape in self._plain.items()}
+            return {name: plain_view(items[name], FLOAT32, shape) for name, shape in self._shapes.items()}
         sent: Mapping[str, Any] = tensors_in(self._arrays)  # checked before
         return Dequantised(sent) if self._form == "int8" else sent
 
@@ -306,7 +304,7 @@ def checked_tensors(arrays: ArrayRecord, study: Study, current: Mapping[str, npt
     expected = sent_shapes(shapes) if form == "int8" else shapes
     named = set(arrays) == set(expected)
     if named and form == "float32" and all(is_plain(item, FLOAT32, shapes[name]) for name, item in arrays.items()):
-        return InReply(arrays, shapes, form, plain=shapes)  # by their bytes alone: making arrays of them takes twice as long
+        return InReply(arrays, shapes, form, is_plain=True)  # by their bytes alone: making arrays of them takes twice as long
     found = tensors_in(arrays) if named or set(arrays) == {PACKED} else dict.fromkeys(arrays)
     if set(found) != set(expected):
         missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))

@@ -8,15 +8,17 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from fl_server.replies import Update
 from fl_server.weights import ExpertWeights, usage_spread
 from icmoe.errors import Fault
+from icmoe.packing import NUMPY, bytes_of
 
 Tensors = dict[str, npt.NDArray[np.float32]]
 State = dict[str, npt.NDArray[Any]]
+FLOAT32_NAME = np.dtype(np.float32).name
 
 
 @dataclass(slots=True)
@@ -74,3 +76,14 @@ class RoundStrategy(Protocol):
 
 def unheard(*_: object) -> None:
     """Take any event and do nothing: the default listener."""
+
+
+def record_of(tensors: Tensors) -> ArrayRecord:
+    """Return the record of ``Array(tensor)`` by name, made faster.
+
+    Flower's constructors would write a header for each tensor instead of one for each shape, and make every array twice.
+    """
+    record = ArrayRecord()
+    for name, tensor in tensors.items():
+        record[name] = Array(FLOAT32_NAME, tensor.shape, NUMPY, bytes_of(tensor))
+    return record

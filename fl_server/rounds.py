@@ -13,14 +13,14 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from fl_server.exchanging import ask
 from fl_server.replies import mean_loss, score_of
 from fl_server.roster import await_online, online
 from fl_server.round_log import RoundRecord
-from fl_server.round_strategy import RoundReport, RoundStrategy, Tensors, unheard
+from fl_server.round_strategy import RoundReport, RoundStrategy, record_of, unheard
 from fl_server.run_state import RunState
 from fl_server.waiting import Watch, begun
 from icmoe.errors import Fault, IcmoeError
@@ -94,7 +94,7 @@ def run_rounds(
         if on_round is not None:
             on_round(state.history[-1])
     if not state.closed:
-        messages = list(strategy.configure_evaluate(study.rounds, _record(state.arrays), ConfigRecord(), grid))
+        messages = list(strategy.configure_evaluate(study.rounds, record_of(state.arrays), ConfigRecord(), grid))
         replies = answers_to(messages, post.ask(study.rounds, messages, online(grid), "closing evaluation"))
         note_validation(state, _validation(replies, sites))
         state.closed = True
@@ -199,7 +199,7 @@ def play_round(post: Post, strategy: RoundStrategy, study: Study, state: RunStat
         if joined := post.welcome():
             post.tell(f"{what}: joined by {', '.join(joined)}")
         reached = post.connected(number, needed, what)
-        arrays = _record(state.arrays)
+        arrays = record_of(state.arrays)
         size_bytes = sum(len(array.data) for array in arrays.values())
         have = {reply.metadata.src_node_id for reply in replies}
         messages = [
@@ -224,10 +224,6 @@ def play_round(post: Post, strategy: RoundStrategy, study: Study, state: RunStat
     did, value, limit = f"It was asked {most} times; the model did not move.", f"{len(used)} usable", f"at least {study.quorum}"
     fault = Fault(number=515 if used else 501, where=f"round {number}", value=value, limit=limit, did=did)
     raise IcmoeError(fault, *strategy.report.faults)
-
-
-def _record(tensors: Tensors) -> ArrayRecord:
-    return ArrayRecord({name: Array(tensor) for name, tensor in tensors.items()})
 
 
 def reachable(messages: Iterable[Message], nodes: Container[int]) -> list[Message]:

@@ -15,19 +15,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fl_server.replies import PIECE, Form, InReply, Update, is_finite, mean_loss, only_finite, parse_replies, score_of
-from fl_server.round_strategy import RoundReport, State, Tensors
+from fl_server.round_strategy import RoundReport, State, Tensors, record_of
 from fl_server.weights import balance_step, expert_weights, plain_share
 from icmoe.exchange import BALANCE_BIAS, expert_of, is_usage_weighted
 from icmoe.messages import ARRAYS, CONFIG, DICE_KEY, LOSS_KEY, PATIENTS_KEY, ROUND_KEY, STUDY_KEY
-from icmoe.packing import NUMPY, bytes_of
 from icmoe.study import Aggregation, Study
 
-FLOAT32_NAME = np.dtype(np.float32).name
 Weight = npt.NDArray[np.float32]
 """A number as an array without axes, which NumPy multiplies by faster than by a scalar."""
 AT_ONCE = 16
@@ -129,7 +127,7 @@ class RouterAware(Strategy):
 
     def unmoved(self) -> ArrayRecord:
         """Return the round's arrays as they were sent out."""
-        return ArrayRecord({name: Array(tensor) for name, tensor in self._current.items()})
+        return record_of(self._current)
 
     def _weights(self, size_S: npt.NDArray[np.float64]) -> dict[int | None, list[Weight]]:
         """Return step times share of each site, by the expert whose use weighs it, and under None by size alone."""
@@ -151,19 +149,6 @@ class RouterAware(Strategy):
         if not patients:
             return None
         return MetricRecord({DICE_KEY: math.fsum(count * dice for dice, count in scored) / patients, PATIENTS_KEY: patients})
-
-
-def record_of(tensors: Tensors) -> ArrayRecord:
-    """Return the record of tensors; Flower's constructor would make every array twice."""
-    record = ArrayRecord()
-    for name, tensor in tensors.items():
-        record[name] = flower_array(tensor)
-    return record
-
-
-def flower_array(tensor: npt.NDArray[np.float32]) -> Array:
-    """Return ``Array(tensor)``, whose header is written once for all tensors of a shape."""
-    return Array(FLOAT32_NAME, tensor.shape, NUMPY, bytes_of(tensor))
 
 
 def combine(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -126,20 +126,6 @@ class Engine:
         return {"client_resources": {"num_cpus": 1, "num_gpus": self.gpus_per_site}, "init_args": init}
 
 
-@contextmanager
-def noted(ended: Event) -> Iterator[None]:
-    """Set an event at the end of a block.
-
-    Yields
-    ------
-    None
-    """
-    try:
-        yield
-    finally:
-        ended.set()
-
-
 class Stoppable(InFront):
     """A Grid that ends the thread that asks it, once the rehearsal was interrupted.
 
@@ -215,7 +201,8 @@ def run_jobs(
     def rehearse(grid: Grid, context: Context) -> None:
         del context
         grid = Stoppable(grid, stopped)
-        with noted(ended), TemporaryDirectory(dir=sites_path.parent, prefix="replies-") as folder:
+        with ExitStack() as end, TemporaryDirectory(dir=sites_path.parent, prefix="replies-") as folder:
+            end.callback(ended.set)
             nodes = await_online(grid, lanes, deadline_s=jobs[0].study.deadline_s, poll_s=POLL_S)
             everybody = Lanes(grid, nodes, len(sites), Path(folder))
             roster = meet(everybody, len(sites), jobs[0].study, trust_answers=True, poll_s=POLL_S)

@@ -359,7 +359,7 @@ def test_updates_that_all_hold_nan_move_nothing(make_study) -> None:
 @given(st.lists(st.booleans(), max_size=60))
 def test_updates_that_are_views_are_added_some_at_once_and_copies_one_by_one(views: list[bool]) -> None:
     whole, packed = (ArrayRecord({name: Array(np.zeros(2, np.float32))}) for name in ("a", PACKED))
-    updates = [SimpleNamespace(tensors=InReply(whole if view else packed, ["a"], "float32")) for view in views]
+    updates = [SimpleNamespace(tensors=InReply(whole if view else packed, {"a": (2,)}, "float32")) for view in views]
     groups = list(together(updates))  # type: ignore[arg-type]
     assert [index for group in groups for index in group] == list(range(len(views)))
     assert all(0 < len(group) <= AT_ONCE for group in groups)

@@ -8,11 +8,8 @@ import numpy as np
 
 from icmoe.data.ingest.catalogue import Key
 from icmoe.data.ingest.forms import MASKS
-from icmoe.data.ingest.geometry import normal, parallel
+from icmoe.data.ingest.geometry import OFF_PLANE_MM, normal, parallel
 from icmoe.data.ingest.records import FileRecord, Plane
-
-OFF_PLANE_MM = 0.5
-"""How far a mark may lie from the plane that it is on."""
 
 
 def not_background(record: FileRecord, unmarked: Mapping[Key, Plane | None]) -> set[Key]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 
-from icmoe.data.ingest.geometry import Grid, plane_matrix
+from icmoe.data.ingest.geometry import OFF_PLANE_MM, Grid, plane_matrix
 from icmoe.data.ingest.headers import identity, integer, named_patient, referenced_frames, sequence, text
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
@@ -19,8 +19,6 @@ from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.refusals import OFF_IMAGE
 
-OFF_PLANE_MM = 0.5
-"""How far a contour may lie from the image that it refers to."""
 ON_OUTLINE_PX = 1e-3
 """How far from an outline, along a row or a column, a pixel's centre lies on it."""
 MAX_BOX_PX = 2**26

@@ -18,6 +18,8 @@ ALIGNED = 0.9
 """Least cosine between a pixel axis and a body axis for a picture to be turned upright; oblique ones stay as stored."""
 OFF_GRID_PX = 0.1
 """Largest distance of a mask's pixel centre from the image's, in pixels, over the whole image."""
+OFF_PLANE_MM = 0.5
+"""How far a mark may lie from the plane of the image that it is on."""
 
 Array = npt.NDArray[np.float64]
 

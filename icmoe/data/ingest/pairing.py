@@ -12,10 +12,10 @@ from pathlib import PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
-from icmoe.data.ingest.background import OFF_PLANE_MM, not_background
+from icmoe.data.ingest.background import not_background
 from icmoe.data.ingest.catalogue import Catalogue, Key, Use
 from icmoe.data.ingest.forms import MASKS
-from icmoe.data.ingest.geometry import OFF_GRID_PX, Grid, grid_between, height_mm, matrix_of, parallel, plane_matrix
+from icmoe.data.ingest.geometry import OFF_GRID_PX, OFF_PLANE_MM, Grid, grid_between, height_mm, matrix_of, parallel, plane_matrix
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.refusals import Refusal
 from icmoe.data.ingest.walking import case, own_folders, stem

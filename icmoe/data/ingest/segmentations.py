@@ -28,6 +28,7 @@ from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.refusals import OFF_IMAGE
+from icmoe.data.ingest.stored import unpacked
 
 BROKEN = "segmentation object does not follow the standard"
 KIND = "SegmentedPropertyTypeCodeSequence"
@@ -68,15 +69,16 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
         if not any(label is not None for label in labels.values()):
             raise Refusal(120, f"no segment is called like a class of the study (it has {len(labels)})")
         known = {number: label for number, label in labels.items() if label is not None}
-        _require_described(seg, {number for number, _ in numbered})
+        groups, shared = _groups(seg)
+        _require_described(seg, groups, shared, {number for number, _ in numbered})
         return FileRecord(
             kind="seg",
             modality="SEG",
             rows=int(seg.Rows),
             columns=int(seg.Columns),
-            patches=tuple(_patches(seg, known, hashes)),
+            patches=tuple(_patches(seg, groups, shared, known, hashes)),
             listed=tuple(sorted(set(listed_instances(seg, hashes)))),
-            step_mm=_step_mm(seg),
+            step_mm=_step_mm(groups, shared),
             **(identity(seg, hashes) | named_patient(seg, hashes)),
         )
 
@@ -137,7 +139,7 @@ def read_patch(seg: Dataset, patch: Patch) -> npt.NDArray[np.bool_]:
     """
     with refusing(118, "frame of the segmentation cannot be decoded"):
         if integer(seg, "BitsAllocated") == 1 and not seg.file_meta.TransferSyntaxUID.is_encapsulated:
-            return _unpacked(seg, patch.number)
+            return unpacked(seg, seg.PixelData, patch.number).view(np.bool_)
         frame = pixel_array(seg, index=patch.number)
         if patch.value:
             _require_known(frame, seg)
@@ -153,14 +155,6 @@ def _require_known(frame_HW: npt.NDArray[Any], seg: Dataset) -> None:
     unknown = sorted(set(np.unique(frame_HW).tolist()).difference(described, background))
     if unknown:
         raise Refusal(106, f"mask cannot be used: no segment describes value {', '.join(map(str, unknown[:5]))}")
-
-
-def _unpacked(seg: Dataset, number: int) -> npt.NDArray[np.bool_]:
-    """Return one frame of single bits, which need not begin with a byte."""
-    shape = integer(seg, "Rows"), integer(seg, "Columns")
-    first, size = number * shape[0] * shape[1], shape[0] * shape[1]
-    packed = np.frombuffer(seg.PixelData, np.uint8, count=(first % 8 + size + 7) // 8, offset=first // 8)
-    return np.unpackbits(packed, bitorder="little")[first % 8 : first % 8 + size].reshape(shape).view(np.bool_)
 
 
 def listed_instances(data: Dataset, hashes: Pseudonyms) -> Iterable[str]:
@@ -207,8 +201,9 @@ def _names_of(segment: Dataset) -> list[str]:
     return [str(segment.SegmentLabel), kind.CodeMeaning, value, f"{kind.CodingSchemeDesignator}:{value}"]
 
 
-def _patches(seg: Dataset, labels: dict[int, int], hashes: Pseudonyms) -> Iterable[Patch]:
-    groups, shared = _groups(seg)
+def _patches(
+    seg: Dataset, groups: Sequence[Dataset], shared: Dataset, labels: dict[int, int], hashes: Pseudonyms
+) -> Iterable[Patch]:
     whole = text(seg, "SegmentationType") == "LABELMAP"
     for number, own in enumerate(groups):
         segments = labels if whole else {_segment(own, shared): labels.get(_segment(own, shared))}
@@ -220,9 +215,8 @@ def _patches(seg: Dataset, labels: dict[int, int], hashes: Pseudonyms) -> Iterab
                     yield Patch(number=number, label=label, value=value, group=segment, image=image, frame=frame, plane=plane)
 
 
-def _require_described(seg: Dataset, described: set[int]) -> None:
+def _require_described(seg: Dataset, groups: Sequence[Dataset], shared: Dataset, described: set[int]) -> None:
     """Refuse frames that nothing is known of: left out, they would make background of what they mark."""
-    groups, shared = _groups(seg)
     frames = integer(seg, "NumberOfFrames") or 1  # one frame of several may have been cut out with the groups of all
     if len(groups) < frames:
         raise Refusal(117, f"segmentation of {frames} frames describes {len(groups)}")
@@ -237,9 +231,8 @@ def _groups(seg: Dataset) -> tuple[Sequence[Dataset], Dataset]:
     return sequence(seg, "PerFrameFunctionalGroupsSequence"), shared[0]
 
 
-def _step_mm(seg: Dataset) -> float:
+def _step_mm(groups: Sequence[Dataset], shared: Dataset) -> float:
     """Return how far one frame is from the next or how thick it is, 0 where the object does not say."""
-    groups, shared = _groups(seg)
     measures = [item for place in (shared, *groups[:1]) for item in sequence(place, "PixelMeasuresSequence")[:1]]
     said = [numeric(item, name) for item in measures for name in ("SpacingBetweenSlices", "SliceThickness")]
     return next((value for value in said if value > 0.0), 0.0)

@@ -89,7 +89,7 @@ def _reading(header: Dataset, file: BinaryIO | None) -> Callable[[int], Frame]:
     if length // 2 >= max(2, get_expected_length(header)):  # a single byte is padded to two
         raise Refusal(118, "pixels are at least twice as long as the header says")
     if integer(header, "BitsAllocated") == 1:
-        return lambda number: Frame(_unpacked(header, source, number))
+        return lambda number: Frame(unpacked(header, source, number))
     decoder = get_decoder(syntax)
     return lambda number: Frame(decoder.as_array(source, index=number, **options)[0])
 
@@ -142,8 +142,18 @@ def _require_size(stream: Codestream, header: Dataset) -> None:
         raise Refusal(118, f"a compressed frame is of {found}, its header says {rows} x {columns} of {depth}")
 
 
-def _unpacked(header: Dataset, source: bytes | BinaryIO, number: int) -> npt.NDArray[np.uint8]:
-    """Return one frame of single bits, which need not begin with a byte."""
+def unpacked(header: Dataset, source: bytes | BinaryIO, number: int) -> npt.NDArray[np.uint8]:
+    """Return one frame of single bits, which need not begin with a byte.
+
+    Parameters
+    ----------
+    header
+        Names Rows and Columns.
+    source
+        The pixels, or a file at the first of them, where it is again afterwards.
+    number
+        Frame number from 0.
+    """
     shape = integer(header, "Rows"), integer(header, "Columns")
     size = shape[0] * shape[1]
     first, bit = divmod(number * size, 8)
