@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from dicom_builders import image, item, save
+from dicom_builders import common, enhanced, image, item, place, save
 from exports import read_frames
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
@@ -160,3 +160,14 @@ def test_functional_groups_are_looked_up_once_for_all_frames(tmp_path: Path, mon
     path = save(image(np.stack([U12] * 3), PerFrameFunctionalGroupsSequence=slopes, **TWELVE), tmp_path / "x")
     assert [np.array_equal(grey, U12 * (n + 1)) for n, grey in read_frames(path, range(3))] == [True] * 3
     assert looks.count("PerFrameFunctionalGroupsSequence") == 1
+
+
+def test_what_a_frame_says_of_itself_goes_before_what_all_frames_share(tmp_path: Path):
+    def transform(slope: str) -> Dataset:
+        return item(RescaleSlope=slope, RescaleIntercept="0", RescaleType="US")
+
+    own = [place((0.0, 0.0, 5.0 * number), stack=number + 1) for number in range(3)]
+    own[1].PixelValueTransformationSequence = [transform("2")]
+    data = enhanced(np.stack([U12, U12, U12]), own, common(PixelValueTransformationSequence=transform("3")), **TWELVE)
+    for number, slope in enumerate((3.0, 2.0, 3.0)):
+        assert np.array_equal(grey_of(data, tmp_path, number), U12 * slope)

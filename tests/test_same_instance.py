@@ -42,6 +42,12 @@ def other_pixels(data: Dataset) -> None:
     data.PixelData = stored.tobytes()
 
 
+def other_places(data: Dataset) -> None:
+    """Show the same values upside down."""
+    stored = np.frombuffer(data.PixelData, np.uint16).reshape(data.Rows, -1)
+    data.PixelData = stored[::-1].tobytes()
+
+
 def another_scale(data: Dataset) -> None:
     data.RescaleSlope, data.RescaleIntercept = 2.0, 0.0
 
@@ -60,7 +66,7 @@ def without_place(data: Dataset) -> None:
 
 
 @pytest.mark.parametrize("name", ["a-first", "zz-last"])
-@pytest.mark.parametrize("harm", [other_pixels, another_scale])
+@pytest.mark.parametrize("harm", [other_pixels, other_places, another_scale])
 def test_a_frame_whose_instance_shows_two_pictures_is_not_used(harm: Callable[[Dataset], None], name: str, tmp_path: Path):
     objects = masked()
     put(tmp_path, objects)
