@@ -22,11 +22,12 @@ from fl_client.progress import bars
 from fl_client.site import SiteFile, cache_folder_of, ingest_folder, read_named, site_export
 from icmoe.cache_entries import forget_images
 from icmoe.data.ingest.finding import files_of
-from icmoe.data.ingest.index import in_use, meta, opened
+from icmoe.data.ingest.index import claimed, is_index, meta, opened, put_meta
 from icmoe.data.ingest.page import PAGE, drop_report, quality_report
 from icmoe.data.ingest.pseudonyms import SECRET_FILE
 from icmoe.data.ingest.quality import quality_record
-from icmoe.data.ingest.run import ABSENT, Export, forget, gone_digests, ingest, sharing, stores_in
+from icmoe.data.ingest.run import ABSENT, Export, forget, ingest, sharing, stores_in
+from icmoe.data.ingest.shown import SHOWN, no_longer_shown, note_shown
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Study
 
@@ -55,13 +56,16 @@ def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]
 
 def _ingest_study(path: Path, settings: SiteFile, study: Study, *, dry_run: bool) -> dict[str, Any]:
     with _place(site_export(path, settings, study), dry_run=dry_run) as export, bars() as on_progress:
+        if is_index(export.store):
+            _note_shown(export)  # what is about to be replaced
         changed = ingest(export, on_progress=on_progress)
         if dry_run:
             record = quality_record(export.store, study.labels)
         else:
             record = quality_report(export.store, export.site, study.labels, on_progress=on_progress)
             record["page"] = str(export.store / PAGE)
-            _drop_features(path, settings, export.store)
+            _note_shown(export)
+            _drop_features(path, settings)
         with opened(export.store) as connection:
             absent = int(meta(connection, ABSENT) or 0)
     passing = dry_run and not (site_export(path, settings, study).secret_folder / SECRET_FILE).exists()
@@ -118,8 +122,8 @@ def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int, list[
         others = sharing(folder, patient)
         for store in stores:
             drop_report(store)  # it shows the patient
-        frames = forget(folder, patient)
-        return frames, sum(_drop_features(path, settings, store) for store in stores), others
+        note_shown(folder, stores)
+        return forget(folder, patient), _drop_features(path, settings), others
 
 
 def files_named(path: Path, name: str, wanted: str) -> list[str]:
@@ -243,9 +247,19 @@ def _stop(number: int, frame: object) -> None:
     sys.exit(128 + number)
 
 
-def _drop_features(path: Path, settings: SiteFile, store: Path) -> int:
-    """Remove the cached features of pictures that are gone from every study and return their number."""
-    others = [other for other in stores_in(store.parent) if other != store]
-    with gone_digests(store) as digests:
-        used = {digest for other in others for digest in in_use(other, digests)} if digests else set()
-        return forget_images(cache_folder_of(path, settings), [digest for digest in digests if digest not in used])
+def _note_shown(export: Export) -> None:
+    """Note the pictures of an index, unless that was done for this state of it."""
+    folder = export.secret_folder
+    with claimed(export.store) as connection:
+        complete = meta(connection, "complete")
+        if complete and meta(connection, SHOWN) == complete and (folder / SHOWN).exists():
+            return
+        note_shown(folder, [export.store])
+        put_meta(connection, {SHOWN: complete})
+
+
+def _drop_features(path: Path, settings: SiteFile) -> int:
+    """Remove the cached features of pictures that no index of the site offers any more and return their number."""
+    folder = ingest_folder(path, settings)
+    with no_longer_shown(folder, stores_in(folder)) as digests:
+        return forget_images(cache_folder_of(path, settings), digests)

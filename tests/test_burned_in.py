@@ -28,6 +28,7 @@ from icmoe.data.ingest.headers import SAFE_MODALITIES, image_record
 from icmoe.data.ingest.opening import Refusal
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.run import Export, forget, ingest
+from icmoe.data.ingest.shown import no_longer_shown, note_shown
 from icmoe.data.ingest.volumes import read_volume, through_axis
 from icmoe.data.picture import picture_of
 from simulations.phantoms import write_phantoms
@@ -206,11 +207,11 @@ def test_allowing_it_by_name_needs_no_decoding_and_taking_that_back_removes_it(
     monkeypatch.setattr("icmoe.data.ingest.work.in_processes", _decodes_nothing)
     assert len(taken(allowing(two_patients, held.series)).slices) == 5
     digests = {row.result.digest for row in index.published(two_patients.store)[0]}
+    note_shown(two_patients.secret_folder, [two_patients.store])
     assert len(taken(two_patients).slices) == 2
     kept = {row.result.digest for row in index.published(two_patients.store)[0]}
-    with index.claimed(two_patients.store) as connection:
-        gone = {digest for (digest,) in connection.execute("select digest from gone")}
-    assert gone == digests - kept, "their features go from the cache"
+    with no_longer_shown(two_patients.secret_folder, [two_patients.store]) as gone:
+        assert set(gone) == digests - kept, "their features go from the cache"
 
 
 def _decodes_nothing(function: Callable[..., object], items: Iterable[object], *_: object, **__: object) -> Iterator[object]:

@@ -21,12 +21,13 @@ from fl_client import preparing
 from fl_client.approval import approved_studies
 from fl_client.ingesting import forget_patient, ingest_site
 from fl_client.participant import Participant
-from fl_client.site import cache_folder_of, read_named
+from fl_client.site import cache_folder_of, read_named, site_slices
 from icmoe.data.ingest import index
 from icmoe.data.ingest.pseudonyms import pseudonym_of, site_pseudonyms
 from icmoe.data.ingest.run import Export, forget, ingest
 from icmoe.data.slices import load_mask
 from icmoe.errors import IcmoeError
+from icmoe.features import FeatureCache
 from icmoe.study import Label, Study, read_study
 
 SHIFTED = np.roll(MASKS, 3, axis=1)
@@ -104,6 +105,39 @@ def test_forgetting_a_patient_reaches_studies_that_are_no_longer_approved(tmp_pa
     assert forget_patient(path, "Elm", "one")[0] == 4
     assert not index.published(former)[0]
     assert not list((former / "frames").rglob("*.safetensors"))
+
+
+def with_features(path: Path) -> list[Path]:
+    """Return a stand-in for each picture's cached features."""
+    settings, (study,) = read_named(path, "Elm"), approved_studies(path.parent / "state")
+    cache = FeatureCache.of(cache_folder_of(path, settings), study)
+    entries = [cache.path(cache.key(item.image_digest, "identity")) for item in site_slices(path, settings, study)]
+    for entry in entries:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        entry.write_bytes(b"features")
+    return entries
+
+
+@pytest.mark.parametrize("harm", ["the folder", "the index", "nothing"])
+def test_features_of_the_forgotten_and_deleted_go_though_the_index_was_moved_away_and_made_anew(harm: str, tmp_path: Path):
+    for number, name in enumerate(("one", "two", "three")):
+        write_series(tmp_path / "export" / name, name, 2, seed=number)
+    path = site_file(tmp_path, tmp_path / "export", "[255]")
+    path.write_text(path.read_text().replace("[ingest]", 'cache = "cache"\n[ingest]'))
+    store = Path(ingest_site(path, "Elm", dry_run=False)[0]["page"]).parent
+    assert len(with_features(path)) == 6
+    if harm == "the folder":
+        store.rename(tmp_path / "moved")
+    elif harm == "the index":
+        (store / "index.sqlite").unlink()
+    shutil.rmtree(tmp_path / "export/one")
+    if harm == "the folder":  # the index knows nothing of the second patient when this is asked
+        assert forget_patient(path, "Elm", "two")[1] == 6
+    ingest_site(path, "Elm", dry_run=False)
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == (0 if harm == "the folder" else 4)
+    if harm != "the folder":
+        assert forget_patient(path, "Elm", "two")[1] == 2
+        assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
 
 
 def test_features_are_looked_through_again_once_they_are_computed_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

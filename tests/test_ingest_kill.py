@@ -29,7 +29,7 @@ if __name__ == "__main__":
     export = exports.export_of(Path(sys.argv[1]), Path(sys.argv[2]))
     exports.ingest(export, on_progress=lambda step, done, total: print(step, done, total, flush=True))
 """
-TABLES = ("meta", "file", "series", "frame", "left_out", "forgotten", "gone")
+TABLES = ("meta", "file", "series", "frame", "left_out", "forgotten")
 
 
 def started(root: Path, place: Path) -> subprocess.Popen[str]:

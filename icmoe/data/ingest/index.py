@@ -28,7 +28,7 @@ create table if not exists series (id text primary key, fingerprint text, result
 create table if not exists frame (site text, place integer primary key, record text) strict;
 create table if not exists left_out (place integer primary key, record text) strict;
 create table if not exists forgotten (patient text primary key) strict;
-create table if not exists gone (digest text primary key) strict;
+drop table if exists gone;
 """
 
 
@@ -175,14 +175,12 @@ def write_frames(connection: sqlite3.Connection, rows: Iterable[FrameRow], out: 
 
 
 def drop_patients(connection: sqlite3.Connection, names: Iterable[str]) -> int:
-    """Take patients out of what readers of the index see, note their pictures and return how many frames went."""
+    """Take patients out of what readers of the index see and return how many frames went."""
     chosen = (json.dumps(sorted(names)),)
     whose = "where json_extract(record, '$.patient') in (select value from json_each(?))"
     for table in ("frame", "left_out"):
         series = f"select json_extract(record, '$.series') from {table} {whose}"  # noqa: S608  # fixed names, as below
         connection.execute(f"delete from series where id in ({series})", chosen)  # noqa: S608
-    digests = f"select json_extract(record, '$.result.digest') from frame {whose}"  # noqa: S608
-    connection.execute(f"insert or ignore into gone {digests}", chosen)
     connection.execute(f"delete from left_out {whose}", chosen)  # noqa: S608
     return connection.execute(f"delete from frame {whose}", chosen).rowcount  # noqa: S608
 
@@ -258,14 +256,6 @@ def opened(folder: Path) -> Iterator[sqlite3.Connection]:
     with _connected(folder) as connection:
         connection.execute("pragma query_only = on")
         yield connection
-
-
-def in_use(folder: Path, digests: Iterable[str]) -> set[str]:
-    """Return those of the pictures that readers of an index see."""
-    whose = "json_extract(record, '$.result.digest')"
-    query = f"select distinct {whose} from frame where {whose} in (select value from json_each(?))"  # noqa: S608  # fixed names
-    with opened(folder) as connection:
-        return {digest for (digest,) in connection.execute(query, (json.dumps(list(digests)),))}
 
 
 def state(folder: Path) -> str:

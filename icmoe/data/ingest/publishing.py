@@ -67,7 +67,7 @@ class Publication:
         self._connection.execute("insert into run.planned values (?, ?, ?, ?, ?, ?)", row)
 
     def write(self, split_of: Callable[[str, str], str]) -> None:
-        """Publish frames, reasons and what is gone in one transaction.
+        """Publish frames and reasons in one transaction.
 
         Parameters
         ----------
@@ -81,12 +81,8 @@ class Publication:
         query = "select distinct patient, number from run.planned order by patient, number"
         splits = {patient: split_of(patient, number) for patient, number in self._connection.execute(query)}
         with index.transaction(self._connection):
-            self._connection.execute("insert or ignore into gone select json_extract(record, '$.result.digest') from frame")
             self._connection.execute("delete from series where id not in (select id from run.planned)")
             index.write_frames(self._connection, self._rows(splits), self._left_out())
-            self._connection.execute(
-                "delete from gone where digest in (select json_extract(record, '$.result.digest') from frame)"
-            )
 
     def patients(self) -> set[str]:
         """Return the pseudonyms of all patients with an image, and those of the bare numbers of issuers' patients."""

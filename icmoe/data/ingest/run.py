@@ -12,8 +12,7 @@ import importlib.util
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -233,22 +232,6 @@ def _forget_in(store: Path, name: str) -> int:
             index.put_meta(connection, {"complete": index.meta(connection, "complete") and "forgotten", "cleaned": ""})
         _clean(connection, store)
     return gone
-
-
-@contextmanager
-def gone_digests(store: Path) -> Iterator[list[str]]:
-    """Hand out the pictures whose features must go and take them off the list once that is done.
-
-    Yields
-    ------
-    list of str
-        Digests; a picture that is in use again is not among them.
-    """
-    with index.claimed(store) as connection:
-        listed = [digest for (digest,) in connection.execute("select digest from gone")]
-        query = "select digest from gone where digest not in (select json_extract(record, '$.result.digest') from frame)"
-        yield [digest for (digest,) in connection.execute(query)]
-        connection.executemany("delete from gone where digest = ?", [(digest,) for digest in listed])
 
 
 def _recipe(export: Export) -> str:

@@ -81,7 +81,7 @@ def _read_files(work: Work, workers: Workers) -> None:
 
 
 def _publish(work: Work, workers: Workers, splits: Mapping[str, str]) -> None:
-    """Decode what changed and publish frames, reasons and what is gone in one transaction.
+    """Decode what changed and publish frames and reasons in one transaction.
 
     Series are planned one by one while others are decoded.
     """
