@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from icmoe.data.ingest.refusals import Refusal
 from icmoe.data.ingest.run import SAME_PICTURE, SPLITS
@@ -26,12 +26,19 @@ class Copies:
         Picture and patient of every frame whose picture occurs more than once.
     studies
         Study and patient of every series.
+    contradicted
+        Pictures whose copies are marked differently: nobody knows which of them is right.
     """
 
     def __init__(
-        self, splits: Mapping[str, str], repeated: Iterable[tuple[str, str]], studies: Iterable[tuple[str, str]] = ()
+        self,
+        splits: Mapping[str, str],
+        repeated: Iterable[tuple[str, str]],
+        studies: Iterable[tuple[str, str]] = (),
+        contradicted: Collection[str] = (),
     ) -> None:
         self._splits = splits
+        self._contradicted = contradicted
         self._owners = _grouped(repeated)
         self._kept: dict[str, str] = {}
         groups = [*self._owners.values(), *_grouped(studies).values()]
@@ -50,6 +57,8 @@ class Copies:
             return None
         if len(owners) >= COMMON:
             return Refusal(125, f"{COMMON} or more patients have the same picture")
+        if picture in self._contradicted:
+            return Refusal(122, "a copy of it is marked differently; exclude one of them")
         if picture not in self._kept:
             self._kept[picture] = patient
             return None

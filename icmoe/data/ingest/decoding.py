@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -74,8 +75,7 @@ def _first_pass(
     try:
         with refusing(104, "mask cannot be decoded"):
             classes = turn.turn(masks.classes(frame, picture.ranks_HW.shape))
-        finite_V = values_V[picture.finite_V]
-        if len(finite_V) < 2:
+        if np.count_nonzero(picture.finite_V) < 2:
             raise Refusal(113, "every pixel has the same value")
     except Refusal as refusal:
         return FrameResult(fault=refusal.number, why=refusal.why, lettered=lettered)
@@ -86,11 +86,12 @@ def _first_pass(
     write_stored(_path(job, frame.entry), Stored(values_V, ranks_HW, classes))
     return FrameResult(
         entry=frame.entry,
-        picture=picture_digest(ranks, values_V, Window(float(finite_V[0]), float(finite_V[-1]))),
+        picture=ranks.hex(),
         rows=ranks_HW.shape[0],
         columns=ranks_HW.shape[1],
         mean=picture.mean,
         class_px=_class_px(classes, len(job.labels)),
+        marks=hashlib.sha256(classes.tobytes()).hexdigest() if classes.any() else "",
         lettered=lettered,
     )
 

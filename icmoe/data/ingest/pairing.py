@@ -37,7 +37,7 @@ class Images:
         self._files = files
         self.of_several = files.of_several_patients()
         self._owners = files.owners_by_folder()
-        self.patients = len(set().union(*self._owners.values()))
+        self.patients = set().union(*self._owners.values())
         self._closest: dict[str, set[str]] = {}
 
     def __getitem__(self, path: str) -> FileRecord:
@@ -219,6 +219,7 @@ def _by_space(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     if len(best) > 1:
         raise Refusal(122, f"it refers to no image, and {len(best)} series share its geometry")
     _same_patient(record, images, series[best[0]])
+    _one_look(series[best[0]], images)
     return {key: _use(path, record, parts) for key, parts in series[best[0]].items()}
 
 
@@ -248,8 +249,11 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
         raise Refusal(121, "no image lies on the grid of this volume")
     if len(best) > 1 and (named or not channels):
         raise Refusal(122, f"{len(best)} series lie on the grid of this volume, equally close by name and folder")
+    _no_other_patients(record, images[folders[best[0]]], images)
     if not (named or channels or owned):
         _may_be_its_own(path, folders[best[0]], images)
+    for name in best:
+        _one_look(series[name], images)
     return {key: use for name in best for key, use in series[name].items()}
 
 
@@ -270,11 +274,30 @@ def _by_name(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
         raise Refusal(122, f"{len(best)} images have its name, equally close by folder")
     image = images[best[0]]
     _at_home(path, image, images)
+    _no_other_patients(record, image, images)
     if image.patient != record.patient:
         _same_name(path, best[0], images)
     if (image.rows, image.columns) != (record.rows, record.columns):
         raise Refusal(105, f"mask {record.rows} x {record.columns}, image {image.rows} x {image.columns}")
     return {(best[0], 0): Use(path, "picture")}
+
+
+def _one_look(found: Iterable[Key], images: Images) -> None:
+    """Refuse a mask that names no image where its series was taken several times over: what moved is marked on one of them."""
+    looks: dict[tuple[float, ...], set[Key]] = {}
+    for path, frame in found:
+        plane = images[path].frames[frame].plane
+        if plane is not None:
+            place = tuple(round(value, 2) for value in plane[:9])
+            looks.setdefault(place, set()).add((images[path].image or path, frame))  # copies of an image are one look
+    if any(len(keys) > 1 for keys in looks.values()):
+        raise Refusal(122, "it refers to no image, and its series has several images in one place")
+
+
+def _no_other_patients(record: FileRecord, image: FileRecord, images: Images) -> None:
+    """Refuse a mask that lies with one patient of the export, or is named for one, and fits an image of another."""
+    if record.patient in images.patients and image.patient != record.patient:
+        raise Refusal(121, "the image that it fits is another patient's, and the export has images of its own")
 
 
 def _at_home(path: str, image: FileRecord, images: Images) -> None:
@@ -286,7 +309,7 @@ def _at_home(path: str, image: FileRecord, images: Images) -> None:
 def _same_name(path: str, target: str, images: Images) -> None:
     """Refuse an image of several patients' whose folders all have other names than a mask's: its own may be missing."""
     own, other = set(own_folders(path)), set(own_folders(target))
-    if images.patients > 1 and own and other and not own & other:
+    if len(images.patients) > 1 and own and other and not own & other:
         raise Refusal(121, "the image that it fits lies in a folder of another name, and the export has several patients")
 
 

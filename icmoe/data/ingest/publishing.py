@@ -20,7 +20,7 @@ from icmoe.data.ingest.records import FrameResult, Plane
 SCHEMA = """
 create table run.planned (id text primary key, patient, number, study, modality, planes);
 create table run.left_out (step integer, record text);
-create table run.shown (picture, patient);
+create table run.shown (picture, patient, marks);
 """
 PLANNED, DECODED, COPIED = range(3)
 """Steps that leave things out, in the order of their reasons."""
@@ -76,8 +76,8 @@ class Publication:
         """
         for series in self._series():
             self._leave_out(DECODED, _reasons(series))
-            shown = [(result.picture, series.patient) for _, result in series.usable]
-            self._connection.executemany("insert into run.shown values (?, ?)", shown)
+            shown = [(result.picture, series.patient, result.marks) for _, result in series.usable]
+            self._connection.executemany("insert into run.shown values (?, ?, ?)", shown)
         query = "select distinct patient, number from run.planned order by patient, number"
         splits = {patient: split_of(patient, number) for patient, number in self._connection.execute(query)}
         with index.transaction(self._connection):
@@ -122,7 +122,9 @@ class Publication:
         studies = (
             "select distinct study, patient from run.planned where study <> '' and patient in (select patient from run.shown)"
         )
-        copies = Copies(patients, self._connection.execute(query), self._connection.execute(studies))
+        marked = "select picture from run.shown group by picture having count(distinct marks) > 1"
+        contradicted = {picture for (picture,) in self._connection.execute(marked)}
+        copies = Copies(patients, self._connection.execute(query), self._connection.execute(studies), contradicted)
         for series in self._series():
             kept = []
             for place, (_, result) in enumerate(series.usable):

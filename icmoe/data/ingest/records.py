@@ -11,7 +11,7 @@ Plane = tuple[float, float, float, float, float, float, float, float, float, flo
 """Position of the first pixel's centre (3), direction along a row (3), along a column (3), distance of rows and of
 columns, in mm and in DICOM's axes (x to the left, y to the back, z to the head)."""
 
-RECIPE_VERSION = "7"
+RECIPE_VERSION = "8"
 """Raised whenever equal files give other records or frames; every file is read and every series decoded again then."""
 SAFE_MODALITIES = frozenset({"CT", "MR", "PT", "NM", "CR", "DX", "MG"})
 """Scanners that do not write into the picture; from any other source an image is held back."""
@@ -129,7 +129,7 @@ class FrameResult(Record):
     digest: str = ""
     """Of the picture on the scale of its series: the key of the feature cache."""
     picture: str = ""
-    """Of the picture on its own scale: equal for copies in other series."""
+    """Of the ranks of its pixels: equal for copies in other series, however their values were scaled or rounded."""
     rows: int = 0
     columns: int = 0
     low: float = 0.0
@@ -137,5 +137,7 @@ class FrameResult(Record):
     mean: float = 0.0
     class_px: tuple[int, ...] = ()
     """Pixels of each class."""
+    marks: str = ""
+    """Digest of its classes, empty where it has no mark."""
     lettered: bool = False
     """Whether text was found in the picture."""

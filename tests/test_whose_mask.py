@@ -1,0 +1,96 @@
+"""A mask that names no image: it belongs to its own patient's, and to no image whose series shows the place several times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from dicom_builders import MASKS, VOLUME, contour, numbers, put, same, save, segmentation, structures, used, volume
+from PIL import Image
+from test_ingest_masks import as_nifti, square
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+ANOTHER = np.random.default_rng(7).integers(0, 3000, VOLUME.shape).astype(np.uint16)
+
+
+def written(masks: np.ndarray, path: Path, kind: type[np.generic] = np.uint8, origin: float = 40.0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = as_nifti(masks, (2, 1, 0), [], kind)
+    affine = made.affine.copy()
+    affine[2, 3] += origin - 40.0
+    nibabel.save(nibabel.Nifti1Image(np.asarray(made.dataobj), affine), path)
+
+
+@pytest.mark.parametrize("form", ["volume", "contours"])
+def test_a_mask_that_names_no_image_does_not_land_on_every_phase_of_a_series(form: str, tmp_path: Path):
+    sources = volume(VOLUME)
+    one = sources[0]
+    shared = {name: one[name].value for name in ("FrameOfReferenceUID", "StudyInstanceUID", "SeriesInstanceUID")}
+    later = volume(ANOTHER, **shared)
+    made = structures([contour(square(sources[1], 2.4, 3.4, 12.6, 15.6))], space=one.FrameOfReferenceUID)
+    put(tmp_path, [*sources, *later, *([made] if form == "contours" else [])])
+    if form == "volume":
+        written(MASKS, tmp_path / "export/lesion.nii.gz")
+    data = used(tmp_path)[2]
+    assert not data.slices
+    assert 122 in numbers(data)
+
+
+def test_copies_of_the_files_of_a_series_are_no_phases(tmp_path: Path):
+    sources = volume(VOLUME)
+    put(tmp_path, sources, "one/{}")
+    put(tmp_path, sources, "again/{}")
+    written(MASKS, tmp_path / "export/lesion.nii.gz")
+    assert same(used(tmp_path)[1], MASKS)
+
+
+def test_a_mask_named_for_a_patient_does_not_land_on_another_ones_series(tmp_path: Path):
+    put(tmp_path, volume(VOLUME, PatientID="P1", origin=(-20.0, -30.0, 43.0)), "dicom/a{}")
+    put(tmp_path, volume(ANOTHER, PatientID="P2"), "dicom/b{}")
+    written(MASKS, tmp_path / "export/masks/P1.nii.gz")
+    data = used(tmp_path)[2]
+    assert not data.slices
+    assert 121 in numbers(data)
+    (tmp_path / "export/masks/P1.nii.gz").rename(tmp_path / "export/masks/P2.nii.gz")
+    assert same(used(tmp_path)[1], MASKS)
+
+
+def test_volumes_of_one_name_in_every_folder_take_no_mask_of_another_folder(tmp_path: Path):
+    written(VOLUME, tmp_path / "export/siteA/P1/t1.nii.gz", np.int16, origin=43.0)
+    written(ANOTHER, tmp_path / "export/siteA/P2/t1.nii.gz", np.int16)
+    written(MASKS, tmp_path / "export/siteA/P1/t1_mask.nii.gz")
+    data = used(tmp_path)[2]
+    assert not data.slices
+    assert 121 in numbers(data)
+    (tmp_path / "export/siteA/P1/t1_mask.nii.gz").rename(tmp_path / "export/siteA/P2/t1_mask.nii.gz")
+    assert same(used(tmp_path)[1], MASKS)
+
+
+@pytest.mark.parametrize("marks", ["other", "equal"])
+def test_copies_of_a_series_that_are_marked_differently_are_both_out(marks: str, tmp_path: Path):
+    sources = volume(VOLUME)
+    for rater, masks in (("first", MASKS), ("second", MASKS if marks == "equal" else np.roll(MASKS, 1, axis=2))):
+        for number, mask in enumerate(masks):
+            save(sources[number], tmp_path / f"export/{rater}/images/{number}.dcm")
+            path = tmp_path / f"export/{rater}/masks/{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask).save(path)
+    _, classes, data = used(tmp_path)
+    if marks == "equal":
+        assert same(classes, MASKS)
+        assert numbers(data) == [125] * 5
+    else:
+        assert all(not one.any() for one in classes), "what both leave unmarked is used once"
+        assert len(classes) == 2
+        assert 122 in numbers(data)
+
+
+def test_a_copy_whose_values_were_rounded_on_the_way_is_found_under_another_number(tmp_path: Path):
+    for number, (slope, name) in enumerate(((1.0, "P1"), (0.731, "P2"))):
+        sources = volume(VOLUME, PatientID=name, RescaleSlope=slope, RescaleIntercept=-1000.0)
+        put(tmp_path, [*sources, segmentation(sources, MASKS, "BINARY")], f"{number}/{{}}")
+    data = used(tmp_path)[2]
+    assert len(data.slices) == 5
+    assert numbers(data) == [125] * 5 or 127 in numbers(data)
