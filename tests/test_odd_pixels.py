@@ -111,6 +111,24 @@ def test_a_slope_that_is_not_one_number_is_a_reason(slope: bytes, tmp_path: Path
     assert reason_of(enhanced, tmp_path).why == reason.why
 
 
+@pytest.mark.parametrize("intercept", [b"-1024,0", b"-1024\\0 ", b"HU"])
+def test_an_intercept_that_is_not_one_number_is_a_reason(intercept: bytes, tmp_path: Path):
+    reason = reason_of(raw(image(U12, RescaleSlope="1", **TWELVE), "RescaleIntercept", "DS", intercept), tmp_path)
+    assert (reason.number, reason.why) == (118, "RescaleIntercept is not one number")
+
+
+@pytest.mark.parametrize("photometric", ["RGB", "MONOCHROME2"])
+def test_what_lies_above_the_stored_bits_is_no_colour_either(photometric: str, tmp_path: Path):
+    clean = np.stack([U12, U12 // 2, U12 // 3], axis=-1) if photometric == "RGB" else U12
+    planes = {"SamplesPerPixel": 3, "PlanarConfiguration": 0} if photometric == "RGB" else {}
+    pictures = []
+    for name, stored in (("clean", clean), ("overlaid", clean | 0x8000)):
+        data = image(U12, PhotometricInterpretation=photometric, **TWELVE, **planes)
+        data.PixelData = stored.astype("<u2").tobytes()
+        pictures.append(grey_of(data, tmp_path / name))
+    assert np.array_equal(*pictures)
+
+
 def test_two_slopes_of_a_plain_object_are_a_reason_too(tmp_path: Path):
     path = save(image(U12, RescaleSlope=["1", "2"], RescaleIntercept="-7", **TWELVE), tmp_path / "x")
     plain = plain_pixels_of(path, read_header(path))

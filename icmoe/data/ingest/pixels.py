@@ -187,6 +187,8 @@ def _picture(frame: Frame, groups: Groups, number: int, shown: Shown) -> Picture
     header, stored = groups.header, frame.pixels
     if isinstance(header, Dataset) and text(header, "PhotometricInterpretation").upper() == "PALETTE COLOR":
         stored = coloured(significant_bits(stored, header, frame.stream), header, little=_is_little(header))
+    elif stored.ndim == 3:
+        stored = significant_bits(stored, header, frame.stream)
     if stored.ndim == 3:
         shown.add(-np.inf, np.inf)
         return picture_of(smallest(_luminance(stored[..., :3])))
@@ -219,8 +221,9 @@ def _modality(values: npt.NDArray[Any], modality: Header) -> npt.NDArray[Any]:
         table = sequence(modality, "ModalityLUTSequence")[0]
         signed = integer(modality, "PixelRepresentation") == 1
         return looked_up(values, table.LUTDescriptor, table.LUTData, little=_is_little(modality), signed=signed)
-    if written(modality, "RescaleSlope") and numbers(modality, "RescaleSlope", 1) is None:
-        raise Refusal(118, "RescaleSlope is not one number")
+    for name in ("RescaleSlope", "RescaleIntercept"):
+        if written(modality, name) and numbers(modality, name, 1) is None:
+            raise Refusal(118, f"{name} is not one number")
     slope, intercept = numeric(modality, "RescaleSlope") or 1.0, numeric(modality, "RescaleIntercept")
     return values if (slope, intercept) == (1.0, 0.0) else values * slope + intercept
 
