@@ -169,6 +169,16 @@ def test_a_volume_for_each_class_is_one_mask(tmp_path: Path):
     assert 122 in numbers(used(tmp_path, TWO)[2]), "two readings of one class"
 
 
+@pytest.mark.parametrize("names", [("Lesion_1", "lesion 2"), ("lesion-1", "LESION12"), ("edema 1", "lesion")])
+def test_objects_of_a_class_may_be_counted(names: tuple[str, str], tmp_path: Path):
+    sources = volume(VOLUME)
+    apart = np.roll(MASKS, 10, axis=1)
+    save(segmentation(sources, np.stack([MASKS, apart], axis=-1), "BINARY", names), tmp_path / "export/mask")
+    put(tmp_path, sources)
+    want = np.maximum(2 * MASKS if names[0] == "edema 1" else MASKS, apart)
+    assert same(used(tmp_path, TWO)[1], want)
+
+
 @pytest.mark.parametrize("step_mm", [10.0, 3.0, 5.0])
 def test_images_within_a_thicker_slice_of_a_mask_are_no_background(step_mm: float, tmp_path: Path):
     sources = volume(VOLUME)

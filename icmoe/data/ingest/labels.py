@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from icmoe.data.ingest.folding import folded
@@ -40,8 +41,16 @@ class LabelNames:
             raise IcmoeError(*faults)
 
     def index(self, names: Iterable[str]) -> int | None:
-        """Return the class of the first name that is known, else None."""
-        return next((self._index[name] for name in map(_plain, names) if name in self._index), None)
+        """Return the class of the first name that is known, else of the first that is known without its number, else None.
+
+        Who draws several objects of a class counts them: "lesion 1", "Lesion_2", "GTV-3".
+        """
+        plain = [_plain(name) for name in names]
+        return next((self._index[name] for name in (*plain, *map(_uncounted, plain)) if name in self._index), None)
+
+
+def _uncounted(name: str) -> str:
+    return re.sub(r"(?<=[^\W\d])[ .#-]*\d{1,2}$", "", name)
 
 
 def _plain(name: str) -> str:
