@@ -33,7 +33,7 @@ from icmoe.messages import (
 )
 from icmoe.packing import PACKED, is_plain, plain_view, tensors_in
 from icmoe.quantise import EXPONENT, HIGHEST_EXPONENT, LARGEST, LOWEST_EXPONENT, Dequantised, out_of_range, sent_shapes
-from icmoe.study import Study
+from icmoe.study import ModelShape, Study
 from icmoe.study_privacy import SitePrivacy
 
 SIMPLEX_TOLERANCE = 1e-3
@@ -296,11 +296,8 @@ def checked_tensors(arrays: ArrayRecord, study: Study, current: Mapping[str, npt
     Refusal
         Where one is missing, too many, or of another shape or type.
     """
-    personal = study.aggregation.personal
-    names = sorted(
-        name for name in current if not name.endswith("balance_bias_M") and not (personal and is_personal(name, study.model))
-    )
-    shapes = _shared(tuple((name, current[name].shape) for name in names))
+    own = study.model if study.aggregation.personal else None
+    shapes = _shapes(tuple((name, tensor.shape) for name, tensor in current.items()), own)
     expected = sent_shapes(shapes) if form == "int8" else shapes
     named = set(arrays) == set(expected)
     if named and form == "float32" and all(is_plain(item, FLOAT32, shapes[name]) for name, item in arrays.items()):
@@ -318,9 +315,19 @@ def checked_tensors(arrays: ArrayRecord, study: Study, current: Mapping[str, npt
 
 
 @lru_cache(maxsize=8)
-def _shared(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Mapping[str, tuple[int, ...]]:
-    """Return shapes by name, one object for all updates of a round."""
-    return dict(shapes)
+def _shapes(current: tuple[tuple[str, tuple[int, ...]], ...], personal: ModelShape | None) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes of an update by sorted name, one object for all updates of a round.
+
+    Parameters
+    ----------
+    current
+        Of the round's tensors.
+    personal
+        The model, where parts of it stay at the sites.
+    """
+    sent = (name for name, _ in current if not name.endswith("balance_bias_M"))
+    shapes = dict(current)
+    return {name: shapes[name] for name in sorted(sent) if personal is None or not is_personal(name, personal)}
 
 
 def _require_form(name: str, tensor: npt.NDArray[Any], shape: tuple[int, ...], form: Form) -> None:

@@ -60,6 +60,7 @@ class RouterAware(Strategy):
         self.sites = sites
         self.sizes = {} if sizes is None else sizes
         self._current: Tensors = {}
+        self._moving: Tensors = {}  # room for the sums; memory of the round before need not be cleared by the kernel again
         self.report = RoundReport()
 
     def summary(self) -> None:
@@ -69,6 +70,8 @@ class RouterAware(Strategy):
         """Return one training message per site; it carries study digest, round and tensors, nothing else."""
         del grid
         self._current = {name: array.numpy() for name, array in arrays.items()}
+        if list(map(_form, self._moving.items())) != list(map(_form, self._current.items())):
+            self._moving = {name: np.empty_like(tensor) for name, tensor in self._current.items()}
         return self._messages(server_round, arrays, config, MessageType.TRAIN)
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
@@ -105,13 +108,14 @@ class RouterAware(Strategy):
         usage_SM = np.array([update.usage_M for update in updates], dtype=np.float64)
         if self.study.model.experts:
             self.report.weights = expert_weights(size_S, usage_SM, self.settings)
-        moved = {name: tensor.copy() for name, tensor in self._current.items()}
+        before, moved = self._current, dict(self._moving)
         weights, weighed_by = self._weights(size_S), {name: self._weighed_by(name) for name in moved}
         for group in together(updates):  # in site order
             read = [(index, dict(updates[index].tensors.items())) for index in group]
             for name, tensor in moved.items():
                 weight_S = weights[weighed_by[name]]
-                add(tensor, [(weight_S[index], sent[name]) for index, sent in read if name in sent])
+                add(before[name], [(weight_S[index], sent[name]) for index, sent in read if name in sent], tensor)
+            before = moved
         if BALANCE_BIAS in moved and self.settings.balance_step > 0.0:
             bias_M = moved[BALANCE_BIAS].astype(np.float64)
             moved[BALANCE_BIAS] = balance_step(bias_M, size_S, usage_SM, self.settings.balance_step).astype(np.float32)
@@ -170,33 +174,41 @@ def combine(
     step
         s in [0, 1].
     """
-    moved = tensor.copy()
+    moved = np.empty_like(tensor)
     shares = [_weight(step * share) for share in share_S]
-    add(moved, [(share, delta) for share, delta in zip(shares, deltas, strict=True) if delta is not None])
+    add(tensor, [(share, delta) for share, delta in zip(shares, deltas, strict=True) if delta is not None], moved)
     return moved
+
+
+def _form(item: tuple[str, npt.NDArray[np.float32]]) -> tuple[str, tuple[int, ...]]:
+    return item[0], item[1].shape
 
 
 def _weight(value: float) -> Weight:
     return np.asarray(value, dtype=np.float32)
 
 
-def add(moved: npt.NDArray[np.float32], parts: Sequence[tuple[Weight, npt.NDArray[np.float32]]]) -> None:
-    """Add the sum of ``weight * delta`` to a tensor in place, in the order given.
+def add(
+    tensor: npt.NDArray[np.float32],
+    parts: Sequence[tuple[Weight, npt.NDArray[np.float32]]],
+    moved: npt.NDArray[np.float32],
+) -> None:
+    """Write the tensor plus the sum of ``weight * delta``, added in the order given, to `moved`, which may be the tensor.
 
     All parts of one piece before the next piece, so that the sum stays in the processor's cache.
     """
-    if moved.size <= PIECE:
+    if not parts:
+        np.copyto(moved, tensor)
+    elif moved.size <= PIECE:
         product = np.empty_like(moved)
         for weight, delta in parts:
-            np.add(moved, np.multiply(delta, weight, product), moved)
-        return
-    moved_N, parts_N = moved.reshape(-1), [(weight, delta.reshape(-1)) for weight, delta in parts]
-    product_N = np.empty(min(PIECE, moved.size), dtype=np.float32)
-    for start in range(0, moved.size, PIECE):
-        piece_N = moved_N[start : start + PIECE]
-        part_N = product_N[: len(piece_N)]
-        for weight, delta_N in parts_N:
-            piece_N += np.multiply(delta_N[start : start + PIECE], weight, out=part_N)
+            np.add(tensor, np.multiply(delta, weight, product), moved)
+            tensor = moved
+    else:
+        tensor_N, moved_N, parts_N = tensor.reshape(-1), moved.reshape(-1), [(weight, part.reshape(-1)) for weight, part in parts]
+        for start in range(0, moved.size, PIECE):
+            piece = slice(start, start + PIECE)
+            add(tensor_N[piece], [(weight, part_N[piece]) for weight, part_N in parts_N], moved_N[piece])
 
 
 def together(updates: Sequence[Update]) -> Iterator[list[int]]:

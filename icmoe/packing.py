@@ -68,7 +68,7 @@ def is_plain(item: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:  
 
 def plain_view(item: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:  # noqa: ANN401  # as in `array_of`
     """Return the array of an item that `is_plain`, read-only and without a copy."""
-    return np.ndarray(shape, dtype, item.data, len(_header(dtype, shape)))
+    return np.ndarray(shape, dtype, item.data, HEADER_BYTES)
 
 
 def bytes_of(tensor: npt.NDArray[Any]) -> bytes:
@@ -86,9 +86,9 @@ def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
 
 @lru_cache(maxsize=1024)
 def _plain_form(dtype: np.dtype[Any], shape: tuple[int, ...]) -> tuple[bytes, int]:
-    """Return the header and the size in bytes, header included, of `bytes_of` an array."""
+    """Return the header and the size in bytes, header included, of `bytes_of` an array; none is plain under a longer header."""
     head = _header(dtype, shape)
-    return head, len(head) + math.prod(shape) * dtype.itemsize
+    return head, -1 if len(head) != HEADER_BYTES else len(head) + math.prod(shape) * dtype.itemsize
 
 
 @lru_cache(maxsize=1024)

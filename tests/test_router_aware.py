@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_server.app import make_strategy, start_state
-from fl_server.replies import InReply, parse_replies
+from fl_server.replies import parse_replies
 from fl_server.roster import Roster
-from fl_server.router_aware import AT_ONCE, RouterAware, combine, together
+from fl_server.round_strategy import record_of
+from fl_server.router_aware import RouterAware, combine
 from fl_server.weights import expert_weights
 from icmoe.exchange import BALANCE_BIAS, expert_of, is_usage_weighted
 from icmoe.messages import ARRAYS, CONFIG, NUMBERS, UPDATE
-from icmoe.packing import PACKED
 from icmoe.study import Study
 
 SITES = {1: "Alder", 2: "Birch", 3: "Cedar"}
@@ -356,13 +355,18 @@ def test_updates_that_all_hold_nan_move_nothing(make_study) -> None:
     assert strategy.report.updates == []
 
 
-@given(st.lists(st.booleans(), max_size=60))
-def test_updates_that_are_views_are_added_some_at_once_and_copies_one_by_one(views: list[bool]) -> None:
-    whole, packed = (ArrayRecord({name: Array(np.zeros(2, np.float32))}) for name in ("a", PACKED))
-    updates = [SimpleNamespace(tensors=InReply(whole if view else packed, {"a": (2,)}, "float32")) for view in views]
-    groups = list(together(updates))  # type: ignore[arg-type]
-    assert [index for group in groups for index in group] == list(range(len(views)))
-    assert all(0 < len(group) <= AT_ONCE for group in groups)
-    assert all(len(group) == 1 or all(views[index] for index in group) for group in groups)
-    full = [len(one) == AT_ONCE or not (views[one[0]] and views[other[0]]) for one, other in itertools.pairwise(groups)]
-    assert all(full), "none is added by itself where it could go with its neighbours"
+def test_rounds_that_share_their_memory_share_nothing_else(make_study) -> None:
+    """The second round begins at the first one's result, or at another study's tensors of the same shapes or of others."""
+    study = make_study()
+    strategy, first = configured(study), deltas_of(study, seed=1)
+    one = strategy.aggregate_train(1, [reply(node, first[site]) for node, site in SITES.items()])[0]
+    kept = {name: array.numpy().copy() for name, array in one.items()}
+    for start in (one, record_of({name: tensor + 1 for name, tensor in kept.items()})):
+        second, fresh = deltas_of(study, seed=2), RouterAware(study, SITES, SIZES)
+        replies = [reply(node, second[site]) for node, site in SITES.items()]
+        found = []
+        for each in (strategy, fresh):
+            each.configure_train(2, start, ConfigRecord(), grid=None)
+            found.append(moved(each, replies))
+        assert all(np.array_equal(found[0][name], found[1][name]) for name in found[1])
+        assert all(np.array_equal(one[name].numpy(), kept[name]) for name in kept)

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_server.app import make_strategy, start_state
 from fl_server.replies import Update
 from fl_server.roster import Roster
-from fl_server.round_strategy import Tensors
+from fl_server.round_strategy import Tensors, record_of
 from fl_server.router_aware import RouterAware
 from fl_server.sums import FromSums
 from icmoe.errors import IcmoeError
@@ -71,7 +72,7 @@ def updates_of(study: Study, rows: list[tuple[int, list[float]]], seed: int = 0)
 
 def moved(form: type[RouterAware], study: Study, updates: list[Update]) -> Tensors:
     strategy = form(study, SITES)
-    strategy._current = start_state(study).arrays
+    strategy.configure_train(1, record_of(start_state(study).arrays), ConfigRecord(), None)
     return strategy._moved(updates)
 
 
