@@ -91,7 +91,7 @@ def _first_pass(
         columns=ranks_HW.shape[1],
         mean=picture.mean,
         class_px=_class_px(classes, len(job.labels)),
-        marks=hashlib.sha256(classes.tobytes()).hexdigest() if classes.any() else "",
+        marks=_marks_digest(classes),
         lettered=lettered,
     )
 
@@ -100,6 +100,12 @@ def _class_px(classes: Classes, labels: int) -> tuple[int, ...]:
     """Return the pixels of each class; most frames have no mark."""
     marked = [int(np.count_nonzero(classes == label)) for label in range(1, labels)] if classes.any() else [0] * (labels - 1)
     return (classes.size - sum(marked), *marked)
+
+
+def _marks_digest(classes: Classes) -> str:
+    """Return the SHA-256 of the rows that have a mark and of which they are; empty where none has."""
+    marked_H = np.flatnonzero(classes.any(axis=1))
+    return hashlib.sha256(marked_H.tobytes() + classes[marked_H].tobytes()).hexdigest() if len(marked_H) else ""
 
 
 def _lettered(picture: Picture, kind: str) -> bool:
