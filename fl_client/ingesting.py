@@ -22,7 +22,7 @@ from fl_client.progress import bars
 from fl_client.site import SiteFile, cache_folder_of, ingest_folder, read_named, site_export
 from icmoe.cache_entries import forget_images
 from icmoe.data.ingest.finding import files_of
-from icmoe.data.ingest.index import claimed, is_index, meta, opened, put_meta
+from icmoe.data.ingest.index import STATE, claimed, is_index, meta, opened, put_meta
 from icmoe.data.ingest.page import PAGE, drop_report, quality_report
 from icmoe.data.ingest.pseudonyms import SECRET_FILE
 from icmoe.data.ingest.quality import quality_record
@@ -56,16 +56,18 @@ def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]
 
 def _ingest_study(path: Path, settings: SiteFile, study: Study, *, dry_run: bool) -> dict[str, Any]:
     with _place(site_export(path, settings, study), dry_run=dry_run) as export, bars() as on_progress:
-        if is_index(export.store):
-            _note_shown(export)  # what is about to be replaced
+        if is_index(export.store) and not _is_settled(export):
+            note_shown(export.secret_folder, [export.store])  # what is about to be replaced
         changed = ingest(export, on_progress=on_progress)
         if dry_run:
             record = quality_record(export.store, study.labels)
         else:
             record = quality_report(export.store, export.site, study.labels, on_progress=on_progress)
             record["page"] = str(export.store / PAGE)
-            _note_shown(export)
-            _drop_features(path, settings)
+            if not _is_settled(export):
+                note_shown(export.secret_folder, [export.store])
+                _drop_features(path, settings)
+                _settle(export)
         with opened(export.store) as connection:
             absent = int(meta(connection, ABSENT) or 0)
     passing = dry_run and not (site_export(path, settings, study).secret_folder / SECRET_FILE).exists()
@@ -247,15 +249,16 @@ def _stop(number: int, frame: object) -> None:
     sys.exit(128 + number)
 
 
-def _note_shown(export: Export) -> None:
-    """Note the pictures of an index, unless that was done for this state of it."""
-    folder = export.secret_folder
+def _is_settled(export: Export) -> bool:
+    """Return whether the pictures of an index are noted and the features of those that are gone removed, as it is now."""
+    with opened(export.store) as connection:
+        now = meta(connection, STATE)
+        return bool(now) and meta(connection, SHOWN) == now and (export.secret_folder / SHOWN).exists()
+
+
+def _settle(export: Export) -> None:
     with claimed(export.store) as connection:
-        complete = meta(connection, "complete")
-        if complete and meta(connection, SHOWN) == complete and (folder / SHOWN).exists():
-            return
-        note_shown(folder, [export.store])
-        put_meta(connection, {SHOWN: complete})
+        put_meta(connection, {SHOWN: meta(connection, STATE)})
 
 
 def _drop_features(path: Path, settings: SiteFile) -> int:

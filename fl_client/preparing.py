@@ -47,7 +47,7 @@ def encode_ingested(path: Path, settings: SiteFile, study: Study, *, on_progress
     """
     store = site_export(path, settings, study).store
     with index.claimed(store) as connection:
-        wanted = _mark(path, settings, study, index.meta(connection, "complete"))
+        wanted = _mark(path, settings, study, index.meta(connection, index.STATE))
         kept = any(cache_folder_of(path, settings).glob("*/*"))  # a cache that was emptied is seen; one entry less is not
         if kept and index.meta(connection, "encoded") == wanted:
             return 0
@@ -58,11 +58,11 @@ def encode_ingested(path: Path, settings: SiteFile, study: Study, *, on_progress
     return encoded
 
 
-def _mark(path: Path, settings: SiteFile, study: Study, complete: str) -> str:
+def _mark(path: Path, settings: SiteFile, study: Study, state: str) -> str:
     """Return what features depend on: the index, how they are computed and kept, the views, and where the cache is."""
     backbone, folder = study.backbone, str(cache_folder_of(path, settings))
     how = (FORMAT, PREPROCESSING_VERSION, backbone.model_dump(mode="json"), BACKBONES[backbone.name].arithmetic)
-    own = (complete, *how, study.training.views, folder)
+    own = (state, *how, study.training.views, folder)
     return hashlib.sha256(json.dumps(own).encode()).hexdigest()
 
 

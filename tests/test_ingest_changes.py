@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +108,19 @@ def test_forgetting_a_patient_reaches_studies_that_are_no_longer_approved(tmp_pa
     assert not list((former / "frames").rglob("*.safetensors"))
 
 
+def test_an_index_that_somebody_reads_can_be_put_away_all_the_same(tmp_path: Path):
+    write_series(tmp_path / "export/a", "one", 2, seed=1)
+    export = export_of(tmp_path / "export", tmp_path / "kept")
+    ingest(export)
+    with ExitStack() as readers, index.claimed(export.store) as writer:
+        index.put_meta(writer, {"key": "value"})
+        reader = readers.enter_context(index.opened(export.store))
+        reader.execute("begin")
+        assert reader.execute("select count(*) from frame").fetchone() == (2,)
+    with index.opened(export.store) as reader:
+        assert index.meta(reader, "key") == "value"
+
+
 def with_features(path: Path) -> list[Path]:
     """Return a stand-in for each picture's cached features."""
     settings, (study,) = read_named(path, "Elm"), approved_studies(path.parent / "state")
@@ -162,6 +176,14 @@ def test_features_are_looked_through_again_once_they_are_computed_otherwise(tmp_
         monkeypatch.setattr(preparing, name, "another")
         assert look()
         assert not look()
+    ingest_site(path, "Elm", dry_run=False)
+    assert not look(), "nothing has changed"
+    write_series(tmp_path / "export/b", "two", 1, seed=2)
+    ingest_site(path, "Elm", dry_run=False)
+    assert look(), "other pictures are there"
+    forget_patient(path, "Elm", "two")
+    assert look(), "and others again"
+    assert not look()
 
 
 def test_a_dry_run_does_not_read_a_forgotten_patient(tmp_path: Path):

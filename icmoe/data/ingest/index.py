@@ -9,7 +9,7 @@ import os
 import sqlite3
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from icmoe.data.slices import SiteData, Slice
 
 INDEX = "index.sqlite"
+STATE = "state"
+"""Key of the digest of what readers of the index see, as of the last change."""
 SCHEMA = """
 create table if not exists meta (key text primary key, value text not null) strict;
 create table if not exists file (id text primary key, size integer, changed integer, record text) strict;
@@ -101,7 +103,8 @@ def claimed(folder: Path) -> Iterator[sqlite3.Connection]:
             connection.execute("pragma synchronous = normal")
             connection.executescript(SCHEMA)
             yield connection
-            connection.execute("pragma main.journal_mode = delete")  # a copy on a disk that is not to be written can be read
+            with suppress(sqlite3.OperationalError):  # somebody reads it just now, such as `forget` in another process
+                connection.execute("pragma main.journal_mode = delete")  # a copy on a disk that is not to be written can be read
 
 
 @contextmanager
@@ -260,11 +263,16 @@ def opened(folder: Path) -> Iterator[sqlite3.Connection]:
 
 def state(folder: Path) -> str:
     """Return a digest of what `published` returns: equal for equal contents."""
-    digest = hashlib.sha256()
     with _connected(folder) as connection:
-        for table in ("frame", "left_out"):
-            for (text,) in connection.execute(f"select record from {table} order by place"):  # noqa: S608  # fixed names
-                digest.update(f"{table} {text}\n".encode())
+        return state_of(connection)
+
+
+def state_of(connection: sqlite3.Connection) -> str:
+    """Return the same of an open index."""
+    digest = hashlib.sha256()
+    for table in ("frame", "left_out"):
+        for (text,) in connection.execute(f"select record from {table} order by place"):  # noqa: S608  # fixed names
+            digest.update(f"{table} {text}\n".encode())
     return digest.hexdigest()
 
 

@@ -116,7 +116,7 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
 
         index.put_meta(connection, {"complete": "", "cleaned": "", "site": export.site})
         Work(connection, export, hashes, files, on_progress).through(splits)
-        index.put_meta(connection, {"complete": basis})
+        index.put_meta(connection, {index.STATE: index.state_of(connection), "complete": basis})
         _clean(connection, export.store)
         return True
 
@@ -229,7 +229,8 @@ def _forget_in(store: Path, name: str) -> int:
             connection.execute("insert or ignore into forgotten values (?)", (name,))
             connection.executemany("delete from series where id = ?", [(key,) for key in series])
             gone = index.drop_patients(connection, names)
-            index.put_meta(connection, {"complete": index.meta(connection, "complete") and "forgotten", "cleaned": ""})
+            complete = index.meta(connection, "complete") and "forgotten"
+            index.put_meta(connection, {"complete": complete, "cleaned": "", index.STATE: index.state_of(connection)})
         _clean(connection, store)
     return gone
 
