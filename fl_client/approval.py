@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, ValidationError
 
 from icmoe.atomic import write_atomically
+from icmoe.chain import Entry
 from icmoe.config import Section
 from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.study import Study, canonical, canonical_json
@@ -103,11 +104,27 @@ def named(state: Path, which: str) -> tuple[Approval, ...]:
     IcmoeError
         316 where none stands, 321 where the store is damaged.
     """
-    found = tuple(one for one in standing(read_approvals(state)) if one.study.name == which or _begins(one, which))
+    found = tuple(one for one in standing(read_approvals(state)) if is_named(one, which))
     if not found:
         todo = "fl_client --site NAME approvals lists them."
         raise IcmoeError(Fault(number=316, what="no such study is approved", value=which, todo=todo))
     return found
+
+
+def is_named(approval: Approval, which: str) -> bool:
+    """Return whether `which` is the study's name, or its digest or the beginning of it."""
+    return approval.study.name == which or (len(which) >= 8 and approval.digest.startswith(which))
+
+
+def withdrawal(approval: Approval) -> dict[str, str | None]:
+    """Return what the audit log says of a withdrawal; its line may be of a later time."""
+    return {"study": approval.digest, "name": approval.study.name, "withdrawn_at": approval.withdrawn_at}
+
+
+def unrecorded(approvals: Sequence[Approval], lines: Sequence[Entry]) -> tuple[Approval, ...]:
+    """Return the withdrawn approvals of whose withdrawal the audit log does not speak."""
+    last = {line["study"]: line["event"] for line in lines if line["event"] in {"approved", "withdrawn"}}
+    return tuple(one for one in approvals if one.withdrawn_at and last.get(one.digest) != "withdrawn")
 
 
 def standing(approvals: Sequence[Approval]) -> tuple[Approval, ...]:
@@ -174,10 +191,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     for key, value in values.items():
         rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, json.dumps(value))]
     return rows
-
-
-def _begins(approval: Approval, which: str) -> bool:
-    return len(which) >= 8 and approval.digest.startswith(which)
 
 
 def _keep(state: Path, approval: Approval) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fl_client.approval import approve, changes, read_approvals, withdraw
+from fl_client.approval import Approval, approve, changes, is_named, read_approvals, unrecorded, withdraw, withdrawal
 from fl_client.audit import digests_of_round, read_log
 from fl_client.budget import budget_faults, prospect
 from fl_client.leaves import IN_INT8, LEAVES, RECORDS
+from fl_client.records import Records
 from fl_client.site import SiteFile, read_named, records_of, site_data, study_faults
 from icmoe.accounting import study_epsilon
 from icmoe.bundle import bundle_digest, bundle_files
 from icmoe.chain import START
 from icmoe.data.slices import SiteData
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import CATALOGUE, Fault, IcmoeError, file_fault
 from icmoe.study import Study, read_study
 from icmoe.study_privacy import SitePrivacy
 
@@ -50,12 +52,13 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
     settings = read_named(path, name)
     study = read_study(study_file)
     records = records_of(path, settings)
-    book = records.agreement()[0]
+    book, lines = records.agreement()
     if faults := [*study_faults(path, settings, study), *budget_faults(settings.budget, book, study, patients=1)]:
         raise IcmoeError(*faults)
     state = path.parent / settings.state
     bundle = bundle_digest(bundle_files())
-    known = [approval.study for approval in read_approvals(state) if approval.study.name == study.name]
+    approvals = read_approvals(state)
+    known = [approval.study for approval in approvals if approval.study.name == study.name]
     console = Console()
     budget = {"budget": prospect(settings.budget, book, study)}
     console.print(_table({**_terms(study), **budget, **_site_terms(path, settings, study)}, study.name))
@@ -66,6 +69,8 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
         console.print("Nothing was approved.")
         sys.exit(1)
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for before in unrecorded(approvals, lines):
+        records.write("withdrawn", withdrawal(before))
     records.write("approved", {"study": study.digest, "name": study.name, "bundle": bundle})  # first: none without its line
     approve(state, study, bundle, datetime.now(UTC))
     console.print(f"{study.name} {study.digest[:12]} is approved at {name}.", highlight=False)
@@ -73,14 +78,39 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
 
 def withdraw_study(path: Path, name: str, which: str) -> None:
     """Withdraw the approval of a study by name or digest and say which went."""
-    settings = read_named(path, name)
-    gone = withdraw(path.parent / settings.state, which, datetime.now(UTC))
+    records = records_of(path, read_named(path, name))
     try:
-        for approval in gone:  # before it is told: a terminal may be gone
-            records_of(path, settings).write("withdrawn", {"study": approval.digest, "name": approval.study.name})
-    finally:  # whatever is wrong with the log, they are withdrawn
-        for approval in gone:
-            Console().print(f"{approval.study.name} {approval.digest[:12]} is withdrawn at {name}.", highlight=False)
+        gone = withdraw(records.state, which, datetime.now(UTC))
+    except IcmoeError:
+        if not (gone := _owed_lines(records, which)):
+            raise
+    faults = [
+        fault for approval in gone for fault in _withdrawal_faults(records, approval)
+    ]  # a terminal may be gone: written first
+    for approval in gone:
+        Console().print(f"{approval.study.name} {approval.digest[:12]} is withdrawn at {name}.", highlight=False)
+    if faults:
+        raise IcmoeError(*faults)
+
+
+def _owed_lines(records: Records, which: str) -> tuple[Approval, ...]:
+    """Return the approvals of a name or digest that are withdrawn without a line in the audit log."""
+    withdrawn = [approval for approval in read_approvals(records.state) if approval.withdrawn_at and is_named(approval, which)]
+    return unrecorded(withdrawn, read_log(records.state)) if withdrawn else ()
+
+
+def _withdrawal_faults(records: Records, approval: Approval) -> list[Fault]:
+    """Write the line of a withdrawal, which holds whatever is wrong with the log, and return what kept it from being written."""
+    did = "The study is withdrawn all the same, but the audit log has no line on it."
+    then = "Then withdraw it again: its line is written then."
+    try:
+        head = records.add("withdrawn", withdrawal(approval))
+        did, then = "The study is withdrawn and the audit log says so, but the ledger does not know of that line.", ""
+        records.keep(head)
+    except (IcmoeError, OSError) as error:
+        faults = error.faults if isinstance(error, IcmoeError) else (file_fault(error),)
+        return [replace(one, did=did, todo=f"{one.todo or CATALOGUE[one.number].remedy} {then}".strip()) for one in faults]
+    return []
 
 
 def list_approvals(path: Path, name: str, *, as_json: bool) -> None:

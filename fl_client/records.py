@@ -50,11 +50,30 @@ class Records:
             321 where the audit log is damaged or lacks lines, 412, 414 or 415 where the ledger cannot be used, 205, 306 or
             307 where the key cannot.
         """
-        known = self.book().audit
-        line = audit.record(self.state, event, values, signer=self.signer, known=known)
-        head = Head(line["line"], line["hash"])
-        ledger.keep_audit_head(self.state, self.site, head, deadline_s=self.deadline_s)
+        head = self.add(event, values)
+        self.keep(head)
         return head
+
+    def add(self, event: str, values: Mapping[str, Any]) -> Head:
+        """Add a line to the audit log, of which the ledger is to be told by `keep`, and return its number and hash.
+
+        Raises
+        ------
+        IcmoeError
+            As `write`.
+        """
+        line = audit.record(self.state, event, values, signer=self.signer, known=self.book().audit)
+        return Head(line["line"], line["hash"])
+
+    def keep(self, head: Head) -> None:
+        """Let the ledger know of the audit log's last line.
+
+        Raises
+        ------
+        IcmoeError
+            412, 414 or 415 where the ledger cannot be used.
+        """
+        ledger.keep_audit_head(self.state, self.site, head, deadline_s=self.deadline_s)
 
     def book(self) -> Book:
         """Return the ledger.

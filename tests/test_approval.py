@@ -21,6 +21,7 @@ from test_client import CONTEXT, command, hospital, number_of, request, write_si
 from fl_client.app import make_client_app
 from fl_client.approval import approve, approved_studies, approved_study, changes, read_approvals, withdraw
 from fl_client.audit import read_log
+from fl_client.credentials import make_node_key
 from fl_client.leaves import IN_INT8, LEAVES
 from fl_client.participant import site_from_environment
 from fl_client.policy import Policy, limit_gpu, policy_faults, require_hour
@@ -126,6 +127,53 @@ def test_without_its_line_in_the_log_nothing_is_approved_but_a_withdrawal_stands
     done = command(path, "withdraw", "tiny")
     assert (done.exit_code, "ICM205" in done.stderr, "is withdrawn" in done.stdout) == (1, True, True)
     assert read_approvals(tmp_path / "state")[0].withdrawn_at
+
+
+def signed(path: Path, key: Path) -> None:
+    path.write_text(path.read_text() + f'\n[coordinator]\naddress = "localhost:443"\nca = "ca.crt"\nkey = "{key.name}"\n')
+    make_node_key(key)
+
+
+def events(state: Path) -> list[str]:
+    return [entry["event"] for entry in read_log(state)]
+
+
+def test_a_withdrawal_without_a_usable_key_holds_and_its_missing_line_is_told_and_written_later(
+    hospital: Path, make_study, tmp_path: Path
+) -> None:
+    path, file, state = (
+        write_site_file(tmp_path, hospital),
+        write_study_file(tmp_path / "study.toml", make_study()),
+        tmp_path / "state",
+    )
+    key = tmp_path / "own.key"
+    signed(path, key)
+    assert command(path, "approve", str(file), "--yes").exit_code == 0
+    whole = key.read_bytes()
+    key.write_bytes(whole[:40])
+    done = command(path, "withdraw", "tiny")
+    assert (done.exit_code, "is withdrawn" in done.stdout, events(state)) == (1, True, ["approved"])
+    assert done.stderr.startswith(f"ICM307 {key}: ")
+    assert "but the audit log has no line on it" in done.stderr
+    assert "withdraw it again" in done.stderr
+    assert "ICM316" in command(path, "withdraw", "another").stderr
+    key.write_bytes(whole)
+    assert (command(path, "withdraw", "tiny").exit_code, events(state)) == (0, ["approved", "withdrawn"])
+    assert read_log(state)[-1]["withdrawn_at"] == read_approvals(state)[0].withdrawn_at
+    assert "ICM316" in command(path, "withdraw", "tiny").stderr
+    assert command(path, "audit", "verify").exit_code == 0
+
+
+def test_a_new_approval_first_writes_the_line_that_a_withdrawal_lacks(hospital: Path, make_study, tmp_path: Path) -> None:
+    path, file, state = (
+        write_site_file(tmp_path, hospital),
+        write_study_file(tmp_path / "study.toml", make_study()),
+        tmp_path / "state",
+    )
+    assert command(path, "approve", str(file), "--yes").exit_code == 0
+    withdraw(state, "tiny", NOW)  # and killed there
+    assert command(path, "approve", str(file), "--yes").exit_code == 0
+    assert events(state) == ["approved", "withdrawn", "approved"]
 
 
 def test_a_state_that_is_no_folder_is_one_numbered_sentence(hospital: Path, make_study, tmp_path: Path) -> None:
