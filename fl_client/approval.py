@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from icmoe.atomic import write_atomically
+from icmoe.atomic import prepared
 from icmoe.chain import Entry
 from icmoe.config import Section
 from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
@@ -73,12 +74,34 @@ def read_approvals(state: Path) -> tuple[Approval, ...]:
     return tuple(sorted(found, key=lambda approval: (datetime.fromisoformat(approval.approved_at), approval.digest)))
 
 
-def approve(state: Path, study: Study, bundle: str, now: datetime) -> Approval:
+def approve(state: Path, study: Study, bundle: str, now: datetime) -> None:
     """Keep the study as approved, together with the digest of the bundle that may run it."""
+    with approving(state, study, bundle, now):
+        pass
+
+
+@contextmanager
+def approving(state: Path, study: Study, bundle: str, now: datetime) -> Iterator[None]:
+    """Write an approval, which stands when the block has ended well: what is said of it there is true, however full the disk.
+
+    Parameters
+    ----------
+    state
+        The site's state folder.
+    study
+        What is approved.
+    bundle
+        Digest of the bundle that may run it.
+    now
+        The time.
+
+    Yields
+    ------
+    None
+    """
     when = now.isoformat(timespec="microseconds")
-    approval = Approval(digest=study.digest, study=study, bundle=bundle, approved_at=when)
-    _keep(state, approval)
-    return approval
+    with _kept(state, Approval(digest=study.digest, study=study, bundle=bundle, approved_at=when)):
+        yield
 
 
 def withdraw(state: Path, which: str, now: datetime) -> tuple[Approval, ...]:
@@ -92,7 +115,8 @@ def withdraw(state: Path, which: str, now: datetime) -> tuple[Approval, ...]:
     when = now.isoformat(timespec="microseconds")
     gone = tuple(one.model_copy(update={"withdrawn_at": when}) for one in named(state, which))
     for approval in gone:
-        _keep(state, approval)
+        with _kept(state, approval):
+            pass
     return gone
 
 
@@ -193,7 +217,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _keep(state: Path, approval: Approval) -> None:
+def _kept(state: Path, approval: Approval) -> AbstractContextManager[None]:
     path = state / FOLDER / f"{approval.digest}.json"
     values = {**approval.model_dump(mode="json"), "study": json.loads(canonical(approval.study))}  # what the digest is of
-    write_atomically(path, json.dumps(values, indent=1).encode(), private=True)
+    return prepared(path, json.dumps(values, indent=1).encode(), private=True)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fl_client.approval import Approval, approve, changes, is_named, read_approvals, unrecorded, withdraw, withdrawal
+from fl_client.approval import Approval, approving, changes, is_named, read_approvals, unrecorded, withdraw, withdrawal
 from fl_client.audit import digests_of_round, read_log
 from fl_client.budget import budget_faults, prospect
 from fl_client.leaves import IN_INT8, LEAVES, RECORDS
@@ -71,9 +71,12 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     for before in unrecorded(approvals, lines):
         records.write("withdrawn", withdrawal(before))
-    records.write("approved", {"study": study.digest, "name": study.name, "bundle": bundle})  # first: none without its line
-    approve(state, study, bundle, datetime.now(UTC))
-    console.print(f"{study.name} {study.digest[:12]} is approved at {name}.", highlight=False)
+    with approving(state, study, bundle, datetime.now(UTC)):  # neither without the other, on a full disk either
+        head = records.add("approved", {"study": study.digest, "name": study.name, "bundle": bundle})
+    try:
+        records.keep(head)
+    finally:  # whatever is wrong with the ledger, it is approved
+        console.print(f"{study.name} {study.digest[:12]} is approved at {name}.", highlight=False)
 
 
 def withdraw_study(path: Path, name: str, which: str) -> None:

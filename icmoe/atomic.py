@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -22,11 +24,43 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True, private: 
         Whether only the owner may read the file, and list its folder where it is made: patient data and what was trained
         on it alone.
     """
+    with prepared(path, data, durable=durable, private=private):
+        pass
+
+
+@contextmanager
+def prepared(path: Path, data: bytes, *, durable: bool = True, private: bool = False) -> Iterator[None]:
+    """Write `data` beside `path`, and put it there when the block has ended well: the disk cannot be too full for that any more.
+
+    Parameters
+    ----------
+    path, data, durable, private
+        As in `write_atomically`.
+
+    Yields
+    ------
+    None
+    """
     name = path.parent / f".{path.name[:32]}.{secrets.token_hex(8)}"
     try:
-        _write(name, path, data, durable=durable, private=private)
+        with _known_as(path):
+            _write(name, path, data, durable=durable, private=private)
+        yield
+        with _known_as(path):
+            name.replace(path)
+    except BaseException:
+        with suppress(OSError):  # there may be no folder
+            name.unlink()
+        raise
+
+
+@contextmanager
+def _known_as(path: Path) -> Iterator[None]:
+    """Let an error of the file system speak of the name that the caller knows."""
+    try:
+        yield
     except OSError as error:
-        error.filename, error.filename2 = str(path), None  # the name that the caller knows
+        error.filename, error.filename2 = str(path), None
         raise
 
 
@@ -36,16 +70,11 @@ def _write(name: Path, path: Path, data: bytes, *, durable: bool, private: bool)
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
         descriptor = _new(name, private=private)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        name.replace(path)
-    except BaseException:
-        name.unlink(missing_ok=True)
-        raise
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _new(path: Path, *, private: bool) -> int:

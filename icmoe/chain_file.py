@@ -18,7 +18,8 @@ Broken = Callable[[int], Fault]
 def add_line(path: Path, following: Callable[[Sequence[bytes]], Entry]) -> Entry:
     """Add one entry and wait until it is on the disk; no other process adds one meanwhile.
 
-    A line that a crash left unfinished at the end is cut off first: what it spoke of had not happened yet.
+    A line that a crash left unfinished at the end is cut off first: what it spoke of had not happened yet. So is one that did
+    not come onto the disk, a full one for example.
 
     Parameters
     ----------
@@ -29,15 +30,17 @@ def add_line(path: Path, following: Callable[[Sequence[bytes]], Entry]) -> Entry
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    with os.fdopen(descriptor, "r+b") as file:
+    with os.fdopen(descriptor, "r+b", buffering=0) as file:  # a buffer would write the line again when it is closed
         fcntl.flock(file, fcntl.LOCK_EX)
         whole = _whole(file.read())
         entry = following(whole.splitlines())
         file.truncate(len(whole))
-        file.seek(len(whole))
-        file.write(json.dumps(entry).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            _put(descriptor, json.dumps(entry).encode() + b"\n", len(whole))
+        except OSError as error:
+            file.truncate(len(whole))
+            error.filename = str(path)
+            raise
     return entry
 
 
@@ -82,6 +85,14 @@ def parsed(line: bytes, number: int, broken: Broken) -> Entry:
     if json.dumps(entry).encode() != line:  # a space changed into a tab would mean the same, and still be a change
         raise IcmoeError(broken(number))
     return entry
+
+
+def _put(descriptor: int, line: bytes, at: int) -> None:
+    """Write a line at a place of a file and wait until it is on the disk."""
+    while line:
+        written = os.pwrite(descriptor, line, at)
+        line, at = line[written:], at + written
+    os.fsync(descriptor)
 
 
 def _whole(content: bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import subprocess
 from collections.abc import Iterator
@@ -13,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_client import ask, hospital, number_of, request, site
+from test_client import ask, command, hospital, number_of, request, site, write_site_file, write_study_file
 
-from fl_client.audit import LOG
+from fl_client.approval import read_approvals
+from fl_client.audit import LOG, read_log
 from fl_client.participant import Participant
 from icmoe.backbone import load_backbone
 from icmoe.data.folder import read_folder
@@ -219,3 +221,46 @@ def test_a_full_disk_costs_the_site_the_round_and_nothing_else(site, small_disk:
     again, calm = ask(own, request(study, 2)), ask(site, request(study, 2))
     assert not again.has_error(), again.error
     assert all(np.array_equal(again.content[UPDATE][name].numpy(), array.numpy()) for name, array in calm.content[UPDATE].items())
+
+
+def approvals_and_lines(state: Path) -> tuple[int, int]:
+    return len(read_approvals(state)), len(read_log(state))
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_a_full_disk_leaves_no_line_without_its_approval_and_no_approval_without_its_line(
+    hospital: Path, make_study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    path, file = write_site_file(tmp_path, hospital), write_study_file(tmp_path / "study.toml", make_study())
+    calls, fsync = itertools.count(1), os.fsync
+
+    def full(descriptor: int) -> None:
+        if next(calls) == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        done = command(path, "approve", str(file), "--yes")
+    failed = failing < 3  # the approval and its line are what waits for the disk
+    assert (done.exit_code, "ICM205" in done.stderr) == (int(failed), failed)
+    assert approvals_and_lines(tmp_path / "state") == ((0, 0) if failed else (1, 1))
+    assert not list(tmp_path.rglob(".*.json.*"))
+    assert command(path, "approve", str(file), "--yes").exit_code == 0
+    assert approvals_and_lines(tmp_path / "state") == (1, 1 if failed else 2)
+
+
+def test_an_approval_on_a_really_full_disk(hospital: Path, make_study, tmp_path: Path, small_disk: Path) -> None:
+    path, file = write_site_file(tmp_path, hospital), write_study_file(tmp_path / "study.toml", make_study())
+    path.write_text(f'state = "{small_disk}/state"\n' + path.read_text())
+    pages = 40
+    while pages:
+        fill(small_disk / "filler")
+        os.truncate(small_disk / "filler", max(0, (small_disk / "filler").stat().st_size - 4096 * (40 - pages)))
+        done, (stand, lines) = command(path, "approve", str(file), "--yes"), approvals_and_lines(small_disk / "state")
+        assert stand == bool(lines), done.stderr
+        assert (done.exit_code == 0) == (not done.stderr), done.stderr
+        if done.exit_code == 0:
+            break
+        pages -= 1
+    assert 0 < pages < 40, "the disk was never full, or never empty enough"
