@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import io
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +17,8 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup
 from icmoe.errors import Fault, print_faults
 
 EXIT_CODE = 2
+STANDARD = 2
+"""Largest number of a standard stream."""
 
 
 class Commands(TyperGroup):
@@ -40,6 +44,8 @@ class OneCommand(TyperCommand):
 
 def _end_with(run: Callable[[], object]) -> NoReturn:
     """Run what the arguments ask for and end the process with its code, or with what is wrong about them."""
+    open_closed_streams()
+    escape_what_cannot_be_printed()
     try:
         code = run()
     except click.exceptions.NoArgsIsHelpError as error:
@@ -51,6 +57,21 @@ def _end_with(run: Callable[[], object]) -> NoReturn:
     except click.Abort:
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def open_closed_streams() -> None:
+    """Lead standard streams that the caller closed to nowhere: what is printed then is lost, and what is done is done."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: the stream's own
+            os.set_inheritable(descriptor, descriptor <= STANDARD)
+            setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8"))
+
+
+def escape_what_cannot_be_printed() -> None:
+    """Let standard output escape the letters that its encoding lacks, as standard error does: a name may hold any."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def restore_help(command: click.Command) -> None:

@@ -1,7 +1,10 @@
-"""What `icmoe` prints: names that look like markup as they are, and a numbered sentence where a file cannot be written."""
+"""What the commands print: names as they are or escaped, a numbered sentence for what is wrong, and never a traceback."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +42,41 @@ def test_a_cache_that_cannot_be_written_is_a_numbered_sentence(make_study, tmp_p
     assert done.exit_code == 1
     assert "ICM205" in done.output
     assert isinstance(done.exception, SystemExit)
+
+
+def program(package: str, *words: str, environment: dict[str, str] | None = None, closed: int | None = None) -> tuple[int, str]:
+    """Run a program in a process of its own and return its exit code and all that it printed."""
+    script = f"import sys; from {package} import main; sys.argv[0] = 'it'; main()"
+    command = ["/bin/sh", "-c", f'exec "$@" {closed}>&-' if closed else 'exec "$@"', "sh", sys.executable, "-c", script, *words]
+    done = subprocess.run(command, env={**os.environ, **(environment or {})}, capture_output=True, timeout=120, check=False)
+    return done.returncode, (done.stdout + done.stderr).decode()
+
+
+CLOSED = {
+    "icmoe": ("icmoe.cli", "--version"),
+    "fl_client": ("fl_client.cli", "schema"),
+    "fl_server": ("fl_server.cli", "schema", "study"),
+}
+
+
+@pytest.mark.parametrize("words", CLOSED.values(), ids=CLOSED)
+def test_a_closed_standard_output_is_no_fault(words: tuple[str, ...]) -> None:
+    assert program(*words, closed=1) == (0, "")
+
+
+@pytest.mark.parametrize("words", CLOSED.values(), ids=CLOSED)
+def test_with_a_closed_standard_error_a_fault_is_told_by_the_exit_code(words: tuple[str, ...]) -> None:
+    assert program(words[0], "nosuch", closed=2) == (2, "")
+
+
+NEW_STUDY = ("--labels", "lesion=1", "--rounds", "2", "--quorum", "2", "--deadline-s", "60", "--seed", "1", "--name", "a")
+POOR = {"ascii": {"PYTHONIOENCODING": "ascii"}, "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}}
+
+
+@pytest.mark.parametrize("environment", POOR.values(), ids=POOR)
+def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path: Path, environment: dict[str, str]) -> None:
+    path = tmp_path / "für-\U0001f9e0.toml"
+    code, printed = program("fl_server.cli", "new-study", str(path), *NEW_STUDY, environment=environment)
+    assert (code, path.is_file()) == (0, True)
+    assert printed.startswith(f"{tmp_path}/f\\")
+    assert "is written: study a" in printed

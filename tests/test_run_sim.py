@@ -23,6 +23,7 @@ REAL = ROOT.parent / "shared" / "data" / "lgg-multisite"
 RUN_SIM = [sys.executable, str(ROOT / "simulations" / "run_sim.py")]
 ICMOE = [sys.executable, "-m", "icmoe"]
 TINY = ["--backbone", "sam-vit-test", "--image-size", "64", "--rounds", "2", "--local-epochs", "1"]
+METHODS = "router-aware,fedavg,fedprox,fedadam,personal,personalised,local,pooled"
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,7 @@ def scores_of(folder: Path) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("run") / "out"
-    methods = "router-aware,fedavg,fedprox,fedadam,personal,personalised,local,pooled"
-    done = run([*RUN_SIM, *TINY, "--methods", methods, "--track", "tensorboard", "--out", str(out)], environment)
+    done = run([*RUN_SIM, *TINY, "--methods", METHODS, "--track", "tensorboard", "--out", str(out)], environment)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
@@ -76,6 +76,18 @@ def test_tensorboards_events_hold_what_the_results_hold(rehearsed: tuple[Path, s
     usage = [event.value for event in found.Scalars(f"usage/{site}/{expert}")]
     assert usage == pytest.approx([row["sites"][site]["usage"][0] for row in rounds], rel=1e-6)
     assert {path.name for path in (out / "tensorboard").iterdir()} >= {"router-aware-seed1", "fedavg-seed1"}
+
+
+def test_what_standard_output_cannot_take_does_not_keep_a_rehearsal_from_ending_well(
+    rehearsed: tuple[Path, str], environment: dict[str, str]
+) -> None:
+    out = rehearsed[0].parent / "für"
+    out.symlink_to("out")
+    words = [*RUN_SIM, *TINY, "--methods", METHODS, "--out", str(out), "--resume"]
+    closed = run(["/bin/sh", "-c", 'exec "$@" >&-', "sh", *words, "--json"], environment)
+    assert (closed.returncode, "Traceback" in closed.stderr) == (0, False), closed.stderr
+    done = run(words, {**environment, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, r"f\xfcr/report.html" in done.stdout) == (0, True), done.stderr
 
 
 def test_phantoms_are_called_phantoms_on_screen_and_in_every_output(rehearsed: tuple[Path, str]) -> None:
