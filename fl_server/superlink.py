@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import shlex
 import socket
@@ -16,6 +17,7 @@ from fl_server.home import Home, read_home
 from fl_server.supervise import Child, supervise
 from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError
+from icmoe.joining import split_address
 from icmoe.processes import flower_environment, flower_settings, private_files, program
 
 # What a SuperNode with a registered key asks for; register-node and unregister-node are for nodes without one.
@@ -91,6 +93,23 @@ def require_free_port(port: int) -> None:
             raise IcmoeError(Fault(number=329, value=f"127.0.0.1:{port}", did="Nothing was started.")) from None
 
 
+def require_listen(listen: str) -> None:
+    """Refuse what nginx could not listen on.
+
+    Raises
+    ------
+    IcmoeError
+        202.
+    """
+    try:
+        host, _ = split_address(listen)
+        if "[" in listen or host.replace(".", "").isdigit():
+            ipaddress.ip_address(host)
+    except ValueError:
+        limit, did = "ADDRESS:PORT, for example 0.0.0.0:8443 or [::]:8443", "Nothing was written or started."
+        raise IcmoeError(Fault(number=202, where="--listen", value=listen, limit=limit, did=did)) from None
+
+
 def nginx_configuration(home: Home, *, listen: str | None = None) -> str:
     """Return the configuration of the public port.
 
@@ -122,7 +141,15 @@ def write_configurations(home: Home, *, listen: str | None = None) -> None:
 
 
 def serve(root: Path, *, execute: bool, listen: str | None) -> None:
-    """Write the configurations and print the commands, or run and supervise them."""
+    """Write the configurations and print the commands, or run and supervise them.
+
+    Raises
+    ------
+    IcmoeError
+        202 for `listen`, those of `read_home` for the folder, 329 where the loopback port is in use.
+    """
+    if listen is not None:
+        require_listen(listen)
     home = read_home(root)
     write_configurations(home, listen=listen)
     if not execute:

@@ -80,6 +80,22 @@ def test_a_folder_that_is_not_provisioned_is_refused_by_number(name: str, tmp_pa
     assert isinstance(done.exception, SystemExit)
 
 
+@pytest.mark.parametrize("listen", ["abc", "1.2.3.4", "1.2.3.4:99999", "300.1.1.1:443", "[::g]:443", "a b:443", "x:1; }", ""])
+def test_what_nginx_could_not_listen_on_is_refused_before_anything_is_written(listen: str, tmp_path: Path) -> None:
+    home = make_home(tmp_path)
+    done = CliRunner().invoke(cli.app, ["superlink", "--home", str(tmp_path), "--listen", listen])
+    assert (done.exit_code, done.stdout, isinstance(done.exception, SystemExit)) == (1, "", True)
+    assert done.stderr.startswith("ICM202 --listen: ")
+    assert not (home.proxy / "nginx.conf").exists()
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:8443", "[::]:443", "localhost:8443"])
+def test_an_address_with_its_port_is_what_nginx_listens_on(listen: str, tmp_path: Path) -> None:
+    home = make_home(tmp_path)
+    assert CliRunner().invoke(cli.app, ["superlink", "--home", str(tmp_path), "--listen", listen]).exit_code == 0
+    assert f"listen {listen} ssl" in (home.proxy / "nginx.conf").read_text()
+
+
 def test_without_a_superlink_each_command_says_so(tmp_path: Path) -> None:
     make_home(tmp_path)
     done = fl_server("list", "--home", str(tmp_path))
