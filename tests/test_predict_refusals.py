@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +62,26 @@ def test_what_is_there_is_not_overwritten(model: Path, tmp_path: Path):
     assert numbers(refusal(model, source, source / "out")) == [210]
     assert numbers(refusal(model, source, source)) == [210]
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    assert not list(tmp_path.glob(".*")), "nothing is left beside the output"
+
+
+def test_a_full_disk_is_told_by_the_name_of_the_output(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    put(tmp_path, slices("axial"))
+
+    def full(descriptor: int, *_: object) -> None:
+        os.close(descriptor)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("icmoe.atomic.os.fdopen", full)
+        (fault,) = refusal(model, tmp_path / "export", tmp_path / "out", "png").faults
+    assert str(fault).startswith(
+        f"ICM205 {tmp_path / 'out'}: file cannot be written: No space left on device. Nothing was written."
+    )
+    (tmp_path / "file").write_text("no folder")
+    (fault,) = refusal(model, tmp_path / "export", tmp_path / "file/out", "png").faults
+    assert str(fault).startswith(f"ICM205 {tmp_path / 'file'}")
+    assert "/." not in str(fault)
     assert not list(tmp_path.glob(".*")), "nothing is left beside the output"
 
 

@@ -7,9 +7,10 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import Fault, IcmoeError, file_fault
 
 RECORD = "prediction.json"
 
@@ -68,8 +69,8 @@ def staged(out: Path) -> Iterator[Path]:
     except OSError as error:
         if former.exists() and not out.exists():
             former.rename(out)
-        where, value = str(error.filename or out), error.strerror or type(error).__name__
-        raise IcmoeError(Fault(number=205, where=where, value=value, did="Nothing was written.")) from None
+        fault, inside = file_fault(error), str(error.filename or stage).startswith(str(stage))  # a name that nobody gave
+        raise IcmoeError(replace(fault, where=str(out) if inside else fault.where, did="Nothing was written.")) from None
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         if out.exists():
