@@ -169,6 +169,14 @@ def test_a_wrong_name_and_a_missing_index_are_one_numbered_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_tables_of_a_folder_that_is_not_there_are_refused_and_none_is_made(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["tables", "--out", str(tmp_path / "nosuch")])
+    assert (done.exit_code, type(done.exception)) == (1, SystemExit)
+    assert done.stderr.startswith(f"ICM205 {tmp_path / 'nosuch'}: ")
+    assert not list(tmp_path.iterdir())
+    assert CliRunner().invoke(app, ["tables", "--out", str(tmp_path)]).exit_code == 0
+
+
 @pytest.mark.parametrize("name", SPLITS)
 def test_a_committed_split_deals_every_case_once_and_every_site_can_be_tested(name: str) -> None:
     rows = read_split(f"hippocampus-{name}")

@@ -54,6 +54,9 @@ def sunnybrook(data: Data, out: Out, seeds: Seeds = SEEDS, only: Only = None, sc
 def tables(out: Out) -> None:
     """Draw up the tables of all that is there."""
     with exit_on_fault():
+        if not out.is_dir():
+            what, did = "folder of runs is not there", "No table was written."
+            raise IcmoeError(Fault(number=205, where=str(out), what=what, did=did, todo="Correct --out."))
         print(write_tables(out))
 
 
