@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 import tomllib
@@ -88,7 +89,16 @@ def parse_toml(data: bytes, *, where: str) -> dict[str, Any]:
     try:
         return tomllib.loads(data.decode("utf-8-sig"))  # as an editor on Windows writes it
     except (ValueError, RecursionError) as error:
-        raise IcmoeError(Fault(number=204, where=where, value=str(error)[:160], did="Nothing was started.")) from None
+        words = in_utf16(data) or {"value": str(error)[:160]}
+        raise IcmoeError(Fault(number=204, where=where, did="Nothing was started.", **words)) from None
+
+
+def in_utf16(data: bytes) -> dict[str, str]:
+    """Return `what` and `todo` of a fault about a text file in UTF-16, nothing for any other file."""
+    if not data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or "\n" not in data.decode("utf-16", errors="ignore"):
+        return {}
+    todo = "Save it as UTF-8: Notepad asks for the encoding under Save as, PowerShell takes -Encoding utf8."
+    return {"what": "file is text in UTF-16, as Windows writes it, not in UTF-8", "todo": todo}
 
 
 def _fault(section: type[BaseModel], item: dict[str, Any], where: str) -> Fault:

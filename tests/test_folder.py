@@ -291,6 +291,13 @@ def test_spacing_is_read_where_given(root: Path, spacing: tuple[str, str, str]):
     assert first.spacing_mm == ((5.0, 0.5, 0.75) if spacing[0] else None)
 
 
+def test_a_split_in_utf16_is_told_to_be_saved_as_utf8(root: Path):
+    path = root / "splits/train.csv"
+    path.write_text(path.read_text(), encoding="utf-16")
+    with pytest.raises(IcmoeError, match=r"ICM110 .*UTF-16.* Save it as UTF-8"):
+        read_folder(root, LABELS)
+
+
 def test_byte_order_mark_and_further_columns_are_fine(root: Path):
     path = root / "splits/train.csv"
     text = "\n".join(f"{line},9" for line in path.read_text().replace("split,", "split,", 1).split())

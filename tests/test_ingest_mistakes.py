@@ -283,5 +283,8 @@ def test_a_patient_of_the_split_file_who_is_not_there_is_told(site: Path) -> Non
     set_key(site, 'split_file = "split.csv"')
     assert "ICM110 split_file names patients without an image in the export: 1." in ingest(site)
     assert "ICM110" in ingest(site), "told again where nothing changed"
-    (site.parent / "split.csv").write_text("patient,split\none,val\ntwo,train\n")
+    text = "patient,split\none,val\ntwo,train\n"
+    (site.parent / "split.csv").write_text(text)
     assert "ICM110" not in ingest(site)
+    (site.parent / "split.csv").write_text(text, encoding="utf-16")
+    assert "ICM110 split.csv: file is text in UTF-16" in ingest(site)

@@ -145,3 +145,13 @@ def test_digests_are_recognised() -> None:
 def _values() -> dict:
     labels = [{"name": "background", "values": [0]}, {"name": "lesion", "values": [1]}]
     return {"name": "s", "seed": 1, "labels": labels, "backbone": {"digest": DIGEST}}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_a_file_in_utf16_is_told_to_be_saved_as_utf8(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(SMALL if encoding == "utf-16" else "\ufeff" + SMALL, encoding=encoding)
+    with pytest.raises(IcmoeError) as caught:
+        read_study(path)
+    told = f"ICM204 {path}: file is text in UTF-16, as Windows writes it, not in UTF-8. Nothing was started. Save it as UTF-8: "
+    assert str(caught.value).startswith(told)

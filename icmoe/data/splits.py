@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from icmoe.config import in_utf16
 from icmoe.errors import Fault, IcmoeError
 
 COLUMNS = ("split", "site", "patient", "slice", "image", "mask")
@@ -133,7 +134,8 @@ def _text(path: Path, where: str) -> str:
     except OSError as error:
         raise IcmoeError(_fault(where, "split file cannot be opened", error.strerror or "")) from None
     except UnicodeDecodeError as error:
-        raise IcmoeError(_fault(where, "not a text file in UTF-8", f"byte {error.start}: {error.reason}")) from None
+        words = in_utf16(error.object) or {"what": "not a text file in UTF-8", "value": f"byte {error.start}: {error.reason}"}
+        raise IcmoeError(Fault(number=110, where=where, did=_NOT_STARTED, **words)) from None
 
 
 def _row(fields: Mapping[str | None, str | Sequence[str] | None], split: str, where: str, *, same_split: bool) -> Row:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from icmoe.config import in_utf16
 from icmoe.data.ingest import index
 from icmoe.data.ingest.folding import folded
 from icmoe.data.ingest.forms import MASKS, VOLUMES
@@ -276,8 +277,10 @@ def _splits(path: Path | None) -> dict[str, str]:
     except OSError as error:
         todo = "Correct split_file under [ingest]."
         raise IcmoeError(Fault(number=110, where=str(path), value=error.strerror or "", did=did, todo=todo)) from None
-    except (UnicodeDecodeError, csv.Error):
-        raise IcmoeError(Fault(number=110, where=path.name, value="not CSV in UTF-8", did=did, todo=todo)) from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        words = in_utf16(error.object) if isinstance(error, UnicodeDecodeError) else {}
+        words = words or {"value": "not CSV in UTF-8", "todo": todo}
+        raise IcmoeError(Fault(number=110, where=path.name, did=did, **words)) from None
     if not {"patient", "split"} <= set(reader.fieldnames or ()):
         what = "column patient or split is missing"
         raise IcmoeError(Fault(number=110, where=path.name, what=what, did=did, todo=f"{todo} Commas separate them."))
