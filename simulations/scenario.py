@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from icmoe.backbone import backbone_digest
+from icmoe.backbone import backbone_digest, require_taken
 from icmoe.backbones import BACKBONES, DEFAULT
 from icmoe.config import Section, parse, read_toml
 from icmoe.errors import Fault, IcmoeError
@@ -120,7 +120,9 @@ def _study(tables: Mapping[str, Any], options: Mapping[str, Any], simulation: Si
     if simulation.data is None:
         default = merged(default, PHANTOM_STUDY)
     values = spelled_out(merged(merged(default, tables.get("study", {})), options), where=where)
-    return parse(Study, with_backbone(values, simulation.checkpoint), where=where)
+    study = parse(Study, with_backbone(values, simulation.checkpoint), where=where)
+    require_taken(study.backbone.name, Path(simulation.checkpoint) if simulation.checkpoint else None, where="checkpoint")
+    return study
 
 
 def with_backbone(values: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from predictions import write_random_model
 from typer.testing import CliRunner
 
 from icmoe.cli import _print_prediction, _print_scores, app
-from icmoe.errors import Fault
+from icmoe.errors import Fault, IcmoeError
 from simulations.phantoms import PhantomSite, write_phantoms
+from simulations.scenario import read_scenario
 
 ABOUT = {"method": "[/x] router-aware", "study": "tiny", "seed": 1, "phantoms": True, "test_only": False}
 ROW = {"dice": 0.5, "iou": None, "hd95_mm": None, "patients": 1, "images_found": 2, "images_used": 1}
@@ -42,6 +43,20 @@ def test_a_cache_that_cannot_be_written_is_a_numbered_sentence(make_study, tmp_p
     assert done.exit_code == 1
     assert "ICM205" in done.output
     assert isinstance(done.exception, SystemExit)
+
+
+def test_a_weights_file_for_a_backbone_without_weights_is_refused(make_study, tmp_path: Path) -> None:
+    model, weights = write_random_model(tmp_path / "m.safetensors", make_study()), tmp_path / "weights.pth"
+    commands = (
+        ["evaluate", "--data", str(tmp_path)],
+        ["predict", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")],
+    )
+    for words in commands:
+        done = CliRunner().invoke(app, [*words, "--model", str(model), "--checkpoint", str(weights)])
+        assert (done.exit_code, isinstance(done.exception, SystemExit)) == (1, True)
+        assert done.stderr.startswith(f"ICM210 --checkpoint: backbone sam-vit-test takes no weights file: {weights}. ")
+    with pytest.raises(IcmoeError, match="ICM210 checkpoint: backbone sam-vit-test takes no weights file"):
+        read_scenario(None, {"backbone": {"name": "sam-vit-test"}, "test_only": True}, {"checkpoint": str(weights)})
 
 
 def program(package: str, *words: str, environment: dict[str, str] | None = None, closed: int | None = None) -> tuple[int, str]:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from icmoe.atomic import write_atomically
-from icmoe.backbone import Backbone, load_backbone
+from icmoe.backbone import Backbone, load_backbone, require_taken
 from icmoe.backbones import file_digest
 from icmoe.data.ingest.decoding import frames_of
 from icmoe.data.ingest.geometry import slice_distance_mm, upright
@@ -249,8 +249,9 @@ def predict_study(
     require_free(out, source, force=force)
     device = available_device(device_name)
     model, header = read_model(model_path)
-    root, paths = _files_of(source)
     chosen = header.study.backbone
+    require_taken(chosen.name, checkpoint)
+    root, paths = _files_of(source)
     backbone = load_backbone(
         chosen.name, image_size=chosen.image_size, checkpoint=checkpoint, expected_digest=chosen.digest, device=device
     )
