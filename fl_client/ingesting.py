@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import signal
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fl_client.approval import approved_studies
+from fl_client.dry_run import passing_folder, remove_left_behind
 from fl_client.preparing import encode_ingested
 from fl_client.progress import bars
 from fl_client.site import SiteFile, cache_folder_of, ingest_folder, read_named, site_export
@@ -50,6 +47,7 @@ def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]
         2xx for the site file, 316 where no study is approved, 109, 110, 129, 130 for the ingest.
     """
     settings, studies = _approved(path, name)
+    remove_left_behind()
     with _numbered_os_errors():
         return [_ingest_study(path, settings, study, dry_run=dry_run) for study in studies]
 
@@ -119,6 +117,7 @@ def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int, list[
         what, todo = "no patient is named", "Give the hospital's own number, or the P-... of ingest."
         raise IcmoeError(Fault(number=210, where="forget", what=what, did="Nothing was removed.", todo=todo))
     folder = ingest_folder(path, settings)
+    remove_left_behind()
     with _numbered_os_errors():
         stores = stores_in(folder)
         others = sharing(folder, patient)
@@ -229,24 +228,9 @@ def _place(export: Export, *, dry_run: bool) -> Iterator[Export]:
     if not dry_run:
         yield export
         return
-    folder = Path(tempfile.mkdtemp(prefix="icmoe-dry-run-"))
-    ends = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-    former = [signal.signal(end, _stop) for end in ends]  # the pictures in the folder must go when the command is ended, too
-    try:
+    with passing_folder() as folder:
         known = (export.secret_folder / SECRET_FILE).exists()
         yield replace(export, store=folder / "store", secret_folder=export.secret_folder if known else folder)
-    finally:
-        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not stop the removal
-        for end in ends:
-            signal.signal(end, signal.SIG_IGN)
-        shutil.rmtree(folder)
-        for end, action in zip((*ends, signal.SIGINT), (*former, interrupt), strict=True):
-            signal.signal(end, action)
-
-
-def _stop(number: int, frame: object) -> None:
-    del frame
-    sys.exit(128 + number)
 
 
 def _is_settled(export: Export) -> bool:

@@ -16,6 +16,7 @@ from test_quality import site_file, write_series
 from typer.testing import CliRunner
 
 from fl_client import cli
+from fl_client.dry_run import passing_folder, remove_left_behind
 from icmoe.data.ingest.pseudonyms import SECRET_FILE
 
 
@@ -227,9 +228,8 @@ def test_the_store_may_not_be_a_link_to_itself(site: Path) -> None:
     assert "ICM129" in ingest(site)
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT])
-def test_a_dry_run_that_is_ended_keeps_no_picture(site: Path, number: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    passing = tmp_path_factory.mktemp("passing")
+def end_dry_run(site: Path, number: int, passing: Path) -> int:
+    """End a dry run by a signal when it has written a picture, and return its exit code."""
     code = f"""
 import os, sys
 import fl_client.ingesting as ingesting
@@ -243,9 +243,39 @@ sys.argv = ["fl_client", "--site", "Elm", "--config", {str(site)!r}, "ingest", "
 main()
 """
     environment = {**os.environ, "TMPDIR": str(passing)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=120, check=False)
-    assert done.returncode == 128 + number, done.stderr.decode()
+    return subprocess.run([sys.executable, "-c", code], env=environment, timeout=120, check=False).returncode
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT])
+def test_a_dry_run_that_is_ended_keeps_no_picture(site: Path, number: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    passing = tmp_path_factory.mktemp("passing")
+    assert end_dry_run(site, number, passing) == 128 + number
     assert not list(passing.glob("icmoe-dry-run-*"))
+
+
+@pytest.mark.parametrize("words", [["ingest", "--no-encode"], ["ingest", "--dry-run"], ["forget", "one"]])
+def test_what_a_killed_dry_run_left_goes_with_the_next_command_and_nothing_that_lives_does(
+    site: Path, words: list[str], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passing, aside = tmp_path_factory.mktemp("passing"), tmp_path_factory.mktemp("aside")
+    assert end_dry_run(site, signal.SIGKILL, passing) == -signal.SIGKILL
+    (left,) = passing.glob("icmoe-dry-run-*")
+    assert list(left.rglob("x"))
+    monkeypatch.setattr("tempfile.tempdir", str(passing))
+    (passing / "icmoe-dry-run-link").symlink_to(aside)
+    with passing_folder() as living:
+        command(site, *words)
+        assert (left.exists(), living.exists(), aside.exists()) == (False, True, True)
+    assert not living.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to give a folder to another user")
+def test_what_another_user_left_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "icmoe-dry-run-other").mkdir()
+    os.chown(tmp_path / "icmoe-dry-run-other", 12345, -1)
+    remove_left_behind()
+    assert list(tmp_path.iterdir())
 
 
 def test_which_commands_no_terminal(site: Path) -> None:
