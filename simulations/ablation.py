@@ -27,6 +27,7 @@ from icmoe.model import build_model
 from icmoe.prepare import encode_slices
 from icmoe.profiles import merged
 from icmoe.study import Study
+from icmoe.usage import OneCommand
 from simulations.federation import Engine, Job, run_jobs, write_sites
 from simulations.folder import RunFolder
 from simulations.hospitals import find_hospitals, make_sites
@@ -58,7 +59,7 @@ def variant(base: Study, name: str, seed: int) -> Study:
     return parse(Study, {**values, "seed": seed, "name": "ablation-" + name.replace(" ", "-")}, where=name)
 
 
-@app.command()
+@app.command(cls=OneCommand)
 def ablate(
     data: Annotated[Path | None, typer.Option(help="Folder of hospitals; phantoms if absent.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("runs/ablation"),

@@ -14,6 +14,10 @@ from typer.testing import CliRunner
 from fl_client import cli as hospital
 from fl_server import cli as coordinator
 from icmoe import cli as researcher
+from simulations import ablation
+from simulations.benchmarks import __main__ as benchmarks
+from simulations.evidence import __main__ as evidence
+from simulations.evidence.rivals import __main__ as rivals
 
 MISTAKES: list[tuple[typer.Typer, list[str], int, str]] = [
     (hospital.app, ["--sight", "A"], 201, "--site"),
@@ -26,6 +30,11 @@ MISTAKES: list[tuple[typer.Typer, list[str], int, str]] = [
     (coordinator.app, ["list"], 203, "--home"),
     (researcher.app, ["evaluate", "--model", "m"], 203, "--data"),
     (researcher.app, ["evaluate", "--modl", "m"], 201, "--model"),
+    (evidence.app, ["lgg", "--data", "d", "--outt", "o"], 201, "--out"),
+    (evidence.app, ["table", "--out", "o"], 201, "'tables'"),
+    (rivals.app, ["--data", "d", "--out", "o", "--hours", "many"], 202, "--hours"),
+    (ablation.app, ["--data", "d", "--round", "5"], 201, "--rounds"),
+    (benchmarks.app, ["--onli", "ingest"], 201, "--only"),
 ]
 
 

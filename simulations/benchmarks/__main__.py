@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from icmoe.errors import exit_on_fault
+from icmoe.usage import OneCommand
 from simulations.benchmarks.row import Row, show
 from simulations.scenario import chosen
 
@@ -41,7 +42,7 @@ DEADLINE_S = 5400.0
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=OneCommand)
 def main(
     only: Annotated[str | None, typer.Option(help=f"Comma-separated parts of {', '.join(PARTS)}.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few turns: shows that it runs, not how fast.")] = False,  # noqa: FBT002

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
+from icmoe.usage import Commands
 from simulations.evidence.dealing import FOLDER, hippocampus_splits, split_text
 from simulations.evidence.patients import score_run
 from simulations.evidence.plan import PLANS, SEEDS, Plan, Run
@@ -24,7 +25,7 @@ from simulations.rehearsal import rehearse
 from simulations.scenario import chosen, read_scenario
 from simulations.screen import Screen
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 Data = Annotated[Path, typer.Option(help="Folder of the data set.")]
 Out = Annotated[Path, typer.Option(help="Folder of runs and tables; finished work in it is kept.")]
 Seeds = Annotated[int, typer.Option(min=1, max=10, help="Number of seeds, 1..N.")]

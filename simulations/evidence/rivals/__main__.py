@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
+from icmoe.usage import OneCommand
 from simulations.evidence.rivals.bench import run_all
 from simulations.evidence.rivals.catalogue import METHODS
 from simulations.evidence.rivals.pareto import write_pareto
@@ -21,7 +22,7 @@ from simulations.scenario import chosen
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=OneCommand)
 def rivals(
     data: Annotated[Path, typer.Option(help="Folder of hospitals.")],
     out: Annotated[Path, typer.Option(help="Folder of states, results, table and plot; finished rounds in it are kept.")],
