@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fl_client.approval import approved_studies
-from fl_client.dry_run import passing_folder, remove_left_behind
+from fl_client.dry_run import passing_folder, remove_killed
 from fl_client.preparing import encode_ingested
 from fl_client.progress import bars
 from fl_client.site import SiteFile, cache_folder_of, ingest_folder, read_named, site_export
@@ -47,7 +47,7 @@ def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]
         2xx for the site file, 316 where no study is approved, 109, 110, 129, 130 for the ingest.
     """
     settings, studies = _approved(path, name)
-    remove_left_behind()
+    remove_killed()
     with _numbered_os_errors():
         return [_ingest_study(path, settings, study, dry_run=dry_run) for study in studies]
 
@@ -117,7 +117,7 @@ def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int, list[
         what, todo = "no patient is named", "Give the hospital's own number, or the P-... of ingest."
         raise IcmoeError(Fault(number=210, where="forget", what=what, did="Nothing was removed.", todo=todo))
     folder = ingest_folder(path, settings)
-    remove_left_behind()
+    remove_killed()
     with _numbered_os_errors():
         stores = stores_in(folder)
         others = sharing(folder, patient)

@@ -16,7 +16,7 @@ from test_quality import site_file, write_series
 from typer.testing import CliRunner
 
 from fl_client import cli
-from fl_client.dry_run import passing_folder, remove_left_behind
+from fl_client.dry_run import passing_folder, remove_killed
 from icmoe.data.ingest.pseudonyms import SECRET_FILE
 
 
@@ -274,7 +274,7 @@ def test_what_another_user_left_is_not_removed(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "icmoe-dry-run-other").mkdir()
     os.chown(tmp_path / "icmoe-dry-run-other", 12345, -1)
-    remove_left_behind()
+    remove_killed()
     assert list(tmp_path.iterdir())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from pydicom.dataelem import DataElement
 from pydicom.uid import generate_uid
 
 from icmoe.errors import IcmoeError
+from icmoe.predict.output import staged
 from icmoe.predict.stacks import find_series
 from icmoe.study import Label
 
@@ -83,6 +85,26 @@ def test_a_full_disk_is_told_by_the_name_of_the_output(model: Path, tmp_path: Pa
     assert str(fault).startswith(f"ICM205 {tmp_path / 'file'}")
     assert "/." not in str(fault)
     assert not list(tmp_path.glob(".*")), "nothing is left beside the output"
+
+
+def test_what_a_killed_prediction_left_beside_its_output_goes_with_the_next_and_nothing_that_lives_does(tmp_path: Path):
+    out = tmp_path / "out[1]"
+    script = f"""
+import pathlib, signal, os
+from icmoe.predict.output import staged
+with staged(pathlib.Path({str(out)!r})) as stage:
+    (stage / "x").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob(".out*")
+    kept = tmp_path / ".out[1].notes.new"
+    kept.mkdir()
+    with staged(out) as first, staged(out) as second:
+        assert not left.exists()
+        assert first.is_dir()
+        (second / "y").touch()
+    assert sorted(tmp_path.iterdir()) == [kept, out]
 
 
 def test_input_without_images(model: Path, tmp_path: Path):

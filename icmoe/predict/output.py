@@ -8,9 +8,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from glob import escape
 from pathlib import Path
 
 from icmoe.errors import Fault, IcmoeError, file_fault
+from icmoe.left_behind import locked, remove_left_behind
 
 RECORD = "prediction.json"
 
@@ -47,6 +50,8 @@ def require_free(out: Path, source: Path, *, force: bool) -> None:
 def staged(out: Path) -> Iterator[Path]:
     """Give a new private folder that takes the place of `out` when the block ends well and vanishes otherwise.
 
+    What a prediction to the same place left when it was killed, which shows patients, goes first.
+
     Yields
     ------
     Path
@@ -59,9 +64,11 @@ def staged(out: Path) -> Iterator[Path]:
     """
     mark = secrets.token_hex(4)
     stage, former = out.parent / f".{out.name}.{mark}.new", out.parent / f".{out.name}.{mark}.old"
+    lock = -1
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        stage.mkdir(mode=0o700)
+        remove_left_behind(out.parent.glob(f".{escape(out.name)}.{'[0-9a-f]' * 8}.new"))
+        _, lock = locked(partial(_made, stage))
         yield stage
         if out.exists():
             out.rename(former)
@@ -72,6 +79,13 @@ def staged(out: Path) -> Iterator[Path]:
         fault, inside = file_fault(error), str(error.filename or stage).startswith(str(stage))  # a name that nobody gave
         raise IcmoeError(replace(fault, where=str(out) if inside else fault.where, did="Nothing was written.")) from None
     finally:
+        if lock >= 0:
+            os.close(lock)
         shutil.rmtree(stage, ignore_errors=True)
         if out.exists():
             shutil.rmtree(former, ignore_errors=True)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(mode=0o700)
+    return folder
