@@ -107,6 +107,8 @@ def approving(state: Path, study: Study, bundle: str, now: datetime) -> Iterator
 def withdraw(state: Path, which: str, now: datetime) -> tuple[Approval, ...]:
     """Withdraw the standing approvals of a study's name, or of a digest or its beginning, and return them.
 
+    One that cannot be kept as withdrawn, for want of room on the disk, is removed: a site can always leave.
+
     Raises
     ------
     IcmoeError
@@ -115,8 +117,11 @@ def withdraw(state: Path, which: str, now: datetime) -> tuple[Approval, ...]:
     when = now.isoformat(timespec="microseconds")
     gone = tuple(one.model_copy(update={"withdrawn_at": when}) for one in named(state, which))
     for approval in gone:
-        with _kept(state, approval):
-            pass
+        try:
+            with _kept(state, approval):
+                pass
+        except OSError:
+            _place(state, approval).unlink()
     return gone
 
 
@@ -217,7 +222,10 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
+def _place(state: Path, approval: Approval) -> Path:
+    return state / FOLDER / f"{approval.digest}.json"
+
+
 def _kept(state: Path, approval: Approval) -> AbstractContextManager[None]:
-    path = state / FOLDER / f"{approval.digest}.json"
     values = {**approval.model_dump(mode="json"), "study": json.loads(canonical(approval.study))}  # what the digest is of
-    return prepared(path, json.dumps(values, indent=1).encode(), private=True)
+    return prepared(_place(state, approval), json.dumps(values, indent=1).encode(), private=True)

@@ -105,7 +105,8 @@ def _owed_lines(records: Records, which: str) -> tuple[Approval, ...]:
 def _withdrawal_faults(records: Records, approval: Approval) -> list[Fault]:
     """Write the line of a withdrawal, which holds whatever is wrong with the log, and return what kept it from being written."""
     did = "The study is withdrawn all the same, but the audit log has no line on it."
-    then = "Then withdraw it again: its line is written then."
+    kept = approval in read_approvals(records.state)
+    then = "Then withdraw it again: its line is written then." if kept else "The list of approvals has lost it."
     try:
         head = records.add("withdrawn", withdrawal(approval))
         did, then = "The study is withdrawn and the audit log says so, but the ledger does not know of that line.", ""

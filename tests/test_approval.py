@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -162,6 +163,26 @@ def test_a_withdrawal_without_a_usable_key_holds_and_its_missing_line_is_told_an
     assert read_log(state)[-1]["withdrawn_at"] == read_approvals(state)[0].withdrawn_at
     assert "ICM316" in command(path, "withdraw", "tiny").stderr
     assert command(path, "audit", "verify").exit_code == 0
+
+
+def test_a_site_can_leave_though_the_disk_is_full(
+    hospital: Path, make_study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, state = write_site_file(tmp_path, hospital), tmp_path / "state"
+    file = str(write_study_file(tmp_path / "study.toml", make_study()))
+    assert command(path, "approve", file, "--yes").exit_code == 0
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr("icmoe.atomic._write", full)
+        disk.setattr("icmoe.chain_file._put", full)
+        done = command(path, "withdraw", "tiny")
+    assert (done.exit_code, "is withdrawn" in done.stdout, "ICM205" in done.stderr) == (1, True, True)
+    assert "withdraw it again" not in done.stderr, "there is nothing left to withdraw"
+    assert read_approvals(state) == ()
+    assert command(path, "approve", file, "--yes").exit_code == 0
 
 
 def test_a_new_approval_first_writes_the_line_that_a_withdrawal_lacks(hospital: Path, make_study, tmp_path: Path) -> None:
