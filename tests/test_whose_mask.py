@@ -38,6 +38,19 @@ def test_a_mask_that_names_no_image_does_not_land_on_every_phase_of_a_series(for
     assert 122 in numbers(data)
 
 
+def test_a_slice_that_was_taken_twice_costs_that_slice_alone(tmp_path: Path):
+    sources = volume(VOLUME)
+    (again,) = volume(ANOTHER[:1])
+    for name in ("FrameOfReferenceUID", "StudyInstanceUID", "SeriesInstanceUID"):
+        setattr(again, name, sources[0][name].value)
+    again.ImagePositionPatient = sources[2].ImagePositionPatient
+    put(tmp_path, [*sources, again])
+    written(MASKS, tmp_path / "export/lesion.nii.gz")
+    _, classes, data = used(tmp_path)
+    assert same(classes, MASKS[[0, 1, 3, 4]])
+    assert numbers(data) == [124]
+
+
 def test_copies_of_the_files_of_a_series_are_no_phases(tmp_path: Path):
     sources = volume(VOLUME)
     put(tmp_path, sources, "one/{}")

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,8 @@ from icmoe.data.ingest.geometry import OFF_GRID_PX, OFF_PLANE_MM, Grid, grid_bet
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.refusals import Refusal
 from icmoe.data.ingest.walking import case, own_folders, stem
+
+Said = TypeVar("Said")
 
 ROUNDED = 1e-3
 """How far the planes of two copies of an image may differ: millimetres, and lengths of directions."""
@@ -219,8 +222,7 @@ def _by_space(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     if len(best) > 1:
         raise Refusal(122, f"it refers to no image, and {len(best)} series share its geometry")
     _same_patient(record, images, series[best[0]])
-    _one_look(series[best[0]], images)
-    return {key: _use(path, record, parts) for key, parts in series[best[0]].items()}
+    return {key: _use(path, record, parts) for key, parts in _seen_once(series[best[0]], images).items()}
 
 
 def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
@@ -252,9 +254,7 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     _no_other_patients(record, images[folders[best[0]]], images)
     if not (named or channels or owned):
         _may_be_its_own(path, folders[best[0]], images)
-    for name in best:
-        _one_look(series[name], images)
-    return {key: use for name in best for key, use in series[name].items()}
+    return {key: use for name in best for key, use in _seen_once(series[name], images).items()}
 
 
 def _is_sequence(target: str, path: str) -> bool:
@@ -282,16 +282,21 @@ def _by_name(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     return {(best[0], 0): Use(path, "picture")}
 
 
-def _one_look(found: Iterable[Key], images: Images) -> None:
-    """Refuse a mask that names no image where its series was taken several times over: what moved is marked on one of them."""
+def _seen_once(found: Mapping[Key, Said], images: Images) -> dict[Key, Said]:
+    """Return what a mask that names no image says of the places that its series shows once.
+
+    Of a place that was taken several times it marks one look, and nobody knows which: what moved lies elsewhere on the others.
+    """
     looks: dict[tuple[float, ...], set[Key]] = {}
+    places: dict[Key, tuple[float, ...]] = {}
     for path, frame in found:
         plane = images[path].frames[frame].plane
-        if plane is not None:
-            place = tuple(round(value, 2) for value in plane[:9])
-            looks.setdefault(place, set()).add((images[path].image or path, frame))  # copies of an image are one look
-    if any(len(keys) > 1 for keys in looks.values()):
-        raise Refusal(122, "it refers to no image, and its series has several images in one place")
+        places[path, frame] = tuple(round(value, 2) for value in plane[:9]) if plane is not None else ()
+        looks.setdefault(places[path, frame], set()).add((images[path].image or path, frame))  # copies of an image are one look
+    once = {key: said for key, said in found.items() if len(looks[places[key]]) == 1}
+    if not once:
+        raise Refusal(122, "it refers to no image, and its series has several images in each place")
+    return once
 
 
 def _no_other_patients(record: FileRecord, image: FileRecord, images: Images) -> None:
