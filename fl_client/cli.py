@@ -320,6 +320,9 @@ def personalise_command(
         for name, dice in found.val_dice.items():
             shown = f"{sum(dice) / len(dice):.3f}" if dice else "no validation patient"
             Console().print(f"{name:<15} {shown}{'  <- chosen' if name == found.choice else ''}", highlight=False)
+        if found.untaught:
+            why = f"No training image of this site shows {', '.join(found.untaught)}: the global model is taken as it is."
+            Console().print(why, highlight=False, markup=False, soft_wrap=True)
         Console().print(f"This site's own model: {path}", highlight=False, soft_wrap=True)
 
 

@@ -9,6 +9,9 @@ others, who resemble the other hospitals', the global one, and a mean is never f
 its place only where the site's validation patients agree: better for each of them, and by `MARGIN` on average. With two or
 three patients the best of many candidates is mostly luck, so a choice has to be earned; and since `own` is among the
 candidates, a federation that harms every patient is left. What was tried stands in simulations/evidence/LOG.md.
+
+A site whose training images lack a class of the study takes the global model as it is: what it trains itself unlearns that
+class, and its validation patients, who may lack it too, cannot tell.
 Nothing of this leaves the site.
 """
 
@@ -87,12 +90,21 @@ class Personal:
         Tensors of its members.
     val_dice
         Dice of each validation patient by candidate; empty lists without such patients.
+    untaught
+        Names of the classes that no training image of the site shows; with any, the choice is the global model.
     """
 
     choice: str
     weights: dict[str, float]
     states: dict[str, State]
     val_dice: dict[str, list[float]]
+    untaught: tuple[str, ...] = ()
+
+
+def untaught_classes(study: Study, train: Sequence[Slice]) -> tuple[str, ...]:
+    """Return the names of the study's classes that no training slice shows."""
+    shown = {index for item in train for index in item.classes}
+    return tuple(label.name for index, label in enumerate(study.labels) if index not in shown)
 
 
 def tune(state: State, study: Study, data: OwnData) -> State:
@@ -186,9 +198,11 @@ def personalise(study: Study, states: Mapping[str, State], data: OwnData) -> Per
         The site's.
     """
     val_dice = {name: _dice(study, states, weights, data) for name, weights in CANDIDATES.items()}
-    choice = choose(val_dice, next(iter(CANDIDATES)))
+    untaught = untaught_classes(study, data.train)
+    choice = GLOBAL if untaught else choose(val_dice, next(iter(CANDIDATES)))
     weights = CANDIDATES[choice]
-    return Personal(choice=choice, weights=weights, states={name: states[name] for name in weights}, val_dice=val_dice)
+    members = {name: states[name] for name in weights}
+    return Personal(choice=choice, weights=weights, states=members, val_dice=val_dice, untaught=untaught)
 
 
 def _dice(study: Study, states: Mapping[str, State], weights: Mapping[str, float], data: OwnData) -> list[float]:

@@ -48,7 +48,7 @@ def personalised_record(examiner: Examiner, study: Study, run: RunState, alone: 
         patients = examiner.scored(model, study)
         scores += [patient for patient in patients if patient.site == site]
         by_site[site] = dice_by_site(examiner.record(study, patients))
-        chosen[site] = {"choice": found.choice, "weights": found.weights, "val_dice": found.val_dice}
+        chosen[site] = {"choice": found.choice, "weights": found.weights, "val_dice": found.val_dice, "untaught": found.untaught}
         path = out.model(NAME, study.seed, site)
         write_model(path, joined(found.states), _header(examiner, study, NAME).model_copy(update={"weights": found.weights}))
         models[site] = str(path.relative_to(out.root))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,17 @@ def test_the_chosen_model_has_the_scores_that_chose_it(data: OwnData, states, ma
     scores = score_slices(mixture_of(study, found.states, found.weights), data.val, study.labels, data.cache, CPU)
     assert [score.dice for score in scores] == found.val_dice[found.choice]
     assert len(scores) == 2
+
+
+def test_a_site_that_lacks_a_class_takes_the_global_model(data: OwnData, states, make_study) -> None:
+    """Its validation patients lack the class as well, and may all prefer what never marks it."""
+    study = make_study()
+    bare = replace(data, train=[replace(item, classes=(0,)) for item in data.train])
+    found = personalise(study, states, bare)
+    assert (found.choice, found.weights, list(found.states)) == (GLOBAL, {GLOBAL: 1.0}, [GLOBAL])
+    assert found.untaught == tuple(label.name for label in study.labels[1:])
+    assert found.val_dice == personalise(study, states, data).val_dice, "told all the same"
+    assert personalise(study, states, data).untaught == ()
 
 
 def test_a_mixture_is_written_and_read_as_one_file(states, make_study, make_features, tmp_path: Path) -> None:

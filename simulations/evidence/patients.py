@@ -189,7 +189,12 @@ def _personal(results: Record, bench: Bench, folder: RunFolder) -> Iterator[tupl
             state = global_state(model)
             found = personalise(study, {GLOBAL: state, TUNED: tune(state, study, data), OWN: own}, data)
             mixed = mixture_of(study, found.states, found.weights)
-            about = {"choice": found.choice, "weights": found.weights, "val_dice": found.val_dice}
+            about = {
+                "choice": found.choice,
+                "weights": found.weights,
+                "val_dice": found.val_dice,
+                "untaught": found.untaught,
+            }
             yield (
                 site,
                 seed,
