@@ -166,7 +166,8 @@ for line in child.stdout:
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=ENV)
     supernode = int(read_line(process))
     try:
-        assert any("Starting Flower SuperExec" in read_line(process) for _ in range(100))  # a slow machine has lines of its tries first
+        # On a slow machine lines of its tries to connect come first.
+        assert any("Starting Flower SuperExec" in read_line(process) for _ in range(100))
         group = group_of(supernode)
         assert len(group) >= 2
         process.kill()
