@@ -111,8 +111,9 @@ def peak_of(sites: int) -> tuple[int, int, int]:
     arrays, _ = strategy.aggregate_train(1, replies)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     assert arrays is not None, strategy.report.faults
-    update = replies[0].content.array_records[UPDATE]
-    return peak_bytes, sum(tensor.nbytes for tensor in current.values()), sum(len(array.data) for array in update.values())
+    update, model_bytes = replies[0].content.array_records[UPDATE], sum(tensor.nbytes for tensor in current.values())
+    kept_bytes = model_bytes  # room for the moved tensors, from the round before
+    return peak_bytes + kept_bytes, model_bytes, sum(len(array.data) for array in update.values())
 
 
 def tensors_of(study: Study) -> Tensors:
