@@ -87,9 +87,8 @@ def withdraw_study(path: Path, name: str, which: str) -> None:
     except IcmoeError:
         if not (gone := _owed_lines(records, which)):
             raise
-    faults = [
-        fault for approval in gone for fault in _withdrawal_faults(records, approval)
-    ]  # a terminal may be gone: written first
+    # Written before it is told: a terminal may be gone.
+    faults = [fault for approval in gone for fault in _withdrawal_faults(records, approval)]
     for approval in gone:
         Console().print(f"{approval.study.name} {approval.digest[:12]} is withdrawn at {name}.", highlight=False)
     if faults:

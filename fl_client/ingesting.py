@@ -235,7 +235,7 @@ def _place(export: Export, *, dry_run: bool) -> Iterator[Export]:
 
 def _is_settled(export: Export) -> bool:
     """Return whether the pictures of an index are noted and the features of those that are gone removed, as it is now."""
-    with opened(export.store) as connection:
+    with claimed(export.store) as connection:  # a kill may have left the index without its tables: it has them then
         now = meta(connection, STATE)
         return bool(now) and meta(connection, SHOWN) == now and (export.secret_folder / SHOWN).exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,19 @@ def test_an_index_that_somebody_reads_can_be_put_away_all_the_same(tmp_path: Pat
         assert reader.execute("select count(*) from frame").fetchone() == (2,)
     with index.opened(export.store) as reader:
         assert index.meta(reader, "key") == "value"
+
+
+@pytest.mark.parametrize("begun", ["an empty file", "a database without tables"])
+def test_an_index_that_a_kill_left_before_its_tables_is_filled(begun: str, tmp_path: Path):
+    write_series(tmp_path / "export/a", "one", 2, seed=1)
+    path = site_file(tmp_path, tmp_path / "export", "[255]")
+    store = Path(ingest_site(path, "Elm", dry_run=False)[0]["page"]).parent
+    (store / "index.sqlite").write_bytes(b"")
+    if begun != "an empty file":
+        connection = sqlite3.connect(store / "index.sqlite")
+        connection.execute("pragma journal_mode = wal")
+        connection.close()
+    assert ingest_site(path, "Elm", dry_run=False)[0]["used"] == 2
 
 
 def with_features(path: Path) -> list[Path]:

@@ -59,26 +59,27 @@ def test_copies_of_the_files_of_a_series_are_no_phases(tmp_path: Path):
     assert same(used(tmp_path)[1], MASKS)
 
 
+def require_own_patient(place: Path, wrong: str, right: str) -> None:
+    """Require that a volume of marks is refused under one name and used under another."""
+    data = used(place)[2]
+    assert not data.slices
+    assert 121 in numbers(data)
+    (place / "export" / wrong).rename(place / "export" / right)
+    assert same(used(place)[1], MASKS)
+
+
 def test_a_mask_named_for_a_patient_does_not_land_on_another_ones_series(tmp_path: Path):
     put(tmp_path, volume(VOLUME, PatientID="P1", origin=(-20.0, -30.0, 43.0)), "dicom/a{}")
     put(tmp_path, volume(ANOTHER, PatientID="P2"), "dicom/b{}")
     written(MASKS, tmp_path / "export/masks/P1.nii.gz")
-    data = used(tmp_path)[2]
-    assert not data.slices
-    assert 121 in numbers(data)
-    (tmp_path / "export/masks/P1.nii.gz").rename(tmp_path / "export/masks/P2.nii.gz")
-    assert same(used(tmp_path)[1], MASKS)
+    require_own_patient(tmp_path, "masks/P1.nii.gz", "masks/P2.nii.gz")
 
 
 def test_volumes_of_one_name_in_every_folder_take_no_mask_of_another_folder(tmp_path: Path):
     written(VOLUME, tmp_path / "export/siteA/P1/t1.nii.gz", np.int16, origin=43.0)
     written(ANOTHER, tmp_path / "export/siteA/P2/t1.nii.gz", np.int16)
     written(MASKS, tmp_path / "export/siteA/P1/t1_mask.nii.gz")
-    data = used(tmp_path)[2]
-    assert not data.slices
-    assert 121 in numbers(data)
-    (tmp_path / "export/siteA/P1/t1_mask.nii.gz").rename(tmp_path / "export/siteA/P2/t1_mask.nii.gz")
-    assert same(used(tmp_path)[1], MASKS)
+    require_own_patient(tmp_path, "siteA/P1/t1_mask.nii.gz", "siteA/P2/t1_mask.nii.gz")
 
 
 @pytest.mark.parametrize("marks", ["other", "equal"])
