@@ -212,6 +212,8 @@ def test_allowing_it_by_name_needs_no_decoding_and_taking_that_back_removes_it(
     kept = {row.result.digest for row in index.published(two_patients.store)[0]}
     with no_longer_shown(two_patients.secret_folder, [two_patients.store]) as gone:
         assert set(gone) == digests - kept, "their features go from the cache"
+    with no_longer_shown(two_patients.secret_folder, [two_patients.store]) as gone:
+        assert not list(gone), "and they from the list"
 
 
 def _decodes_nothing(function: Callable[..., object], items: Iterable[object], *_: object, **__: object) -> Iterator[object]:

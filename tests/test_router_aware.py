@@ -355,6 +355,15 @@ def test_updates_that_all_hold_nan_move_nothing(make_study) -> None:
     assert strategy.report.updates == []
 
 
+def test_updates_added_one_by_one_move_the_model_as_those_added_at_once(make_study, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = make_study()
+    replies = [reply(node, deltas_of(study)[site]) for node, site in SITES.items()]
+    at_once = moved(configured(study), replies)
+    monkeypatch.setattr("fl_server.router_aware.AT_ONCE", 1)
+    one_by_one = moved(configured(study), replies)
+    assert all(np.array_equal(one_by_one[name], at_once[name]) for name in at_once)
+
+
 def test_rounds_that_share_their_memory_share_nothing_else(make_study) -> None:
     """The second round begins at the first one's result, or at another study's tensors of the same shapes or of others."""
     study = make_study()

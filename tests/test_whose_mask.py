@@ -82,10 +82,11 @@ def test_volumes_of_one_name_in_every_folder_take_no_mask_of_another_folder(tmp_
     require_own_patient(tmp_path, "siteA/P1/t1_mask.nii.gz", "siteA/P2/t1_mask.nii.gz")
 
 
-@pytest.mark.parametrize("marks", ["other", "equal"])
+@pytest.mark.parametrize("marks", ["beside", "below", "equal"])
 def test_copies_of_a_series_that_are_marked_differently_are_both_out(marks: str, tmp_path: Path):
     sources = volume(VOLUME)
-    for rater, masks in (("first", MASKS), ("second", MASKS if marks == "equal" else np.roll(MASKS, 1, axis=2))):
+    other = {"equal": MASKS, "beside": np.roll(MASKS, 1, axis=2), "below": np.roll(MASKS, 1, axis=1)}[marks]
+    for rater, masks in (("first", MASKS), ("second", other)):
         for number, mask in enumerate(masks):
             save(sources[number], tmp_path / f"export/{rater}/images/{number}.dcm")
             path = tmp_path / f"export/{rater}/masks/{number}.png"
