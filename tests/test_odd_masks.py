@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 from dicom_builders import MASKS, VOLUME, contour, item, numbers, put, same, segmentation, structures, used, volume
 from pydicom.dataset import Dataset
-from pydicom.uid import ExplicitVRLittleEndian, RLELossless
+from pydicom.encaps import encapsulate, generate_frames
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 from test_ingest_masks import as_nifti, referring, square
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -108,6 +110,19 @@ def test_a_value_of_a_label_map_that_no_segment_describes_is_not_background(synt
     classes, data = used(tmp_path)[1:]
     assert same(classes, [MASKS[n] for n in (0, 1, 3, 4)])
     assert any(fault.number == 106 and "value 7" in str(fault) for fault in data.exclusions)
+
+
+def test_a_compressed_frame_of_another_size_than_its_object_says_is_not_decoded(tmp_path: Path):
+    pixels, masks = (stack.repeat(2, axis=1).repeat(2, axis=2) for stack in (VOLUME, MASKS))
+    sources = volume(pixels)
+    made = segmentation(sources, masks, "LABELMAP", transfer_syntax_uid=JPEG2000Lossless, omit_empty_frames=False)
+    frames = [bytearray(frame) for frame in generate_frames(made.PixelData, number_of_frames=5)]
+    struct.pack_into(">II", frames[2], frames[2].index(b"\xff\x4f\xff\x51") + 8, 40000, 40000)
+    made.PixelData = encapsulate([bytes(frame) for frame in frames])
+    put(tmp_path, [*sources, made])
+    classes, data = used(tmp_path)[1:]
+    assert same(classes, [masks[n] for n in (0, 1, 3, 4)])
+    assert any(fault.number == 118 and "40000 x 40000" in str(fault) for fault in data.exclusions)
 
 
 @pytest.mark.parametrize(("unit", "of_mm"), [("micron", 1e3), ("meter", 1e-3), ("mm", 1.0), ("unknown", 1.0)])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset
+from pydicom.encaps import get_frame
 from pydicom.pixels import pixel_array
 
 from icmoe.data.ingest.geometry import Grid, share_within
@@ -28,7 +29,7 @@ from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.refusals import OFF_IMAGE
-from icmoe.data.ingest.stored import unpacked
+from icmoe.data.ingest.stored import sized, unpacked
 
 BROKEN = "segmentation object does not follow the standard"
 KIND = "SegmentedPropertyTypeCodeSequence"
@@ -135,10 +136,13 @@ def read_patch(seg: Dataset, patch: Patch) -> npt.NDArray[np.bool_]:
     Raises
     ------
     Refusal
-        118 where the frame cannot be decoded, 106 where a label map holds a value that no segment describes.
+        118 where the frame cannot be decoded or is of another size than the object says, 106 where a label map holds a value
+        that no segment describes.
     """
     with refusing(118, "frame of the segmentation cannot be decoded"):
-        if integer(seg, "BitsAllocated") == 1 and not seg.file_meta.TransferSyntaxUID.is_encapsulated:
+        if seg.file_meta.TransferSyntaxUID.is_encapsulated:
+            sized(get_frame(seg.PixelData, patch.number, number_of_frames=integer(seg, "NumberOfFrames") or 1), seg)
+        elif integer(seg, "BitsAllocated") == 1:
             return unpacked(seg, seg.PixelData, patch.number).view(np.bool_)
         frame = pixel_array(seg, index=patch.number)
         if patch.value:

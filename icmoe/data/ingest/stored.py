@@ -125,21 +125,36 @@ def _compressed(header: Dataset, source: bytes | BinaryIO, options: dict[str, An
 
     def read(number: int) -> Frame:
         encoded = next((frame for at, frame in frames if at == number), b"")
-        stream = None if syntax == RLELossless else codestream_of(encoded)
-        if stream is not None:
-            _require_size(stream, header)
-        elif syntax != RLELossless:
-            raise Refusal(118, UNDECODABLE)
+        stream = sized(encoded, header)
         return Frame(decoder.as_array(encapsulate([encoded]), index=0, **options)[0], stream)
 
     return read
 
 
-def _require_size(stream: Codestream, header: Dataset) -> None:
+def sized(encoded: bytes, header: Dataset) -> Codestream | None:
+    """Return what a compressed frame says of itself, None for run lengths, which a decoder holds against the header.
+
+    Parameters
+    ----------
+    encoded
+        The frame.
+    header
+        Names the transfer syntax, Rows, Columns and BitsAllocated.
+
+    Raises
+    ------
+    Refusal
+        118 where the frame says nothing, or another size or more bits than the header: no decoder shall make room for it.
+    """
+    if header.file_meta.TransferSyntaxUID == RLELossless:
+        return None
+    if (stream := codestream_of(encoded)) is None:
+        raise Refusal(118, UNDECODABLE)
     rows, columns, depth = (integer(header, name) for name in ("Rows", "Columns", "BitsAllocated"))
     if (stream.rows, stream.columns) != (rows, columns) or stream.precision > depth:
         found = f"{stream.rows} x {stream.columns} pixels of {stream.precision} bits"
         raise Refusal(118, f"a compressed frame is of {found}, its header says {rows} x {columns} of {depth}")
+    return stream
 
 
 def unpacked(header: Dataset, source: bytes | BinaryIO, number: int) -> npt.NDArray[np.uint8]:
