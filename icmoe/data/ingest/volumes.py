@@ -15,6 +15,12 @@ from icmoe.data.ingest.refusals import Refusal
 
 MASK_VALUES = 32
 """Most distinct whole values that a mask has; an image has more."""
+PARCELS = 4096
+"""Most values of a parcellation of a whole body or brain: FreeSurfer's and TotalSegmentator's have some hundred."""
+ALIKE, BY_ONE = 0.4, 0.5
+"""Least share of neighbours in a parcellation that are equal (images: below 0.1), and most of the others that differ by one."""
+PAIRS = 2**20
+"""About as many neighbours are compared along an axis."""
 SCALING_ERROR = 1e-3
 """How far from a whole number a class may lie that a file stores with a scale, such as 255 times 1/255 in float32."""
 
@@ -51,7 +57,7 @@ def volume_record(path: Path) -> FileRecord:
     )
     return FileRecord(
         kind="volume",
-        mask=looks_like_classes(voxels),
+        mask=looks_like_classes(voxels) or looks_like_parcels(voxels),
         rows=rows,
         columns=columns,
         frames=frames,
@@ -87,6 +93,25 @@ def looks_like_classes(values: npt.NDArray[Any]) -> bool:
         return False
     found = _distinct(values)
     return len(found) <= MASK_VALUES and bool((np.abs(np.rint(found) - found) < SCALING_ERROR).all())
+
+
+def looks_like_parcels(voxels: npt.NDArray[Any]) -> bool:
+    """Return whether a volume of more values than `MASK_VALUES` marks them in patches along every axis, as no scan does.
+
+    Values of a slow ramp are equal to their neighbours too, but change by one.
+    """
+    if min(voxels.shape) < 2 or not (float(voxels.min()) >= 0.0 and float(voxels.max()) <= 65535.0):
+        return False
+    steps = by_one = 0
+    for along in (np.moveaxis(voxels, axis, 0) for axis in range(3)):
+        every = max(1, voxels.size // PAIRS)  # some planes tell an image, and soon
+        here, there = along[:-1:every], along[1::every]
+        change = np.abs(here.astype(np.float64) - there)[(here > 0) | (there > 0)]
+        if np.count_nonzero(change) > (1.0 - ALIKE) * change.size:
+            return False
+        steps, by_one = steps + int(np.count_nonzero(change)), by_one + int(np.count_nonzero(np.rint(change) == 1.0))
+    found = _distinct(voxels)
+    return by_one <= BY_ONE * steps and len(found) <= PARCELS and bool((np.abs(np.rint(found) - found) < SCALING_ERROR).all())
 
 
 def _distinct(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
