@@ -121,7 +121,7 @@ def withdraw(state: Path, which: str, now: datetime) -> tuple[Approval, ...]:
             with _kept(state, approval):
                 pass
         except OSError:
-            _place(state, approval).unlink()
+            _file_of(state, approval).unlink()
     return gone
 
 
@@ -222,10 +222,10 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _place(state: Path, approval: Approval) -> Path:
+def _file_of(state: Path, approval: Approval) -> Path:
     return state / FOLDER / f"{approval.digest}.json"
 
 
 def _kept(state: Path, approval: Approval) -> AbstractContextManager[None]:
     values = {**approval.model_dump(mode="json"), "study": json.loads(canonical(approval.study))}  # what the digest is of
-    return prepared(_place(state, approval), json.dumps(values, indent=1).encode(), private=True)
+    return prepared(_file_of(state, approval), json.dumps(values, indent=1).encode(), private=True)

@@ -53,7 +53,7 @@ def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]
 
 
 def _ingest_study(path: Path, settings: SiteFile, study: Study, *, dry_run: bool) -> dict[str, Any]:
-    with _place(site_export(path, settings, study), dry_run=dry_run) as export, bars() as on_progress:
+    with _kept_or_passing(site_export(path, settings, study), dry_run=dry_run) as export, bars() as on_progress:
         if is_index(export.store) and not _is_settled(export):
             note_shown(export.secret_folder, [export.store])  # what is about to be replaced
         changed = ingest(export, on_progress=on_progress)
@@ -224,7 +224,7 @@ def _approved(path: Path, name: str) -> tuple[SiteFile, tuple[Study, ...]]:
 
 
 @contextmanager
-def _place(export: Export, *, dry_run: bool) -> Iterator[Export]:
+def _kept_or_passing(export: Export, *, dry_run: bool) -> Iterator[Export]:
     if not dry_run:
         yield export
         return

@@ -169,6 +169,21 @@ def test_a_wrong_name_and_a_missing_index_are_one_numbered_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "content", ["", "name,split\na,train\n", "name,split,family,vmax,anterior_vox,posterior_vox\na,train,x,\n"]
+)
+@pytest.mark.parametrize("coding", ["utf-8", "utf-16"])
+def test_an_index_of_another_form_writes_no_split(
+    content: str, coding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simulations.evidence.__main__.FOLDER", tmp_path / "splits")
+    (tmp_path / "index.csv").write_text(content, encoding=coding)
+    done = CliRunner().invoke(app, ["splits", "--data", str(tmp_path)])
+    assert done.exit_code == 1
+    assert done.stderr.startswith(f"ICM110 {tmp_path / 'index.csv'}: ")
+    assert not (tmp_path / "splits").exists()
+
+
 def test_tables_of_a_folder_that_is_not_there_are_refused_and_none_is_made(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["tables", "--out", str(tmp_path / "nosuch")])
     assert (done.exit_code, type(done.exception)) == (1, SystemExit)

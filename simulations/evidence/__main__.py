@@ -67,10 +67,17 @@ def splits(data: Data) -> None:
     with exit_on_fault():
         if not (index := data / "index.csv").is_file():
             raise IcmoeError(Fault(number=205, where=str(index), did="No split was written."))
-        with index.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        for name, dealt in hippocampus_splits(rows).items():
-            write_atomically(FOLDER / f"hippocampus-{name}.csv", split_text(rows, dealt).encode())
+        try:
+            with index.open(newline="", encoding="utf-8-sig") as file:
+                if not (rows := list(csv.DictReader(file))):
+                    raise ValueError("it names no case")
+            texts = {name: split_text(rows, dealt) for name, dealt in hippocampus_splits(rows).items()}
+        except (OSError, ValueError, KeyError, IndexError, TypeError, csv.Error) as error:
+            limit = "UTF-8 with the columns name, split, family, vmax, anterior_vox and posterior_vox, each case a row"
+            value = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise IcmoeError(Fault(number=110, where=str(index), value=value, limit=limit, did="No split was written.")) from None
+        for name, text in texts.items():
+            write_atomically(FOLDER / f"hippocampus-{name}.csv", text.encode())
 
 
 def _table(name: str, data: Path, out: Path, seeds: int, only: str | None, scenario: Path | None) -> None:
