@@ -27,6 +27,7 @@ from dicom_builders import (
     used,
     volume,
 )
+from pydicom.dataset import Dataset
 from pydicom.uid import (
     generate_uid,
 )
@@ -205,3 +206,19 @@ def test_sides_of_pixels_in_a_ratio_without_distances_change_no_pixel_and_make_u
     assert same(found["ratio"][1], MASKS)
     assert {one.spacing_mm for one in found["known"][2].slices} == {(5.0, 2.0, 1.0)}
     assert {one.spacing_mm for one in found["ratio"][2].slices} == {None}
+
+
+@pytest.mark.parametrize("said", ["offset", "number"])
+def test_parts_of_a_whole_without_planes_follow_each_other(said: str, tmp_path: Path):
+    bounds, series = ((0, 2), (2, 3), (3, 5)), {"SeriesInstanceUID": generate_uid(), "StudyInstanceUID": generate_uid()}
+    parts = []
+    for number, (start, end) in enumerate(bounds):
+        where = {"ConcatenationFrameOffsetNumber": start} if said == "offset" else {"InstanceNumber": number + 1}
+        content = [item(FrameContentSequence=[item(FrameAcquisitionNumber=1)]) for _ in range(start, end)]
+        parts.append(enhanced(VOLUME[start:end], content, Dataset(), **{**series, **where}))
+    places = [item(DerivationImageSequence=[derived(part, frame + 1)]) for part in parts for frame in range(part.NumberOfFrames)]
+    made = plain_segmentation(MASKS, places, SharedFunctionalGroupsSequence=[Dataset()])
+    put(tmp_path, [*parts, made])
+    pictures, classes, _ = used(tmp_path)
+    assert same(pictures, scaled(VOLUME))
+    assert same(classes, MASKS)

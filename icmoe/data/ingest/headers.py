@@ -47,6 +47,8 @@ BELONGING = ["StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"]
 PICTURE = ["Modality", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BurnedInAnnotation"]
 WRITING = ["RecognizableVisualFeatures", "ConversionType", "ImageType"]
 PLACE = ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "ImagerPixelSpacing"]
+PARTS = ["ConcatenationFrameOffsetNumber", "InstanceNumber"]
+"""Order of the multi-frame objects of a series: how many frames of a whole lie before a part (PS3.3 C.7.6.16), their numbers."""
 ORDER = ["TemporalPositionIdentifier", "TriggerTime", "AcquisitionNumber", "InstanceNumber"]
 FRAMES = ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"]
 SEGMENTS = ["SegmentSequence", "SegmentationType", "ReferencedSeriesSequence", "SourceImageSequence"]
@@ -67,6 +69,7 @@ KEYWORDS = (
     *MEANING,
     *PLACE,
     *ORDER,
+    *PARTS,
     *FRAMES,
     *SEGMENTS,
     *CONTOURS,
@@ -190,6 +193,7 @@ def frame_places(data: Dataset, count: int) -> Iterable[FramePlace]:
             order: tuple[float, ...] = (
                 numeric(content, "TemporalPositionIndex"),
                 numeric(content, "InStackPositionNumber"),
+                *(numeric(data, name) for name in PARTS),
                 float(number),
             )
             yield FramePlace(plane=group_plane(own, shared), order=order)
