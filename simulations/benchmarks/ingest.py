@@ -132,7 +132,7 @@ def rows(*, quick: bool) -> list[Row]:
         One small export, once.
     """
     ctypes.CDLL(None).prctl(BECOME_REAPER, 1, 0, 0, 0)
-    sizes = (("MR", 25),) if quick else (("MR", 6000), ("MR", 2000), ("CT", 500))
+    sizes = (("MR", 25),) if quick else (("MR", 6000), ("MR", 2000), ("CT", 2000), ("CT", 500))
     return [row for kind, count in sizes for row in _rows_of(kind, count, 1 if quick else 3)]
 
 
