@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -17,6 +16,7 @@ from icmoe.data.ingest.background import not_background
 from icmoe.data.ingest.catalogue import Catalogue, Key, Use
 from icmoe.data.ingest.forms import MASKS
 from icmoe.data.ingest.geometry import OFF_GRID_PX, OFF_PLANE_MM, Grid, grid_between, height_mm, matrix_of, parallel, plane_matrix
+from icmoe.data.ingest.nearest import marks, nearest
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.refusals import Refusal
 from icmoe.data.ingest.walking import case, own_folders, stem
@@ -134,13 +134,13 @@ def _by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Us
     }
     if any(not patch.image for patch in record.patches) and len(_spaces(listed, images)) > 1:
         raise Refusal(122, "parts of it name no image, and its images lie in several frames of reference")
-    sources = Counter((patch.number, patch.label) for patch in record.patches)
     placed, off = False, False
-    for patch in record.patches:
-        targets = images.by_uid(patch.image) if patch.image else listed
-        sure = bool(patch.image) and sources[patch.number, patch.label] == 1
-        marked = [(target, frame) for target in targets for frame in _marked_frames(record, patch, images[target], sure=sure)]
-        for target, frame in marked:
+    for patches in marks(record.patches):
+        sure = bool(patches[0].image) and len(patches) == 1
+        targets = [(patch, target) for patch in patches for target in (images.by_uid(patch.image) if patch.image else listed)]
+        parts = [(*part, frame) for part in targets for frame in _marked_frames(record, part[0], images[part[1]], sure=sure)]
+        marked = parts if sure else _nearest(parts, images)
+        for patch, target, frame in marked:
             found.setdefault((target, frame), []).append((patch, _patch_grid(record, patch, images[target], frame)))
         placed, off = placed or bool(marked), off or bool(targets and not marked)
     if not found and not off:
@@ -202,19 +202,30 @@ def _marked_frames(record: FileRecord, patch: Patch, image: FileRecord, *, sure:
     ]
 
 
+def _nearest(parts: Sequence[tuple[Patch, str, int]], images: Images) -> list[tuple[Patch, str, int]]:
+    """Return the frames on which one part of a mask lies, without those that another of their series hides from it."""
+    planes = [(part, images[part[1]].series, images[part[1]].frames[part[2]].plane) for part in parts]
+    placed = [(part, series, plane) for part, series, plane in planes if plane is not None]
+    mark = parts[0][0].plane if parts else None
+    return list(parts) if mark is None or len(placed) < len(parts) else nearest(mark, placed)
+
+
 def _by_space(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     """Match by plane among the images of the same frame of reference, series by series."""
     series: dict[str, dict[Key, list[tuple[Patch, Grid | None]]]] = {}
     folders: dict[str, str] = {}
+    close: list[list[tuple[Patch, str, int]]] = [[] for _ in record.patches]
     for target in images.by_space(record.space) if record.space else []:
+        for frame, place in enumerate(images[target].frames):
+            for patch, parts in zip(record.patches, close, strict=True):
+                if place.plane is not None and patch.plane is not None and _same_plane(record, patch.plane, place.plane):
+                    parts.append((patch, target, frame))
+    for patch, target, frame in (part for parts in close for part in _nearest(parts, images)):
         image = images[target]
-        for frame, place in enumerate(image.frames):
-            for patch in record.patches:
-                if place.plane is None or patch.plane is None or not _same_plane(record, patch.plane, place.plane):
-                    continue
-                part = (patch, _patch_grid(record, patch, image, frame))
-                series.setdefault(image.series, {}).setdefault((target, frame), []).append(part)
-                folders[image.series] = target
+        series.setdefault(image.series, {}).setdefault((target, frame), []).append(
+            (patch, _patch_grid(record, patch, image, frame))
+        )
+        folders[image.series] = target
     visit = {name: target for name, target in folders.items() if record.study and images[target].study == record.study}
     best = _closest(path, visit or folders)
     if not best:

@@ -1,0 +1,90 @@
+"""Places that other systems write otherwise than ours: slices thinner than a millimetre, series of several grids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_builders import (
+    MASKS,
+    VOLUME,
+    common,
+    contour,
+    derived,
+    item,
+    lying,
+    numbers,
+    plain_segmentation,
+    put,
+    same,
+    structures,
+    used,
+    volume,
+)
+from pydicom.dataset import Dataset
+from test_ingest_masks import square
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+THIN_MM = 0.4
+
+
+def thin(**elements: object) -> list[Dataset]:
+    return volume(VOLUME, step=(0, 0, THIN_MM), **elements)
+
+
+def boxes(sources: list[Dataset], up_mm: float = 0.0) -> list[Dataset]:
+    """Return a contour on each of the slices 1 to 3, each smaller than the one below it, that names no image."""
+    found = [contour(square(sources[n], 2.4, 3.4, 14.6 - n, 15.6 - n)) for n in (1, 2, 3)]
+    for made in found:
+        points = np.asarray(made.ContourData, dtype=float).reshape(-1, 3) + np.asarray([0.0, 0.0, up_mm])
+        made.ContourData = [round(float(value), 6) for value in points.ravel()]
+    return found
+
+
+def filled() -> list[np.ndarray]:
+    want = [np.zeros((20, 24), np.uint8) for _ in range(3)]
+    for n, mask in enumerate(want, start=1):
+        mask[3 : 15 - n, 4 : 16 - n] = 1
+    return want
+
+
+@pytest.mark.parametrize("up_mm", [0.0, 0.1, -0.15, -0.2])
+@pytest.mark.parametrize("listed", [True, False])
+def test_of_slices_thinner_than_the_tolerance_a_contour_marks_the_nearest_alone(listed: bool, up_mm: float, tmp_path: Path):
+    sources = thin()
+    made = structures(boxes(sources, up_mm), listed=sources if listed else (), space=sources[0].FrameOfReferenceUID)
+    put(tmp_path, [*sources, made])
+    _, masks, data = used(tmp_path)
+    assert same([mask for mask in masks if mask.any()], filled())
+    assert set(numbers(data)) <= {124}
+
+
+@pytest.mark.parametrize("named", ["none", "listed", "all"])
+def test_of_slices_thinner_than_the_tolerance_a_frame_of_a_segmentation_marks_the_nearest_alone(named: str, tmp_path: Path):
+    sources = thin()
+    groups = [lying(sources[n].ImagePositionPatient) for n in (1, 2, 3)]
+    further = {name: sources[0][name].value for name in ("FrameOfReferenceUID", "StudyInstanceUID")}
+    if named == "listed":
+        references = [item(ReferencedSOPInstanceUID=one.SOPInstanceUID) for one in sources]
+        further["ReferencedSeriesSequence"] = [item(ReferencedInstanceSequence=references)]
+    if named == "all":
+        for group in groups:
+            group.DerivationImageSequence = [derived(one) for one in sources]
+    put(tmp_path, [*sources, plain_segmentation(MASKS[1:4], groups, SharedFunctionalGroupsSequence=[common()], **further)])
+    _, masks, data = used(tmp_path)
+    assert same(masks, MASKS[1:4])
+    assert numbers(data) == [124]
+
+
+def test_each_series_has_an_image_that_is_nearest(tmp_path: Path):
+    """A contour that names no image lies on a second series too that is listed and lies a little higher."""
+    sources = thin()
+    other = thin(FrameOfReferenceUID=sources[0].FrameOfReferenceUID, StudyInstanceUID=sources[0].StudyInstanceUID)
+    for one in other:
+        one.PixelData = (VOLUME[one.InstanceNumber - 1][::-1] + 1).tobytes()
+        one.ImagePositionPatient = [*one.ImagePositionPatient[:2], one.ImagePositionPatient[2] + 0.05]
+    made = structures(boxes(sources), listed=[*sources, *other], space=sources[0].FrameOfReferenceUID)
+    put(tmp_path, [*sources, *other, made])
+    _, masks, _ = used(tmp_path)
+    assert sorted(int(mask.sum()) for mask in masks) == sorted(2 * [int(mask.sum()) for mask in filled()])
