@@ -88,3 +88,17 @@ def test_each_series_has_an_image_that_is_nearest(tmp_path: Path):
     put(tmp_path, [*sources, *other, made])
     _, masks, _ = used(tmp_path)
     assert sorted(int(mask.sum()) for mask in masks) == sorted(2 * [int(mask.sum()) for mask in filled()])
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_segmentation_that_names_no_image_is_of_the_series_on_whose_grid_it_lies(both: bool, tmp_path: Path):
+    """PET and CT of one visit share a frame of reference and, often, their planes, and have pixels of other sizes."""
+    ct = volume(VOLUME)
+    shared = {name: ct[0][name].value for name in ("FrameOfReferenceUID", "StudyInstanceUID")}
+    pet = volume(VOLUME[:, ::2, ::2], spacing=(2.3, 3.1), Modality="PT", **shared)
+    groups = [lying(ct[n].ImagePositionPatient) for n in (1, 2, 3)]
+    made = plain_segmentation(MASKS[1:4], groups, SharedFunctionalGroupsSequence=[common()], **shared)
+    put(tmp_path, [*(ct if both else []), *pet, made])
+    _, masks, data = used(tmp_path)
+    assert same(masks, MASKS[1:4] if both else [])
+    assert numbers(data) == ([124, 124] if both else [108, 121, 124])

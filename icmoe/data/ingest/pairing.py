@@ -211,9 +211,10 @@ def _nearest(parts: Sequence[tuple[Patch, str, int]], images: Images) -> list[tu
 
 
 def _by_space(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
-    """Match by plane among the images of the same frame of reference, series by series."""
+    """Match by plane among the images of the same frame of reference, with the series that lies on its grid as a whole."""
     series: dict[str, dict[Key, list[tuple[Patch, Grid | None]]]] = {}
     folders: dict[str, str] = {}
+    off: dict[str, Refusal] = {}
     close: list[list[tuple[Patch, str, int]]] = [[] for _ in record.patches]
     for target in images.by_space(record.space) if record.space else []:
         for frame, place in enumerate(images[target].frames):
@@ -222,10 +223,16 @@ def _by_space(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
                     parts.append((patch, target, frame))
     for patch, target, frame in (part for parts in close for part in _nearest(parts, images)):
         image = images[target]
-        series.setdefault(image.series, {}).setdefault((target, frame), []).append(
-            (patch, _patch_grid(record, patch, image, frame))
-        )
+        try:
+            grid = _patch_grid(record, patch, image, frame)
+        except Refusal as refusal:  # such as the PET of a mask of the CT
+            off[image.series] = refusal
+            continue
+        series.setdefault(image.series, {}).setdefault((target, frame), []).append((patch, grid))
         folders[image.series] = target
+    if off.keys() >= folders.keys() and off:
+        raise next(iter(off.values()))
+    folders = {name: target for name, target in folders.items() if name not in off}
     visit = {name: target for name, target in folders.items() if record.study and images[target].study == record.study}
     best = _closest(path, visit or folders)
     if not best:
