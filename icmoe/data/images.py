@@ -23,6 +23,12 @@ LUMINANCE = (0.299, 0.587, 0.114)
 
 DEEP_COLOUR = "colour or alpha with 16 bits, of which Pillow would keep 8; save it as grey with 16 bits"
 
+ALPHA_DRAWS = "its alpha differs where its values are equal, so that it shows other marks than they are; save it without alpha"
+ZERO_NOT_BLACK = "its palette shows 0 in colour and another value black: a program numbered the colours anew; save it as grey"
+COLOUR = "colour instead of one channel"
+OWN_WORDS = frozenset({DEEP_COLOUR, ALPHA_DRAWS, ZERO_NOT_BLACK, COLOUR})
+"""What is said of a file in words of ours; all else is a library's, and may repeat what the file holds."""
+
 LEFT_OUT = "The image was left out."
 
 _UNKNOWN = 255
@@ -97,7 +103,7 @@ def read_classes(path: Path, labels: Sequence[Label], *, where: str) -> npt.NDAr
     """
     values_HW = _decode(path, where, missing=103, unreadable=104, palette_is_colour=False)
     if values_HW.ndim != 2:
-        raise _fault(104, where, "colour instead of one channel")
+        raise _fault(104, where, COLOUR)
     table = np.full(65536, _UNKNOWN, dtype=np.uint8)
     for index, label in enumerate(labels):
         table[list(label.values)] = index
@@ -129,6 +135,8 @@ def _pixels(opened: Image.Image, *, palette_is_colour: bool) -> npt.NDArray[Any]
     if opened.width * opened.height > MAX_PIXELS:
         raise ValueError(f"{opened.width} x {opened.height} pixels, more than {MAX_PIXELS}")
     opened.load()
+    if not palette_is_colour:
+        _require_one_reading(opened)
     plain = opened.convert("L") if opened.mode == "1" else opened
     plain = plain.convert("RGB") if plain.mode == "P" and palette_is_colour else plain
     pixels = np.asarray(plain)
@@ -139,6 +147,20 @@ def _pixels(opened: Image.Image, *, palette_is_colour: bool) -> npt.NDArray[Any]
     colour = pixels[..., :1] if pixels.shape[2] < 3 else pixels[..., :3]
     equal = bool((colour == colour[..., :1]).all())
     return np.ascontiguousarray(colour[..., 0]) if equal else colour
+
+
+def _require_one_reading(mask: Image.Image) -> None:
+    """Refuse a mask that a person sees otherwise than its values are: alpha that draws, a palette whose black is not 0."""
+    if mask.mode in {"LA", "RGBA"}:
+        value_HW, alpha_HW = (np.asarray(mask)[..., channel].astype(np.int64) for channel in (0, -1))
+        if len(np.unique(256 * value_HW + alpha_HW)) > len(np.unique(value_HW)):
+            raise ValueError(ALPHA_DRAWS)
+    if mask.mode == "P":
+        indices = np.unique(np.asarray(mask))
+        colours_N3 = np.asarray(mask.getpalette(), dtype=np.uint8).reshape(-1, 3)
+        black = [index for index in indices if index < len(colours_N3) and not colours_N3[index].any()]
+        if indices[0] == 0 and black and black[0] > 0:
+            raise ValueError(ZERO_NOT_BLACK)
 
 
 def _fault(number: int, where: str, value: str = "", limit: str = "") -> IcmoeError:

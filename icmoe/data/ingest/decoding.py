@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from icmoe.data.images import read_classes, read_grey
+from icmoe.data.images import OWN_WORDS, read_classes, read_grey
 from icmoe.data.ingest.burned_in import holds_text
 from icmoe.data.ingest.catalogue import Use
 from icmoe.data.ingest.forms import MASKS, module_of
@@ -246,9 +246,8 @@ class _Masks:
             return read_classes(self._job.root / path, self._job.labels, where="")
         except IcmoeError as error:
             fault = error.faults[0]
-            raise Refusal(
-                fault.number, "mask cannot be used" + (f": value {fault.value}" if fault.number == 106 else "")
-            ) from None
+            said = f"value {fault.value}" if fault.number == 106 else fault.value if fault.value in OWN_WORDS else ""
+            raise Refusal(fault.number, ": ".join(filter(None, ("mask cannot be used", said)))) from None
 
     def _named(self, voxels: npt.NDArray[Any]) -> Classes:
         """Return class indices for a volume's values, or refuse a value that no label names."""

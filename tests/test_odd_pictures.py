@@ -1,0 +1,61 @@
+"""PNG masks as image programs write them: what a person sees and what the values are need not be the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_builders import MASKS, VOLUME, save, used, volume
+from PIL import Image
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+MARKED = MASKS[2]
+NOTHING, EVERYTHING = np.zeros_like(MARKED), np.ones_like(MARKED)
+
+
+def masked(place: Path, mask: Image.Image) -> tuple[list[np.ndarray], str]:
+    """Return the classes of an image with this mask of its name, and why it has none."""
+    save(volume(VOLUME[:1])[0], place / "export" / "Doe" / "a.dcm")
+    mask.save(place / "export" / "Doe" / "a_mask.png")
+    _, masks, data = used(place)
+    return masks, " ".join(map(str, data.exclusions))
+
+
+def shown(value: np.ndarray, alpha: np.ndarray, colours: int) -> Image.Image:
+    return Image.fromarray(255 * np.dstack([*[value] * colours, alpha]).astype(np.uint8))
+
+
+@pytest.mark.parametrize("colours", [1, 3])
+@pytest.mark.parametrize("value", [NOTHING, EVERYTHING])
+def test_a_mask_that_alpha_draws_is_not_read_without_it(value: np.ndarray, colours: int, tmp_path: Path):
+    masks, why = masked(tmp_path, shown(value, MARKED, colours))
+    assert not masks
+    assert "ICM104" in why
+    assert "alpha" in why
+
+
+@pytest.mark.parametrize("alpha", [MARKED, EVERYTHING, NOTHING])
+@pytest.mark.parametrize("colours", [1, 3])
+def test_alpha_that_says_what_the_values_say_or_nothing_is_passed_over(colours: int, alpha: np.ndarray, tmp_path: Path):
+    (mask,), _ = masked(tmp_path, shown(MARKED, alpha, colours))
+    assert np.array_equal(mask, MARKED)
+
+
+@pytest.mark.parametrize("colour", [(255, 255, 255), (200, 0, 0)])
+def test_a_palette_that_shows_the_marks_black_and_0_in_colour_was_numbered_anew(colour: tuple[int, ...], tmp_path: Path):
+    """As Pillow's quantize makes it of a binary mask: white becomes 0 and black 1."""
+    mask = Image.fromarray(1 - MARKED, "P")
+    mask.putpalette([*colour, 0, 0, 0])
+    masks, why = masked(tmp_path, mask)
+    assert not masks
+    assert "ICM104" in why
+    assert "palette" in why
+
+
+@pytest.mark.parametrize("palette", [[0, 0, 0, 255, 255, 255], [0, 0, 0, 128, 0, 0], [255, 255, 255, 200, 0, 0]])
+def test_an_index_of_a_palette_is_the_value_where_the_ground_is_not_a_colour_beside_black(palette: list[int], tmp_path: Path):
+    mask = Image.fromarray(MARKED, "P")
+    mask.putpalette(palette)
+    masks, why = masked(tmp_path, mask)
+    assert np.array_equal(masks[0], MARKED), why
