@@ -102,3 +102,38 @@ def test_a_segmentation_that_names_no_image_is_of_the_series_on_whose_grid_it_li
     _, masks, data = used(tmp_path)
     assert same(masks, MASKS[1:4] if both else [])
     assert numbers(data) == ([124, 124] if both else [108, 121, 124])
+
+
+def shifted(sources: list[Dataset], n: int) -> None:
+    sources[n].ImagePositionPatient = [sources[n].ImagePositionPatient[0] + 15.0, *sources[n].ImagePositionPatient[1:]]
+
+
+def tilted(sources: list[Dataset], n: int) -> None:
+    x, y, z = sources[n].ImagePositionPatient
+    sources[n].ImagePositionPatient = [x, y + 1.25 * n, z]
+
+
+@pytest.mark.parametrize(
+    ("changed", "known"),
+    [
+        ({}, True),
+        ({"PixelSpacing": [2.0, 3.0]}, False),
+        ({"PixelSpacing": [1.0002, 1.5]}, True),
+        ({"ImageOrientationPatient": [0, 1, 0, -1, 0, 0]}, False),
+        (shifted, False),
+        (tilted, True),
+    ],
+)
+def test_slices_that_are_not_of_one_grid_have_no_distances(changed: object, known: bool, tmp_path: Path):
+    """The field of view was changed within a series; surface distances over it would be of no place."""
+    sources = volume(VOLUME)
+    for n in (2, 3):
+        for name, value in changed.items() if isinstance(changed, dict) else ():
+            setattr(sources[n], name, value)
+    for n in range(5) if changed is tilted else (3,):
+        if callable(changed):
+            changed(sources, n)
+    groups = [item(DerivationImageSequence=[derived(sources[n])]) for n in (1, 2, 3)]
+    put(tmp_path, [*sources, plain_segmentation(MASKS[1:4], groups)])
+    found = {one.spacing_mm for one in used(tmp_path)[2].slices}
+    assert found == {(5.0, 1.0, 1.5) if known else None}

@@ -20,6 +20,8 @@ OFF_GRID_PX = 0.1
 """Largest distance of a mask's pixel centre from the image's, in pixels, over the whole image."""
 OFF_PLANE_MM = 0.5
 """How far a mark may lie from the plane of the image that it is on."""
+ROUNDED = 1e-3
+"""How far directions and distances of pixels, as a share, may differ that are the same."""
 
 Array = npt.NDArray[np.float64]
 
@@ -184,3 +186,16 @@ def slice_distance_mm(planes: Sequence[Plane | None]) -> float | None:
         return None
     gaps = np.diff(sorted(height_mm((*plane[:3], *known[0][3:11])) for plane in known))
     return float(gaps.mean()) if gaps.min() > 1e-3 and np.ptp(gaps) <= 0.01 * gaps.mean() else None
+
+
+def is_one_grid(planes: Sequence[Plane | None]) -> bool:
+    """Return whether the pixels of parallel slices lie over each other, or beside by an even step as in a tilted gantry.
+
+    They do not where a series was reconstructed twice, with another field of view or turned.
+    """
+    known = np.asarray([plane for plane in planes if plane is not None])
+    axes_23, sides_2 = known[0, 3:9].reshape(2, 3), known[0, 10:8:-1]
+    same = (np.abs(known[:, 3:9] - known[0, 3:9]).max() <= ROUNDED) & (np.abs(known[:, 9:] / known[0, 9:] - 1.0).max() <= ROUNDED)
+    heights_N = known[:, :3] @ np.asarray(normal(cast(Plane, tuple(known[0]))))
+    beside_N2 = (known[:, :3] @ axes_23.T / sides_2)[np.argsort(heights_N)]
+    return bool(same and (len(known) < 3 or np.ptp(np.diff(beside_N2, axis=0), axis=0).max() <= OFF_GRID_PX))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icmoe.data.ingest.catalogue import Catalogue, Key, Use
-from icmoe.data.ingest.geometry import height_mm, normal, parallel, slice_distance_mm, upright
+from icmoe.data.ingest.geometry import height_mm, is_one_grid, normal, parallel, slice_distance_mm, upright
 from icmoe.data.ingest.index import LeftOut
 from icmoe.data.ingest.jobs import SeriesJob, Wanted
 from icmoe.data.ingest.pseudonyms import Pseudonyms
@@ -181,7 +181,7 @@ def _points_up(plane: Plane) -> bool:
 def spacing_of(planes: Sequence[Plane | None]) -> tuple[float, float, float] | None:
     """Return the distances of slices, rows and columns of a series turned upright, None where they are not regular."""
     distance, first = slice_distance_mm(planes), planes[0]
-    if distance is None or first is None or not first[9]:
+    if distance is None or first is None or not first[9] or not is_one_grid(planes):
         return None
     rows, columns = (first[10], first[9]) if upright(first).transpose else (first[9], first[10])
     return (distance, rows, columns)
