@@ -16,6 +16,8 @@ MAX_VOXELS = 2**28
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 MM = {1: 1e3, 2: 1.0, 3: 1e-3}
 """Millimetres by the code of a unit of length: metre, millimetre, micrometre; without one they are millimetres."""
+MAX_BEHIND_BYTES = 2**26
+"""Bytes of content behind the voxels that are read for the checksum."""
 MAX_APART_VOXELS = 0.1
 """How far the two places that a header may give for a voxel may lie apart."""
 
@@ -40,18 +42,28 @@ def read(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
     with refusing(117, "NIfTI volume is damaged"), path.open("rb") as raw:
         compressed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
-        image = _image(gzip.GzipFile(fileobj=raw) if compressed else raw)
+        stream: Any = gzip.GzipFile(fileobj=raw) if compressed else raw
+        image = _image(stream)
         mm = MM.get(int(image.header["xyzt_units"]) & 7, 1.0)
         shape = image.shape
         if len(shape) < 3 or any(extent != 1 for extent in shape[3:]) or min(shape) < 1 or int(np.prod(shape)) > MAX_VOXELS:
             raise Refusal(119, f"a NIfTI file of {len(shape)} axes; one volume of at most {MAX_VOXELS} voxels is needed")
         voxels = np.asanyarray(image.dataobj).reshape(shape[:3])
+        if compressed:
+            _check_sum(stream)
         matrix = RAS_TO_LPS @ np.diag([mm, mm, mm, 1.0]) @ np.asarray(image.affine, dtype=np.float64)
         if voxels.dtype.kind not in "iuf" or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-9:
             raise Refusal(117, "NIfTI volume has no usable axes or no real numbers")
         if not (apart := _apart_voxels(image)) <= MAX_APART_VOXELS:  # also where it is no number
             raise Refusal(117, f"qform and sform disagree by {apart:.1f} voxels where the volume lies; one of them must go")
     return voxels, matrix
+
+
+def _check_sum(stream: gzip.GzipFile) -> None:
+    """Read on to where the checksum stands (RFC 1952, 2.3.1), which is not looked at before; bits may have changed on a disk."""
+    left = MAX_BEHIND_BYTES
+    while left > 0 and (behind := stream.read(min(left, 2**20))):
+        left -= len(behind)
 
 
 def _apart_voxels(image: Any) -> float:  # noqa: ANN401  # nibabel carries no types

@@ -1,0 +1,34 @@
+"""NIfTI volumes as other programs and old disks leave them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from dicom_builders import MASKS, VOLUME, numbers, same, used
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+AXES = np.diag([-1.5, -1.0, 5.0, 1.0])
+VOXELS, CLASSES = VOLUME.transpose(2, 1, 0), MASKS.transpose(2, 1, 0)
+
+
+def nifti(place: Path, name: str, voxels: np.ndarray) -> Path:
+    path = place / "export" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(voxels, AXES), path)
+    return path
+
+
+@pytest.mark.parametrize(("back", "flip"), [(5, 0x40), (8, 0x01), (1, 0x01), (0, 0)])
+def test_a_compressed_volume_that_does_not_agree_with_its_checksum_is_damaged(back: int, flip: int, tmp_path: Path):
+    """The voxels can be read, and nobody knows which of them are wrong (RFC 1952, 2.3.1)."""
+    nifti(tmp_path, "imagesTr/a.nii.gz", VOXELS)
+    path = nifti(tmp_path, "labelsTr/a.nii.gz", CLASSES)
+    packed = bytearray(path.read_bytes())
+    packed[-back] ^= flip
+    path.write_bytes(packed)
+    _, masks, data = used(tmp_path)
+    assert numbers(data) == ([108, 117, 124] if flip else [])
+    assert same(masks, [] if flip else MASKS)
