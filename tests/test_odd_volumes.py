@@ -32,3 +32,20 @@ def test_a_compressed_volume_that_does_not_agree_with_its_checksum_is_damaged(ba
     _, masks, data = used(tmp_path)
     assert numbers(data) == ([108, 117, 124] if flip else [])
     assert same(masks, [] if flip else MASKS)
+
+
+@pytest.mark.parametrize("ground", [np.nan, -1.0])
+def test_a_mask_whose_ground_is_no_class_is_no_image(ground: float, tmp_path: Path):
+    nifti(tmp_path, "imagesTr/a.nii.gz", VOXELS)
+    nifti(tmp_path, "labelsTr/a.nii.gz", np.where(CLASSES > 0, CLASSES, np.float32(ground)))
+    data = used(tmp_path)[2]
+    assert data.images_found == len(VOLUME)
+    assert numbers(data) == [106, 108]
+
+
+def test_an_image_with_values_below_zero_or_none_at_its_edges_is_an_image(tmp_path: Path):
+    hounsfield = VOXELS.astype(np.float32) - 1024.0
+    hounsfield[0] = np.nan
+    nifti(tmp_path, "imagesTr/a.nii.gz", hounsfield)
+    nifti(tmp_path, "labelsTr/a.nii.gz", CLASSES)
+    assert same(used(tmp_path)[1], MASKS)

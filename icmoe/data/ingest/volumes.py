@@ -85,14 +85,18 @@ def slice_plane(matrix: npt.NDArray[np.float64], axis: int, number: int) -> Plan
 
 
 def looks_like_classes(values: npt.NDArray[Any]) -> bool:
-    """Return whether an array holds few whole numbers from 0 up, as masks do."""
-    if values.size == 0 or not (float(values.min()) >= 0.0 and float(values.max()) <= 65535.0):
+    """Return whether an array holds few whole numbers, as masks do.
+
+    One below zero or none at all (NaN) is no class, and makes a mask of no use, but no image of it.
+    """
+    if values.size == 0 or not float(np.fmax.reduce(values, axis=None)) <= 65535.0:
         return False
     few = _distinct(values.ravel()[:: max(1, values.size // 65536)])
     if len(few) > MASK_VALUES:
         return False
     found = _distinct(values)
-    return len(found) <= MASK_VALUES and bool((np.abs(np.rint(found) - found) < SCALING_ERROR).all())
+    known = found[np.isfinite(found)]
+    return len(found) <= MASK_VALUES and bool((np.abs(np.rint(known) - known) < SCALING_ERROR).all())
 
 
 def looks_like_parcels(voxels: npt.NDArray[Any]) -> bool:
@@ -115,5 +119,7 @@ def looks_like_parcels(voxels: npt.NDArray[Any]) -> bool:
 
 
 def _distinct(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return the values that occur, in order; whole numbers from 0 to 65535 are counted, many times as fast as sorted."""
-    return np.flatnonzero(np.bincount(values.ravel().astype(np.int64))) if values.dtype.kind in "iu" else np.unique(values)
+    """Return the values up to 65535 that occur, in order; whole numbers from 0 are counted, many times as fast as sorted."""
+    if values.dtype.kind in "iu" and int(values.min()) >= 0:
+        return np.flatnonzero(np.bincount(values.ravel().astype(np.int64)))
+    return np.unique(values)
