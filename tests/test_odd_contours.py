@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dicom_builders import VOLUME, contour, numbers, put, same, used, volume
+from dicom_builders import VOLUME, contour, item, numbers, put, same, structures, used, volume
 from hypothesis import given
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
@@ -203,3 +203,19 @@ def test_a_contour_whose_points_are_lost_costs_its_file(harm: str, tmp_path: Pat
     lines = [contour(square(sources[1], *BOX), sources[1])] * (harm != "alone")
     put(tmp_path, [*sources, drawn(sources, *lines, bare)])
     assert numbers(used(tmp_path)[2]) == [108, 117, 124]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_region_of_another_frame_of_reference_than_the_first_lies_on_no_image_of_that(named: bool, tmp_path: Path):
+    """An object lists the frames of reference of all its regions, and each region says which is its own (PS3.3 C.8.8.5)."""
+    sources = volume(VOLUME)
+    space = sources[0].FrameOfReferenceUID
+    made = structures([contour(square(sources[1], *BOX))], space=space)
+    other = item(FrameOfReferenceUID="1.2.3")
+    made.ReferencedFrameOfReferenceSequence = [*made.ReferencedFrameOfReferenceSequence, other]
+    if named:
+        made.StructureSetROISequence[0].ReferencedFrameOfReferenceUID = other.FrameOfReferenceUID
+    put(tmp_path, [*sources, made])
+    _, masks, data = used(tmp_path)
+    assert numbers(data) == ([108, 123, 124] if named else [124])
+    assert same(masks, [] if named else [FILLED])

@@ -83,7 +83,7 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
             kind="contours",
             patches=tuple(_drawn(header, labels, hashes)),
             listed=tuple(sorted({hashes.of("uid", uid) for uid in _listed(header)})),
-            **(identity(header, hashes) | named_patient(header, hashes) | {"space": _space(header, hashes)}),
+            **(identity(header, hashes) | named_patient(header, hashes) | {"space": _space(header, labels, hashes)}),
         )
 
 
@@ -366,12 +366,16 @@ def _points_if_any(item: Dataset) -> npt.NDArray[np.float64]:
         return np.empty((0, 3))
 
 
-def _space(data: Dataset, hashes: Pseudonyms) -> str:
-    for item in [*sequence(data, "ReferencedFrameOfReferenceSequence"), *sequence(data, "StructureSetROISequence")]:
-        uid = text(item, "FrameOfReferenceUID") or text(item, "ReferencedFrameOfReferenceUID")
-        if uid:
-            return hashes.of("uid", uid)
-    return ""
+def _space(data: Dataset, labels: Mapping[int, int | None], hashes: Pseudonyms) -> str:
+    """Return the frame of reference of the regions that have a label, which each of them names (PS3.3 C.8.8.5); none of several.
+
+    The object may list further ones, such as those of images that were registered. Where it lists one alone, that is meant.
+    """
+    regions = [item for item in sequence(data, "StructureSetROISequence") if labels.get(integer(item, "ROINumber")) is not None]
+    own = {text(item, "ReferencedFrameOfReferenceUID") for item in regions}
+    listed = {text(item, "FrameOfReferenceUID") for item in sequence(data, "ReferencedFrameOfReferenceSequence")} - {""}
+    found = listed if len(listed) == 1 else own - {""}
+    return hashes.of("uid", found.pop()) if len(found) == 1 else ""
 
 
 def _listed(data: Dataset) -> Iterable[str]:
