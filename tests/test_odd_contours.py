@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from dicom_builders import VOLUME, contour, item, numbers, put, same, structures, used, volume
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.path import Path as Path2D
 from pydicom.dataset import Dataset
 from test_ingest_masks import square
 from test_odd_masks import BOX, EMPTY, FILLED, drawn
@@ -203,6 +205,26 @@ def test_a_contour_whose_points_are_lost_costs_its_file(harm: str, tmp_path: Pat
     lines = [contour(square(sources[1], *BOX), sources[1])] * (harm != "alone")
     put(tmp_path, [*sources, drawn(sources, *lines, bare)])
     assert numbers(used(tmp_path)[2]) == [108, 117, 124]
+
+
+def test_a_contour_a_hundred_times_as_large_as_its_image_is_refused_at_once():
+    """As of centimetres that were taken for millimetres, or of a body that was drawn on a magnified copy."""
+    turn = np.linspace(0.0, 2.0 * np.pi, 2000, endpoint=False)
+    started = time.monotonic()
+    with pytest.raises(Refusal, match="off the image"):
+        fill(np.column_stack([2000.0 * np.cos(turn), 3000.0 * np.sin(turn)]), (20, 24))
+    assert time.monotonic() - started < 10.0
+
+
+@given(st.lists(st.tuples(st.integers(-3000, 12000), st.integers(-3000, 12000)), min_size=3, max_size=30))
+def test_corners_that_lie_on_a_row_but_for_rounding_leave_no_line_behind(thousandths: list[tuple[int, int]]):
+    points_N2 = np.asarray(thousandths) / 1000.0
+    marked = Path2D(points_N2).contains_points(np.argwhere(np.ones(SHAPE))).reshape(SHAPE)
+    try:
+        found = fill(points_N2, SHAPE)
+    except Refusal:
+        return
+    assert np.array_equal(found.inside, marked & ~found.on_outline)
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -258,17 +258,30 @@ def _on_plane(points_N3: npt.NDArray[np.float64], plane: Plane) -> npt.NDArray[n
 def _enclosed(points_N2: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
     """Return the first pixel of the box around a contour, and which of the box's pixels have their centres within.
 
-    Those on the outline come out either way.
+    Those on the outline come out either way. Each row is gone along from edge to edge: of the pixels between every other pair.
     """
-    from matplotlib.path import Path as Outline  # slow to import, and most exports have no contours
-
     low_2, high_2 = np.floor(points_N2.min(axis=0)).astype(np.int64), np.ceil(points_N2.max(axis=0)).astype(np.int64)
     height, width = high_2 - low_2 + 1
     if float(height) * float(width) > MAX_BOX_PX:
         raise Refusal(121, TOO_LARGE)
-    rows, columns = np.mgrid[low_2[0] : high_2[0] + 1, low_2[1] : high_2[1] + 1]
-    inside = Outline(points_N2).contains_points(np.column_stack([rows.ravel(), columns.ravel()]))
-    return low_2, inside.reshape(height, width)
+    end_N2 = np.roll(points_N2, -1, axis=0)
+    way_N2 = end_N2 - points_N2
+    ends = np.ceil(np.sort([points_N2[:, 0], end_N2[:, 0]], axis=0))  # exact, so that a row at a corner is of one edge alone
+    edge, step = _counted((ends[1] - ends[0]).astype(np.int64))
+    rows = ends[0][edge] + step
+    columns = points_N2[edge, 1] + (rows - points_N2[edge, 0]) * (way_N2[edge, 1] / way_N2[edge, 0])
+    crossed = np.zeros((height, width), dtype=bool)
+    where = (rows - low_2[0]).astype(np.int64), np.clip(np.ceil(columns).astype(np.int64) - low_2[1], 0, width - 1)
+    np.logical_xor.at(crossed, where, True)  # noqa: FBT003  # of a ufunc
+    return low_2, np.logical_xor.accumulate(crossed, axis=1)
+
+
+def _counted(counts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return for so many steps along each edge its number and that of the step."""
+    if counts.sum() > MAX_OUTLINE_PX:
+        raise Refusal(121, TOO_LARGE)
+    edge = np.repeat(np.arange(len(counts)), counts)
+    return edge, np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _cropped(box: npt.NDArray[np.bool_], low_2: npt.NDArray[np.int64], shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
@@ -291,11 +304,8 @@ def _run_through(points_N2: npt.NDArray[np.float64], within_px: float = ON_OUTLI
     start, way = points_N2[edges, axis], way_N2[edges, axis]
     first = np.ceil(np.minimum(start, start + way) - within_px)
     counts = np.maximum(np.floor(np.maximum(start, start + way) + within_px) - first + 1, 0).astype(np.int64)
-    if counts.sum() > MAX_OUTLINE_PX:
-        raise Refusal(121, TOO_LARGE)
-    edge = np.repeat(edges, counts)
-    steps = np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts, counts)
-    share = (first[edge] + steps - start[edge]) / np.where(way == 0.0, 1.0, way)[edge]
+    edge, step = _counted(counts)
+    share = (first[edge] + step - start[edge]) / np.where(way == 0.0, 1.0, way)[edge]
     on_line_N2 = points_N2[edge] + np.clip(share, 0.0, 1.0)[:, None] * way_N2[edge]
     pixels_N2 = np.rint(on_line_N2).astype(np.int64)
     return np.asarray(pixels_N2[np.abs(on_line_N2 - pixels_N2).max(axis=1) <= within_px])
