@@ -113,6 +113,8 @@ def open_dicom(path: Path, *, pixels: bool, tags: Sequence[BaseTag] | None = Non
                 raise Refusal(119, "an index of a medium (DICOMDIR), not an image")
             if content_of(path) == "dicom" and data.preamble and not data.file_meta.get("TransferSyntaxUID"):
                 raise Refusal(117, "its meta header names no transfer syntax, and neither class nor instance is named")
+            if any(_names_uid(data, tag) for tag in IDENTITY):  # the meta header's stay what they were before it was changed
+                raise Refusal(117, "it names its class or its instance, but not both, as where an anonymiser emptied one")
             raise Refusal(116, "no DICOM object: it names neither class nor instance")
         _complete_syntax(data)
         return data
