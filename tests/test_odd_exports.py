@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from dicom_builders import VOLUME, numbers, used, volume
+from dicom_builders import VOLUME, contour, numbers, put, structures, used, volume
+from test_ingest_masks import square
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -24,3 +26,32 @@ def test_an_object_whose_uid_was_emptied_is_called_one(emptied: tuple[str, ...],
     source.save_as(path, enforce_file_format=True, implicit_vr=False, little_endian=True)
     data = used(tmp_path)[2]
     assert numbers(data) == [108, reason]
+
+
+@pytest.mark.parametrize(
+    ("folder", "written", "reason"),
+    [
+        ("one", {}, 121),
+        ("two", {}, 0),
+        (".", {}, 0),
+        ("one", {"StudyInstanceUID": "1.2"}, 0),
+        ("one", {"PatientID": "Two"}, 0),
+        ("two", {"PatientID": "One"}, 121),
+    ],
+)
+def test_one_frame_of_reference_for_everybody_tells_nobody_apart(
+    folder: str, written: dict[str, str], reason: int, tmp_path: Path
+):
+    """Contours of a patient whose images are missing, after an anonymiser that wrote one UID for all and emptied the number."""
+    two = volume(VOLUME, PatientID="Two", StudyInstanceUID="1.2", FrameOfReferenceUID="1.2.3")
+    three = volume(VOLUME + np.arange(24, dtype=np.uint16), PatientID="Three")
+    made = structures([contour(square(two[1], 2.4, 3.4, 12.6, 15.6))], space="1.2.3")
+    made.PatientID = ""
+    for name, value in written.items():
+        setattr(made, name, value)
+    put(tmp_path, two, "two/{}")
+    put(tmp_path, three, "three/{}")
+    put(tmp_path, [made], f"{folder}/contours-{{}}")
+    _, masks, data = used(tmp_path)
+    assert len(masks) == (0 if reason else 1)
+    assert (reason in numbers(data)) == bool(reason)

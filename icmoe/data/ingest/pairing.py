@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import TypeVar
@@ -19,7 +19,7 @@ from icmoe.data.ingest.geometry import OFF_GRID_PX, OFF_PLANE_MM, Grid, grid_bet
 from icmoe.data.ingest.nearest import marks, nearest
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.refusals import Refusal
-from icmoe.data.ingest.walking import case, own_folders, stem
+from icmoe.data.ingest.walking import case, closest, own_folders, stem
 
 Said = TypeVar("Said")
 
@@ -72,7 +72,7 @@ class Images:
         """Return the patients of the images in the folders that are closest to a mask's, whatever their names."""
         own = str(PurePosixPath(path).parent)
         if own not in self._closest:
-            folders = _closest(path, {folder: f"{folder}/image" for folder in self._owners})
+            folders = closest(path, {folder: f"{folder}/image" for folder in self._owners})
             self._closest[own] = set().union(*(self._owners[folder] for folder in folders))
         return self._closest[own]
 
@@ -213,15 +213,8 @@ def _nearest(parts: Sequence[tuple[Patch, str, int]], images: Images) -> list[tu
 def _by_space(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     """Match by plane among the images of the same frame of reference, with the series that lies on its grid as a whole."""
     series: dict[str, dict[Key, list[tuple[Patch, Grid | None]]]] = {}
-    folders: dict[str, str] = {}
-    off: dict[str, Refusal] = {}
-    close: list[list[tuple[Patch, str, int]]] = [[] for _ in record.patches]
-    for target in images.by_space(record.space) if record.space else []:
-        for frame, place in enumerate(images[target].frames):
-            for patch, parts in zip(record.patches, close, strict=True):
-                if place.plane is not None and patch.plane is not None and _same_plane(record, patch.plane, place.plane):
-                    parts.append((patch, target, frame))
-    for patch, target, frame in (part for parts in close for part in _nearest(parts, images)):
+    folders, off = dict[str, str](), dict[str, Refusal]()
+    for patch, target, frame in _in_plane(record, images):
         image = images[target]
         try:
             grid = _patch_grid(record, patch, image, frame)
@@ -234,13 +227,27 @@ def _by_space(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
         raise next(iter(off.values()))
     folders = {name: target for name, target in folders.items() if name not in off}
     visit = {name: target for name, target in folders.items() if record.study and images[target].study == record.study}
-    best = _closest(path, visit or folders)
+    best = closest(path, visit or folders)
     if not best:
         raise Refusal(123, "it refers to no image, and no image shares its frame of reference and planes")
     if len(best) > 1:
         raise Refusal(122, f"it refers to no image, and {len(best)} series share its geometry")
     _same_patient(record, images, series[best[0]])
+    if not record.patient and not visit:  # an anonymiser may have written one frame of reference for everybody
+        _may_be_its_own(path, folders[best[0]], images)
     return {key: _use(path, record, parts) for key, parts in _seen_once(series[best[0]], images).items()}
+
+
+def _in_plane(record: FileRecord, images: Images) -> Iterator[tuple[Patch, str, int]]:
+    """Yield the frames of the same frame of reference on which the parts of a mask lie."""
+    close: list[list[tuple[Patch, str, int]]] = [[] for _ in record.patches]
+    for target in images.by_space(record.space) if record.space else []:
+        for frame, place in enumerate(images[target].frames):
+            for patch, parts in zip(record.patches, close, strict=True):
+                if place.plane is not None and patch.plane is not None and _same_plane(record, patch.plane, place.plane):
+                    parts.append((patch, target, frame))
+    for parts in close:
+        yield from _nearest(parts, images)
 
 
 def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
@@ -264,7 +271,7 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     )
     if beside and not (named or channels) and set(owned) & set(volumes):  # such as a label map of the same series
         raise Refusal(122, "a volume and a DICOM series beside it lie on the grid of this volume")
-    best = _closest(path, named or channels or owned or folders)
+    best = closest(path, named or channels or owned or folders)
     if not best:
         raise Refusal(121, "no image lies on the grid of this volume")
     if len(best) > 1 and (named or not channels):
@@ -285,7 +292,7 @@ def _is_sequence(target: str, path: str) -> bool:
 def _by_name(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     """Match a picture with the closest of the images of its name."""
     same = {target: target for target in images.by_name(stem(path))}
-    best = _closest(path, same)
+    best = closest(path, same)
     if not best:
         raise Refusal(123, "no image of one frame has its name")
     if len(best) > 1:
@@ -337,7 +344,7 @@ def _same_name(path: str, target: str, images: Images) -> None:
 
 
 def _may_be_its_own(path: str, target: str, images: Images) -> None:
-    """Refuse a volume that fits by its grid alone: those of many patients in one space, or of one scanner, lie on the same."""
+    """Refuse a mask that fits by its place alone: those of many patients in one space, or of one scanner, lie on the same."""
     _at_home(path, images[target], images)
     _same_name(path, target, images)
     if images[target].kind == "volume" and not set(own_folders(path)) & set(own_folders(target)):
@@ -378,22 +385,3 @@ def _overlaps(grid: Grid, mask: tuple[int, ...], image: tuple[int, int]) -> bool
     """Return whether the box of a mask reaches any pixel of an image."""
     corners = [grid.steps_33 @ (row, column, 1) for row in (0, image[0] - 1) for column in (0, image[1] - 1)]
     return all(min(c[axis] for c in corners) < mask[axis] and max(c[axis] for c in corners) >= 0 for axis in range(3))
-
-
-def _closest(path: str, targets: Mapping[str, str]) -> list[str]:
-    """Return the keys whose path shares the most folders with `path`, from the top and then from the bottom.
-
-    Several are returned where they are equally close.
-    """
-    folders = PurePosixPath(path).parent.parts
-
-    def shared(one: Sequence[str], other: Sequence[str]) -> int:
-        return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-    def depth(target: str) -> tuple[int, int]:
-        other = PurePosixPath(target).parent.parts
-        return shared(folders, other), shared(folders[::-1], other[::-1])
-
-    depths = {name: depth(target) for name, target in targets.items()}
-    deepest = max(depths.values(), default=None)
-    return [name for name, found in depths.items() if found == deepest]

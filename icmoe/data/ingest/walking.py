@@ -6,7 +6,7 @@ import fnmatch
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from icmoe.data.ingest.folding import folded
@@ -100,3 +100,22 @@ def called_image(relative: str) -> bool:
 def own_folders(relative: str) -> list[str]:
     """Return the folders of a file that may be named for whose it is."""
     return [part for part in PurePosixPath(relative).parent.parts if not GENERIC.fullmatch(part)]
+
+
+def closest(path: str, targets: Mapping[str, str]) -> list[str]:
+    """Return the keys whose path shares the most folders with `path`, from the top and then from the bottom.
+
+    Several are returned where they are equally close.
+    """
+    folders = PurePosixPath(path).parent.parts
+
+    def shared(one: Sequence[str], other: Sequence[str]) -> int:
+        return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+    def depth(target: str) -> tuple[int, int]:
+        other = PurePosixPath(target).parent.parts
+        return shared(folders, other), shared(folders[::-1], other[::-1])
+
+    depths = {name: depth(target) for name, target in targets.items()}
+    deepest = max(depths.values(), default=None)
+    return [name for name, found in depths.items() if found == deepest]
