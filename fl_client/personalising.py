@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from fl_client.approval import named
 from fl_client.participant import Participant, read_site
 from fl_client.preparing import Progress
 from fl_client.site import read_named
+from icmoe.data.slices import load_mask
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import State, global_state
 from icmoe.mixture import joined
@@ -24,7 +26,8 @@ METHOD = "personalised"
 def personalise_study(path: Path, name: str, which: str, model_path: Path, *, on_progress: Progress) -> tuple[Path, Personal]:
     """Make the site's own model and return where it is and how it was chosen.
 
-    A site that was stopped while it trained its model alone goes on after its last finished round.
+    A site that was stopped while it trained its model alone goes on after its last finished round, unless its training
+    images changed meanwhile: then what was trained on the former ones is removed.
 
     Parameters
     ----------
@@ -65,10 +68,22 @@ def _final_model(path: Path, study: Study) -> tuple[State, ModelHeader]:
     return global_state(model), header
 
 
+def _data_digest(data: OwnData, study: Study) -> str:
+    """Return the digest of what is trained on: patients, pictures and what is marked on them."""
+    sha = hashlib.sha256()
+    for item in data.train:
+        sha.update(f"{item.patient}/{item.index} {item.image_digest} {item.shape};".encode())
+        sha.update(load_mask(item.mask, study.labels).tobytes())
+    return sha.hexdigest()
+
+
 def _own(site: Participant, data: OwnData, header: ModelHeader, on_progress: Progress) -> State:
     """Return the model that the site trains alone, kept after each round."""
     study = header.study
-    kept = site.state_folder / study.digest[:16] / site.name / "alone.safetensors"
+    folder = site.state_folder / study.digest[:16] / site.name
+    kept = folder / f"alone-{_data_digest(data, study)[:16]}.safetensors"
+    for other in {*folder.glob("alone*.safetensors")} - {kept}:  # a patient may have been forgotten since
+        other.unlink()
     state, done = None, 0
     if kept.exists():
         model, before = read_model(kept)

@@ -180,8 +180,10 @@ class TestCommand:
         for words in (["approve", str(study), "--yes"], ["prepare"]):
             done = CliRunner().invoke(cli.app, ["--site", "Alder", "--config", str(path), *words])
             assert done.exit_code == 0, done.output
-        for name, own in (("final", make_study()), ("other", make_study(rounds=9))):
-            header = ModelHeader(study=own, method="router-aware", round=2, phantoms=True)
+        models = {"final": (make_study(), "router-aware", 2), "other": (make_study(rounds=9), "router-aware", 9)}
+        models |= {"early": (make_study(), "router-aware", 1), "alone": (make_study(), "alone", 2)}
+        for name, (own, method, done_rounds) in models.items():
+            header = ModelHeader(study=own, method=method, round=done_rounds, phantoms=True)
             write_model(folder / f"{name}.safetensors", global_state(build_model(own, seed=5)), header)
         return path
 
@@ -204,14 +206,31 @@ class TestCommand:
         assert 0.0 <= record["sites"]["Alder"]["dice"] <= 1.0
 
         before = made.read_bytes()
-        alone = made.with_name("alone.safetensors").stat().st_mtime_ns
+        (kept,) = made.parent.glob("alone-*.safetensors")
+        alone = kept.stat().st_mtime_ns
         assert self.run(hospital, "tiny", "final.safetensors")[0] == 0
         assert made.read_bytes() == before
-        assert made.with_name("alone.safetensors").stat().st_mtime_ns == alone, "what was trained is not trained again"
+        assert kept.stat().st_mtime_ns == alone, "what was trained is not trained again"
+
+        listed = export / "splits" / "train.csv"
+        text = listed.read_text()
+        patients = sorted({line.split(",")[2] for line in text.splitlines()[1:]})
+        listed.write_text("".join(line for line in text.splitlines(keepends=True) if f",{patients[-1]}," not in line))
+        try:
+            assert self.run(hospital, "tiny", "final.safetensors")[0] == 0
+        finally:
+            listed.write_text(text)
+        (other,) = made.parent.glob("alone-*.safetensors")
+        assert other != kept, "a model that a patient taught who has gone is neither used nor kept"
+        assert made.read_bytes() != before
 
     @pytest.mark.parametrize(
         ("study", "model", "number"),
-        [("tiny", "other.safetensors", 215), ("another", "final.safetensors", 316), ("tiny", "absent.safetensors", 205)],
+        [
+            ("tiny", "other.safetensors", 215),
+            ("another", "final.safetensors", 316),
+            ("tiny", "absent.safetensors", 205),
+        ],
     )
     def test_what_does_not_belong_together_is_refused(self, study: str, model: str, number: int, hospital: Path) -> None:
         code, output = self.run(hospital, study, model)
