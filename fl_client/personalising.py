@@ -20,7 +20,7 @@ from icmoe.modelfile import ModelHeader, read_model, write_model
 from icmoe.personalise import GLOBAL, OWN, TUNED, OwnData, Personal, personalise, train_alone, tune
 from icmoe.study import Study
 
-METHOD = "personalised"
+METHOD, ALONE = "personalised", "alone"
 
 
 def personalise_study(path: Path, name: str, which: str, model_path: Path, *, on_progress: Progress) -> tuple[Path, Personal]:
@@ -62,9 +62,11 @@ def personalise_study(path: Path, name: str, which: str, model_path: Path, *, on
 
 def _final_model(path: Path, study: Study) -> tuple[State, ModelHeader]:
     model, header = read_model(path)
-    if header.study.digest != study.digest or not isinstance(model, ICMoE):
-        value = f"{header.method} of study {header.study.digest[:12]}"
-        raise IcmoeError(Fault(number=215, where=str(path), value=value, limit=study.digest[:12], did="Nothing was trained."))
+    final = header.method != ALONE and header.round == study.rounds
+    if header.study.digest != study.digest or not isinstance(model, ICMoE) or not final:
+        value = f"{header.method} of study {header.study.digest[:12]} after round {header.round}"
+        limit = f"{study.digest[:12]} after round {study.rounds}"
+        raise IcmoeError(Fault(number=215, where=str(path), value=value, limit=limit, did="Nothing was trained."))
     return global_state(model), header
 
 
@@ -90,7 +92,7 @@ def _own(site: Participant, data: OwnData, header: ModelHeader, on_progress: Pro
         state, done = global_state(model), before.round
 
     def keep(now: State, number: int) -> None:
-        write_model(kept, now, header.model_copy(update={"method": "alone", "round": number}), private=True)
+        write_model(kept, now, header.model_copy(update={"method": ALONE, "round": number}), private=True)
         on_progress("train", number, study.rounds)
 
     return train_alone(study, data, state=state, done=done, on_round=keep)

@@ -228,6 +228,8 @@ class TestCommand:
         ("study", "model", "number"),
         [
             ("tiny", "other.safetensors", 215),
+            ("tiny", "early.safetensors", 215),
+            ("tiny", "alone.safetensors", 215),
             ("another", "final.safetensors", 316),
             ("tiny", "absent.safetensors", 205),
         ],
