@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from icmoe.atomic import write_atomically
 from icmoe.compare import read_results
 from icmoe.errors import Fault, IcmoeError
+from simulations.hospitals import find_hospitals
 
 if TYPE_CHECKING:
     from icmoe.study import Study
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 RESULTS = "results.json"
 REPORT = "report.html"
 FIGURE = "figure.png"
+DECIDING = ("methods", "seeds", "sites", "alpha", "held_out", "exact_counts", "phantom_seed")
+"""Settings of a simulation on which its results depend, beside study and data."""
 
 
 class RunFolder:
@@ -89,18 +92,27 @@ class RunFolder:
         Raises
         ------
         IcmoeError
-            205 or 217 where they cannot be read, 502 where they are of another study, other methods, seeds or sites.
+            205 or 217 where they cannot be read, 502 where they are of another study, other methods, seeds, sites or data;
+            as `find_hospitals` for the data.
         """
         did = "Nothing was started."
         read_results(self.results, did=did)
         results: dict[str, Any] = json.loads(self.results.read_bytes())
         settings, kept = simulation.model_dump(mode="json"), results["configuration"].get("simulation", {})
         other = ["study"] if results["study_digest"] != study.digest else []
-        other += [name for name in ("methods", "seeds", "sites", "alpha") if kept.get(name) != settings[name]]
+        other += [name for name in DECIDING if kept.get(name) != settings[name]]
+        if not other and not self._is_of(results, simulation, study):
+            other = ["data"]
         if other:
             what, value = "folder holds the results of another run", f"other {', '.join(other)}"
             raise IcmoeError(Fault(number=502, where=str(self.root), what=what, value=value, did=did))
         return results
+
+    def _is_of(self, results: Mapping[str, Any], simulation: Simulation, study: Study) -> bool:
+        """Return whether the simulation has the data of the results, which may lie elsewhere by now."""
+        if results["phantoms"] or simulation.data is None:  # phantoms are what their seed makes
+            return bool(results["phantoms"]) == (simulation.data is None)
+        return find_hospitals(simulation, study, self.phantoms).digest() == str(results["data_digest"])
 
     def _leave_as_found(self, *, had_phantoms: bool) -> None:
         """Remove what a refused start made: the corrected command needs no other --out and no --resume."""

@@ -15,6 +15,8 @@ from test_run_sim import RUN_SIM, TINY
 from icmoe.errors import IcmoeError
 from icmoe.study import Study
 from simulations.folder import RunFolder
+from simulations.hospitals import find_hospitals
+from simulations.phantoms import PhantomSite, write_phantoms
 from simulations.scenario import Simulation, read_scenario
 
 
@@ -34,6 +36,26 @@ def test_a_complete_run_is_not_shown_as_another_one(tmp_path: Path) -> None:
         folder.finished(study.model_copy(update={"rounds": 5}), simulation)
     with pytest.raises(IcmoeError, match=r"ICM502 .*other methods"):
         folder.finished(study, simulation.model_copy(update={"methods": ("pooled",)}))
+
+
+def test_a_complete_run_is_not_shown_for_other_data(tmp_path: Path) -> None:
+    folder, study, simulation = finished_folder(tmp_path / "run")
+    own = simulation.model_copy(update={"data": str(tmp_path / "own")})
+    site = PhantomSite(name="Alder", train_patients=1, val_patients=1, test_patients=1)
+    for name, seed in (("own", 1), ("other", 2)):
+        write_phantoms(tmp_path / name, seed=seed, size_px=32, sites=[site])
+    for changed in (own, simulation.model_copy(update={"phantom_seed": 8})):
+        with pytest.raises(IcmoeError, match=r"ICM502 .*other (data|phantom_seed)"):
+            folder.finished(study, changed)
+
+    results = json.loads(folder.results.read_text()) | {"phantoms": False}
+    results["data_digest"] = find_hospitals(own, study, tmp_path / "none").digest()
+    folder.results.write_text(json.dumps(results))
+    (tmp_path / "own").rename(tmp_path / "moved")
+    assert folder.finished(study, own.model_copy(update={"data": str(tmp_path / "moved")}))["phantoms"] is False
+    for changed in (simulation, own.model_copy(update={"data": str(tmp_path / "other")})):
+        with pytest.raises(IcmoeError, match=r"ICM502 .*other data"):
+            folder.finished(study, changed)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"schema_version": 1'])
