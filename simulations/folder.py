@@ -130,14 +130,14 @@ class RunFolder:
         Raises
         ------
         IcmoeError
-            502 where study, data or backbone differ, naming which.
+            502 where study, data, masks or backbone differ, naming which.
         """
         path = self.work / "run.json"
         if not path.exists():
             write_atomically(path, json.dumps(dict(identity), sort_keys=True).encode())
             return
         before = json.loads(path.read_text())
-        changed = sorted(key for key in identity if before.get(key) != identity[key])
+        changed = sorted(key for key in before if identity.get(key) != before[key])  # a former version wrote fewer keys
         if changed:
             fault = Fault(
                 number=502,

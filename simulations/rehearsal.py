@@ -34,7 +34,7 @@ from simulations.exhibits import overlays
 from simulations.expert_use import expert_use
 from simulations.federation import Engine, Job, require_cluster, run_jobs, write_sites
 from simulations.folder import FIGURE, REPORT, RESULTS, RunFolder
-from simulations.hospitals import Hospitals, find_hospitals, make_sites
+from simulations.hospitals import Hospitals, find_hospitals, make_sites, masks_digest
 from simulations.methods import AFTERWARDS, ALONE, study_for
 from simulations.overlays import Overlay
 from simulations.personalised import NAME as PERSONALISED
@@ -139,7 +139,7 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
         before = backbone.weights_digest()
         cache = _encoded(hospitals, study, backbone, screen)
     jobs = make_jobs(study, simulation, hospitals, folder)
-    folder.check_identity(_identity(jobs, simulation, hospitals, backbone))
+    folder.check_identity(identity_of(jobs, simulation, hospitals, backbone.digest))
     studies = tuple(job.study for job in jobs)
     sites = make_sites(hospitals, studies, cache=cache, state_folder=folder.work / "sites", simulation=simulation)
     write_sites(folder.work / "sites.json", sites)
@@ -236,11 +236,13 @@ def engine_of(simulation: Simulation, device: torch.device) -> Engine:
     return Engine(address=simulation.address, cpus=cpus, gpus_per_site=1.0 / cpus if device.type == "cuda" else 0.0)
 
 
-def _identity(jobs: list[Job], simulation: Simulation, hospitals: Hospitals, backbone: Backbone) -> dict[str, str]:
+def identity_of(jobs: list[Job], simulation: Simulation, hospitals: Hospitals, backbone: str) -> dict[str, str]:
+    """Return what a run must have in common with the one that it continues; `backbone` is the digest of its weights."""
     return {
         "studies": ",".join(f"{job.method}:{job.study.digest}" for job in jobs),
         "data": hospitals.digest(),
-        "backbone": backbone.digest,
+        "masks": masks_digest(hospitals, jobs[0].study),
+        "backbone": backbone,
         "methods": ",".join(simulation.methods),
         "device": simulation.device,
         "exact counts": str(simulation.exact_counts),

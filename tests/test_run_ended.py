@@ -9,7 +9,9 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from test_run_sim import RUN_SIM, TINY
 
 from icmoe.errors import IcmoeError
@@ -17,6 +19,7 @@ from icmoe.study import Study
 from simulations.folder import RunFolder
 from simulations.hospitals import find_hospitals
 from simulations.phantoms import PhantomSite, write_phantoms
+from simulations.rehearsal import identity_of, make_jobs
 from simulations.scenario import Simulation, read_scenario
 
 
@@ -56,6 +59,34 @@ def test_a_complete_run_is_not_shown_for_other_data(tmp_path: Path) -> None:
     for changed in (simulation, own.model_copy(update={"data": str(tmp_path / "other")})):
         with pytest.raises(IcmoeError, match=r"ICM502 .*other data"):
             folder.finished(study, changed)
+
+
+def test_a_stopped_run_does_not_go_on_over_masks_that_were_drawn_anew(tmp_path: Path) -> None:
+    site = PhantomSite(name="Alder", train_patients=1, val_patients=1, test_patients=1)
+    write_phantoms(tmp_path / "data", seed=1, size_px=32, sites=[site])
+    study, simulation = read_scenario(
+        None,
+        {"test_only": True, "backbone": {"name": "sam-vit-test", "image_size": 32}},
+        {"methods": ["local"], "data": str(tmp_path / "data")},
+    )
+
+    def identity() -> dict[str, str]:
+        hospitals = find_hospitals(simulation, study, tmp_path / "none")
+        jobs = make_jobs(study, simulation, hospitals, RunFolder(tmp_path / "run"))
+        return identity_of(jobs, simulation, hospitals, "backbone")
+
+    folder = RunFolder(tmp_path / "run")
+    with folder.claimed(resume=False):
+        folder.check_identity(identity())
+        former = folder.work / "run.json"
+        for mask in sorted((tmp_path / "data" / "Alder" / "masks").glob("*.png")):
+            pixels = np.asarray(Image.open(mask))
+            Image.fromarray(np.roll(pixels, 1, axis=0)).save(mask)
+        with pytest.raises(IcmoeError, match=r"ICM502 .*differs: masks"):
+            folder.check_identity(identity())
+        kept = json.loads(former.read_text())
+        former.write_text(json.dumps({key: value for key, value in kept.items() if key != "masks"}))
+        folder.check_identity(identity())  # a run that an earlier version began goes on
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"schema_version": 1'])
