@@ -21,10 +21,11 @@ from fl_client.budget import budget_faults
 from fl_client.check import Check, attempt
 from fl_client.connection import check_connection, check_health
 from fl_client.credentials import Coordinator, parse_ca, read_node_key
-from fl_client.site import SiteFile, cache_folder_of, records_of, site_slices, study_faults
+from fl_client.site import SiteFile, cache_folder_of, records_of, site_export, site_slices, study_faults
 from icmoe.backbone import backbone_digest, grid_of, weights_path, widths
 from icmoe.backbones import BACKBONES
 from icmoe.config import parse, read_toml
+from icmoe.data.ingest.run import is_as_set
 from icmoe.data.slices import Slice
 from icmoe.device import available_device
 from icmoe.errors import Fault, IcmoeError, print_faults
@@ -199,6 +200,10 @@ def _data(path: Path, settings: SiteFile, study: Study) -> list[Check]:
     found = attempt("data", look)
     if not found[0].ok:
         return found
+    if settings.ingest is not None and not is_as_set(site_export(path, settings, study)):
+        what, did = "[ingest] in the site file was changed since ingest was run", "What was read before is used."
+        fault = Fault(number=131, where=str(path), what=what, did=did, todo=f"Run fl_client --site {settings.name} ingest.")
+        found.append(Check("ingest", ok=True, fault=fault))
     cache = FeatureCache.of(cache_folder_of(path, settings), study)
     keys = {view.key for view in wanted_views(slices, study.training.views, cache, study.backbone.image_size)}
     missing: list[str] = []

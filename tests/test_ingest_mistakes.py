@@ -54,6 +54,25 @@ def test_an_empty_export_does_not_empty_the_index(site: Path) -> None:
     assert '"images_found": 8' in command(site, "show", "--json")
 
 
+def test_what_was_changed_in_the_site_file_and_not_ingested_is_told_before_the_site_takes_part(site: Path) -> None:
+    changed = "[ingest] in the site file was changed since ingest was run. What was read before is used."
+    splits = site.parent / "split.csv"
+    ingest(site)
+    assert changed not in command(site, "check")
+    for line, text in (('exclude = ["b/*"]', ""), ('split_file = "split.csv"', "patient,split\none,train\n")):
+        set_key(site, line)
+        splits.write_text(text)
+        assert f"ICM131 {site}: {changed}" in command(site, "check").replace("\n", " ")
+        ingest(site)
+        assert changed not in command(site, "check")
+    splits.write_text("patient,split\none,test\n")
+    assert changed in command(site, "check")
+    set_key(site, "processes = 1")
+    ingest(site)
+    set_key(site, 'store = "./ingest"')
+    assert changed not in command(site, "check"), "these decide nothing about what is used"
+
+
 def test_a_folder_that_cannot_be_read_does_not_pass_for_a_deleted_one(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = ingest(site)
     real = os.scandir

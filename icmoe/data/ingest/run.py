@@ -13,6 +13,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,8 @@ PACKAGES = ("pydicom", "highdicom", "nibabel", "pylibjpeg", "libjpeg", "openjpeg
 """What the extra `dicom` installs, by import name."""
 ABSENT = "absent"
 """Key of the index's meta table: how many patients of the split file have no image in the export."""
+SETTINGS = "settings"
+"""Key of the digest of what the site file said when ingest was run."""
 SAME_PICTURE = " has the same picture"
 """After a patient's pseudonym: why a frame of another one is left out."""
 BATCH_FILES = 64
@@ -111,15 +114,32 @@ def ingest(export: Export, *, on_progress: Progress = lambda *_: None) -> bool:
             _start_over(connection, export)
         new = files.new()
         if not new and not files.gone() and index.meta(connection, "complete") == basis:
+            index.put_meta(connection, {SETTINGS: _settings(export)})
             _clean(connection, export.store)
             return False
         from icmoe.data.ingest.work import Work
 
         index.put_meta(connection, {"complete": "", "cleaned": "", "site": export.site})
         Work(connection, export, hashes, files, on_progress).through(splits)
-        index.put_meta(connection, {index.STATE: index.state_of(connection), "complete": basis})
+        index.put_meta(connection, {index.STATE: index.state_of(connection), "complete": basis, SETTINGS: _settings(export)})
         _clean(connection, export.store)
         return True
+
+
+def is_as_set(export: Export) -> bool:
+    """Return whether the index was made with what the site file says now; so it is where an earlier version made it."""
+    with index.opened(export.store) as connection:
+        return index.meta(connection, SETTINGS) in {"", _settings(export)}
+
+
+def _settings(export: Export) -> str:
+    """Return a digest of what the hospital says about its export."""
+    splits = b""
+    if export.split_file is not None:
+        with suppress(OSError):  # ingest tells of it
+            splits = export.split_file.read_bytes()
+    said = export.settings.model_dump_json(exclude={"store", "processes"})
+    return hashlib.sha256(said.encode() + splits).hexdigest()
 
 
 def _require_folder(export: Export) -> None:
