@@ -88,7 +88,8 @@ def check_studies(path: Path, settings: SiteFile) -> list[Check]:
     checks = []
     for study in studies:
         faults = study_faults(path, settings, study) + _budget_faults(path, settings, study)
-        checks += [Check("study", ok=False, fault=fault) for fault in faults]
+        over = bool(faults) and _is_over(path, settings, study)
+        checks += [Check("study", ok=over, fault=_of_the_past(settings, study, fault) if over else fault) for fault in faults]
         if not faults:
             found = Check("study", ok=True, note=f"{study.name} {study.digest[:12]}")
             checks += [found, *_backbone(path, settings, study), *_data(path, settings, study)]
@@ -167,6 +168,20 @@ def _ca(path: Path) -> Check:
     todo = "Ask the coordinator for a new start kit and run init again; the key stays."
     fault = replace(fault, todo=todo) if fault is not None and now >= start else fault
     return Check("CA", ok=ok, fault=fault, note=f"valid until {end:%Y-%m-%d}")
+
+
+def _is_over(path: Path, settings: SiteFile, study: Study) -> bool:
+    """Return whether the site has trained the study's last round: what speaks against it now stops no other study."""
+    try:
+        book = records_of(path, settings).book()
+    except IcmoeError:
+        return False  # said of the ledger itself
+    return any((entry.study, entry.kind, entry.round) == (study.digest, "train", study.rounds) for entry in book.entries)
+
+
+def _of_the_past(settings: SiteFile, study: Study, fault: Fault) -> Fault:
+    did = "It was trained to its last round here and is not trained again; other studies go on."
+    return replace(fault, did=did, todo=f"Once it is over: fl_client --site {settings.name} withdraw {study.name}.")
 
 
 def _budget_faults(path: Path, settings: SiteFile, study: Study) -> list[Fault]:

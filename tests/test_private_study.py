@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from books import pay
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from test_client import ask, command, hospital, number_of, request, site, write_site_file, write_study_file
 from test_run_sim import RUN_SIM, environment, run
@@ -15,6 +16,7 @@ from fl_client.approval import read_approvals
 from fl_client.budget import Budget
 from fl_client.ledger import read_ledger
 from fl_client.policy import Policy, policy_faults
+from fl_client.records import Records
 from fl_server.replies import parse_replies
 from icmoe.accounting import Spending, epsilon
 from icmoe.config import parse
@@ -257,6 +259,30 @@ def test_a_private_round_is_paid_for_before_and_refused_when_the_budget_is_used_
     assert number_of(ask(paying, request(withheld, 2, seed=2))) == 411  # another model is another round
     assert number_of(ask(replace(paying, budget=None), request(withheld, 1, seed=2))) == 410
     assert [entry.releases for entry in read_ledger(paying.state_folder, "Alder").entries] == [((2.0, 0.5, 2),)] * 2
+
+
+@pytest.mark.parametrize("number", [411, 417])
+def test_a_study_that_is_over_does_not_keep_the_site_from_starting(
+    number: int, hospital: Path, make_study, tmp_path: Path
+) -> None:
+    """It has used up the budget, or had no privacy and the budget was written afterwards."""
+    whole = Budget(epsilon=epsilon([Spending(2.0, 0.5, 4)], delta=0.1, accountant="rdp"), delta=0.1, accountant="rdp")
+    after = f'{{epsilon = {whole.epsilon!r}, delta = 0.1, accountant = "rdp"}}'
+    path, file = write_site_file(tmp_path, hospital, **({"budget": after} if number == 411 else {})), tmp_path / "study.toml"
+    private_file(file, make_study) if number == 411 else write_study_file(file, make_study())
+    assert command(path, "approve", str(file), "--yes").exit_code == 0
+    write_site_file(tmp_path, hospital, budget=after)
+    study, records = read_study(file), Records(state=tmp_path / "state", site="Alder")
+
+    def faults() -> list[bool]:
+        checks = json.loads(command(path, "check", "--json").stdout)["checks"]
+        return [row["ok"] for row in checks if row["fault"] and row["fault"]["number"] == number]
+
+    pay(records, study, 1, budget=whole if number == 411 else None, patients=4)
+    assert faults() == ([] if number == 411 else [False])
+    pay(records, study, 2, budget=whole if number == 411 else None, patients=4)
+    assert faults() == [True]
+    assert "withdraw tiny" in command(path, "check").stdout.replace("\n", " ")
 
 
 @pytest.mark.parametrize("kind", ["train", "evaluate"])
