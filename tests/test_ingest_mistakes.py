@@ -73,6 +73,17 @@ def test_what_was_changed_in_the_site_file_and_not_ingested_is_told_before_the_s
     assert changed not in command(site, "check"), "these decide nothing about what is used"
 
 
+def test_a_second_study_with_other_labels_is_not_told_that_nobody_ever_ran_ingest(site: Path) -> None:
+    assert "ingest has not been run. Nothing" in command(site, "show")
+    ingest(site)
+    file = site.parent / "second.toml"
+    file.write_text((site.parent / "study.toml").read_text().replace('"lesion"', '"tumour"'))
+    command(site, "approve", str(file), "--yes")
+    assert "ingest has not been run since a study with these labels was approved" in command(site, "show")
+    ingest(site)
+    assert "ICM131" not in command(site, "show")
+
+
 def test_a_folder_that_cannot_be_read_does_not_pass_for_a_deleted_one(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = ingest(site)
     real = os.scandir

@@ -225,7 +225,9 @@ def read_index(folder: Path) -> SiteData:
     from icmoe.data.slices import SiteData  # a run on unchanged data comes without arrays
 
     if not is_index(folder):
-        raise IcmoeError(Fault(number=131, where=str(folder), did="Nothing was started."))
+        others = any(is_index(other) for other in folder.parent.glob("*"))  # it was run, for a study of other labels
+        what = "ingest has not been run since a study with these labels was approved" if others else ""
+        raise IcmoeError(Fault(number=131, where=str(folder), what=what, did="Nothing was started."))
     with opened(folder) as connection:
         site = meta(connection, "site") if meta(connection, "complete") else ""
         if not site:
