@@ -14,6 +14,7 @@ from rich.text import Text
 
 from fl_client.approval import approved_studies
 from fl_client.dry_run import passing_folder, remove_killed
+from fl_client.one_secret import note_secret, require_same_secret
 from fl_client.preparing import encode_ingested
 from fl_client.progress import bars
 from fl_client.site import SiteFile, cache_folder_of, ingest_folder, read_named, site_export
@@ -47,9 +48,15 @@ def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]
         2xx for the site file, 316 where no study is approved, 109, 110, 129, 130 for the ingest.
     """
     settings, studies = _approved(path, name)
+    state, folder = path.parent / settings.state, ingest_folder(path, settings)
     remove_killed()
     with _numbered_os_errors():
-        return [_ingest_study(path, settings, study, dry_run=dry_run) for study in studies]
+        if dry_run:
+            return [_ingest_study(path, settings, study, dry_run=True) for study in studies]
+        require_same_secret(state, folder)
+        reports = [_ingest_study(path, settings, study, dry_run=False) for study in studies]
+        note_secret(state, folder)
+        return reports
 
 
 def _ingest_study(path: Path, settings: SiteFile, study: Study, *, dry_run: bool) -> dict[str, Any]:
@@ -81,7 +88,7 @@ def _numbered_os_errors() -> Iterator[None]:
         yield
     except OSError as error:
         did = "What was kept so far stays; another run continues there."
-        todo = "Make room or name another store under [ingest], then run ingest again."
+        todo = "Make room, or move the whole store to another disk and name it there under [ingest]; then run ingest again."
         fault = Fault(
             number=129, where="ingest", what="a file cannot be kept or read", value=error.strerror or "", did=did, todo=todo
         )
@@ -119,6 +126,7 @@ def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int, list[
     folder = ingest_folder(path, settings)
     remove_killed()
     with _numbered_os_errors():
+        require_same_secret(path.parent / settings.state, folder)
         stores = stores_in(folder)
         others = sharing(folder, patient)
         for store in stores:

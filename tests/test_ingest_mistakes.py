@@ -73,6 +73,27 @@ def test_what_was_changed_in_the_site_file_and_not_ingested_is_told_before_the_s
     assert changed not in command(site, "check"), "these decide nothing about what is used"
 
 
+def test_a_store_under_another_name_without_its_content_is_refused_and_one_that_was_moved_is_taken(site: Path) -> None:
+    before = ingest(site)
+    assert "of 8 images used" in before
+    text = site.read_text()
+    set_key(site, 'store = "larger/ingest"')
+    for words in (("ingest", "--no-encode"), ("forget", "one")):
+        said = command(site, *words).replace("\n", " ")
+        assert said.startswith(f"ICM129 {site.parent / 'larger/ingest'}: the site's secret is not here. Nothing was read. Move ")
+        assert not (site.parent / "larger").exists()
+    site.write_text(text)
+    assert "of 8 images used" in ingest(site)
+    set_key(site, 'store = "larger/ingest"')
+    (site.parent / "larger").mkdir()
+    (site.parent / "ingest").rename(site.parent / "larger/ingest")
+    assert "of 8 images used" in ingest(site)
+    (site.parent / "larger/ingest" / SECRET_FILE).write_bytes(bytes(32))
+    assert "another secret of the site lies here" in ingest(site).replace("\n", " ")
+    next(site.parent.rglob("ingest-secret.json")).unlink()
+    assert "another secret" not in ingest(site).replace("\n", " ")
+
+
 def test_a_second_study_with_other_labels_is_not_told_that_nobody_ever_ran_ingest(site: Path) -> None:
     assert "ingest has not been run. Nothing" in command(site, "show")
     ingest(site)
@@ -229,15 +250,21 @@ def test_forgetting_does_not_pass_for_done_where_nobody_can_look(site: Path, har
     assert (site.parent / "ingest" / SECRET_FILE).exists() == (harm != "no secret"), "no new secret is made"
 
 
-@pytest.mark.parametrize("forgotten", [True, False])
-def test_a_lost_secret_is_not_made_anew_beside_an_ingest(site: Path, forgotten: bool) -> None:
+@pytest.mark.parametrize("gone", ["secret", "secret and index", "everything"])
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_lost_secret_is_not_made_anew_beside_an_ingest(site: Path, gone: str, noted: bool) -> None:
     ingest(site)
-    if forgotten:
-        command(site, "forget", "one")
+    command(site, "forget", "one")
+    if gone != "secret":
         shutil.rmtree(stores(site)[0])
     (site.parent / "ingest" / SECRET_FILE).unlink()
-    assert "secret of the site is lost" in ingest(site)
-    assert not (site.parent / "ingest" / SECRET_FILE).exists()
+    if gone == "everything":
+        shutil.rmtree(site.parent / "ingest")
+    if not noted:  # as by an earlier version
+        (site.parent / "state/ingest-secret.json").unlink()
+    lost = noted or gone != "everything"
+    assert ("secret of the site is lost" in ingest(site)) == lost
+    assert (site.parent / "ingest" / SECRET_FILE).exists() != lost
 
 
 @pytest.mark.parametrize("harm", ["file", "loop", "approvals"])
