@@ -127,24 +127,25 @@ def it_sheet(context: typer.Context) -> None:
 @app.command()
 def show(context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show, for each approved study, the images found and used, and the summary that the coordinator may have."""
-    from fl_client.approval import approved_studies
     from fl_client.site import read_named
-    from fl_client.standing import study_record
+    from fl_client.standing import study_records
 
     with exit_on_fault():
         chosen = _chosen(context)
         settings = read_named(chosen.path, chosen.site)
-        studies = [study_record(chosen.path, settings, s) for s in approved_studies(chosen.path.parent / settings.state)]
-        record = {"site": settings.name, "share_summary": settings.share_summary, "studies": studies}
+        studies, faults = study_records(chosen.path, settings)
         if as_json:
+            record = {"site": settings.name, "share_summary": settings.share_summary, "studies": studies}
             sys.stdout.write(json.dumps(record, indent=1) + "\n")
-            return
-        table = Table("study", "digest", "found", "used", title=settings.name, title_justify="left")
-        for row in studies:
-            table.add_row(row["study"], row["digest"][:12], str(row["images_found"]), str(row["images_used"]))
-        Console().print(table)
-        for line in _shortened([line for row in studies for line in row["exclusions"]]):
-            Console().print(line, highlight=False, markup=False, soft_wrap=True)
+        elif studies or not faults:
+            table = Table("study", "digest", "found", "used", title=settings.name, title_justify="left")
+            for row in studies:
+                table.add_row(row["study"], row["digest"][:12], str(row["images_found"]), str(row["images_used"]))
+            Console().print(table)
+            for line in _shortened([line for row in studies for line in row["exclusions"]]):
+                Console().print(line, highlight=False, markup=False, soft_wrap=True)
+        if faults:
+            raise IcmoeError(*faults)
 
 
 @app.command()

@@ -5,9 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fl_client.approval import approved_studies
 from fl_client.site import SiteFile, site_data
+from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Study
 from icmoe.summary import summarise
+
+
+def study_records(path: Path, settings: SiteFile) -> tuple[list[dict[str, Any]], list[Fault]]:
+    """Return the `study_record` of each approved study that has one, and why others have none, such as a new one.
+
+    Raises
+    ------
+    IcmoeError
+        As `approved_studies`.
+    """
+    records, faults = list[dict[str, Any]](), list[Fault]()
+    for study in approved_studies(path.parent / settings.state):
+        try:
+            records.append(study_record(path, settings, study))
+        except IcmoeError as error:
+            faults += error.faults
+    return records, faults
 
 
 def study_record(path: Path, settings: SiteFile, study: Study) -> dict[str, Any]:

@@ -100,9 +100,12 @@ def test_a_second_study_with_other_labels_is_not_told_that_nobody_ever_ran_inges
     file = site.parent / "second.toml"
     file.write_text((site.parent / "study.toml").read_text().replace('"lesion"', '"tumour"'))
     command(site, "approve", str(file), "--yes")
-    assert "ingest has not been run since a study with these labels was approved" in command(site, "show")
+    shown = command(site, "show")
+    assert "ingest has not been run since a study with these labels was approved" in shown
+    assert "│ 8     │ 6    │" in shown, "found and used of the first study"
     ingest(site)
     assert "ICM131" not in command(site, "show")
+    assert command(site, "forget", "one").startswith("3 images and "), "each once, though two indexes had it"
 
 
 def test_a_folder_that_cannot_be_read_does_not_pass_for_a_deleted_one(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:

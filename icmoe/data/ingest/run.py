@@ -200,7 +200,9 @@ def stores_in(folder: Path) -> list[Path]:
 
 
 def forget(folder: Path, patient: str) -> int:
-    """Take a patient out of every index of a site for good and return how many frames went; no `ingest` reads it again.
+    """Take a patient out of every index of a site for good; no `ingest` reads it again.
+
+    Return how many frames went, of the index that had the most: those for studies of other labels have the same pictures.
 
     Parameters
     ----------
@@ -218,7 +220,7 @@ def forget(folder: Path, patient: str) -> int:
 
     name = pseudonym_of(patient, site_pseudonyms(folder))
     forget_name(folder, name)
-    return sum(_forget_in(store, name) for store in stores_in(folder))
+    return max([_forget_in(store, name) for store in stores_in(folder)], default=0)
 
 
 def sharing(folder: Path, patient: str) -> list[str]:
