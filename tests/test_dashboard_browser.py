@@ -183,7 +183,7 @@ def test_a_page_whose_server_went_says_so(browser: Browser, home: Home, folder: 
 def test_without_a_script_the_page_reloads_itself(home: Home, folder: StudyFolder, address: str, tmp_path: Path) -> None:
     with browsing(tmp_path, script=False) as plain:
         plain.open(address)
-        source = plain.ask("GET", "/source")
+        source = until(lambda: plain.ask("GET", "/source"), "the page, which may be between two loads", 20.0)
     assert "This page reloads itself every 15 seconds." in source
     assert '<meta http-equiv="refresh" content="15">' in source.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"')
 

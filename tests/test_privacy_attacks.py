@@ -62,13 +62,15 @@ def test_the_ratio_allows_for_patients_that_are_always_easy() -> None:
 
 
 def test_members_are_found_after_plain_training_and_hardly_after_private(plain, private) -> None:
-    found = {}
-    for study in (plain, private):
+    def attacked(study):
         data = seeded_rows(study, [1] * 32, seed=0)
-        found[study] = membership_attack(build_model(study, seed=1), study, data, models=6, rounds=1, seed=0)
-    assert found[plain].auc > 0.66
-    assert found[plain].tpr_at_1_fpr > 0.05
-    assert found[private].auc < 0.65  # 192 scores: the standard error of chance is about 0.042
+        return membership_attack(build_model(study, seed=1), study, data, models=6, rounds=1, seed=0)
+
+    found = attacked(plain)
+    assert found.auc > 0.66
+    assert found.tpr_at_1_fpr > 0.05
+    # The noise is the operating system's. 35 attacks were seen to have mean 0.50 and standard deviation 0.066: six, 0.027.
+    assert np.mean([attacked(private).auc for _ in range(6)]) < 0.62
 
 
 def test_features_are_read_back_from_a_plain_gradient_and_not_from_a_noised_one(plain, private) -> None:
