@@ -11,7 +11,7 @@ from fl_client.approval import named
 from fl_client.participant import Participant, read_site
 from fl_client.preparing import Progress
 from fl_client.site import read_named
-from icmoe.data.slices import load_mask
+from icmoe.data.slices import marks_digest
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import State, global_state
 from icmoe.mixture import joined
@@ -72,11 +72,8 @@ def _final_model(path: Path, study: Study) -> tuple[State, ModelHeader]:
 
 def _data_digest(data: OwnData, study: Study) -> str:
     """Return the digest of what is trained on: patients, pictures and what is marked on them."""
-    sha = hashlib.sha256()
-    for item in data.train:
-        sha.update(f"{item.patient}/{item.index} {item.image_digest} {item.shape};".encode())
-        sha.update(load_mask(item.mask, study.labels).tobytes())
-    return sha.hexdigest()
+    rows = [f"{item.patient}/{item.index} {item.image_digest} {item.shape}" for item in data.train]
+    return hashlib.sha256("\n".join([*rows, marks_digest(data.train, study.labels)]).encode()).hexdigest()
 
 
 def _own(site: Participant, data: OwnData, header: ModelHeader, on_progress: Progress) -> State:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fl_client.participant import Participant
-from icmoe.data.slices import SiteData, Slice, load_mask
+from icmoe.data.slices import SiteData, Slice
 from icmoe.data.sources import read_sites
 from icmoe.dataset import steps_of
 from icmoe.errors import Fault, IcmoeError
@@ -60,15 +60,6 @@ class Hospitals:
             for item in site.slices
         ]
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()
-
-
-def masks_digest(hospitals: Hospitals, study: Study) -> str:
-    """Return a SHA-256 over what is marked on the pictures, which `Hospitals.digest` leaves out."""
-    sha = hashlib.sha256()
-    for site in hospitals.sources.values():
-        for item in site.slices:
-            sha.update(load_mask(item.mask, study.labels).tobytes())
-    return sha.hexdigest()
 
 
 def find_hospitals(simulation: Simulation, study: Study, phantom_root: Path, progress: Progress | None = None) -> Hospitals:

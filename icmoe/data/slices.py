@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,3 +125,17 @@ def load_mask(path: Path, labels: Sequence[Label]) -> npt.NDArray[np.uint8]:
         103, 104 or 106 as in `icmoe.data.images.read_classes`; 101 or 102 for an entry of a store.
     """
     return read_stored(path).classes_HW if path.suffix == SUFFIX else read_classes(path, labels, where=path.name)
+
+
+def marks_digest(slices: Iterable[Slice], labels: Sequence[Label]) -> str:
+    """Return a SHA-256 over what is marked on the pictures, one after another; the pictures do not enter.
+
+    Raises
+    ------
+    IcmoeError
+        As `load_mask`.
+    """
+    sha = hashlib.sha256()
+    for item in slices:
+        sha.update(load_mask(item.mask, labels).tobytes())
+    return sha.hexdigest()
