@@ -88,6 +88,10 @@ def test_a_store_under_another_name_without_its_content_is_refused_and_one_that_
     (site.parent / "larger").mkdir()
     (site.parent / "ingest").rename(site.parent / "larger/ingest")
     assert "of 8 images used" in ingest(site)
+    moved = site.read_text()
+    site.write_text(moved.replace("larger/ingest", "third"))
+    assert f"Move {site.parent / 'larger/ingest'} there" in ingest(site).replace("\n", " "), "where it lay last"
+    site.write_text(moved)
     (site.parent / "larger/ingest" / SECRET_FILE).write_bytes(bytes(32))
     assert "another secret of the site lies here" in ingest(site).replace("\n", " ")
     next(site.parent.rglob("ingest-secret.json")).unlink()

@@ -25,6 +25,9 @@ from dicom_builders import (
 from pydicom.dataset import Dataset
 from test_ingest_masks import square
 
+from icmoe.data.ingest.nearest import nearest
+from icmoe.data.ingest.records import Plane
+
 pytestmark = pytest.mark.usefixtures("in_this_process")
 THIN_MM = 0.4
 
@@ -137,3 +140,18 @@ def test_slices_that_are_not_of_one_grid_have_no_distances(changed: object, know
     put(tmp_path, [*sources, plain_segmentation(MASKS[1:4], groups)])
     found = {one.spacing_mm for one in used(tmp_path)[2].slices}
     assert found == {(5.0, 1.0, 1.5) if known else None}
+
+
+def plane_at(height_mm: float, *, turned: bool = False) -> Plane:
+    """Return an axial plane there; a turned one has its rows the other way, and so its normal points down."""
+    return (0.0, 0.0, height_mm, -1.0 if turned else 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("turned", [[], [0], [1], [0, 1]])
+def test_of_two_images_as_far_from_a_mark_one_side_has_it_whichever_way_each_image_is_turned(turned: list[int]):
+    places = [(n, "a series", plane_at(0.4 * n, turned=n in turned)) for n in (0, 1)]
+    up = 0 not in turned  # as the series' first image is turned
+    assert nearest(plane_at(0.2), places) == [0 if up else 1]
+    assert nearest(plane_at(0.3), places) == [1]
+    assert nearest(plane_at(0.1), places) == [0]
+    assert nearest(plane_at(0.2), [*places, (7, "another series", plane_at(0.45))]) == [0 if up else 1, 7]
