@@ -75,7 +75,8 @@ def splits(data: Data) -> None:
         except (OSError, ValueError, KeyError, IndexError, TypeError, csv.Error) as error:
             limit = "UTF-8 with the columns name, split, family, vmax, anterior_vox and posterior_vox, each case a row"
             value = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise IcmoeError(Fault(number=110, where=str(index), value=value, limit=limit, did="No split was written.")) from None
+            did, todo = "No split was written.", "Name the folder of the hippocampus data set as --data."
+            raise IcmoeError(Fault(number=110, where=str(index), value=value, limit=limit, did=did, todo=todo)) from None
         for name, text in texts.items():
             write_atomically(FOLDER / f"hippocampus-{name}.csv", text.encode())
 
