@@ -11,7 +11,6 @@ from fl_client.approval import named
 from fl_client.participant import Participant, read_site
 from fl_client.preparing import Progress
 from fl_client.site import read_named
-from icmoe.data.slices import marks_digest
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import State, global_state
 from icmoe.mixture import joined
@@ -70,17 +69,17 @@ def _final_model(path: Path, study: Study) -> tuple[State, ModelHeader]:
     return global_state(model), header
 
 
-def _data_digest(data: OwnData, study: Study) -> str:
+def _data_digest(data: OwnData) -> str:
     """Return the digest of what is trained on: patients, pictures and what is marked on them."""
-    rows = [f"{item.patient}/{item.index} {item.image_digest} {item.shape}" for item in data.train]
-    return hashlib.sha256("\n".join([*rows, marks_digest(data.train, study.labels)]).encode()).hexdigest()
+    rows = [f"{item.patient}/{item.index} {item.image_digest} {item.shape} {item.marks}" for item in data.train]
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
 def _own(site: Participant, data: OwnData, header: ModelHeader, on_progress: Progress) -> State:
     """Return the model that the site trains alone, kept after each round."""
     study = header.study
     folder = site.state_folder / study.digest[:16] / site.name
-    kept = folder / f"alone-{_data_digest(data, study)[:16]}.safetensors"
+    kept = folder / f"alone-{_data_digest(data)[:16]}.safetensors"
     for other in {*folder.glob("alone*.safetensors")} - {kept}:  # a patient may have been forgotten since
         other.unlink()
     state, done = None, 0

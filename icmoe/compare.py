@@ -43,6 +43,7 @@ class Results(_Read):
     kind: Literal["icmoe-simulation"]
     study_digest: str
     data_digest: str
+    masks_digest: str | None = None
     phantoms: bool
     configuration: dict[str, Any]
     methods: dict[str, dict[str, _Training]]
@@ -139,7 +140,7 @@ def compare(a: Results, b: Results) -> Comparison:
     settings = {key: (left.get(key), right.get(key)) for key in sorted({*left, *right}) if left.get(key) != right.get(key)}
     return Comparison(
         settings=settings,
-        same_data=a.data_digest == b.data_digest,
+        same_data=a.data_digest == b.data_digest and len({a.masks_digest, b.masks_digest} - {None}) < 2,
         phantoms=a.phantoms or b.phantoms,
         changes=tuple(change for name in a.methods if name in b.methods for change in _changes(name, a, b)),
         only_a=tuple(name for name in a.methods if name not in b.methods),

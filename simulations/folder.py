@@ -112,7 +112,9 @@ class RunFolder:
         """Return whether the simulation has the data of the results, which may lie elsewhere by now."""
         if results["phantoms"] or simulation.data is None:  # phantoms are what their seed makes
             return bool(results["phantoms"]) == (simulation.data is None)
-        return find_hospitals(simulation, study, self.phantoms).digest() == str(results["data_digest"])
+        found = find_hospitals(simulation, study, self.phantoms)
+        masks = found.masks_digest()
+        return found.digest() == str(results["data_digest"]) and results.get("masks_digest", masks) == masks
 
     def _leave_as_found(self, *, had_phantoms: bool) -> None:
         """Remove what a refused start made: the corrected command needs no other --out and no --resume."""

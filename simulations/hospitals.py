@@ -53,13 +53,18 @@ class Hospitals:
         return [item for site in self.sites.values() for item in site.of(split)]
 
     def digest(self) -> str:
-        """Return a SHA-256 over what the sites hold, so that a resumed run is known to see the same data."""
+        """Return a SHA-256 over the pictures that the sites hold, so that a resumed run is known to see the same data."""
         rows = [
             f"{name}|{item.patient}|{item.index}|{item.split}|{item.image_digest}"
             for name, site in self.sites.items()
             for item in site.slices
         ]
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+    def masks_digest(self) -> str:
+        """Return a SHA-256 over what is marked on the pictures, which are in `digest`."""
+        marks = [item.marks for site in self.sites.values() for item in site.slices]
+        return hashlib.sha256("\n".join(marks).encode()).hexdigest()
 
 
 def find_hospitals(simulation: Simulation, study: Study, phantom_root: Path, progress: Progress | None = None) -> Hospitals:

@@ -22,7 +22,6 @@ from fl_server.run_state import RunState
 from icmoe.atomic import write_atomically
 from icmoe.backbone import Backbone, load_backbone
 from icmoe.cache_entries import default_cache_folder
-from icmoe.data.slices import marks_digest
 from icmoe.device import available_device
 from icmoe.exchange import State
 from icmoe.features import FeatureCache
@@ -239,11 +238,10 @@ def engine_of(simulation: Simulation, device: torch.device) -> Engine:
 
 def identity_of(jobs: list[Job], simulation: Simulation, hospitals: Hospitals, backbone: str) -> dict[str, str]:
     """Return what a run must have in common with the one that it continues; `backbone` is the digest of its weights."""
-    pictures = (item for site in hospitals.sources.values() for item in site.slices)
     return {
         "studies": ",".join(f"{job.method}:{job.study.digest}" for job in jobs),
         "data": hospitals.digest(),
-        "masks": marks_digest(pictures, jobs[0].study.labels),  # which the digest of the data leaves out
+        "masks": hospitals.masks_digest(),
         "backbone": backbone,
         "methods": ",".join(simulation.methods),
         "device": simulation.device,

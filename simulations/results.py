@@ -110,6 +110,7 @@ def results_record(
         "configuration": {"study": study.model_dump(mode="json"), "simulation": simulation.model_dump(mode="json")},
         "study_digest": study.digest,
         "data_digest": hospitals.digest(),
+        "masks_digest": hospitals.masks_digest(),
         "seeds": list(simulation.seeds),
         "threads_per_site": 1,
         "backbone": backbone,

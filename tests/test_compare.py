@@ -22,12 +22,13 @@ def training(dice: float | None, **sites: float | None) -> dict[str, Any]:
     return {"test": {"pooled": {"dice": dice}, "worst_site": {"dice": min(known, default=None)}, "sites": tests}, "rounds": []}
 
 
-def results(methods: dict[str, dict[str, Any]], *, data: str = "d", **study: object) -> dict[str, Any]:
+def results(methods: dict[str, dict[str, Any]], *, data: str = "d", masks: str | None = None, **study: object) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "kind": "icmoe-simulation",
         "study_digest": "s",
         "data_digest": data,
+        **({} if masks is None else {"masks_digest": masks}),
         "phantoms": False,
         "configuration": {"study": {"rounds": 2, "model": {"top_k": 6}, **study}, "simulation": {"seeds": [1, 2]}},
         "methods": methods,
@@ -79,6 +80,12 @@ def test_other_data_phantoms_and_single_seeds_are_said(tmp_path: Path) -> None:
         assert sentence in text
     found = compare(read_results(a), read_results(b))
     assert all(change.difference is None and change.a is None for change in found.changes)
+
+
+def test_the_same_pictures_under_other_masks_are_other_data(tmp_path: Path) -> None:
+    a, b, old = (write(tmp_path / name, results({}, masks=masks)) for name, masks in (("a", "1"), ("b", "2"), ("old", None)))
+    found = {name: compare(read_results(a), read_results(other)).same_data for name, other in (("b", b), ("a", a), ("old", old))}
+    assert found == {"b": False, "a": True, "old": True}  # an earlier version did not note them
 
 
 @given(st.dictionaries(st.sampled_from("123"), st.tuples(*[st.one_of(st.none(), st.floats(0, 1))] * 2), min_size=1))

@@ -193,6 +193,7 @@ def test_dicom_and_png_of_one_patient_give_equal_arrays_and_equal_digests(tmp_pa
         (tmp_path / f"png/splits/{split}.csv").write_text("\n".join(rows if split == "train" else rows[:1]) + "\n")
     by_png = read_sites(tmp_path / "png", LESION)["Elm"].slices
     assert [item.image_digest for item in by_dicom] == [item.image_digest for item in by_png]
+    assert [item.marks for item in by_dicom] == [item.marks for item in by_png]
     for one, other in zip(by_dicom, by_png, strict=True):
         assert np.array_equal(load_image(one), load_image(other))
         assert np.array_equal(load_mask(one.mask, LESION), load_mask(other.mask, LESION))

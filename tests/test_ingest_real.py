@@ -296,10 +296,10 @@ def site_export(root: Path, site: str) -> Export:
     return Export(**fields | {"site": site, "store": store_of(place, LESION), "split_file": split})
 
 
-def contents(root: Path) -> Iterator[tuple[str, str, bytes, bytes, str]]:
+def contents(root: Path) -> Iterator[tuple[str, str, bytes, bytes, str, str]]:
     for site, data in read_sites(root, LESION).items():
         for item in data.slices:
-            yield site, item.split, load_image(item).tobytes(), load_mask(item.mask, LESION).tobytes(), item.image_digest
+            yield site, item.split, load_image(item).tobytes(), load_mask(item.mask, LESION).tobytes(), item.image_digest, item.marks
 
 
 def test_dicom_and_png_of_the_same_slices_give_equal_arrays_and_digests(both: Path):

@@ -61,6 +61,23 @@ def test_a_complete_run_is_not_shown_for_other_data(tmp_path: Path) -> None:
             folder.finished(study, changed)
 
 
+def test_a_complete_run_is_not_shown_for_masks_that_were_drawn_anew(tmp_path: Path) -> None:
+    folder, study, simulation = finished_folder(tmp_path / "run")
+    own = simulation.model_copy(update={"data": str(tmp_path / "own")})
+    site = PhantomSite(name="Alder", train_patients=1, val_patients=1, test_patients=1)
+    write_phantoms(tmp_path / "own", seed=1, size_px=32, sites=[site])
+    found = find_hospitals(own, study, tmp_path / "none")
+    kept = json.loads(folder.results.read_text()) | {"phantoms": False, "data_digest": found.digest()}
+    folder.results.write_text(json.dumps({**kept, "masks_digest": found.masks_digest()}))
+    assert folder.finished(study, own)
+    for mask in sorted((tmp_path / "own" / "Alder" / "masks").glob("*.png")):
+        Image.fromarray(np.roll(np.asarray(Image.open(mask)), 1, axis=0)).save(mask)
+    with pytest.raises(IcmoeError, match=r"ICM502 .*other data"):
+        folder.finished(study, own)
+    folder.results.write_text(json.dumps(kept))  # of a version that did not note them
+    assert folder.finished(study, own)
+
+
 def test_a_stopped_run_does_not_go_on_over_masks_that_were_drawn_anew(tmp_path: Path) -> None:
     site = PhantomSite(name="Alder", train_patients=1, val_patients=1, test_patients=1)
     write_phantoms(tmp_path / "data", seed=1, size_px=32, sites=[site])

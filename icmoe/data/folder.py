@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from icmoe.data.images import LEFT_OUT, read_classes, read_grey
-from icmoe.data.picture import Picture, picture_digest, picture_of, ranks_digest
+from icmoe.data.picture import Picture, marks_digest, picture_digest, picture_of, ranks_digest
 from icmoe.data.slices import SiteData, Slice
 from icmoe.data.splits import Row, patients_in_two_splits, read_rows, spacing_mm
 from icmoe.errors import Fault, IcmoeError
@@ -186,6 +186,7 @@ def _read_patient(root: Path, rows: Sequence[Row], labels: Sequence[Label]) -> t
 class _Checked(NamedTuple):
     picture: Picture
     classes: tuple[int, ...]
+    marks: str
 
 
 def _checked(root: Path, row: Row, labels: Sequence[Label]) -> _Checked:
@@ -203,7 +204,7 @@ def _checked(root: Path, row: Row, labels: Sequence[Label]) -> _Checked:
         raise IcmoeError(Fault(number=105, where=row.mask, value=sizes[0], limit=sizes[1], did=LEFT_OUT))
     if pixels.min() == pixels.max():
         raise IcmoeError(Fault(number=113, where=row.image, value=f"every pixel is {pixels.flat[0]}", did=LEFT_OUT))
-    return _Checked(picture_of(pixels), tuple(np.flatnonzero(np.bincount(classes.ravel())).tolist()))
+    return _Checked(picture_of(pixels), tuple(np.flatnonzero(np.bincount(classes.ravel())).tolist()), marks_digest(classes))
 
 
 def _slice(root: Path, row: Row, checked: _Checked, spacing: tuple[float, float, float] | None, window: Window) -> Slice:
@@ -220,6 +221,7 @@ def _slice(root: Path, row: Row, checked: _Checked, spacing: tuple[float, float,
         window=window,
         spacing_mm=spacing,
         classes=checked.classes,
+        marks=checked.marks,
     )
 
 

@@ -86,6 +86,12 @@ def ranks_digest(ranks_HW: npt.NDArray[np.unsignedinteger[Any]]) -> bytes:
     return digest.digest()
 
 
+def marks_digest(classes_HW: npt.NDArray[np.uint8]) -> str:
+    """Return the SHA-256 of the rows of class indices that have a mark and of which they are; empty where none has."""
+    marked_H = np.flatnonzero(classes_HW.any(axis=1))
+    return hashlib.sha256(marked_H.tobytes() + classes_HW[marked_H].tobytes()).hexdigest() if len(marked_H) else ""
+
+
 def picture_digest(ranks: bytes, values_V: npt.NDArray[Any], window: Window) -> str:
     """Return the digest of a picture on the scale of its series, from its `ranks_digest` and its values.
 

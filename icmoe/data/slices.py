@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +47,8 @@ class Slice:
         A term of DICOM, empty for PNG files.
     classes
         Class indices that the mask holds, ascending.
+    marks
+        `marks_digest` of the mask, empty where nothing is marked: the same in every form of the mask.
     """
 
     site: str
@@ -62,6 +63,7 @@ class Slice:
     spacing_mm: tuple[float, float, float] | None
     modality: str = ""
     classes: tuple[int, ...] = ()
+    marks: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,17 +127,3 @@ def load_mask(path: Path, labels: Sequence[Label]) -> npt.NDArray[np.uint8]:
         103, 104 or 106 as in `icmoe.data.images.read_classes`; 101 or 102 for an entry of a store.
     """
     return read_stored(path).classes_HW if path.suffix == SUFFIX else read_classes(path, labels, where=path.name)
-
-
-def marks_digest(slices: Iterable[Slice], labels: Sequence[Label]) -> str:
-    """Return a SHA-256 over what is marked on the pictures, one after another; the pictures do not enter.
-
-    Raises
-    ------
-    IcmoeError
-        As `load_mask`.
-    """
-    sha = hashlib.sha256()
-    for item in slices:
-        sha.update(load_mask(item.mask, labels).tobytes())
-    return sha.hexdigest()

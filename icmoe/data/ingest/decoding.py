@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from icmoe.data.ingest.records import FrameResult, Kind
 from icmoe.data.ingest.refusals import OFF_IMAGE, Refusal, refusing
 from icmoe.data.ingest.same_instance import agreeing
 from icmoe.data.ingest.volumes import SCALING_ERROR, read_volume, through_axis
-from icmoe.data.picture import Picture, picture_digest, picture_of, ranks_digest
+from icmoe.data.picture import Picture, marks_digest, picture_digest, picture_of, ranks_digest
 from icmoe.data.store import Stored, entry_path, read_stored, smallest, write_stored
 from icmoe.errors import IcmoeError
 from icmoe.window import ValueCounts, Window
@@ -91,7 +90,7 @@ def _first_pass(
         columns=ranks_HW.shape[1],
         mean=picture.mean,
         class_px=_class_px(classes, len(job.labels)),
-        marks=_marks_digest(classes),
+        marks=marks_digest(classes),
         lettered=lettered,
     )
 
@@ -100,12 +99,6 @@ def _class_px(classes: Classes, labels: int) -> tuple[int, ...]:
     """Return the pixels of each class; most frames have no mark."""
     marked = [int(np.count_nonzero(classes == label)) for label in range(1, labels)] if classes.any() else [0] * (labels - 1)
     return (classes.size - sum(marked), *marked)
-
-
-def _marks_digest(classes: Classes) -> str:
-    """Return the SHA-256 of the rows that have a mark and of which they are; empty where none has."""
-    marked_H = np.flatnonzero(classes.any(axis=1))
-    return hashlib.sha256(marked_H.tobytes() + classes[marked_H].tobytes()).hexdigest() if len(marked_H) else ""
 
 
 def _lettered(picture: Picture, kind: str) -> bool:

@@ -297,4 +297,5 @@ def _slice(folder: Path, site: str, row: FrameRow) -> Slice:
         spacing_mm=row.spacing,
         modality=row.modality,
         classes=tuple(index for index, pixels in enumerate(row.result.class_px) if pixels),
+        marks=row.result.marks,
     )

@@ -176,7 +176,8 @@ def study_of(job: Job, base: Study) -> Study:
 
 def identity_of(job: Job, bench: Bench) -> str:
     """Return a SHA-256 over everything that decides the result."""
-    own = {"version": VERSION, "job": asdict(job), "study": bench.study.digest, "data": bench.hospitals.digest()}
+    data = {"data": bench.hospitals.digest(), "masks": bench.hospitals.masks_digest()}
+    own = {"version": VERSION, "job": asdict(job), "study": bench.study.digest, **data}
     settings = {"regime": asdict(REGIMES[job.regime]), "backbone": bench.backbone.digest, "rate": METHODS[job.method].rate}
     return hashlib.sha256(canonical_json({**own, **settings}).encode()).hexdigest()
 
