@@ -11,7 +11,8 @@ from torch import Tensor
 
 from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError
-from icmoe.exchange import State, is_personal
+from icmoe.exchange import State
+from icmoe.kinds import is_personal
 from icmoe.study import Study
 
 

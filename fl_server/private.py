@@ -36,8 +36,8 @@ from fl_server.replies import PIECE, Update, parse_replies
 from fl_server.round_strategy import RoundReport, RoundStrategy, State
 from fl_server.wrapping import Wrapping
 from icmoe.errors import Fault, IcmoeError
-from icmoe.exchange import expert_of, is_usage_weighted
 from icmoe.gaussian import ACCOUNTANT, epsilon_of, noise_for
+from icmoe.kinds import expert_of, is_usage_weighted
 from icmoe.os_random import gaussian
 from icmoe.server_privacy import ServerPrivacy
 from icmoe.study import Study

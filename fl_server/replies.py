@@ -15,7 +15,7 @@ import numpy.typing as npt
 from flwr.app import ArrayRecord, Message, MetricRecord
 
 from icmoe.errors import CATALOGUE, Fault
-from icmoe.exchange import is_personal
+from icmoe.kinds import BALANCE_BIAS, is_personal
 from icmoe.messages import (
     DICE_KEY,
     LARGEST_LOSS,
@@ -325,7 +325,7 @@ def _shapes(current: tuple[tuple[str, tuple[int, ...]], ...], personal: ModelSha
     personal
         The model, where parts of it stay at the sites.
     """
-    sent = (name for name, _ in current if not name.endswith("balance_bias_M"))
+    sent = (name for name, _ in current if name != BALANCE_BIAS)
     shapes = dict(current)
     return {name: shapes[name] for name in sorted(sent) if personal is None or not is_personal(name, personal)}
 

@@ -21,7 +21,7 @@ from fl_server.aggregate import flower_reply, in_one_reply
 from fl_server.replies import Update, parse_replies
 from fl_server.round_strategy import RoundReport, RoundStrategy
 from fl_server.wrapping import Wrapping
-from icmoe.exchange import expert_of, is_usage_weighted
+from icmoe.kinds import expert_of, is_usage_weighted
 from icmoe.study import Aggregation, Study
 
 WEIGHT = "weight"

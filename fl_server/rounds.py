@@ -24,7 +24,7 @@ from fl_server.round_strategy import RoundReport, RoundStrategy, record_of, unhe
 from fl_server.run_state import RunState
 from fl_server.waiting import Watch, begun
 from icmoe.errors import Fault, IcmoeError
-from icmoe.experts import names_of
+from icmoe.kinds import names_of
 from icmoe.messages import LOSS_KEY
 from icmoe.study import Study
 

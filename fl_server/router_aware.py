@@ -22,7 +22,7 @@ from flwr.serverapp.strategy import Strategy
 from fl_server.replies import PIECE, Form, InReply, Update, is_finite, mean_loss, only_finite, parse_replies, score_of
 from fl_server.round_strategy import RoundReport, State, Tensors, record_of
 from fl_server.weights import balance_step, expert_weights, plain_share
-from icmoe.exchange import BALANCE_BIAS, expert_of, is_usage_weighted
+from icmoe.kinds import BALANCE_BIAS, expert_of, is_usage_weighted
 from icmoe.messages import ARRAYS, CONFIG, DICE_KEY, LOSS_KEY, PATIENTS_KEY, ROUND_KEY, STUDY_KEY
 from icmoe.study import Aggregation, Study
 

@@ -18,7 +18,7 @@ from fl_server.aggregate import flower_reply
 from fl_server.round_strategy import State, Tensors
 from fl_server.router_aware import RouterAware
 from fl_server.wrapping import Wrapping
-from icmoe.exchange import BALANCE_BIAS
+from icmoe.kinds import BALANCE_BIAS
 
 FLOWER_STRATEGIES: dict[str, type[FedAdam] | type[FedYogi]] = {"adam": FedAdam, "yogi": FedYogi}
 

@@ -11,7 +11,7 @@ from fl_server.replies import Update
 from fl_server.round_strategy import Tensors
 from fl_server.router_aware import RouterAware
 from fl_server.weights import FULL_STEP_SHARE, move_bias
-from icmoe.exchange import BALANCE_BIAS
+from icmoe.kinds import BALANCE_BIAS
 from icmoe.study import Aggregation
 from icmoe.sums import SumLayout, Sums, own_vector, unpacked
 

@@ -8,44 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from icmoe.errors import Fault, IcmoeError
-from icmoe.experts import Kind, kinds_of
+from icmoe.kinds import is_personal
 from icmoe.study import ModelShape
 
-BALANCE_BIAS = "balance_bias_M"
-_EXPERT = re.compile(r"experts\.(\d+)\.")
-
 State = dict[str, Tensor]
-
-
-def expert_of(name: str) -> int | None:
-    """Return the index of the expert that a tensor belongs to, None for shared tensors and the router."""
-    match = _EXPERT.match(name)
-    return int(match.group(1)) if match else None
-
-
-def kind_of(name: str, shape: ModelShape) -> Kind | None:
-    """Return the kind of the expert that a tensor belongs to, None where it belongs to none of the model's."""
-    expert, kinds = expert_of(name), kinds_of(shape)
-    return kinds[expert] if expert is not None and expert < len(kinds) else None
-
-
-def is_usage_weighted(name: str, shape: ModelShape) -> bool:
-    """Return whether the router's usage weighs this tensor: those of semantic and adaptive experts."""
-    kind = kind_of(name, shape)
-    return kind is not None and kind.usage_weighted
-
-
-def is_personal(name: str, shape: ModelShape) -> bool:
-    """Return whether personal mode keeps this tensor at the site: adaptive experts and router."""
-    kind = kind_of(name, shape)
-    return name.startswith("router.") or (kind is not None and kind.personal)
 
 
 def global_state(model: nn.Module) -> State:

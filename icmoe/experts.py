@@ -10,12 +10,12 @@ Every expert maps the normalised embedding to a hidden map `hidden_BbHW`; its co
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from icmoe.kinds import kinds_of
 from icmoe.pointwise import Pointwise
 from icmoe.study import ModelShape
 
@@ -132,43 +132,16 @@ class Expert(nn.Module):
         return hidden_BbHW
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of expert; `ModelShape` has its number under `<name>_experts`.
-
-    Parameters
-    ----------
-    name
-        As in the experts' names, "semantic-2".
-    body
-        Makes one from the widths C and b and the number P of prototypes.
-    usage_weighted
-        Whether the router's usage weighs its tensors at the server; plain FedAvg does otherwise.
-    personal
-        Whether personal mode keeps it at the site.
-    """
-
-    name: str
-    body: Callable[[int, int, int], nn.Module]
-    usage_weighted: bool
-    personal: bool
-
-
-KINDS = (
-    Kind("basic", lambda channels, bottleneck, _: BasicExpert(channels, bottleneck), usage_weighted=False, personal=False),
-    Kind("semantic", SemanticExpert, usage_weighted=True, personal=False),
-    Kind("adaptive", lambda channels, bottleneck, _: AdaptiveExpert(channels, bottleneck), usage_weighted=True, personal=True),
-)
-"""All kinds, in the order in which a model holds them."""
-
-
-def kinds_of(shape: ModelShape) -> list[Kind]:
-    """Return the kind of each expert of the model, in its order."""
-    return [kind for kind in KINDS for _ in range(getattr(shape, f"{kind.name}_experts"))]
+BODIES: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "basic": lambda channels, bottleneck, _: BasicExpert(channels, bottleneck),
+    "semantic": SemanticExpert,
+    "adaptive": lambda channels, bottleneck, _: AdaptiveExpert(channels, bottleneck),
+}
+"""What makes an expert of each kind (`icmoe.kinds.KINDS`) from the widths C and b and the number P of prototypes."""
 
 
 def make_experts(shape: ModelShape, *, channels: int, classes: int) -> nn.ModuleList:
-    """Return the experts that `shape` asks for, in the order of `KINDS`.
+    """Return the experts that `shape` asks for, in the order of `icmoe.kinds.KINDS`.
 
     Parameters
     ----------
@@ -180,11 +153,6 @@ def make_experts(shape: ModelShape, *, channels: int, classes: int) -> nn.Module
         Number K of classes; a semantic expert holds 4 prototypes per class.
     """
     width = shape.bottleneck
-    bodies = [kind.body(channels, width, 4 * classes) for kind in kinds_of(shape)]  # first of all: a seed gives what it gave
+    # All bodies before the projections, so that a seed gives what it gave.
+    bodies = [BODIES[kind.name](channels, width, 4 * classes) for kind in kinds_of(shape)]
     return nn.ModuleList(Expert(body, channels, width) for body in bodies)
-
-
-def names_of(shape: ModelShape) -> tuple[str, ...]:
-    """Return the names of the experts that `shape` asks for, in the model's order."""
-    counts = [(kind.name, getattr(shape, f"{kind.name}_experts")) for kind in KINDS]
-    return tuple(f"{name}-{number + 1}" for name, count in counts for number in range(count))

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from icmoe.backbone import widths
 from icmoe.contrast import prototype_pull, semantic_contrast
-from icmoe.experts import Expert, make_experts, names_of
+from icmoe.experts import Expert, make_experts
 from icmoe.features import Features
+from icmoe.kinds import names_of
 from icmoe.losses import (
     cross_entropy,
     dice_loss,

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from icmoe import __version__
 from icmoe.atomic import write_atomically
 from icmoe.backbones import BACKBONES, file_digest
-from icmoe.experts import names_of
+from icmoe.kinds import names_of
 from icmoe.modelfile import ModelHeader
 
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import os
 import secrets
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 _DRAWS = 4
 _BITS = 52  # one less than a float64 holds, so that the largest value stays below 1
@@ -38,4 +41,6 @@ def gaussian(count: int) -> Vector:
 
 def torch_generator(device: torch.device) -> torch.Generator:
     """Return a generator with a fresh secret seed, for router noise and anchors: they are no part of the promise."""
+    import torch  # only where something is trained; the coordinator's noise does without
+
     return torch.Generator(device).manual_seed(secrets.randbits(63))

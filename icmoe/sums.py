@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from icmoe.exchange import expert_of, is_usage_weighted
+from icmoe.kinds import expert_of, is_usage_weighted
 from icmoe.study import Aggregation, ModelShape
 
 Vector = npt.NDArray[np.float32]

@@ -13,7 +13,7 @@ import torch
 from icmoe import __version__
 from icmoe.accounting import study_epsilon, training_spending
 from icmoe.data.slices import SiteData
-from icmoe.experts import names_of
+from icmoe.kinds import names_of
 from icmoe.study import Study
 from simulations.cross_site import cross_site
 from simulations.hospitals import Hospitals

@@ -10,7 +10,7 @@ from typing import Protocol
 from fl_server.round_log import RoundRecord
 from fl_server.round_strategy import unheard
 from icmoe.errors import Fault, IcmoeError
-from icmoe.experts import names_of
+from icmoe.kinds import names_of
 from simulations.federation import Job, Listener
 
 

@@ -26,7 +26,7 @@ from fl_server.rounds import run_rounds
 from fl_server.run_state import KEPT, RunState, latest_state
 from fl_server.submit import StudyFolder, folder_of
 from fl_server.waiting import write_wait
-from icmoe.exchange import BALANCE_BIAS
+from icmoe.kinds import BALANCE_BIAS
 from icmoe.messages import ARRAYS, CONFIG, NUMBERS, ROUND_KEY, UPDATE
 from icmoe.study import Study
 

@@ -20,8 +20,9 @@ from fl_client.personal import personal_path
 from fl_client.site import ENVIRONMENT
 from icmoe.data.folder import read_folder
 from icmoe.errors import CATALOGUE, IcmoeError
-from icmoe.exchange import global_state, is_personal, update_of
+from icmoe.exchange import global_state, update_of
 from icmoe.features import FeatureCache
+from icmoe.kinds import is_personal
 from icmoe.messages import ARRAYS, CONFIG, NUMBERS, ROUND_KEY, STUDY_KEY, UPDATE
 from icmoe.model import build_model
 from icmoe.packing import unpack_records

@@ -8,17 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmoe.errors import IcmoeError
-from icmoe.exchange import (
-    BALANCE_BIAS,
-    announced_size,
-    expert_of,
-    global_state,
-    is_personal,
-    is_usage_weighted,
-    load_state,
-    state_digest,
-    update_of,
-)
+from icmoe.exchange import announced_size, global_state, load_state, state_digest, update_of
+from icmoe.kinds import BALANCE_BIAS, expert_of, is_personal, is_usage_weighted
 from icmoe.model import build_model
 
 

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from icmoe import losses
 from icmoe.contrast import prototype_pull, semantic_contrast
-from icmoe.exchange import is_personal, is_usage_weighted
-from icmoe.experts import KINDS, AdaptiveExpert, BasicExpert, SemanticExpert, make_experts, names_of
+from icmoe.experts import BODIES, AdaptiveExpert, BasicExpert, SemanticExpert, make_experts
+from icmoe.kinds import KINDS, is_personal, is_usage_weighted, names_of
 from icmoe.model import build_model
 from icmoe.router import Router
 from icmoe.study import ModelShape
@@ -95,7 +95,7 @@ def test_experts_come_in_a_fixed_order_with_names() -> None:
 
 def test_the_study_counts_each_kind_once() -> None:
     counts = [name for name in ModelShape.model_fields if name.endswith("_experts")]
-    assert counts == [f"{kind.name}_experts" for kind in KINDS]
+    assert counts == [f"{kind.name}_experts" for kind in KINDS] == [f"{name}_experts" for name in BODIES]
     assert ModelShape(basic_experts=3, semantic_experts=0, adaptive_experts=1).experts == 4
 
 

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from shown import make_home, play
 
 RUN = """
 import sys
 from {package}.cli import main
+{before}
 sys.argv = {words}
 try:
     main()
@@ -34,7 +36,22 @@ def test_a_study_is_written_without_pytorch(tmp_path: Path):
     require_light("fl_server", words)
 
 
-def require_light(package: str, words: list[str]) -> None:
-    script = RUN.format(package=package, words=words)
+SUPERLINK = """
+from fl_server import commands, flower, home
+commands.read_home = home.find_home  # a folder without certificates
+flower.runs = lambda home: [flower.Run("4242", "running", "", "", "")]
+"""
+
+
+@pytest.mark.parametrize("command", ["status", "list"])
+def test_the_coordinator_reads_how_far_a_run_came_without_pytorch(command: str, make_study, tmp_path: Path):
+    play(make_home(tmp_path), make_study(), rounds=1)
+    said = require_light("fl_server", ["fl_server", command, "--home", str(tmp_path)], SUPERLINK)
+    assert "1 of 2" in said
+
+
+def require_light(package: str, words: list[str], before: str = "") -> str:
+    script = RUN.format(package=package, words=words, before=before)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -24,8 +24,8 @@ from fl_server.router_aware import RouterAware
 from fl_server.run_state import RunState, latest_state
 from fl_server.submit import sentence
 from icmoe.errors import IcmoeError
-from icmoe.exchange import BALANCE_BIAS, expert_of, is_usage_weighted
 from icmoe.gaussian import delta_of, epsilon_of, noise_for
+from icmoe.kinds import BALANCE_BIAS, expert_of, is_usage_weighted
 from icmoe.os_random import gaussian
 from icmoe.study import Study
 

@@ -18,8 +18,8 @@ from fl_server.roster import Roster
 from fl_server.round_strategy import unheard
 from fl_server.rounds import run_rounds
 from icmoe.errors import IcmoeError
-from icmoe.exchange import BALANCE_BIAS, expert_of, is_usage_weighted
 from icmoe.features import Features
+from icmoe.kinds import BALANCE_BIAS, expert_of, is_usage_weighted
 from icmoe.messages import ARRAYS, NUMBERS, UPDATE
 from icmoe.model import build_model
 from icmoe.study import Study

@@ -21,7 +21,7 @@ from fl_server.router_aware import RouterAware
 from fl_server.run_state import RunState, latest_state
 from fl_server.server_optimizer import ServerOptimized
 from icmoe.errors import IcmoeError
-from icmoe.exchange import BALANCE_BIAS
+from icmoe.kinds import BALANCE_BIAS
 from icmoe.messages import ARRAYS, CONFIG, NUMBERS, ROUND_KEY, UPDATE
 from icmoe.packing import unpack_records
 from icmoe.strategies import SERVER_OPTIMIZERS

@@ -18,7 +18,7 @@ from fl_server.roster import Roster
 from fl_server.round_strategy import record_of
 from fl_server.router_aware import RouterAware, combine
 from fl_server.weights import expert_weights
-from icmoe.exchange import BALANCE_BIAS, expert_of, is_usage_weighted
+from icmoe.kinds import BALANCE_BIAS, expert_of, is_usage_weighted
 from icmoe.messages import ARRAYS, CONFIG, NUMBERS, UPDATE
 from icmoe.study import Study
 

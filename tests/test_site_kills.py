@@ -35,7 +35,7 @@ from fl_server.receipts import Receipted
 from fl_server.roster import Roster
 from fl_server.rounds import run_rounds
 from fl_server.run_state import RunState
-from icmoe.exchange import is_personal
+from icmoe.kinds import is_personal
 from icmoe.messages import LOSS_KEY, NUMBERS, SECONDS_KEY, SLICES_KEY, UPDATE
 from icmoe.study import Study
 

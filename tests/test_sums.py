@@ -17,7 +17,7 @@ from fl_server.round_strategy import Tensors, record_of
 from fl_server.router_aware import RouterAware
 from fl_server.sums import FromSums
 from icmoe.errors import IcmoeError
-from icmoe.exchange import BALANCE_BIAS, expert_of, is_personal, is_usage_weighted
+from icmoe.kinds import BALANCE_BIAS, expert_of, is_personal, is_usage_weighted
 from icmoe.study import Study
 from icmoe.sums import SumLayout, own_vector, own_weights, unpacked
 

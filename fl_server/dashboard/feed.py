@@ -24,7 +24,7 @@ from fl_server.run_state import RunState, newest_readable
 from fl_server.submit import StudyFolder, sitting_out
 from fl_server.waiting import Wait, read_wait, wait_path
 from icmoe.errors import Fault, IcmoeError, file_fault
-from icmoe.experts import names_of
+from icmoe.kinds import names_of
 from icmoe.study import Study, read_study
 
 PACE_ROUNDS = 5

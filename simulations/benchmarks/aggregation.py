@@ -26,7 +26,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from fl_server.guard import Guard
 from fl_server.round_strategy import RoundStrategy
 from fl_server.router_aware import RouterAware
-from icmoe.exchange import BALANCE_BIAS, global_state
+from icmoe.exchange import global_state
+from icmoe.kinds import BALANCE_BIAS
 from icmoe.messages import LOSS_KEY, NUMBERS, SECONDS_KEY, SLICES_KEY, STEPS_KEY, UPDATE, USAGE_KEY
 from icmoe.model import build_model
 from icmoe.study import Study

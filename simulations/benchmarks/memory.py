@@ -47,8 +47,9 @@ from icmoe.backbone import backbone_digest, load_backbone
 from icmoe.config import parse
 from icmoe.data.folder import read_folder
 from icmoe.errors import Fault, print_faults
-from icmoe.exchange import BALANCE_BIAS, global_state
+from icmoe.exchange import global_state
 from icmoe.features import FeatureCache
+from icmoe.kinds import BALANCE_BIAS
 from icmoe.messages import ARRAYS, CONFIG, NUMBERS, ROUND_KEY, STUDY_KEY, UPDATE
 from icmoe.model import build_model
 from icmoe.packing import unpack_records
