@@ -19,6 +19,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fl_client.budget import releases_of, require_fit, require_room, round_spending
+from fl_client.by_round import KEPT
 from fl_client.causes import cause_of
 from fl_client.doing import Doing, telling
 from fl_client.egress import Request, decline, release
@@ -27,7 +28,7 @@ from fl_client.incoming import accept
 from fl_client.ledger import Book, Entry, new_entry
 from fl_client.local_round import size_of, train_here, validation_numbers
 from fl_client.manifest import Outgoing
-from fl_client.owed import KEPT, quantised_update
+from fl_client.owed import quantised_update
 from fl_client.participant import Participant, site_from_environment
 from fl_client.personal import keep_personal, with_personal
 from fl_client.watchdog import START_S, end_after, end_with_parent
@@ -129,16 +130,16 @@ def _trained(request: Request, start: State, model: ICMoE) -> Outgoing:
     )
     with telling(site.state_folder if site.records is not None else None, doing) as on_step:
         numbers |= train_here(site, study, model, round_number, on_step)
-    keep_personal(global_state(model), site.state_folder, study, site.name, round_number)
+    kept = KEPT if site.records is not None else 2  # a simulation's coordinator repeats the round that was cut off, no other
+    keep_personal(global_state(model), site.state_folder, study, site.name, round_number, kept=kept)
     update = update_of(model, start, personal=study.aggregation.personal, shape=study.model)
-    return Outgoing(tensors=_in_form(update, site, study, round_number), numbers=numbers)
+    return Outgoing(tensors=_in_form(update, site, study, round_number, kept), numbers=numbers)
 
 
-def _in_form(update: State, site: Participant, study: Study, round_number: int) -> State:
+def _in_form(update: State, site: Participant, study: Study, round_number: int, kept: int) -> State:
     """Return the update in the form that the study asks for."""
     if study.update.form == "float32":
         return update
-    kept = KEPT if site.records is not None else 2  # a simulation's coordinator repeats the round that was cut off, no other
     bits = site.policy.mantissa_bits
     return quantised_update(update, site.state_folder, study, site.name, round_number, bits=bits, kept=kept)
 

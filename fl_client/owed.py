@@ -1,8 +1,7 @@
 """An update in int8, and what its rounding left out: owed to the next update and kept at the site until then.
 
-A round starts from what the site's last round before it left, whatever was asked in between, and leaves its own under its own
-number. Trained again it therefore starts from the same and ends with the same bytes. Where nothing can be read, a site owes
-nothing: its updates are then rounded once without being made up for, and training goes on.
+Where nothing can be read, a site owes nothing: its updates are then rounded once without being made up for, and training
+goes on.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, from_numpy, isfinite
 
+from fl_client.by_round import KEPT, keep, last_until, round_path
 from fl_client.egress import rounded_to
-from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import State, state_digest, state_faults
 from icmoe.quantise import EXPONENT, MANTISSA_BITS, dequantised, quantised
@@ -24,13 +23,10 @@ from icmoe.tensor_file import read_tensors
 
 log = logging.getLogger("fl_client")
 
-KEPT = 4
-"""Rounds whose remainder is kept: a coordinator whose newest commits are damaged goes back by so many."""
-
 
 def owed_path(folder: Path, study: Study, site: str, round_number: int) -> Path:
     """Return where what a round left out is kept."""
-    return folder / study.digest[:16] / site / f"owed-{round_number:05d}.safetensors"
+    return round_path(folder, study, site, "owed", round_number)
 
 
 def quantised_update(
@@ -56,15 +52,15 @@ def quantised_update(
     IcmoeError
         304 where the update is not finite; nothing is kept of it then.
     """
-    path = owed_path(folder, study, site, round_number)
-    before = _last(path, update)
+    before = _last(owed_path(folder, study, site, round_number - 1), update)
     sent, left = State(), State()
     for name, tensor in sorted(update.items()):
         wanted = tensor if before is None else tensor + before[name]
         steps, exponent_R = quantised(_coarse(wanted, bits, name).numpy())
         sent[name], sent[name + EXPONENT] = from_numpy(steps), from_numpy(exponent_R)
         left[name] = (wanted - from_numpy(dequantised(steps, exponent_R))).contiguous()
-    _keep(left, path, kept)
+    path, digest = owed_path(folder, study, site, round_number), state_digest(left)
+    keep(path, save(left, metadata={"digest": digest}), kept)
     return dict(sorted(sent.items()))
 
 
@@ -76,27 +72,16 @@ def _coarse(wanted: Tensor, bits: int, name: str) -> Tensor:
 
 
 def _last(path: Path, like: State) -> State | None:
-    """Return what the last round before that of `path` left, None where there is none that can be used."""
-    earlier = [one for one in _kept(path) if one.name < path.name]
-    if not earlier:
+    """Return what the last round until that of `path` left, None where there is none that can be used."""
+    last = last_until(path)
+    if last is None:
         return None
     try:
-        owed, metadata = read_tensors(earlier[-1])
+        owed, metadata = read_tensors(last)
         whole = metadata.get("digest") == state_digest(owed) and not state_faults(like, owed)
     except (OSError, SafetensorError, ValueError) as error:
-        log.warning("%s is damaged (%s): what it held is not made up for", earlier[-1].name, type(error).__name__)
+        log.warning("%s is damaged (%s): what it held is not made up for", last.name, type(error).__name__)
         return None
     if not whole:
-        log.warning("%s is not what was kept under this name: what it held is not made up for", earlier[-1].name)
+        log.warning("%s is not what was kept under this name: what it held is not made up for", last.name)
     return owed if whole else None
-
-
-def _keep(left: State, path: Path, kept: int) -> None:
-    write_atomically(path, save(left, metadata={"digest": state_digest(left)}), private=True)
-    earlier = [one for one in _kept(path) if one.name <= path.name]
-    for one in {*_kept(path)} - {*earlier[-kept:]}:  # later ones are of rounds that the coordinator lost and asks for anew
-        one.unlink(missing_ok=True)
-
-
-def _kept(path: Path) -> list[Path]:
-    return sorted(path.parent.glob("owed-*.safetensors"))

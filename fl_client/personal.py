@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from icmoe.atomic import write_atomically
+from fl_client.by_round import KEPT, keep, last_until, round_path
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import State
 from icmoe.kinds import is_personal
@@ -18,34 +18,35 @@ from icmoe.study import Study
 
 def personal_path(folder: Path, study: Study, site: str, round_number: int) -> Path:
     """Return where the personal parts after a round are kept."""
-    return folder / study.digest[:16] / site / f"personal-{round_number:05d}.safetensors"
+    return round_path(folder, study, site, "personal", round_number)
 
 
 def with_personal(state: Mapping[str, Tensor], folder: Path, study: Study, site: str, after_round: int) -> State:
-    """Return the global tensors with the site's personal parts of `after_round` put in.
+    """Return the global tensors with the site's personal parts of `after_round`, or of its last round before, put in.
 
-    Before the first round there are none and the global tensors are used as they are.
+    Before its first round a site has none and the global tensors are used as they are.
 
     Raises
     ------
     IcmoeError
-        304 where the parts of a later round are absent or damaged.
+        304 where the parts are damaged.
     """
-    if not study.aggregation.personal or after_round == 0:
+    path = last_until(personal_path(folder, study, site, after_round)) if study.aggregation.personal else None
+    if path is None:
         return dict(state)
-    path = personal_path(folder, study, site, after_round)
     try:
         own = load(path.read_bytes())
     except (OSError, SafetensorError) as error:
-        fault = Fault(number=304, where=site, what="personal parts of the last round are not there", value=type(error).__name__)
+        fault = Fault(number=304, where=site, what="personal parts of the last round are damaged", value=type(error).__name__)
         raise IcmoeError(fault) from None
     return {**state, **own}
 
 
-def keep_personal(state: Mapping[str, Tensor], folder: Path, study: Study, site: str, round_number: int) -> None:
-    """Write the personal parts after a round atomically and drop those of two rounds before: a round may be repeated."""
+def keep_personal(
+    state: Mapping[str, Tensor], folder: Path, study: Study, site: str, round_number: int, *, kept: int = KEPT
+) -> None:
+    """Keep the personal parts after a round, and those of the rounds before it, `kept` in all: a round may be repeated."""
     if not study.aggregation.personal:
         return
     own = {name: tensor.contiguous() for name, tensor in sorted(state.items()) if is_personal(name, study.model)}
-    write_atomically(personal_path(folder, study, site, round_number), save(own), private=True)
-    personal_path(folder, study, site, round_number - 2).unlink(missing_ok=True)
+    keep(personal_path(folder, study, site, round_number), save(own), kept)

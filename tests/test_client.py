@@ -126,8 +126,20 @@ def test_personal_parts_stay_at_the_site_and_continue_from_round_to_round(site: 
     second = ask(site, request(study, 2))
     assert not second.has_error()
     assert personal_path(site.state_folder, study, "Alder", 2).read_bytes() != kept.read_bytes()
-    kept.unlink()
+    kept.write_bytes(b"damaged")
     assert number_of(ask(site, request(study, 2))) == 304  # the round before is needed
+
+
+def test_a_site_that_missed_rounds_goes_on_with_its_last_personal_parts(site: Participant, make_study, tmp_path: Path) -> None:
+    study = make_study(name="own", rounds=7, aggregation={"personal": True})
+    here = replace(site, studies=(study,), state_folder=tmp_path, audited=True)
+    assert ask(here, request(study, 3)).has_content(), "it came late: there are none yet"
+    kept = personal_path(tmp_path, study, "Alder", 3).read_bytes()
+    assert ask(here, request(study, 5)).has_content(), "it was away in round 4"
+    assert ask(here, request(study, 7), "evaluate").has_content(), "and when the last round was played"
+    assert ask(here, request(study, 4)).has_content(), "the coordinator lost a commit"
+    assert personal_path(tmp_path, study, "Alder", 3).read_bytes() == kept
+    assert not personal_path(tmp_path, study, "Alder", 5).exists(), "it is of a round that is lost"
 
 
 def test_a_site_without_validation_patients_sends_no_score(site: Participant) -> None:

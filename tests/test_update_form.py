@@ -17,10 +17,10 @@ from test_guard import run as guarded_run
 from test_rounds import ROSTER, SITES, Wire, honest
 
 from fl_client.audit import read_log
+from fl_client.by_round import KEPT
 from fl_client.egress import rounded_to
 from fl_client.finished import FOLDER
 from fl_client.manifest import Outgoing, manifest_of, update_shapes
-from fl_client.owed import KEPT
 from fl_client.participant import Participant
 from fl_client.policy import Policy
 from fl_server.app import make_strategy, start_state

@@ -1,0 +1,50 @@
+"""What a site keeps for itself from round to round: a file for each of its last rounds.
+
+A round starts from what the site's last round before it left, whatever was asked in between: it may have joined late, or been
+away. Trained again it therefore starts from the same, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from icmoe.atomic import write_atomically
+from icmoe.study import Study
+
+KEPT = 4
+"""Rounds that are kept: a coordinator whose newest commits are damaged goes back by so many."""
+
+
+def round_path(folder: Path, study: Study, site: str, what: str, round_number: int) -> Path:
+    """Return where what a round left is kept.
+
+    Parameters
+    ----------
+    folder
+        The site's state folder.
+    study, site, round_number
+        Whose it is.
+    what
+        The beginning of the file's name, such as "owed".
+    """
+    return folder / study.digest[:16] / site / f"{what}-{round_number:05d}.safetensors"
+
+
+def last_until(path: Path) -> Path | None:
+    """Return the file of the round of `path`, or of the last one before it; None where there is none."""
+    return max((one for one in _kept(path) if one.name <= path.name), default=None)
+
+
+def keep(path: Path, data: bytes, kept: int = KEPT) -> None:
+    """Write the file of a round, and remove those of all rounds but the last ones up to it.
+
+    Later ones are of rounds that the coordinator lost and asks for anew.
+    """
+    write_atomically(path, data, private=True)
+    last = [one for one in _kept(path) if one.name <= path.name][-kept:]
+    for one in {*_kept(path)} - {*last}:
+        one.unlink(missing_ok=True)
+
+
+def _kept(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.name.split('-')[0]}-*.safetensors"))
