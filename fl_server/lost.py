@@ -20,10 +20,10 @@ LOOK_S = 5.0
 
 
 def send_lost_again(grid: Grid, waiting: dict[str, Message]) -> None:
-    """Send the training messages again whose site connected anew since; in `waiting` they change their identifiers.
+    """Send the messages again whose site connected anew since; in `waiting` they change their identifiers.
 
-    Only these: a site that has the update answers with the same bytes and spends nothing more, which is not so for a score.
-    An answer that was under way is not looked for any more.
+    All but the closing evaluation's: a site that has the update answers with the same bytes, and who it is and what it holds
+    costs nothing, but a noised score is paid for each time. An answer that was under way is not looked for any more.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def send_lost_again(grid: Grid, waiting: dict[str, Message]) -> None:
     activated = _last_activated(grid) if waiting else {}
     for identifier, message in list(waiting.items()):
         about = message.metadata
-        if about.message_type == "train" and activated.get(about.dst_node_id, 0.0) > about.created_at:
+        if about.message_type != "evaluate" and activated.get(about.dst_node_id, 0.0) > about.created_at:
             about.created_at = time.time()  # the message stays the same object, by which the strategy knows it
             pack_records(message.content, ArrayRecord, Array)
             for fresh in grid.push_messages([message]):

@@ -17,6 +17,8 @@ from icmoe.study import Study
 
 # An introduction is a name and a number: a site that needs longer than a process start would hold up all others.
 INTRODUCTION_S = 300.0
+NOT_NOW = 320
+"""What a site answers outside its hours, which come again while the run lasts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,9 @@ def meet(grid: Grid, count: int, study: Study, *, trust_answers: bool = False, p
 
 
 def welcome(grid: Grid, roster: Roster, study: Study, *, poll_s: float = 1.0) -> list[str]:
-    """Enter the sites that connected since; return their names. A node that was turned away is not asked again in this run.
+    """Enter the sites that connected since, or refused for the hour; return their names.
+
+    A node that was turned away for anything else is not asked again in this run.
 
     Parameters
     ----------
@@ -146,7 +150,8 @@ def _introduced(
                 raise IcmoeError(Fault(number=301, where=name, what="two nodes go by one name", did="The second is not asked."))
             roster.sites[node], roster.sizes[name] = name, size
         except IcmoeError as error:
-            roster.turned_away.add(node)
+            if error.faults[0].number != NOT_NOW:
+                roster.turned_away.add(node)
             faults += error.faults
     return faults
 

@@ -60,6 +60,20 @@ def test_a_late_site_that_cannot_take_part_is_named_and_asked_once(make_study, t
     assert "ICM331 Cedar" in capsys.readouterr().err
 
 
+def test_a_site_that_refused_for_the_hour_is_asked_again_before_each_round(make_study, tmp_path: Path) -> None:
+    closed = iter([True, True, False])  # at the start of the run, before round 1, before round 2
+
+    def answer(message: Message, site: str) -> Message | None:
+        if site == "Cedar" and message.metadata.message_type == "query.site" and next(closed):
+            return Message(Error(1320, "ICM320 site does not take part at this hour"), reply_to=message)
+        return honest(message, site)
+
+    state, said = played(make_study(rounds=3, quorum=2), Wire(answer), tmp_path, at_first=3)
+    three = sorted(SITES.values())
+    assert [sorted(record["sites"]) for record in state.history] == [["Alder", "Birch"], three, three]
+    assert [line for line in said if "joined" in line] == ["round 2 of 3: joined by Cedar"]
+
+
 def test_an_offline_or_known_node_costs_no_message(make_study) -> None:
     wire, study = Wire(honest), make_study(quorum=2)
     wire.nodes[2] = registered(13, "Cedar", "offline")

@@ -13,6 +13,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from test_rounds import SITES, Wire, honest, run
 
 from fl_server.exchanging import ask
+from fl_server.roster import meet
 from icmoe.messages import ARRAYS, CONFIG, ROUND_KEY
 
 
@@ -57,6 +58,12 @@ def message(kind: str) -> Message:
     arrays = ArrayRecord({"a": Array(np.zeros(3, np.float32))})
     content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord({ROUND_KEY: 1})})
     return Message(content, dst_node_id=12, message_type=kind)
+
+
+def test_a_site_that_lost_the_question_who_it_is_takes_part_all_the_same(make_study) -> None:
+    study, began = make_study(quorum=3, deadline_s=60.0), time.monotonic()
+    assert sorted(meet(Restarting(12, "query.site"), 3, study, poll_s=0.01).sizes) == sorted(SITES.values())
+    assert time.monotonic() - began < 20
 
 
 def test_a_score_is_not_asked_for_twice_since_a_noised_one_is_paid_for() -> None:
