@@ -85,7 +85,7 @@ def stop_run(root: Path, run_id: str) -> None:
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(Column("run", no_wrap=True), "study", Column("status", overflow="fold"), "rounds", "Dice", "since")
     for row in rows:
-        rounds = "" if row["rounds"] is None else f"{row['rounds_done']} of {row['rounds']}"
+        rounds = "" if row["rounds_done"] is None else f"{row['rounds_done']} of {row['rounds']}"
         dice = "" if row["val_dice"] is None else f"{row['val_dice']:.4f}"
         status = row["status"] + (f" ({row['details']})" if row["details"] else "")
         table.add_row(row["run"], row["study"] or "", status, rounds, dice, row["since"])

@@ -17,7 +17,7 @@ from fl_server.round_log import RoundRecord, last_score
 from fl_server.run_state import RunState, latest_state
 from icmoe.atomic import write_atomically
 from icmoe.bundle import PACKAGES, bundle_files
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import Fault, IcmoeError, print_faults
 from icmoe.server_privacy import spending_sentence
 from icmoe.study import Study, read_study
 
@@ -59,14 +59,33 @@ class StudyFolder:
     @property
     def run_id(self) -> str:
         """Number of the last run; empty before the first."""
+        return str(self._runs().get("run", ""))
+
+    @property
+    def earlier(self) -> dict[str, dict[str, Any]]:
+        """By the number of each earlier run, how far the study had come when the next one began."""
+        found = self._runs().get("earlier")
+        return {run: came for run, came in found.items() if isinstance(came, dict)} if isinstance(found, dict) else {}
+
+    def _runs(self) -> dict[str, Any]:
         try:
-            return str(json.loads((self.path / "run.json").read_text())["run"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return ""
+            found = json.loads((self.path / "run.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def note_run(self, run_id: str) -> None:
-        """Remember the number of the last run."""
-        write_atomically(self.path / "run.json", json.dumps({"run": run_id}).encode())
+        """Remember the number of the last run, and of the one before how far the study has come."""
+        before = self.run_id
+        earlier = {**self.earlier, before: self._reached()} if before not in {"", run_id} else self.earlier
+        write_atomically(self.path / "run.json", json.dumps({"run": run_id, "earlier": earlier}).encode())
+
+    def _reached(self) -> dict[str, Any]:
+        """Return how far the study has come, nothing where its state cannot be read: the next run says why."""
+        try:
+            return reached(self.progress() if self.state.exists() else None)
+        except IcmoeError:
+            return {}
 
     def progress(self) -> RunState | None:
         """Return the committed state, None before the first round."""
@@ -102,9 +121,9 @@ def folder_of(home: Home, study: Study) -> StudyFolder:
 
 
 def folders(home: Home) -> dict[str, StudyFolder]:
-    """Return the folder of each study by the number of its last run."""
+    """Return the folder of each study by the numbers of its runs."""
     found = [StudyFolder(path) for path in sorted(home.runs.glob("*")) if (path / "study.toml").is_file()]
-    return {folder.run_id: folder for folder in found if folder.run_id}
+    return {run_id: folder for folder in found for run_id in (*folder.earlier, folder.run_id) if run_id}
 
 
 def start(home: Home, path: Path, *, resume: bool = False) -> tuple[Study, StudyFolder]:
@@ -247,17 +266,29 @@ def dice_sentence(record: RoundRecord) -> str:
     return f"validation Dice after round {record['round']}: {record['val_dice']:.4f}"
 
 
+def reached(state: RunState | None) -> dict[str, Any]:
+    """Return how far a study has come, as plain values."""
+    return {"rounds_done": state.round if state else 0, "val_dice": last_score(state.history) if state else None}
+
+
 def summary(home: Home) -> list[dict[str, Any]]:
-    """Return every run with its study and how far it came, the newest first."""
+    """Return every run with its study and how far it came, the newest first; what keeps one from being known is printed."""
     by_run = folders(home)
     rows = []
     for run in flower.runs(home):
         row: dict[str, Any] = {"run": run.run_id, "status": run.status, "details": run.details, "since": run.since}
         row |= {"fab_sha256": run.fab_sha256, "study": None, "rounds_done": None, "rounds": None, "val_dice": None}
         if (folder := by_run.get(run.run_id)) is not None:
-            study, state = read_study(folder.study), folder.progress()
-            row |= {"study": study.name, "rounds": study.rounds, "rounds_done": state.round if state else 0}
-            row |= {"sits_out": sitting_out(state), "audit_head": audit.head(audit_path(folder.study))}
-            row["val_dice"] = last_score(state.history) if state else None
+            try:
+                study = read_study(folder.study)
+                row |= {"study": study.name, "rounds": study.rounds}
+                row |= folder.earlier[run.run_id] if run.run_id in folder.earlier else _standing(folder)
+            except IcmoeError as error:
+                print_faults(error.faults)
         rows.append(row)
     return rows
+
+
+def _standing(folder: StudyFolder) -> dict[str, Any]:
+    state = folder.progress()
+    return {**reached(state), "sits_out": sitting_out(state), "audit_head": audit.head(audit_path(folder.study))}

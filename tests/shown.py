@@ -82,12 +82,13 @@ def play(
     answer: Answer = lifelike,
     names: tuple[str, ...] = NAMES,
     offline: tuple[str, ...] = (),
+    run_id: str = "4242",
 ) -> StudyFolder:
     """Play rounds of a study from where it stands, as the ServerApp does, and stop after so many."""
     folder = folder_of(home, study)
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.study.write_text(study_toml(study))
-    folder.note_run("4242")
+    folder.note_run(run_id)
     sites = dict(enumerate(names, start=11))
     nodes = [registered(node, name, "offline" if name in offline else "online") for node, name in sites.items()]
     wire = Wire(answer, nodes, sites)

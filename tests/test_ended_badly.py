@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from shown import make_home, play
 
 from fl_server import flower, submit
 from fl_server.new_study import study_toml
@@ -36,3 +37,32 @@ def test_a_run_that_ended(make_study, tmp_path: Path, monkeypatch: pytest.Monkey
         follow(None, study, folder, print, print)
     assert [fault.number for fault in caught.value.faults] == numbers
     assert said in str(caught.value)
+
+
+RUNS = [flower.Run(number, "finished:stopped", "", "", "") for number in ("4243", "4242", "7")]
+
+
+def test_an_earlier_run_is_listed_with_its_study_and_how_far_it_came(make_study, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(flower, "runs", lambda _: RUNS)
+    home, study = make_home(tmp_path), make_study(rounds=3)
+    play(home, study, rounds=1)
+    monkeypatch.setattr(flower, "submit", lambda *_: "4243")
+    (tmp_path / "study.toml").write_text(study_toml(study))
+    folder = submit.start(home, tmp_path / "study.toml")[1]
+    play(home, study, rounds=3, run_id=folder.run_id)
+    newest, earlier, foreign = submit.summary(home)
+    assert [row["study"] for row in (newest, earlier, foreign)] == [study.name, study.name, None]
+    assert [(row["rounds_done"], row["rounds"]) for row in (newest, earlier, foreign)] == [(3, 3), (1, 3), (None, None)]
+    assert submit.folders(home)["4242"] == folder, "a site that sits out since then is lifted by that number too"
+
+
+def test_a_study_whose_state_is_damaged_hides_no_other_run(make_study, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(flower, "runs", lambda _: RUNS)
+    home = make_home(tmp_path)
+    damaged = play(home, make_study(name="damaged"), rounds=1, run_id="4242")
+    for path in damaged.path.glob("study.state*"):
+        path.write_bytes(b"damaged")
+    play(home, make_study(), rounds=1, run_id="4243")
+    rows = submit.summary(home)
+    assert [(row["study"], row["rounds_done"]) for row in rows] == [("tiny", 1), ("damaged", None), (None, None)]
+    assert "ICM502" in capsys.readouterr().err
