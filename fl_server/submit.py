@@ -24,8 +24,9 @@ from icmoe.study import Study, read_study
 LOOK_S = 1.0
 STATUS_S = 10.0
 STOP_S = 60.0
-# Beside its rounds a run meets its sites once and evaluates once; a restarted SuperLink may take some minutes more.
-SPARE_ROUNDS = 3
+# A run says what it waits for, but that it waits for the sites' summaries after they have met; a restarted SuperLink may take
+# some minutes more.
+QUIET_WAITS = 2
 RESTART_S = 600.0
 
 
@@ -199,21 +200,23 @@ def follow(
     Raises
     ------
     IcmoeError
-        What stopped the study, with 507 where the run failed, 509 where it was stopped, 510 where it did not end in time.
+        What stopped the study, with 507 where the run failed, 509 where it was stopped, 510 where it said nothing any more for
+        longer than any of its waits.
     """
-    ends = time.monotonic() + (study.rounds + SPARE_ROUNDS) * study.deadline_s + RESTART_S
+    quiet_s = QUIET_WAITS * study.deadline_s + RESTART_S
+    ends = time.monotonic() + quiet_s
     run_id = folder.run_id  # another run of the study may take the folder over, after it has stopped this one
     told, next_status, closed, said = 0, 0.0, False, folder.waiting()
     state, seen = None, (-1, -1)
     while time.monotonic() < ends:
         if (stamp := folder.stamp()) != seen:
-            state, seen = folder.progress(), stamp
+            state, seen, ends = folder.progress(), stamp, time.monotonic() + quiet_s
             for record in state.history[told:] if state is not None else []:
                 tell(record)
                 told += 1
         if (line := folder.waiting()) != said:
             say(line)
-            said = line
+            said, ends = line, time.monotonic() + quiet_s
         just_closed = state is not None and state.closed and not closed
         closed = closed or just_closed
         if just_closed or time.monotonic() >= next_status:

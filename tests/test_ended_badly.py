@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
 
 import pytest
 from shown import make_home, play
 
 from fl_server import flower, submit
+from fl_server.beside import waiting_path
 from fl_server.new_study import study_toml
 from fl_server.submit import StudyFolder, follow
 from icmoe.errors import Fault, IcmoeError
@@ -37,6 +40,26 @@ def test_a_run_that_ended(make_study, tmp_path: Path, monkeypatch: pytest.Monkey
         follow(None, study, folder, print, print)
     assert [fault.number for fault in caught.value.faults] == numbers
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_run_is_followed_as_long_as_it_says_what_it_waits_for(alive: bool, make_study, tmp_path: Path, monkeypatch) -> None:
+    study, folder, looks = make_study(rounds=1, retries=20, deadline_s=0.05), StudyFolder(tmp_path), count()
+    for name, seconds in (("LOOK_S", 0.01), ("STATUS_S", 0.0), ("RESTART_S", 0.2)):
+        monkeypatch.setattr(submit, name, seconds)
+    folder.study.write_text(study_toml(study))
+    folder.note_run("5")
+
+    def run_of(home: object, run_id: str) -> flower.Run:
+        look = next(looks)
+        if alive:
+            waiting_path(folder.study).write_text(f"round 1 of 1, attempt {look} of 21: waiting for nobody")
+        return flower.Run("5", "finished:completed" if look > 100 else "running", "", "", "")
+
+    monkeypatch.setattr(submit.flower, "run_of", run_of)
+    with nullcontext() if alive else pytest.raises(IcmoeError, match="ICM510"):
+        follow(None, study, folder, print, print)
+    assert (next(looks) > 100) == alive
 
 
 RUNS = [flower.Run(number, "finished:stopped", "", "", "") for number in ("4243", "4242", "7")]
