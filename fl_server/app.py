@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -35,7 +35,7 @@ from fl_server.study_card import write_study_card
 from fl_server.sums import FromSums
 from fl_server.waiting import begun, write_wait
 from icmoe.atomic import write_atomically
-from icmoe.errors import Fault, IcmoeError, print_faults
+from icmoe.errors import Fault, IcmoeError, file_fault, print_faults
 from icmoe.exchange import global_state
 from icmoe.model import build_model
 from icmoe.modelfile import ModelHeader, write_model
@@ -110,9 +110,11 @@ def main(grid: Grid, context: Context) -> None:
         with only_run_of(path):
             sweep_often()
             run_study(grid, path, run=str(context.run_id))
-    except IcmoeError as error:
-        write_atomically(faults, json.dumps([fault.record() for fault in error.faults]).encode())
-        print_faults(error.faults)
+    except (IcmoeError, OSError) as error:
+        found = error.faults if isinstance(error, IcmoeError) else (file_fault(error),)
+        with suppress(OSError):  # the disk may be full
+            write_atomically(faults, json.dumps([fault.record() for fault in found]).encode())
+        print_faults(found)
         raise  # Flower reports an exception at once; after an exit it would wait a minute and lose the lines above
 
 
@@ -155,7 +157,8 @@ def run_study(grid: Grid, path: Path, *, run: str) -> None:
 def say(path: Path, line: str) -> None:
     """Print a line to the run's log, which flwr log shows, and leave it beside the study for fl_server run."""
     print(line, file=sys.stderr, flush=True)
-    write_atomically(waiting_path(path), line.encode(), durable=False)
+    with suppress(OSError):  # a full disk is found by what must be written
+        write_atomically(waiting_path(path), line.encode(), durable=False)
 
 
 @contextmanager

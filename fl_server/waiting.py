@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal
@@ -91,8 +92,9 @@ def wait_path(study: Path) -> Path:
 
 
 def write_wait(study: Path, wait: Wait) -> None:
-    """Leave the wait beside the study; the next one replaces it, hence no waiting for the disk."""
-    write_atomically(wait_path(study), wait.model_dump_json().encode(), durable=False)
+    """Leave the wait beside the study; the next one replaces it, hence no waiting for the disk, which may be full."""
+    with suppress(OSError):
+        write_atomically(wait_path(study), wait.model_dump_json().encode(), durable=False)
 
 
 def read_wait(study: Path) -> Wait | None:

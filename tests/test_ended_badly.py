@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 
 import pytest
+from flwr.app import Context, Error, Message, RecordDict
 from shown import make_home, play
+from test_rounds import Wire, honest
 
 from fl_server import flower, submit
+from fl_server.app import main
 from fl_server.beside import waiting_path
 from fl_server.new_study import study_toml
 from fl_server.submit import StudyFolder, follow
+from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError
 
 REASON = Fault(number=515, where="tiny", value="1", limit="2").record()
@@ -40,6 +46,35 @@ def test_a_run_that_ended(make_study, tmp_path: Path, monkeypatch: pytest.Monkey
         follow(None, study, folder, print, print)
     assert [fault.number for fault in caught.value.faults] == numbers
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["study.state.safetensors", "study.waiting.json"])
+def test_a_full_disk_of_the_coordinator_is_named_where_it_costs_a_round(file: str, make_study, tmp_path, monkeypatch) -> None:
+    folder = StudyFolder(tmp_path / "runs/tiny")
+    folder.path.mkdir(parents=True)
+    folder.study.write_text(study_toml(make_study(quorum=3)))
+
+    def full(path: Path, data: bytes, **how: bool) -> None:
+        if path.name == file:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write_atomically(path, data, **how)
+
+    for module in ("run_state", "waiting"):
+        monkeypatch.setattr(f"fl_server.{module}.write_atomically", full)
+    monkeypatch.setattr("fl_server.app.sweep_often", lambda: None)
+    context = Context(run_id=5, node_id=1, node_config={}, state=RecordDict(), run_config={"study": str(folder.study)})
+    with nullcontext() if "waiting" in file else pytest.raises(OSError, match="No space left"):
+        main(Wire(declining), context)
+    assert [(fault.number, fault.value) for fault in folder.faults()] == (
+        [] if "waiting" in file else [(205, "No space left on device")]
+    )
+    assert folder.model.exists() == ("waiting" in file)
+
+
+def declining(message: Message, site: str) -> Message | None:
+    if message.metadata.message_type == "query.summary":
+        return Message(Error(1214, "ICM214 not shared"), reply_to=message)
+    return honest(message, site)
 
 
 @pytest.mark.parametrize("alive", [True, False])
