@@ -28,6 +28,8 @@ from icmoe.errors import CATALOGUE, Fault, IcmoeError, file_fault
 from icmoe.study import Study, read_study
 from icmoe.study_privacy import SitePrivacy
 
+NOT_INGESTED = 131
+
 
 def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> None:
     """Show a study, ask, and keep a copy of it as approved together with the digest of the installed package's bundle.
@@ -77,6 +79,18 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
         records.keep(head)
     finally:  # whatever is wrong with the ledger, it is approved
         console.print(f"{study.name} {study.digest[:12]} is approved at {name}.", highlight=False)
+    for fault in _not_read(path, settings, study):
+        console.print(str(fault), highlight=False, markup=False, soft_wrap=True)
+
+
+def _not_read(path: Path, settings: SiteFile, study: Study) -> list[Fault]:
+    """Return why the site has no data for the study yet: a second one with labels of its own needs an ingest of its own."""
+    try:
+        site_data(path, settings, study)
+    except IcmoeError as error:
+        todo, did = f"Run fl_client --site {settings.name} ingest.", "The site cannot take part in it before."
+        return [replace(one, did=did, todo=todo if one.number == NOT_INGESTED else one.todo) for one in error.faults]
+    return []
 
 
 def withdraw_study(path: Path, name: str, which: str) -> None:

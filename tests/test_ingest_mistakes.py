@@ -103,12 +103,14 @@ def test_a_second_study_with_other_labels_is_not_told_that_nobody_ever_ran_inges
     ingest(site)
     file = site.parent / "second.toml"
     file.write_text((site.parent / "study.toml").read_text().replace('"lesion"', '"tumour"'))
-    command(site, "approve", str(file), "--yes")
+    said = command(site, "approve", str(file), "--yes")
+    assert "The site cannot take part in it before. Run fl_client --site Elm ingest." in said.split("is approved at Elm.")[1]
     shown = command(site, "show")
     assert "ingest has not been run since a study with these labels was approved" in shown
     assert "│ 8     │ 6    │" in shown, "found and used of the first study"
     ingest(site)
     assert "ICM131" not in command(site, "show")
+    assert command(site, "approve", str(file), "--yes").endswith("is approved at Elm.\n")
     assert command(site, "forget", "one").startswith("3 images and "), "each once, though two indexes had it"
 
 
