@@ -11,6 +11,9 @@ from flwr.serverapp import Grid
 from fl_server.lost import LOOK_S, send_lost_again
 from icmoe.packing import pack_records
 
+SPARE_S = 3600.0
+"""For so long after the deadline Flower keeps a question and its answers; by itself it drops both after twelve hours."""
+
 
 def ask(
     grid: Grid,
@@ -43,6 +46,7 @@ def ask(
     questions = list(messages)
     for question in questions:  # they may share their content, which is then packed once
         pack_records(question.content, ArrayRecord, Array)
+        question.metadata.ttl = max(question.metadata.ttl, deadline_s + SPARE_S)
     waiting = dict(zip(grid.push_messages(questions), questions, strict=False))
     overdue = set[str]() if late is None else late
     next_look, ends = time.monotonic() + LOOK_S, time.monotonic() + deadline_s
