@@ -24,7 +24,7 @@ def run_study(root: Path, path: Path, *, resume: bool, as_json: bool) -> None:
     home = read_home(root)
     study, folder = submit.start(home, path, resume=resume)
     say = Console(stderr=as_json, highlight=False, soft_wrap=True).print
-    if folder.model.exists():
+    if folder.is_complete:
         say(f"{study.name} is complete: {folder.model}")
         return
     say(f"study      {study.name} {study.digest}\napp bundle {bundle_digest(bundle_files())}")

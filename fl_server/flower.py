@@ -70,7 +70,8 @@ def flwr(home: Home, arguments: Sequence[str]) -> dict[str, Any]:
 
 def submit(home: Home, app: Path, study: Path) -> str:
     """Submit the app in folder `app` for the study file and return the number of the run."""
-    return str(flwr(home, ["run", str(app), CONNECTION, "--run-config", f"study={json.dumps(str(study))}"])["run-id"])
+    named = json.dumps(str(study), ensure_ascii=False)  # as TOML writes a text, which knows no half of a letter
+    return str(flwr(home, ["run", str(app), CONNECTION, "--run-config", f"study={named}"])["run-id"])
 
 
 def runs(home: Home) -> list[Run]:

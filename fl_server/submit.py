@@ -58,6 +58,16 @@ class StudyFolder:
         return self.path / "study.model.safetensors"
 
     @property
+    def card(self) -> Path:
+        """Its card, which is written last."""
+        return self.model.with_suffix(".md")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do; a run of a closed study only writes both again."""
+        return self.model.exists() and self.card.exists()
+
+    @property
     def run_id(self) -> str:
         """Number of the last run; empty before the first."""
         return str(self._runs().get("run", ""))
@@ -146,7 +156,7 @@ def start(home: Home, path: Path, *, resume: bool = False) -> tuple[Study, Study
     """
     study = read_study(path)
     folder = folder_of(home, study)
-    if folder.model.exists():
+    if folder.is_complete:
         return study, folder
     known = {run.run_id: run for run in flower.runs(home)}
     last = known.get(folder.run_id)

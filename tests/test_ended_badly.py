@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.config import parse_config_args
 from shown import make_home, play
 from test_rounds import Wire, honest
 
@@ -124,3 +125,25 @@ def test_a_study_whose_state_is_damaged_hides_no_other_run(make_study, tmp_path:
     rows = submit.summary(home)
     assert [(row["study"], row["rounds_done"]) for row in rows] == [("tiny", 1), ("damaged", None), (None, None)]
     assert "ICM502" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_between_model_and_card_is_gone_on_with(make_study, tmp_path: Path, monkeypatch) -> None:
+    submitted, home, study = list[Path](), make_home(tmp_path), make_study()
+    monkeypatch.setattr(flower, "runs", lambda _: RUNS)
+    monkeypatch.setattr(flower, "submit", lambda home, app, path: submitted.append(path) or str(len(submitted)))
+    (tmp_path / "study.toml").write_text(study_toml(study))
+    folder = submit.folder_of(home, study)
+    folder.path.mkdir(parents=True)
+    folder.model.write_bytes(b"model")
+    for _ in range(2):
+        assert submit.start(home, tmp_path / "study.toml")[1] == folder
+        folder.card.write_text("card")
+    assert submitted == [folder.study]
+
+
+def test_a_path_with_any_letter_reaches_the_run(tmp_path: Path, monkeypatch) -> None:
+    asked = list[str]()
+    monkeypatch.setattr(flower, "flwr", lambda home, arguments: asked.extend(arguments) or {"run-id": "1"})
+    path = Path("/srv/J\u00fcrgen's \U0001f9e0 a=b/study.toml")
+    assert flower.submit(make_home(tmp_path), tmp_path, path) == "1"
+    assert parse_config_args(asked[-1:]) == {"study": str(path)}
