@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from fl_client.ledger import Book, Entry, Releases
-from icmoe.accounting import Spending, epsilon, score_spending, study_spending, training_spending
+from icmoe.accounting import Spending, epsilon, score_spending, training_spending
 from icmoe.config import Section
 from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.study import Study
@@ -147,22 +147,27 @@ def require_room(budget: Budget | None, book: Book, study: Study, kind: str, rou
 
 def budget_faults(budget: Budget | None, book: Book, study: Study, *, patients: int) -> list[Fault]:
     """Return why the budget does not allow the next round of a study, nothing where it does."""
-    trained = {entry.round for entry in book.entries if entry.study == study.digest}
     try:
-        require_room(budget, book, study, "train", min(max(trained, default=0) + 1, study.rounds), patients=patients)
+        require_room(budget, book, study, "train", min(_last_round(book, study) + 1, study.rounds), patients=patients)
     except IcmoeError as error:
         return list(error.faults)
     return []
 
 
 def prospect(budget: Budget | None, book: Book, study: Study) -> str:
-    """Return in words what a study would spend of the budget, for whoever approves it."""
+    """Return in words what is left of a study would spend of the budget, for whoever approves it."""
     if budget is None or study.privacy.site is None:
         return "none: nothing is promised to patients"
     history = history_of(book.entries)
-    before, after = (epsilon_of_history(budget, [*history, *more]) for more in ((), study_spending(study)))
+    left = rounds_left_spending(study, study.rounds - _last_round(book, study))
+    before, after = (epsilon_of_history(budget, [*history, *more]) for more in ((), left))
     limit = f"epsilon {budget.epsilon:g} at delta {budget.delta:g} per patient, all studies together"
     return f"{limit}: {before:.3g} is spent, {after:.3g} after this study"
+
+
+def _last_round(book: Book, study: Study) -> int:
+    """Return the last round of the study that was trained here, 0 before the first."""
+    return max((entry.round for entry in book.entries if entry.study == study.digest), default=0)
 
 
 def releases_of(spending: Sequence[Spending] | None) -> Releases:

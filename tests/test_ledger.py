@@ -18,7 +18,7 @@ from books import PRIVACY, budget_of, pay, signed_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_client.budget import epsilon_of_history, history_of, rounds_left_spending, rounds_that_fit
+from fl_client.budget import epsilon_of_history, history_of, prospect, rounds_left_spending, rounds_that_fit
 from fl_client.ledger import FILE, read_ledger
 from fl_client.records import Records
 from icmoe.accounting import Spending, epsilon
@@ -101,6 +101,18 @@ def test_a_study_that_began_may_use_what_is_left_round_by_round(records: Records
         pay(records, private, number, budget=budget)
     assert number_of(records, private, 5, budget=budget)[0] == 411
     assert number_of(records, private, 4, budget=budget)[0] == 411  # nor can a round be repeated
+
+
+@pytest.mark.parametrize("scores", ["withheld", "noised"])
+def test_who_approves_again_is_not_told_that_rounds_are_spent_twice(records: Records, make_study, scores: str) -> None:
+    study = make_study(rounds=5, privacy={"site": {**PRIVACY, "scores": scores}})
+    budget = budget_of(100.0)
+    whole = prospect(budget, records.book(), study).split(" spent, ")[1]
+    for number in range(1, 6):
+        pay(records, study, number, budget=budget)
+        assert prospect(budget, records.book(), study).split(" spent, ")[1] == whole
+    pay(records, study, 5, budget=budget)
+    assert prospect(budget, records.book(), study).split(" spent, ")[1] != whole, "a round that was tried twice"
 
 
 @settings(max_examples=30, deadline=None)
