@@ -14,6 +14,7 @@ from fl_client.records import Records
 from icmoe.atomic import write_atomically
 from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.exchange import State, state_digest, state_faults
+from icmoe.kinds import BALANCE_BIAS
 from icmoe.study import Study
 from icmoe.tensor_file import read_tensors
 
@@ -22,6 +23,9 @@ LARGEST_RMS = 10.0
 
 STEPS = 1000
 """Steps of AdamW, each about one learning rate long, by whose length a tensor may change from round to round."""
+
+ROUNDING = 1.001
+"""Of a bias in float32 that moves by exactly its step."""
 
 
 def accept(records: Records, study: Study, about: Mapping[str, Any], tensors: State) -> None:
@@ -59,12 +63,13 @@ def accept(records: Records, study: Study, about: Mapping[str, Any], tensors: St
 def bound_faults(study: Study, tensors: State, last: State | None, *, rounds: int) -> list[Fault]:
     """Return the tensors that are too large, or too far from those of `rounds` rounds ago, where those are known."""
     server = study.aggregation.server_learning_rate if study.aggregation.optimizer != "none" else 0.0
-    farthest = rounds * STEPS * max(study.training.learning_rate, server)
+    trained, bias = STEPS * max(study.training.learning_rate, server), ROUNDING * study.aggregation.balance_step
     faults = []
     for name, tensor in sorted(tensors.items()):
-        size = _rms(tensor)
-        if size > LARGEST_RMS:
-            faults.append(_fault(name, "tensor is too large", size, LARGEST_RMS))
+        own = bias if name == BALANCE_BIAS else 0.0  # it is not trained, but moved by at most its step in each round
+        size, largest, farthest = _rms(tensor), max(LARGEST_RMS, study.rounds * own), rounds * max(trained, own)
+        if size > largest:
+            faults.append(_fault(name, "tensor is too large", size, largest))
         elif last is not None and (moved := _rms(tensor - last[name])) > farthest:
             faults.append(_fault(name, "tensor changed too much since the last global model", moved, farthest))
     return faults

@@ -117,8 +117,9 @@ def water_fill(share_S: Array, cap: float) -> Array:
 def balance_step(bias_M: Array, size_S: Array, usage_SM: Array, step: float) -> Array:
     """Return the balance bias moved towards even use, centred on 0.
 
-    The bias selects experts without touching any gradient (Wang et al., arXiv 2408.15664); here its step is
-    proportional to how far the mean usage is from 1/M, at most `step`.
+    The bias evens the use of the experts without a loss that would pull at the router (Wang et al., arXiv 2408.15664); here
+    it is part of the gates too, not of the selection alone, and its step is proportional to how far the mean usage is from
+    1/M, at most `step`.
     """
     return move_bias(bias_M, plain_share(size_S) @ usage_SM, step)
 

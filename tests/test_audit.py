@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord
@@ -20,9 +21,11 @@ from test_client import ask, command, hospital, number_of, request, site, write_
 from fl_client.audit import LOG, digests_of_round, read_log, record
 from fl_client.incoming import LARGEST_RMS, STEPS, bound_faults
 from fl_client.participant import Participant
+from fl_server.weights import balance_step
 from icmoe.chain import START
 from icmoe.errors import IcmoeError
 from icmoe.exchange import State, global_state, state_digest
+from icmoe.kinds import BALANCE_BIAS
 from icmoe.messages import ARRAYS, UPDATE
 from icmoe.model import build_model
 from icmoe.study import Study
@@ -99,6 +102,17 @@ def test_the_bound_on_change_grows_with_the_rounds_between(make_study) -> None:
     assert bound_faults(study, far, start, rounds=3) == []
     assert bound_faults(study, far, None, rounds=1) == []
     assert bound_faults(study, start, start, rounds=1) == []
+
+
+def test_the_balance_bias_may_move_as_the_study_says_however_small_its_learning_rate(make_study) -> None:
+    study = make_study(rounds=900, training={"learning_rate": 1e-6}, aggregation={"balance_step": 0.05})
+    start, one_site, bias_M = global_state(build_model(study, seed=1)), np.ones(1), np.zeros(3)
+    for number in range(study.rounds):
+        last_M, bias_M = bias_M, balance_step(bias_M, one_site, np.array([[1.0, 0.0, 0.0]]), study.aggregation.balance_step)
+        last, now = (start | {BALANCE_BIAS: torch.from_numpy(b_M).float()} for b_M in (last_M, bias_M))
+        assert bound_faults(study, now, last if number else None, rounds=1) == []
+    assert bound_faults(study, now, start, rounds=study.rounds) == []
+    assert [fault.where for fault in bound_faults(study, now, start, rounds=100)] == [BALANCE_BIAS]
 
 
 def test_training_itself_stays_far_below_the_bound(audited: Participant) -> None:
