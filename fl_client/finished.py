@@ -60,7 +60,7 @@ def finished_or(state: Path, study: Study, round_number: int, incoming: str, tra
     numbers = json.dumps(dict(outgoing.numbers or {}))
     metadata = {**about, "digest": _digest(tensors, numbers), "numbers": numbers}
     write_atomically(path, save(tensors, metadata=metadata), private=True)
-    _prune(path.parent)
+    _prune(path)
     return outgoing
 
 
@@ -84,7 +84,8 @@ def _digest(tensors: State, numbers: str) -> str:
     return hashlib.sha256(f"{state_digest(tensors)}\n{numbers}".encode()).hexdigest()
 
 
-def _prune(folder: Path) -> None:
-    newest = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for path in newest[KEPT:]:
+def _prune(last: Path) -> None:
+    """Remove all but the newest, the last one among them whatever the clock says."""
+    others = sorted(set(last.parent.glob("*.safetensors")) - {last}, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in others[KEPT - 1 :]:
         path.unlink(missing_ok=True)

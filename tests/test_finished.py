@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -129,6 +130,17 @@ def test_only_the_newest_are_kept(audited: Participant, trained: list[int]) -> N
     assert len(kept(audited)) == KEPT
     sent(ask(audited, content(audited, seed=KEPT + 1)))
     assert len(trained) == KEPT + 2
+
+
+def test_the_last_is_kept_where_the_clock_was_put_back(audited: Participant, trained: list[int]) -> None:
+    for seed in range(1, KEPT + 1):
+        ask(audited, content(audited, seed=seed))
+    for path in kept(audited):
+        os.utime(path, (4e9, 4e9))
+    first, again = (sent(ask(audited, content(audited, number=2))) for _ in range(2))
+    assert first == again
+    assert trained == [1] * KEPT + [2]
+    assert len(kept(audited)) == KEPT
 
 
 def test_a_simulation_keeps_none(site: Participant, trained: list[int], tmp_path: Path) -> None:
