@@ -158,7 +158,7 @@ def _written(section: Section, values: dict[str, Any], *, later: tuple[str, ...]
 
 
 class Aggregation(Section):
-    """Router-aware FedAvg; `usage_exponent = 0` is FedAvg."""
+    """Router-aware FedAvg; `usage_exponent = 0` with `cap = 1.0` and `shrinkage = false` is FedAvg."""
 
     form: Literal["plain", "sums"] = "plain"
     """Whether the server looks at each update, or at weighted sums alone (no cap, a starved expert is kept)."""
