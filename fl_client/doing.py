@@ -5,6 +5,7 @@ The supervisor imports this module, which therefore loads neither PyTorch nor an
 
 from __future__ import annotations
 
+import fcntl
 import json
 import resource
 import time
@@ -12,13 +13,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from icmoe.atomic import write_atomically
+from icmoe.processes import is_locked
 
-FILE, SAID = "doing.json", "said.json"
+FILE, LOCK, SAID = "doing.json", "doing.lock", "said.json"
 EVERY_S = 0.5
 """Least seconds between two writes."""
 
@@ -88,17 +91,34 @@ def telling(state: Path | None, doing: Doing) -> Iterator[OnStep]:
         with suppress(OSError):  # a full disk is found by what must be written
             write_atomically(state / FILE, _FORM.dump_json(now), durable=False, private=True)
 
+    lock = None if state is None else _held(state)
     on_step(0, 0)
     try:
         yield on_step
     finally:
+        if lock is not None:
+            lock.close()
         if state is not None:
             with suppress(OSError):
                 (state / FILE).unlink(missing_ok=True)
 
 
+def _held(state: Path) -> IO[bytes] | None:
+    """Return the lock by which a reader knows that the training lives: one that is killed leaves its file behind."""
+    try:
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = (state / LOCK).open("wb")
+    except OSError:
+        return None
+    with suppress(OSError):  # a training that is being ended beside it may hold it still
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock
+
+
 def doing_now(state: Path) -> Doing | None:
-    """Return what the file says, None where there is none or it cannot be read."""
+    """Return what the file says, None where there is none, it cannot be read, or who wrote it was killed."""
+    if not is_locked(state / LOCK):
+        return None
     try:
         return _FORM.validate_json((state / FILE).read_bytes())
     except (OSError, ValidationError):

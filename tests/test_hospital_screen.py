@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import time
@@ -95,6 +96,23 @@ def test_a_round_in_training_is_told_step_by_step_and_gone_afterwards(site: Part
     assert [doing.step for doing in seen] == list(range(len(seen)))
     assert seen[-1].steps == len(seen)
     assert seen[-1].memory_bytes > 10**7
+    assert doing_now(tmp_path) is None
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fl_client.doing import Doing, doing_now, telling
+with telling(Path(sys.argv[1]), Doing(run="1", study="tiny", round=1, rounds=2)):
+    assert doing_now(Path(sys.argv[1])) is not None
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_training_that_was_killed_is_not_shown_as_going_on(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / FILE).exists()
     assert doing_now(tmp_path) is None
 
 
