@@ -41,8 +41,8 @@ _SCHEMA = (
     "CREATE TABLE audit (count INTEGER NOT NULL, digest TEXT NOT NULL) STRICT",
 )
 
-_PLACE = {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM}
-"""Errors of SQLite's that say nothing against the file: it, or its folder, cannot be written to."""
+_PLACE = {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_IOERR}
+"""Errors of SQLite's that say nothing against the file: it cannot be written to, its disk fails, or a quota is used up."""
 
 Releases = tuple[tuple[float, float, int], ...] | None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import sqlite3
 import stat
@@ -228,6 +229,18 @@ def test_an_older_folder_put_back_is_noticed_by_the_receipt(records: Records, pr
     number, sentence = number_of(records, private, 3, budget=ROOMY, receipt=receipt)
     assert number == 413  # as long as before, but another history
     assert "does not go on from what the site has sent" in sentence
+
+
+def test_a_quota_that_is_used_up_does_not_pass_for_a_damaged_ledger(records: Records, private: Study) -> None:
+    pay(records, private, budget=ROOMY)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))  # a write fails as beyond a quota, not as on a full disk
+    try:
+        number, said = number_of(records, private, 2, budget=ROOMY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (number, "disk I/O error" in said) == (205, True)
+    assert len(read_ledger(records.state, "Alder").entries) == 1
 
 
 def test_a_locked_ledger_is_waited_for_until_the_deadline(records: Records, private: Study) -> None:
