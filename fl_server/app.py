@@ -138,6 +138,9 @@ def run_study(grid: Grid, path: Path, *, run: str) -> None:
         tell(f"{study.name}: waiting for {study.quorum} sites until {clock(study.deadline_s)}")
         roster = meet(grid, study.quorum, study)
         if found is None:
+            names = sorted(roster.sizes)
+            watch(begun("answers", "data check", state.round, study.deadline_s, names, asked=names))
+            tell(f"data check: waiting for {', '.join(names)} until {clock(study.deadline_s)}")
             compare_sites(grid, roster, study, path.with_suffix(".data_check.json"))
 
         def note(event: str, values: Mapping[str, Any]) -> None:
@@ -146,8 +149,8 @@ def run_study(grid: Grid, path: Path, *, run: str) -> None:
         strategy = make_strategy(study, roster, note=note, lifted=partial(read_lifted, path))
         commit = partial(RunState.commit, path=committed, keep=KEPT)
         receipted = Receipted(grid, roster.sites, path.parent.parent / "receipts")
-        joining, names = partial(welcome, grid, roster, study), roster.sites
-        run_rounds(receipted, strategy, study, state, sites=names, commit=commit, tell=tell, watch=watch, welcome=joining)
+        joining, sites = partial(welcome, grid, roster, study), roster.sites
+        run_rounds(receipted, strategy, study, state, sites=sites, commit=commit, tell=tell, watch=watch, welcome=joining)
     header = ModelHeader(study=study, method="router-aware", round=state.round, phantoms=False)
     tensors = {name: torch.from_numpy(tensor) for name, tensor in state.arrays.items()}
     write_model(path.with_suffix(".model.safetensors"), tensors, header)

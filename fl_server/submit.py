@@ -24,7 +24,7 @@ from icmoe.study import Study, read_study
 LOOK_S = 1.0
 STATUS_S = 10.0
 STOP_S = 60.0
-# A run says what it waits for, but that it waits for the sites' summaries after they have met; a restarted SuperLink may take
+# A run says what it waits for, and that for no longer than the deadline; it also aggregates, and a restarted SuperLink may take
 # some minutes more.
 QUIET_WAITS = 2
 RESTART_S = 600.0

@@ -83,7 +83,7 @@ def test_an_offline_or_known_node_costs_no_message(make_study) -> None:
     assert len(wire.asked) == count
 
 
-def test_the_coordinator_s_app_lets_late_sites_in(make_study, tmp_path: Path) -> None:
+def test_the_coordinator_s_app_lets_late_sites_in_and_says_each_wait(make_study, tmp_path: Path, capsys) -> None:
     path = tmp_path / "runs/study/study.toml"
     path.parent.mkdir(parents=True)
     path.write_text(study_toml(make_study(rounds=2, quorum=2)))
@@ -100,3 +100,5 @@ def test_the_coordinator_s_app_lets_late_sites_in(make_study, tmp_path: Path) ->
     run_study(wire, path, run="1")  # type: ignore[arg-type]  # a Grid at the wire
     history = latest_state(path.with_suffix(".state.safetensors"), read_study(path)).history
     assert [sorted(record["sites"]) for record in history] == [["Alder", "Birch"], sorted(SITES.values())]
+    waits = [line.split(": waiting for ")[0] for line in capsys.readouterr().err.splitlines() if ": waiting for " in line]
+    assert waits[:3] == ["tiny", "data check", "round 1 of 2"]
