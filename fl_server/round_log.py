@@ -97,8 +97,9 @@ class RoundLog(Sequence[RoundRecord]):
         yield from self._from(0)
 
     def _from(self, start: int) -> Iterator[RoundRecord]:
-        for line in islice(self._lines(), start, None):
-            yield json.loads(line)
+        if start < self._settled:
+            for line in islice(self._lines(), start, None):
+                yield json.loads(line)
         yield from self._fresh[max(0, start - self._settled) :]
 
     def __len__(self) -> int:

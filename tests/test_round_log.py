@@ -59,6 +59,13 @@ def test_a_commit_writes_only_what_is_new(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"x" * len(before))
 
 
+def test_the_last_record_is_found_without_reading_the_others(tmp_path: Path) -> None:
+    log, path = RoundLog([row(number) for number in range(1, 5)]), tmp_path / "s.rounds.jsonl"
+    log.settle(path)
+    path.unlink()
+    assert (log[-1], log[3:]) == (row(4), [row(4)])
+
+
 def test_the_last_score_can_still_be_entered_and_no_earlier_one(tmp_path: Path) -> None:
     log = RoundLog([row(1), row(2)])
     log.settle(tmp_path / "log")
