@@ -79,3 +79,12 @@ def test_a_site_that_only_takes_long_is_not_asked_twice() -> None:
     wire.nodes = [NodeInfo(node_id=12, name="Birch", status="online", last_activated_at=before)]
     assert ask(wire, [message("train")], deadline_s=0.3, poll_s=0.01) == []
     assert len(wire.asked) == 2
+
+
+@pytest.mark.parametrize("deadline_s", [60.0, 5 * 86400.0])
+def test_flower_keeps_a_question_as_long_as_the_deadline_and_never_shorter_than_it_would(deadline_s: float) -> None:
+    wire = Wire(honest)
+    question = Message(RecordDict({CONFIG: ConfigRecord()}), dst_node_id=11, message_type="query.site")
+    (reply,) = ask(wire, [question], deadline_s=deadline_s, poll_s=0.01)
+    assert wire.asked[0].metadata.ttl > max(deadline_s, 43_000)
+    assert reply.metadata.ttl > max(deadline_s, 43_000), "an answer is kept for what is left of it"

@@ -360,15 +360,6 @@ def test_only_nodes_that_are_online_are_asked(make_study, tmp_path: Path) -> Non
     assert set(state.history[0]["sites"]) == {"Alder", "Cedar"}
 
 
-@pytest.mark.parametrize("deadline_s", [60.0, 5 * 86400.0])
-def test_flower_keeps_a_question_as_long_as_the_deadline_and_never_shorter_than_it_would(deadline_s: float) -> None:
-    wire = Wire(honest)
-    question = Message(RecordDict({CONFIG: ConfigRecord()}), dst_node_id=11, message_type="query.site")
-    (reply,) = ask(wire, [question], deadline_s=deadline_s, poll_s=0.01)
-    assert wire.asked[0].metadata.ttl > max(deadline_s, 43_000)
-    assert reply.metadata.ttl > max(deadline_s, 43_000), "an answer is kept for what is left of it"
-
-
 def test_a_late_reply_comes_back_but_is_not_told_as_one_of_the_round(make_study) -> None:
     wire, late, heard = Wire(lambda message, site: None), set[str](), list[str]()
     first, second = (
