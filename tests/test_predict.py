@@ -32,6 +32,7 @@ from predictions import (
 from pydicom.dataset import Dataset
 
 from icmoe.data.ingest.geometry import plane_matrix, upright
+from icmoe.data.ingest.nifti import read
 from icmoe.study import Label
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -155,6 +156,18 @@ def test_a_nifti_of_a_dicom_series_has_its_voxels_where_the_slices_lie(model: Pa
             source = ordered[index[2]]
             want = plane_matrix(plane(source)) @ [index[1], index[0], 0, 1]
             assert (image.affine @ [*index, 1])[:3] == pytest.approx(want[:3] * [-1, -1, 1], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["axial", "oblique", "tilted gantry"])
+def test_a_nifti_gives_each_voxel_one_place_whichever_matrix_a_reader_takes(name: str, model: Path, tmp_path: Path):
+    put(tmp_path, slices(name))
+    predicted(model, tmp_path / "export", tmp_path / "out", "nifti")
+    image = nibabel.load(tmp_path / "out/001/segmentation.nii.gz")
+    qform, code = image.get_qform(coded=True)
+    assert code == (0 if name == "tilted gantry" else 1), "a quaternion cannot slant"
+    assert image.get_sform(coded=True)[1] == 1
+    assert qform is None or qform == pytest.approx(image.affine, abs=1e-4)
+    read(tmp_path / "out/001/segmentation.nii.gz")  # ingest refuses a volume of two places
 
 
 def test_a_nifti_volume_comes_back_on_its_own_grid(model: Path, tmp_path: Path):

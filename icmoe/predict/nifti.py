@@ -18,8 +18,10 @@ from icmoe.predict.stacks import Series, Stack
 
 UNEVEN = 0.01
 """Largest distance of a slice from its place on the line from the first to the last, in slice distances."""
-SCANNER = 1
-"""NIfTI's code for the scanner's own coordinates."""
+SCANNER, UNKNOWN = 1, 0
+"""NIfTI's codes for the scanner's own coordinates and for a matrix that says nothing."""
+SAME_PLACE = 1e-4
+"""How far the elements of two matrices may differ, mm, that place voxels alike."""
 
 
 def nifti_bytes(series: Series, stack: Stack, values_DHW: npt.NDArray[Any]) -> bytes:
@@ -47,6 +49,8 @@ def nifti_bytes(series: Series, stack: Stack, values_DHW: npt.NDArray[Any]) -> b
     image = nibabel.Nifti1Image(np.ascontiguousarray(volume), affine)
     image.set_sform(affine, SCANNER)
     image.set_qform(affine, SCANNER)
+    if not np.allclose(image.get_qform(), affine, atol=SAME_PLACE):  # a quaternion cannot slant: two places for each voxel
+        image.set_qform(None, UNKNOWN)
     image.header.set_xyzt_units("mm")
     return gzip.compress(image.to_bytes(), mtime=0)
 
