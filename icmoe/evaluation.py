@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ from icmoe.preprocess import restore, view_target
 from icmoe.study import Label, View
 
 EVALUATION_BATCH = 16
+ROUNDED = 1e-3
+"""How far distances of one patient's slices may differ, as a share, that are the same."""
 
 ClassMap = npt.NDArray[np.uint8]
 
@@ -104,12 +106,25 @@ def score_slices(
         members = list(group)
         prediction = [next(predictions) for _ in members]
         truth = [load_mask(item.mask, labels) for item in members]
-        spacing_mm = members[0].spacing_mm if surfaces else None
+        spacing_mm = common_spacing(members) if surfaces else None
         classes = patient_scores(_stack(prediction), _stack(truth), len(labels), spacing_mm)
         scores.append(PatientScore(site, patient, tuple(classes)))
         if on_patient is not None:
             on_patient()
     return scores
+
+
+def common_spacing(slices: Sequence[Slice]) -> tuple[float, float, float] | None:
+    """Return the spacing of a patient's slices in order, None where they are not one even stack on one grid of pixels.
+
+    A slice that was left out between two others, or slices of several series, would lie where the volume does not show them.
+    """
+    first = slices[0]
+    steps = {after.index - before.index for before, after in pairwise(slices)}
+    known = [item.spacing_mm for item in slices if item.spacing_mm is not None and item.shape == first.shape]
+    if len(known) < len(slices) or len(steps) > 1 or 0 in steps:
+        return None
+    return known[0] if all(np.allclose(other, known[0], rtol=ROUNDED, atol=0.0) for other in known) else None
 
 
 def _stack(slices: Sequence[ClassMap]) -> ClassMap:

@@ -11,7 +11,8 @@ Conventions, which decide more than the third decimal of any table:
 * HD95 is the larger of the two directed 95th percentiles of the distances between surface voxels, voxel centre to voxel
   centre; surface Dice counts surface voxels within 2 mm (`SURFACE_TOLERANCE_MM`) of the other surface. Foreground at the
   volume's border is surface;
-* both exist only where the spacing is known, else they are None; means leave None out and are None where nothing is left;
+* both exist only where the spacing is known (`icmoe.evaluation.common_spacing`), else they are None; means leave None out and
+  are None where nothing is left;
 * a volume of one slice is measured in its plane, since in 3-D each of its pixels would be surface.
 
 Overlaps are counted in integers; MONAI divides in float32, so that distances carry about seven digits.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from icmoe.data.folder import read_folder
 from icmoe.data.slices import load_image
 from icmoe.dataset import TrainingSet, steps_of
 from icmoe.errors import IcmoeError
-from icmoe.evaluation import predict_slices, score_slices
+from icmoe.evaluation import common_spacing, predict_slices, score_slices
 from icmoe.exchange import global_state, state_digest
 from icmoe.features import FeatureCache, widened
 from icmoe.model import build_model
@@ -94,6 +95,27 @@ def test_training_finds_the_disc_and_the_backbone_stays_as_it_was(prepared) -> N
     assert backbone.weights_digest() == before
     (prediction, *_) = predict_slices(model, site.of("val"), cache, CPU)
     assert prediction.shape == (40, 32)  # back on the source's own pixels
+
+
+UNEVEN = {
+    "a slice was left out": lambda rows: rows[:2] + rows[3:],
+    "two series": lambda rows: [*rows[:2], replace(rows[2], index=1), *rows[3:]],
+    "other pixels": lambda rows: [*rows[:4], replace(rows[4], spacing_mm=(5.0, 0.5, 0.5))],
+    "unknown in part": lambda rows: [*rows[:4], replace(rows[4], spacing_mm=None)],
+    "another size": lambda rows: [*rows[:4], replace(rows[4], shape=(32, 32))],
+}
+
+
+@pytest.mark.parametrize("change", UNEVEN)
+def test_distances_are_measured_only_where_the_slices_are_one_even_stack(change: str, prepared) -> None:
+    study, site, cache, _ = prepared
+    even = [replace(item, spacing_mm=(5.0, 1.0, 1.0)) for item in site.of("val")]
+    model = build_model(study, seed=1)
+    (whole,) = score_slices(model, even, study.labels, cache, CPU)
+    assert whole.hd95_mm is not None
+    assert common_spacing(even[::2]) == common_spacing(even) == (5.0, 1.0, 1.0)
+    (part,) = score_slices(model, UNEVEN[change](even), study.labels, cache, CPU)
+    assert (part.hd95_mm, part.surface_dice) == (None, None)
 
 
 def test_cached_features_are_the_backbones_own(prepared) -> None:
