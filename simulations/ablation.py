@@ -96,7 +96,8 @@ def ablate(
             studies = tuple(job.study for job in jobs)
             sites = make_sites(hospitals, studies, cache=cache, state_folder=state_folder, simulation=simulation)[:-1]
             write_sites(folder.work / "sites.json", sites)
-            states = run_jobs(jobs, folder.work / "sites.json", Engine(cpus=os.cpu_count() or 1), screen.on_event)
+            path, engine = folder.work / "sites.json", Engine(cpus=os.cpu_count() or 1)
+            states = run_jobs(jobs, path, engine, screen.on_event, on_scored=screen.on_scored)
         rows = {name: [float(states[name, seed].history[-1]["val_dice"]) for seed in simulation.seeds] for name in names}
         record = {
             "rounds": study.rounds,

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fl_server.roster import Roster
+from fl_server.round_log import RoundRecord
 from fl_server.round_strategy import RoundReport, State, Tensors
 from fl_server.router_aware import RouterAware
 from icmoe.study import Study
@@ -29,6 +30,37 @@ def of_site(tensors: Tensors, site: str) -> Tensors:
     """Return the tensors of one site under their own names."""
     prefix = f"{site}|"
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def part_of(history: Iterable[RoundRecord], names: tuple[str, ...]) -> list[RoundRecord]:
+    """Return the rounds of some nodes of an "alone" job; nothing travels there, so no bytes."""
+    rounds = []
+    for record in history:
+        sites = {name: {**row, "bytes_up": 0, "bytes_down": 0} for name, row in record["sites"].items() if name in names}
+        losses = [row["loss"] for row in sites.values()]
+        dice = [row["val_dice"] for row in sites.values() if row["val_dice"] is not None]
+        rounds.append(
+            {
+                **record,
+                "sites": sites,
+                "loss": sum(losses) / len(losses) if losses else None,
+                "val_dice": sum(dice) / len(dice) if dice else None,
+                "usage_spread": None,
+                "bytes_up": 0,
+                "bytes_down": 0,
+                "seconds": {"train": sum(row["seconds"] for row in sites.values()), "aggregate": 0.0},
+            }
+        )
+    return rounds
+
+
+def by_method(method: str, record: RoundRecord) -> dict[str, RoundRecord]:
+    """Return a round of a job by the methods that it trains: those of an "alone" job are two, and no number is of both."""
+    if method != "alone":
+        return {method: record}
+    names = {"local": tuple(name for name in record["sites"] if name != POOLED), "pooled": (POOLED,)}
+    parts = {name: part_of([record], sites)[0] for name, sites in names.items()}
+    return {name: part for name, part in parts.items() if part["sites"]}
 
 
 class Alone(Strategy):

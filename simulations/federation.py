@@ -31,6 +31,7 @@ from fl_server.data_check import DataCheck, check_data
 from fl_server.grid import InFront
 from fl_server.roster import Roster, await_online, meet
 from fl_server.round_log import RoundRecord
+from fl_server.round_strategy import unheard
 from fl_server.rounds import run_rounds
 from fl_server.run_state import RunState
 from icmoe.atomic import write_atomically
@@ -157,6 +158,7 @@ class Stoppable(InFront):
 
 
 Listener = Callable[[Job, RoundRecord | None, str], None]
+Scored = Callable[[Job, RoundRecord], None]
 
 
 def run_jobs(
@@ -165,6 +167,7 @@ def run_jobs(
     engine: Engine,
     on_event: Listener,
     *,
+    on_scored: Scored = unheard,
     on_check: Callable[[DataCheck], None] | None = None,
     handlers: Mapping[str, Handler] | None = None,
 ) -> dict[tuple[str, int], RunState]:
@@ -182,6 +185,8 @@ def run_jobs(
         Where to run it.
     on_event
         Called with (job, None, site) as replies arrive and with (job, record, "") after each round.
+    on_scored
+        Called with (job, record) once a round's validation scores are in: with the next round, or at the job's end.
     on_check
         Where given, the sites' data are checked before the first job, and it is called with the outcome.
     handlers
@@ -210,7 +215,7 @@ def run_jobs(
                 hospitals = {node: name for node, name in roster.sites.items() if name != POOLED}
                 on_check(check_data(everybody, hospitals, jobs[0].study, poll_s=POLL_S))
             for job in jobs:
-                finished[job.method, job.study.seed] = run_job(everybody, job, roster, on_event)
+                finished[job.method, job.study.seed] = run_job(everybody, job, roster, on_event, on_scored)
 
     server_app.main()(rehearse)
     try:
@@ -238,7 +243,7 @@ def run_jobs(
     return finished
 
 
-def run_job(grid: Grid, job: Job, roster: Roster, on_event: Listener) -> RunState:
+def run_job(grid: Grid, job: Job, roster: Roster, on_event: Listener, on_scored: Scored = unheard) -> RunState:
     """Run one study on the connected nodes, from its committed state where there is one."""
     chosen = {node: name for node, name in roster.sites.items() if name in job.names}
     mine = Roster(chosen, {name: roster.sizes[name] for name in chosen.values()})
@@ -249,13 +254,20 @@ def run_job(grid: Grid, job: Job, roster: Roster, on_event: Listener) -> RunStat
     if job.state_path.exists():
         state = RunState.load(job.state_path, job.study)
     strategy = Alone(job.study, mine) if alone else make_strategy(job.study, mine)
+
+    def commit(now: RunState) -> None:
+        commit_whole(now, job.state_path)
+        scored = len(now.history) - (1 if now.closed else 2)  # sites score the model that they are given to train on
+        if scored >= 0 and now.history[scored]["val_dice"] is not None:
+            on_scored(job, now.history[scored])
+
     return run_rounds(
         grid,
         strategy,
         job.study,
         state,
         sites=chosen,
-        commit=lambda now: commit_whole(now, job.state_path),
+        commit=commit,
         poll_s=POLL_S,
         on_reply=lambda _, name: on_event(job, None, name),
         on_round=lambda record: on_event(job, record, ""),

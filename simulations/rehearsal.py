@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,7 +17,6 @@ import torch
 from rich.markup import escape
 
 from fl_server.data_check import DataCheck
-from fl_server.round_log import RoundRecord
 from fl_server.run_state import RunState
 from icmoe.atomic import write_atomically
 from icmoe.backbone import Backbone, load_backbone
@@ -28,7 +27,7 @@ from icmoe.features import FeatureCache
 from icmoe.modelfile import ModelHeader, write_model
 from icmoe.prepare import encode_slices
 from icmoe.study import Study
-from simulations.alone import POOLED, of_site
+from simulations.alone import POOLED, of_site, part_of
 from simulations.cards import write_cards
 from simulations.exhibits import overlays
 from simulations.expert_use import expert_use
@@ -145,7 +144,8 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
     write_sites(folder.work / "sites.json", sites)
     heard = CheckHeard(folder.work / "data_check.json", screen)
     with clock.phase("train"):
-        states = run_jobs(jobs, folder.work / "sites.json", engine_of(simulation, device), screen.on_event, on_check=heard)
+        engine, path = engine_of(simulation, device), folder.work / "sites.json"
+        states = run_jobs(jobs, path, engine, screen.on_event, on_scored=screen.on_scored, on_check=heard)
     with clock.phase("score"):
         staged = folder.work / "publish"
         shutil.rmtree(staged, ignore_errors=True)
@@ -155,8 +155,7 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
             methods[PERSONALISED] = score_personalised(jobs, states, examiner, folder.work, RunFolder(staged))
         use, shown = first_use(jobs, states, examiner), exhibits(jobs, states, examiner)
     require_unchanged(before, after := backbone.weights_digest())
-    clock.seconds |= _seconds_of(methods)
-    clock.seconds["total"] = time.perf_counter() - began
+    clock.seconds |= _seconds_of(methods) | {"total": time.perf_counter() - began}
     results = results_record(
         study=study,
         simulation=simulation,
@@ -298,28 +297,6 @@ def _write(out: RunFolder, examiner: Examiner, job: Job, method: str, state: Sta
     path = out.model(method, job.study.seed, site)
     write_model(path, state, header)
     return {"model": str(path.relative_to(out.root))}
-
-
-def part_of(history: Iterable[RoundRecord], names: tuple[str, ...]) -> list[RoundRecord]:
-    """Return the rounds of some nodes of an "alone" job; nothing travels there, so no bytes."""
-    rounds = []
-    for record in history:
-        sites = {name: {**row, "bytes_up": 0, "bytes_down": 0} for name, row in record["sites"].items() if name in names}
-        losses = [row["loss"] for row in sites.values()]
-        dice = [row["val_dice"] for row in sites.values() if row["val_dice"] is not None]
-        rounds.append(
-            {
-                **record,
-                "sites": sites,
-                "loss": sum(losses) / len(losses) if losses else None,
-                "val_dice": sum(dice) / len(dice) if dice else None,
-                "usage_spread": None,
-                "bytes_up": 0,
-                "bytes_down": 0,
-                "seconds": {"train": sum(row["seconds"] for row in sites.values()), "aggregate": 0.0},
-            }
-        )
-    return rounds
 
 
 def _seconds_of(methods: Mapping[str, Mapping[str, Record]]) -> dict[str, float]:

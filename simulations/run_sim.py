@@ -121,7 +121,7 @@ def _run(
     study, simulation = read_scenario(scenario, study_options, simulation_options)
     name = Path(os.path.realpath(simulation.data)).name if simulation.data else "phantoms"
     folder = RunFolder(out or Path("runs") / f"{name}-{study.digest[:8]}")
-    with folder.claimed(resume=resume), tracking(track, folder.root) as also, Screen(console, also) as screen:
+    with folder.claimed(resume=resume), tracking(track, folder.root) as heard, Screen(console, *heard) as screen:
         if resume and folder.results.exists():
             results = folder.finished(study, simulation)
             screen.say(f"{folder.root} is complete; nothing was left to do.")

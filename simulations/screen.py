@@ -19,8 +19,9 @@ from rich.table import Table
 from fl_server.round_log import RoundRecord
 from fl_server.round_strategy import unheard
 from icmoe.server_privacy import spending_sentence
+from simulations.alone import by_method
 from simulations.cross_site import matrix_rows
-from simulations.federation import Job, Listener
+from simulations.federation import Job, Listener, Scored
 from simulations.results import CHECK_COLUMNS, check_rows
 
 MOST_ROWS = 20
@@ -36,12 +37,12 @@ class Screen:
     ----------
     console
         Where to print; lines instead of a live view where it is no terminal.
-    also
-        Told of each event after the screen.
+    also, also_scored
+        Told of each event, and of each round's validation scores, after the screen.
     """
 
-    def __init__(self, console: Console, also: Listener = unheard) -> None:
-        self._console, self._also = console, also
+    def __init__(self, console: Console, also: Listener = unheard, also_scored: Scored = unheard) -> None:
+        self._console, self._also, self._also_scored = console, also, also_scored
         self._progress = Progress(
             TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
         )
@@ -100,6 +101,13 @@ class Screen:
         self._show(job, record, site)
         self._also(job, record, site)
 
+    def on_scored(self, job: Job, record: RoundRecord) -> None:
+        """Say how good the model of a round is, which the answers to the next one bring."""
+        if self._live is None:
+            dice = "  ".join(f"{name} {part['val_dice']:.3f}" for name, part in by_method(job.method, record).items())
+            self.say(f"{job.method} seed {job.study.seed}  val Dice after round {record['round']}: {dice}")
+        self._also_scored(job, record)
+
     def _show(self, job: Job, record: RoundRecord | None, site: str) -> None:
         name = f"{job.method} seed {job.study.seed}"
         if job is not self._job:
@@ -126,21 +134,14 @@ class Screen:
         began_s = self._began[name]  # first, since the first look sets it
         elapsed_s = time.monotonic() - began_s
         sites = "  ".join(f"{site} {_loss(row)}" for site, row in record["sites"].items())
-        dice = self._last_dice()
-        shown = "" if dice is None else f"  val Dice {dice:.3f}"
         size = f"  {record['bytes_up'] / 1e6:.1f} MB up" if job.method != "alone" else ""
         spent = f"  {spending_sentence(record['privacy'])}" if record.get("privacy") else ""
-        return f"{name}  round {record['round']}/{job.study.rounds}  loss {sites}{shown}{size}  {elapsed_s:.0f} s{spent}"
-
-    def _last_dice(self) -> float | None:
-        """Return the newest validation Dice; it belongs to the round before the newest."""
-        found = [row["val_dice"] for row in self._rows.values() if row["val_dice"] is not None]
-        return found[-1] if found else None
+        return f"{name}  round {record['round']}/{job.study.rounds}  loss {sites}{size}  {elapsed_s:.0f} s{spent}"
 
     def _table(self, job: Job, record: RoundRecord) -> RenderableType:
         title = f"{job.method}, seed {job.study.seed}, round {record['round']} of {job.study.rounds}"
         table = Table(title=title, title_justify="left")
-        for column in ("site", "loss", "val Dice", "usage per expert", "steps", "MB up"):
+        for column in ("site", "loss", "val Dice before", "usage per expert", "steps", "MB up"):
             table.add_column(column, justify="left" if column in ("site", "usage per expert") else "right")
         before = self._rows.get(str(record["round"] - 1), {"sites": {}})
         for site, row in record["sites"].items():
@@ -218,7 +219,7 @@ def check_table(check: dict[str, Any]) -> Table:
 def _cell(mean: float | None, std: float | None) -> str:
     if mean is None:
         return "-"
-    return f"{mean:.3f}" if not std else f"{mean:.3f} ±{std:.3f}"
+    return f"{mean:.3f}" if std is None else f"{mean:.3f} ±{std:.3f}"
 
 
 def comparison_lines(results: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +12,8 @@ from fl_server.round_log import RoundRecord
 from fl_server.round_strategy import unheard
 from icmoe.errors import Fault, IcmoeError
 from icmoe.kinds import names_of
-from simulations.federation import Job, Listener
+from simulations.alone import POOLED, by_method
+from simulations.federation import Job, Listener, Scored
 
 
 class Tracker(Protocol):
@@ -36,11 +38,12 @@ def _mlflow(folder: Path) -> Tracker:
     return MLflow(folder)
 
 
+DICE = "val Dice"
 TRACKERS: dict[str, Callable[[Path], Tracker]] = {"tensorboard": _tensorboard, "mlflow": _mlflow}
 
 
 @contextmanager
-def tracking(tracker: str | None, folder: Path) -> Iterator[Listener]:
+def tracking(tracker: str | None, folder: Path) -> Iterator[tuple[Listener, Scored]]:
     """Write what is told, one run of the tracker's per method and seed, while inside.
 
     Parameters
@@ -52,8 +55,8 @@ def tracking(tracker: str | None, folder: Path) -> Iterator[Listener]:
 
     Yields
     ------
-    callable
-        To call with each event of the rehearsal.
+    two callables
+        To call with each event of the rehearsal, and with each round whose validation scores are in.
 
     Raises
     ------
@@ -61,7 +64,7 @@ def tracking(tracker: str | None, folder: Path) -> Iterator[Listener]:
         213 where the package is not installed.
     """
     if tracker is None:
-        yield unheard
+        yield unheard, unheard
         return
     try:
         to = TRACKERS[tracker](folder)
@@ -71,15 +74,26 @@ def tracking(tracker: str | None, folder: Path) -> Iterator[Listener]:
 
     def listen(job: Job, record: RoundRecord | None, site: str) -> None:
         del site
-        if record is not None:
-            to.write(job, scalars_of(job, record), record["round"])
+        for one, part in _parts(job, record) if record is not None else ():
+            to.write(one, scalars_of(one, part), part["round"])
+
+    def scored(job: Job, record: RoundRecord) -> None:
+        for one, part in _parts(job, record):
+            scalars = scalars_of(one, part)
+            to.write(one, {name: value for name, value in scalars.items() if name.startswith(DICE)}, part["round"])
 
     finished = False
     try:
-        yield listen
+        yield listen, scored
         finished = True
     finally:
         to.close(finished=finished)
+
+
+def _parts(job: Job, record: RoundRecord) -> Iterator[tuple[Job, RoundRecord]]:
+    """Yield a round by method, as the results have it."""
+    for method, part in by_method(job.method, record).items():
+        yield replace(job, method=method), part
 
 
 def run_name(job: Job) -> str:
@@ -92,13 +106,14 @@ def scalars_of(job: Job, record: RoundRecord) -> dict[str, float]:
     names = names_of(job.study.model)
     scalars = {
         "loss/all sites": record["loss"],
-        "val Dice/all sites": record["val_dice"],
+        f"{DICE}/all sites": record["val_dice"],
         "usage/spread between sites": record["usage_spread"],
         "bytes/up": record["bytes_up"],
         "bytes/down": record["bytes_down"],
     }
-    for site, row in record["sites"].items():
-        scalars |= {f"loss/{site}": row["loss"], f"val Dice/{site}": row["val_dice"]}
+    for name, row in record["sites"].items():
+        site = "pooled" if name == POOLED else name  # MLflow takes no brackets
+        scalars |= {f"loss/{site}": row["loss"], f"{DICE}/{site}": row["val_dice"]}
         scalars |= {f"usage/{site}/{expert}": share for expert, share in zip(names, row["usage"] or (), strict=False)}
     if spent := record.get("privacy"):
         scalars["privacy/epsilon of the server"] = spent["epsilon"]

@@ -32,8 +32,16 @@ def record(number: int) -> dict[str, Any]:
     return {"round": number, "sites": {"Alder": row}, "privacy": {"epsilon": 0.25 * number}, **told}
 
 
+def pair(number: int, val_dice: float | None) -> dict[str, Any]:
+    """A round of local and pooled models side by side."""
+    row = {"usage": [0.5, 0.25, 0.25], "seconds": 1.0, "bytes_up": 7, "bytes_down": 9}
+    sites = {"(pooled)": row | {"loss": 0.25, "val_dice": val_dice}, "Alder": row | {"loss": 0.75, "val_dice": None}}
+    told = {"loss": 0.5, "val_dice": val_dice, "usage_spread": 0.5, "bytes_up": 14, "bytes_down": 18}
+    return {"round": number, "sites": sites, "privacy": None, **told}
+
+
 def tracked(job: Job, folder: Path, *records: dict[str, Any] | None) -> None:
-    with tracking("mlflow", folder) as listen:
+    with tracking("mlflow", folder) as (listen, _):
         for one in records:
             listen(job, one, "")
 
@@ -57,6 +65,29 @@ def test_mlflows_runs_hold_each_round_and_a_resumed_rehearsal_adds_to_them(make_
     assert "usage/Alder/basic-1" in run.data.metrics
     assert (run.data.metrics["bytes/up"], run.data.metrics["bytes/down"]) == (7, 9)
     assert "val Dice/Alder" not in run.data.metrics  # withheld
+
+
+def test_local_and_pooled_are_a_run_each_and_scores_that_come_later_are_told(make_study, tmp_path: Path) -> None:
+    job = Job(method="alone", study=make_study(), names=("Alder", "(pooled)"), state_path=tmp_path / "s")
+    with tracking("mlflow", tmp_path) as (listen, scored):
+        listen(job, pair(1, None), "")
+        listen(job, pair(2, None), "")
+        scored(job, pair(1, 0.5))
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    found = {run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name("rehearsal").experiment_id])}
+    assert set(found) == {"local-seed3", "pooled-seed3"}
+    local, pooled = (found[f"{name}-seed3"].data.metrics for name in ("local", "pooled"))
+    assert (local["loss/all sites"], local["loss/Alder"], pooled["loss/all sites"], pooled["loss/pooled"]) == (
+        0.75,
+        0.75,
+        0.25,
+        0.25,
+    )
+    assert local["bytes/up"] == pooled["bytes/down"] == 0, "nothing travels"
+    assert not {name for name in local if name.startswith(("val Dice", "usage/spread"))}
+    history = client.get_metric_history(found["pooled-seed3"].info.run_id, "val Dice/all sites")
+    assert [(one.step, one.value) for one in history] == [(1, 0.5)]
+    assert len(client.get_metric_history(found["pooled-seed3"].info.run_id, "loss/all sites")) == 2
 
 
 def test_a_start_that_is_refused_leaves_nothing_of_mlflow(tmp_path: Path) -> None:
