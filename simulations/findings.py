@@ -124,9 +124,9 @@ def runs(results: Results, method: str) -> list[Mapping[str, Any]]:
 
 
 def round_value(entry: Mapping[str, Any], key: str) -> float | None:
-    """Return a round's value; the mean over its sites where the round has none of its own (method "local")."""
-    own = number(entry.get(key))
-    return own if own is not None else mean(number(site.get(key)) for site in entry.get("sites", {}).values())
+    """Return the mean of a round's value over its sites, as it is of local models too; its own where sites have none."""
+    of_sites = mean(number(site.get(key)) for site in entry.get("sites", {}).values())
+    return of_sites if of_sites is not None else number(entry.get(key))
 
 
 def curve(results: Results, method: str, key: str) -> list[Point]:

@@ -324,6 +324,21 @@ def test_sums_curves_and_usage():
     assert flattened({"a": {"b": [1, 2], "c": None}, "d": "x"}) == [("a.b", "[1, 2]"), ("a.c", "null"), ("d", "x")]
 
 
+def test_curves_are_means_over_sites_for_every_method_however_a_round_weighs_its_own():
+    results = _results()
+    for method in ("router-aware", "local"):
+        for run in results["methods"][method].values():
+            for entry in run["rounds"]:
+                entry["sites"]["A"] |= {"loss": 1.0, "val_dice": 0.8}
+                entry["sites"]["B"] |= {"loss": 3.0, "val_dice": 0.4}
+                if method == "router-aware":
+                    entry |= {"loss": 1.2, "val_dice": 0.76}  # by slices and patients, nine tenths of them at A
+    for key, value in (("loss", 2.0), ("val_dice", 0.6)):
+        ours, alone = (curve(results, method, key)[0].mean for method in ("router-aware", "local"))
+        assert ours == alone == pytest.approx(value)
+    assert "Router-aware: 2.000 in round 1" in render(results, [])
+
+
 def test_alone_methods_show_no_traffic():
     results = _results()
     for run in results["methods"]["local"].values():
