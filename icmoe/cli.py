@@ -20,6 +20,7 @@ from icmoe.usage import Commands
 app = typer.Typer(
     cls=Commands, add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
 )
+TESTS_ONLY = " (for tests only)"
 
 
 @app.callback(invoke_without_command=True)
@@ -168,13 +169,13 @@ def audit_privacy(
 
 def _print_prediction(record: dict[str, Any], output: Path) -> None:
     console, about = Console(), record["model"]
-    stamp = " (trained on phantoms: not for patients)" if about["phantoms"] else " (for tests only)" if about["test_only"] else ""
+    stamp = " (trained on phantoms: not for patients)" if about["phantoms"] else TESTS_ONLY if about["test_only"] else ""
     table = Table(title=escape(f"{about['method']}, study {about['study']}{stamp}"), title_justify="left")
     for column in ("stack", "frames", "pixels", *(f"{label['name']} ml" for label in record["labels"][1:])):
         table.add_column(column, justify="right")
     for row in record["stacks"]:
         volumes = row["volume_ml"] or {}
-        sizes = [_shown(volumes.get(label["name"]), 1) for label in record["labels"][1:]]
+        sizes = [_millilitres(volumes.get(label["name"])) for label in record["labels"][1:]]
         table.add_row(row["folder"], str(row["frames"]), f"{row['rows']} x {row['columns']}", *sizes)
     console.print(table)
     told = f"Written to {output}. Research use: a physician looks at every result."
@@ -185,8 +186,8 @@ def _print_scores(record: dict[str, Any], faults: list[Fault]) -> None:
     console = Console()
     print_faults(faults, stderr=False)
     about = record["model"]
-    stamp = " [bold red](trained on phantoms)[/bold red]" if about["phantoms"] else ""
-    title = escape(f"{about['method']}, study {about['study']}, seed {about['seed']}") + stamp
+    stamp = " (trained on phantoms)" if about["phantoms"] else TESTS_ONLY if about["test_only"] else ""
+    title = escape(f"{about['method']}, study {about['study']}, seed {about['seed']}") + f"[bold red]{stamp}[/bold red]"
     table = Table(title=title, title_justify="left")
     for column in ("site", "Dice", "IoU", "HD95 mm", "patients", "found", "used"):
         table.add_column(column, justify="left" if column == "site" else "right")
@@ -203,6 +204,11 @@ def _print_scores(record: dict[str, Any], faults: list[Fault]) -> None:
 
 def _shown(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _millilitres(volume: float | None) -> str:
+    """Return a volume in tenths, a smaller one in its first digits: what was found is never shown as nothing."""
+    return f"{volume:.2g}" if volume is not None and 0.0 < volume < 0.1 else _shown(volume, 1)
 
 
 def main() -> None:

@@ -176,6 +176,8 @@ def final_table(results: dict[str, Any]) -> Table:
     table.add_column("method", no_wrap=True)
     for name in [*sites, "mean of sites", "worst site", "all patients"]:
         table.add_column(name, justify="right")
+    partly = [name for name, row in results["summary"].items() if not all(_scored(row, site) for site in sites)]
+    table.caption = f"{', '.join(partly)}: of the scored sites alone, which is no match for the other rows." if partly else None
     for method, row in results["summary"].items():
         cells = [_cell(row["per_site"].get(name, {}).get("mean"), row["per_site"].get(name, {}).get("std")) for name in sites]
         table.add_row(
@@ -186,6 +188,10 @@ def final_table(results: dict[str, Any]) -> Table:
             _cell(row["dice_pooled"], row["dice_std"]),
         )
     return table
+
+
+def _scored(row: dict[str, Any], site: str) -> bool:
+    return row["per_site"].get(site, {}).get("mean") is not None
 
 
 def cross_table(results: dict[str, Any], console: Console) -> RenderableType | None:

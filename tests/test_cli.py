@@ -26,11 +26,23 @@ def test_scores_keep_brackets_in_names_of_sites_and_files(capsys: pytest.Capture
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("[/x] router-aware", "St [/a]", "St [red]", "[/a] scan[old].png"))
     assert "(trained on phantoms)" in printed
+    _print_scores(record | {"model": ABOUT | {"phantoms": False, "test_only": True}}, [])
+    assert "(for tests only)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_prediction_says_where_it_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     _print_prediction({"model": ABOUT, "labels": [], "stacks": []}, tmp_path / "out[new]")
     assert f"{tmp_path}/out[new]." in capsys.readouterr().out
+
+
+def test_a_small_lesion_is_not_printed_as_no_lesion(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    labels = [{"name": name} for name in ("background", "core", "rim", "scar", "cyst")]
+    volumes = {"core": 0.041, "rim": 0.0, "scar": 12.34, "cyst": 0.0004}
+    stack = {"folder": "001", "frames": 5, "rows": 24, "columns": 25, "volume_ml": volumes}
+    _print_prediction({"model": ABOUT, "labels": labels, "stacks": [stack]}, tmp_path)
+    assert [" ".join(("0.041", "0.0", "12.3", "0.0004"))] == [
+        " ".join(line.replace("│", " ").split()[5:]) for line in capsys.readouterr().out.splitlines() if "001" in line
+    ]
 
 
 def test_a_cache_that_cannot_be_written_is_a_numbered_sentence(make_study, tmp_path: Path) -> None:

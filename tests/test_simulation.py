@@ -16,6 +16,7 @@ from simulations.results import comparisons, summary_of
 from simulations.run_sim import _given, _seeds
 from simulations.scenario import read_scenario
 from simulations.scoring import best_median_worst, mean_record, require_unchanged
+from simulations.screen import final_table
 
 TEST_BACKBONE = {"test_only": True, "backbone": {"name": "sam-vit-test", "image_size": 64}}
 
@@ -197,6 +198,20 @@ def test_the_printed_answers_follow_from_the_numbers_whatever_they_show() -> Non
     assert [line["sentence"].split()[:2] for line in sites] == [["A", "loses"], ["B", "gains"]]
     assert usage["value"] == pytest.approx(0.0, abs=1e-9)
     assert "+0.0000" in usage["sentence"] or "-0.0000" in usage["sentence"]
+
+
+def test_the_printed_table_shows_a_spread_of_zero_and_marks_rows_of_some_sites_alone() -> None:
+    def row(dice: float | None, std: float | None) -> dict[str, object]:
+        per_site = {"A": {"mean": 0.5, "std": std}, "B": {"mean": dice, "std": std}}
+        means = {"dice_mean": 0.5, "dice_mean_std": std, "dice_worst_site": 0.5, "dice_pooled": 0.5, "dice_std": std}
+        return {"per_site": per_site, **means}
+
+    results = {"sites": {name: {"patients": {"test": 1}} for name in "AB"}, "summary": {"pooled": row(0.5, 0.0)}}
+    assert final_table(results).caption is None
+    results["summary"]["personalised"] = row(None, None)
+    table = final_table(results)
+    assert [next(iter(column.cells)) for column in table.columns][1:3] == ["0.500 ±0.000"] * 2
+    assert str(table.caption).startswith("personalised: of the scored sites alone")
 
 
 def test_a_backbone_that_changed_stops_everything() -> None:
