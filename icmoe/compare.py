@@ -60,7 +60,7 @@ class Change:
     score
         "all patients", "worst site", or a site's name.
     a, b
-        Mean Dice over the seeds; None where there is no test patient.
+        Mean Dice over the common seeds, over each one's own where none is common; None where there is no test patient.
     difference
         Mean over the common seeds of b - a; None without any.
     spread
@@ -153,12 +153,13 @@ def _changes(method: str, a: Results, b: Results) -> Iterator[Change]:
     names = dict.fromkeys(name for run in (*left.values(), *right.values()) for name in run)
     for name in names:
         pairs = [(left[seed].get(name), right[seed].get(name)) for seed in left if seed in right]
-        gains = [after - before for before, after in pairs if before is not None and after is not None]
+        common = [(before, after) for before, after in pairs if before is not None and after is not None]
+        gains = [after - before for before, after in common]
         yield Change(
             method=method,
             score=name,
-            a=_mean(left, name),
-            b=_mean(right, name),
+            a=fmean(before for before, _ in common) if common else _mean(left, name),
+            b=fmean(after for _, after in common) if common else _mean(right, name),
             difference=fmean(gains) if gains else None,
             spread=stdev(gains) if len(gains) > 1 else None,
             seeds=len(gains),

@@ -58,7 +58,7 @@ def _settings(found: Comparison) -> Table:
 
 
 def _scores(changes: tuple[Change, ...]) -> Table:
-    table = Table(title="Test Dice (per patient), mean over the seeds", title_justify="left", box=SIMPLE)
+    table = Table(title="Test Dice (per patient), mean over the seeds that both have", title_justify="left", box=SIMPLE)
     for column in ("method", "score", "A", "B", "B - A", "seeds"):
         table.add_column(column, justify="left" if column in {"method", "score"} else "right")
     for change in changes:

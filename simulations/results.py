@@ -29,7 +29,8 @@ def site_record(site: SiteData) -> Record:
     return {
         "images_found": site.images_found,
         "images_used": site.images_used,
-        "patients": {name: len({item.patient for item in rows}) for name, rows in splits.items()},
+        # A virtual site may hold patients of several hospitals, whose pseudonyms may be alike.
+        "patients": {name: len({(item.site, item.patient) for item in rows}) for name, rows in splits.items()},
         "slices": {name: len(rows) for name, rows in splits.items()},
         "exclusions": [fault.record() for fault in site.exclusions],
     }

@@ -63,7 +63,7 @@ def test_gains_are_paired_by_seed(tmp_path: Path) -> None:
     assert change.seeds == 2
     assert change.difference == pytest.approx(0.05)
     assert change.spread == pytest.approx(0.1 / 2**0.5)
-    assert change.a == pytest.approx(0.6)
+    assert (change.a, change.b) == pytest.approx((0.6, 0.65)), "of the same seeds as their difference"
     code, text = run("compare", a, b)
     assert code == 0
     assert "+0.0500 +-0.0707" in text
@@ -86,6 +86,13 @@ def test_the_same_pictures_under_other_masks_are_other_data(tmp_path: Path) -> N
     a, b, old = (write(tmp_path / name, results({}, masks=masks)) for name, masks in (("a", "1"), ("b", "2"), ("old", None)))
     found = {name: compare(read_results(a), read_results(other)).same_data for name, other in (("b", b), ("a", a), ("old", old))}
     assert found == {"b": False, "a": True, "old": True}  # an earlier version did not note them
+
+
+def test_without_a_common_seed_each_shows_its_own_and_no_difference(tmp_path: Path) -> None:
+    a = write(tmp_path / "a", results({"fedavg": {"1": training(0.5), "2": training(0.7)}}))
+    b = write(tmp_path / "b", results({"fedavg": {"3": training(0.9)}}))
+    change = compare(read_results(a), read_results(b)).changes[0]
+    assert (change.a, change.b, change.difference, change.seeds) == (pytest.approx(0.6), pytest.approx(0.9), None, 0)
 
 
 @given(st.dictionaries(st.sampled_from("123"), st.tuples(*[st.one_of(st.none(), st.floats(0, 1))] * 2), min_size=1))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from icmoe.data.slices import SiteData, Slice
 from icmoe.errors import Fault, IcmoeError
 from icmoe.window import Window
+from simulations.results import site_record
 from simulations.virtual_sites import choose_sites, dirichlet_sites, repeat_sites
 
 
@@ -37,6 +38,16 @@ def _site(name: str, train: int, test: int = 1, slices: int = 2) -> SiteData:
 
 
 SITES = {name: _site(name, train) for name, train in (("A", 6), ("B", 3), ("C", 1))}
+
+
+def test_patients_of_several_hospitals_are_counted_each_though_their_pseudonyms_are_alike():
+    everybody = SiteData(
+        name="virtual-001",
+        slices=tuple(item for site in SITES.values() for item in site.slices),
+        images_found=0,
+        exclusions=(),
+    )
+    assert site_record(everybody)["patients"] == {"train": 10, "val": 0, "test": 3}
 
 
 def test_repetition_names_in_turns_and_shares_the_slices():
