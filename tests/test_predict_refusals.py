@@ -138,6 +138,30 @@ def test_a_series_with_a_lost_slice_is_left_out_and_the_others_are_not(model: Pa
     assert "1 of 5 frames" in str(faults[0])
 
 
+HEIGHTS = {
+    "one lost": ((0, 5, 15, 20, 25), 1),
+    "two lost at one place, and one": ((0, 2, 8, 10, 14, 16, 18), 3),
+    "finer at the base": ((0, 2.5, 5, 7.5, 12.5, 17.5, 22.5), 0),
+    "as planned": ((0, 5, 12, 14, 30), 0),
+    "rounded": ((0, 4.99, 10.01, 15, 20), 0),
+    "two alone": ((0, 5, 15), 0),
+}
+
+
+@pytest.mark.parametrize("name", HEIGHTS)
+def test_a_series_with_a_slice_that_was_never_exported_is_left_out_too(name: str, model: Path, tmp_path: Path):
+    heights, lacking = HEIGHTS[name]
+    series = volume(np.concatenate([BLOBS, BLOBS[::-1]])[: len(heights)])
+    for data, height in zip(series, heights, strict=True):
+        data.ImagePositionPatient = [-20.0, -30.0, float(height)]
+    put(tmp_path, series)
+    put(tmp_path, slices("coronal"), "whole{}")
+    record, faults = predicted(model, tmp_path / "export", tmp_path / "out")
+    assert len(record["stacks"]) == (1 if lacking else 2)
+    assert [fault.number for fault in faults] == ([142] if lacking else [])
+    assert not lacking or f"{lacking} slices are missing" in str(faults[0])
+
+
 def test_what_a_format_cannot_hold_is_said_and_png_holds_it(model: Path, tmp_path: Path):
     put(tmp_path, slices("uneven"))
     assert numbers(refusal(model, tmp_path / "export", tmp_path / "out", "nifti")) == [143]

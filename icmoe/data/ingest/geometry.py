@@ -20,6 +20,8 @@ OFF_GRID_PX = 0.1
 """Largest distance of a mask's pixel centre from the image's, in pixels, over the whole image."""
 OFF_PLANE_MM = 0.5
 """How far a mark may lie from the plane of the image that it is on."""
+OFF_STEP = 0.05
+"""How far the distance of two slices may be from whole steps of their series, in steps."""
 ROUNDED = 1e-3
 """How far directions and distances of pixels, as a share, may differ that are the same."""
 
@@ -186,6 +188,25 @@ def slice_distance_mm(planes: Sequence[Plane | None]) -> float | None:
         return None
     gaps = np.diff(sorted(height_mm((*plane[:3], *known[0][3:11])) for plane in known))
     return float(gaps.mean()) if gaps.min() > 1e-3 and np.ptp(gaps) <= 0.01 * gaps.mean() else None
+
+
+def missing_slices(planes: Sequence[Plane | None]) -> int:
+    """Return how many slices a stack lacks inside: where steps are even but for wide ones of whole steps, each by itself.
+
+    Wide steps side by side are how a series was planned, such as a head that was scanned finer at its base.
+    """
+    if len(planes) < 4 or any(plane is None for plane in planes):
+        return 0
+    known = cast("Sequence[Plane]", planes)
+    gaps = np.diff(sorted(height_mm((*plane[:3], *known[0][3:11])) for plane in known))
+    if gaps.min() <= 1e-3:
+        return 0
+    steps = gaps / np.median(gaps)
+    whole = np.rint(steps)
+    wide = whole > 1
+    if np.abs(steps - whole).max() > OFF_STEP or whole.min() < 1 or (wide[1:] & wide[:-1]).any():
+        return 0
+    return int(whole.sum()) - len(whole)
 
 
 def is_one_grid(planes: Sequence[Plane | None]) -> bool:
