@@ -19,6 +19,7 @@ from predictions import BLOBS, MARKED, predicted, read_back, slices, write_rando
 from pydicom.config import IGNORE
 from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 
 from icmoe.errors import IcmoeError
@@ -160,6 +161,38 @@ def test_a_series_with_a_slice_that_was_never_exported_is_left_out_too(name: str
     assert len(record["stacks"]) == (1 if lacking else 2)
     assert [fault.number for fault in faults] == ([142] if lacking else [])
     assert not lacking or f"{lacking} slices are missing" in str(faults[0])
+
+
+def heart(lost: int | None, *, timed: bool = True, planes: int = 5) -> list[Dataset]:
+    """Three phases of a heart, 40 ms apart, without one of the files."""
+    phases = [volume(BLOBS[:planes] + phase) for phase in range(3)]
+    for number, data in enumerate(data for phase in phases for data in phase):
+        data.SeriesInstanceUID = phases[0][0].SeriesInstanceUID
+        data.InstanceNumber = number + 1
+        if timed:
+            data.TriggerTime = 40.0 * (number // planes)
+    return [data for number, data in enumerate(data for phase in phases for data in phase) if number != lost]
+
+
+@pytest.mark.parametrize(
+    ("lost", "timed", "whole"), [(None, True, 3), (None, False, 3), (0, True, 0), (9, True, 1), (14, True, 2), (9, False, 0)]
+)
+def test_no_volume_is_made_of_two_phases(lost: int | None, timed: bool, whole: int, model: Path, tmp_path: Path):
+    put(tmp_path, heart(lost, timed=timed))
+    put(tmp_path, slices("coronal"), "whole{}")
+    record, faults = predicted(model, tmp_path / "export", tmp_path / "out")
+    assert len(record["stacks"]) == 1 + whole
+    assert {fault.number for fault in faults} == ({142} if whole < 3 else set())
+    for stack in record["stacks"]:
+        headers = [pydicom.dcmread(tmp_path / "export" / path) for path, _ in stack["sources"]]
+        assert len({header.get("TriggerTime") for header in headers}) == 1, "one volume, one time"
+
+
+def test_a_plane_that_was_scanned_again_is_no_phase(model: Path, tmp_path: Path):
+    series = heart(None)[:6]
+    put(tmp_path, series)
+    record, faults = predicted(model, tmp_path / "export", tmp_path / "out")
+    assert ([stack["frames"] for stack in record["stacks"]], faults) == ([5, 1], [])
 
 
 def test_what_a_format_cannot_hold_is_said_and_png_holds_it(model: Path, tmp_path: Path):

@@ -25,7 +25,7 @@ from icmoe.atomic import write_atomically
 from icmoe.backbone import Backbone, load_backbone, require_taken
 from icmoe.backbones import file_digest
 from icmoe.data.ingest.decoding import frames_of
-from icmoe.data.ingest.geometry import missing_slices, slice_distance_mm, upright
+from icmoe.data.ingest.geometry import slice_distance_mm, upright
 from icmoe.data.ingest.pixels import Shown
 from icmoe.data.ingest.refusals import Refusal
 from icmoe.data.ingest.walking import walk
@@ -132,8 +132,7 @@ class Prediction:
             frame, refusal = bad[0]
             what = f"{len(bad)} of {len(stack.frames)} frames cannot be decoded: {refusal.why}"
             raise IcmoeError(Fault(number=142, where=frame.path, what=what, did=LEFT_OUT))
-        if lacking := missing_slices(stack.planes):
-            what = f"{lacking} slices are missing between the first and the last of {len(stack.frames)}"
+        if what := stack.gap:
             raise IcmoeError(Fault(number=142, where=stack.frames[0].path, what=what, did=LEFT_OUT))
         if self.form == "dicom-seg":
             dicom_seg.require_planes(series, stack)

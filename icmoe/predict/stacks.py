@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from icmoe.data.ingest.geometry import height_mm
+from icmoe.data.ingest.geometry import height_mm, missing_slices
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.planning import ordered
 from icmoe.data.ingest.pseudonyms import SECRET_BYTES, Pseudonyms
@@ -46,15 +46,27 @@ class Stack:
         At least one; no two in one plane where planes are known.
     shape
         Height and width of each, pixels.
+    lacking
+        Whether a phase lacks a plane: most planes have more frames than some, and this stack is short of one or may hold one of
+        another time in its place.
     """
 
     frames: tuple[Frame, ...]
     shape: tuple[int, int]
+    lacking: bool = False
 
     @property
     def planes(self) -> list[Plane | None]:
         """The frames' planes."""
         return [frame.plane for frame in self.frames]
+
+    @property
+    def gap(self) -> str:
+        """What it lacks in words, empty where nothing is known to be missing."""
+        if missing := missing_slices(self.planes):
+            return f"{missing} slices are missing between the first and the last of {len(self.frames)}"
+        what = "some of its planes have fewer phases than most: a slice would be missing, or be one of another phase"
+        return what if self.lacking else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +118,7 @@ def _stacks(files: dict[str, FileRecord]) -> tuple[Stack, ...]:
     grids: list[tuple[tuple[int, int, str], Plane | None]] = []
     taken: Counter[tuple[int, int]] = Counter()
     stacks: dict[tuple[int, int], list[Frame]] = {}
+    times: dict[tuple[int, int], list[tuple[float, ...]]] = {}
     for path, number, place in ordered(places):
         common = _common(path, files[path], place.plane)
         grid = next((n for n, (one, plane) in enumerate(grids) if one == common and _same_axes(plane, place.plane)), len(grids))
@@ -117,7 +130,29 @@ def _stacks(files: dict[str, FileRecord]) -> tuple[Stack, ...]:
             repeat = taken[grid, height]
             taken[grid, height] += 1
         stacks.setdefault((grid, repeat), []).append(Frame(path, number, place.plane))
-    return tuple(Stack(tuple(frames), grids[grid][0][:2]) for (grid, _), frames in stacks.items())
+        # One frame per file: temporal position and trigger time; else the temporal position alone stands first.
+        times.setdefault((grid, repeat), []).append(place.order[: 2 if len(files[path].frames) == 1 else 1])
+    lacking = {grid for grid in range(len(grids)) if _some_have_fewer([count for (of, _), count in taken.items() if of == grid])}
+    return tuple(
+        Stack(
+            tuple(frames),
+            grids[grid][0][:2],
+            lacking=grid in lacking and (len(frames) < len(stacks[grid, 0]) or _overlap(times, grid, repeat)),
+        )
+        for (grid, repeat), frames in stacks.items()
+    )
+
+
+def _some_have_fewer(counts: Sequence[int]) -> bool:
+    """Return whether most planes have as many frames, and others lack some; a plane that was scanned again is no phase."""
+    most = max(counts, default=0)
+    return min(counts, default=0) < most and 2 * counts.count(most) > len(counts)
+
+
+def _overlap(times: Mapping[tuple[int, int], Sequence[tuple[float, ...]]], grid: int, repeat: int) -> bool:
+    """Return whether a stack's times reach into those of the stack before it or after it."""
+    pairs = ((times.get((grid, at), ()), times.get((grid, at + 1), ())) for at in (repeat - 1, repeat))
+    return any(max(before) >= min(after) for before, after in pairs if before and after)
 
 
 def _common(path: str, record: FileRecord, plane: Plane | None) -> tuple[int, int, str]:
