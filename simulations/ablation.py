@@ -20,7 +20,7 @@ from icmoe.atomic import write_atomically
 from icmoe.backbone import load_backbone
 from icmoe.cache_entries import default_cache_folder
 from icmoe.config import parse
-from icmoe.errors import exit_on_fault
+from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from icmoe.exchange import global_state
 from icmoe.features import FeatureCache
 from icmoe.model import build_model
@@ -78,6 +78,9 @@ def ablate(
         with folder.claimed(resume=resume), Screen(Console()) as screen:
             hospitals = find_hospitals(simulation, study, folder.phantoms)
             report_sites(hospitals, screen)
+            if not any(hospitals.sites[name].of("val") for name in hospitals.training):
+                what = "no image of the split is usable at a site that trains"
+                raise IcmoeError(Fault(number=108, where="val", what=what, did="Nothing was trained."))
             jobs = [
                 Job(
                     method=name,

@@ -159,6 +159,19 @@ def test_one_command_runs_scores_and_draws_up_the_table_and_then_goes_on(
     assert (out / "evidence.md").read_text() == table
 
 
+def test_a_finished_run_of_other_seeds_or_another_recipe_is_not_taken_for_what_was_asked(
+    evidence: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    kept = tmp_path / "out" / "lgg-base" / "results.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps({"seeds": [1, 2], "study_digest": "0" * 64}))
+    words = ["lgg", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--only", "lgg-base"]
+    for options, other in ((["--seeds", "1"], "other seeds"), (["--seeds", "2", "--scenario", evidence[1][6]], "other study")):
+        done = CliRunner().invoke(app, [*words, *options])
+        assert (done.exit_code, "ICM502" in done.output, other in done.output) == (1, True, True), done.output
+    assert not (tmp_path / "out" / "evidence.md").exists()
+
+
 @pytest.mark.parametrize("words", [["lgg", "--out", "out", "--only", "lgg-bas"], ["splits"]])
 def test_a_wrong_name_and_a_missing_index_are_one_numbered_line(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

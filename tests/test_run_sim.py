@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer.testing import CliRunner
 
+from simulations import ablation
 from simulations.phantoms import PhantomSite, write_phantoms
 
 ROOT = Path(__file__).parents[1]
@@ -375,3 +377,13 @@ def test_each_ablation_is_a_configuration_of_the_same_federation(environment: di
     wrong = run([*script, "--only", "no router", "--out", str(tmp_path / "wrong")], environment)
     assert wrong.returncode == 1
     assert "ICM210" in wrong.stderr
+
+
+def test_without_validation_patients_an_ablation_is_refused_before_it_trains(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    site = PhantomSite(name="Elm", train_patients=1, val_patients=1, test_patients=1)
+    write_phantoms(data, seed=1, sites=(site,), size_px=32)
+    header = (data / "splits/val.csv").read_text().splitlines()[0]
+    (data / "splits/val.csv").write_text(header + "\n")
+    done = CliRunner().invoke(ablation.app, ["--data", str(data), "--out", str(tmp_path / "out")])
+    assert (done.exit_code, "ICM108 val" in done.output) == (1, True), done.output

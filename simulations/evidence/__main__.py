@@ -6,6 +6,7 @@ A stopped command goes on where it was when it is given again.
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
+from icmoe.study import Study
 from icmoe.usage import Commands
 from simulations.evidence.dealing import FOLDER, hippocampus_splits, split_text
 from simulations.evidence.patients import score_run
@@ -95,10 +97,9 @@ def _table(name: str, data: Path, out: Path, seeds: int, only: str | None, scena
 
 def _rehearse(plan: Plan, run: Run, data: Path, out: Path, seeds: int, scenario: Path | None) -> None:
     folder = RunFolder(out / run.name)
-    if folder.results.exists():
-        return
+    finished = folder.results.exists()
     root = data
-    if run.split:
+    if run.split and not finished:
         root = made_sites(data, run.split, plan.labels, out / "data" / run.name)
     options = {
         "data": str(root),
@@ -107,8 +108,28 @@ def _rehearse(plan: Plan, run: Run, data: Path, out: Path, seeds: int, scenario:
         "held_out": [run.held_out] if run.held_out else [],
     }
     study, simulation = read_scenario(scenario, {"labels": [label.model_dump(mode="json") for label in plan.labels]}, options)
+    if finished:
+        _require_asked_for(folder, study if scenario else None, options["seeds"])
+        return
     with folder.claimed(resume=True), Screen(Console(stderr=True)) as screen:
         rehearse(study, simulation, folder, screen)
+
+
+def _require_asked_for(folder: RunFolder, study: Study | None, seeds: object) -> None:
+    """Refuse a finished run of other seeds, or of another recipe than the scenario's: its table would answer something else.
+
+    Raises
+    ------
+    IcmoeError
+        502 with what differs.
+    """
+    results = json.loads(folder.results.read_bytes())
+    other = ["seeds"] if results["seeds"] != seeds else []
+    other += ["study"] if study is not None and results["study_digest"] != study.digest else []
+    if other:
+        what, value = "folder holds the results of another run", f"other {', '.join(other)}"
+        todo = "Give the --seeds and --scenario that it was made with, or choose another --out."
+        raise IcmoeError(Fault(number=502, where=str(folder.root), what=what, value=value, did="No table was drawn.", todo=todo))
 
 
 if __name__ == "__main__":
