@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,9 @@ from icmoe.data.ingest.reading import Reader
 from icmoe.data.ingest.run import Export, forget, ingest, store_of
 from icmoe.data.ingest.segmentations import read_patch
 from icmoe.data.slices import load_image, load_mask
-from icmoe.data.sources import read_sites
+from icmoe.data.sources import read_sites, read_sites_split
+from icmoe.errors import IcmoeError
+from icmoe.study import Label
 
 ODD: dict[str, tuple[str, object, tuple[float, float] | None]] = {
     # what it is; its size or the number of the reason; least and greatest grey value, after the header's window
@@ -197,6 +201,22 @@ def test_dicom_and_png_of_one_patient_give_equal_arrays_and_equal_digests(tmp_pa
     for one, other in zip(by_dicom, by_png, strict=True):
         assert np.array_equal(load_image(one), load_image(other))
         assert np.array_equal(load_mask(one.mask, LESION), load_mask(other.mask, LESION))
+
+
+def test_a_folder_of_indexes_names_sites_by_folder_and_leaves_no_hospital_out_in_silence(tmp_path: Path):
+    write_series(tmp_path / "export/a", "one", 3)
+    export = export_of(tmp_path / "export", tmp_path / "place", shares=(1.0, 0.0, 0.0))
+    taken(export)
+    shutil.copytree(export.store, store_of(tmp_path / "indexes/copy of Elm", LESION))
+    (site,) = read_sites(tmp_path / "indexes", LESION).values()
+    assert {site.name, *(item.site for item in site.slices)} == {"copy of Elm"}
+    assert len(site.slices) == 3
+    shutil.copytree(export.store, store_of(tmp_path / "indexes/Oak", (*LESION, Label(name="other", values=(7,)))))
+    (tmp_path / "indexes/Yew/images").mkdir(parents=True)
+    for read in (partial(read_sites, labels=LESION), partial(read_sites_split, name="train", labels=LESION)):
+        with pytest.raises(IcmoeError) as caught:
+            read(tmp_path / "indexes")
+        assert [(fault.number, fault.where) for fault in caught.value.faults] == [(131, "Oak"), (131, "Yew")]
 
 
 def test_the_command_ingests_forgets_and_refuses_by_number(tmp_path: Path):

@@ -10,6 +10,7 @@ from icmoe.data.folder import Progress, read_folder, read_split
 from icmoe.data.ingest.index import is_index, read_index
 from icmoe.data.ingest.run import store_of
 from icmoe.data.slices import SiteData
+from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Label
 
 
@@ -31,7 +32,7 @@ def read_sites(root: Path, labels: Sequence[Label], *, progress: Progress | None
         As `read_index` and `read_folder`.
     """
     stores = _stores(root, labels)
-    return {path.name: read_index(store) for path, store in stores} if stores else read_folder(root, labels, progress=progress)
+    return {path.name: _indexed(path.name, store) for path, store in stores} or read_folder(root, labels, progress=progress)
 
 
 def read_sites_split(root: Path, name: str, labels: Sequence[Label], *, progress: Progress | None = None) -> dict[str, SiteData]:
@@ -39,10 +40,34 @@ def read_sites_split(root: Path, name: str, labels: Sequence[Label], *, progress
     stores = _stores(root, labels)
     if not stores:
         return read_split(root, name, labels, progress=progress)
-    sites = {path.name: read_index(store) for path, store in stores}
+    sites = {path.name: _indexed(path.name, store) for path, store in stores}
     return {site: replace(data, slices=data.of(name)) for site, data in sites.items()}
 
 
+def _indexed(name: str, store: Path) -> SiteData:
+    """Return what an index offers under the name of its folder here, whatever the site calls itself."""
+    data = read_index(store)
+    slices = data.slices if data.name == name else tuple(replace(item, site=name) for item in data.slices)
+    return replace(data, name=name, slices=slices)
+
+
 def _stores(root: Path, labels: Sequence[Label]) -> list[tuple[Path, Path]]:
+    """Return the folders that have an index for these labels.
+
+    Raises
+    ------
+    IcmoeError
+        131 for each hospital beside them that has none: it would be left out without a word.
+    """
     folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    return [(path, store_of(path, labels)) for path in folders if is_index(store_of(path, labels))]
+    stores = [(path, store_of(path, labels)) for path in folders if is_index(store_of(path, labels))]
+    others = [path for path in folders if path not in dict(stores) and _is_hospital(path)] if stores else []
+    if others:
+        what, did = "folder has no index for the study's labels, while others beside it have one", "Nothing was started."
+        todo = "Ingest it for this study, or move it away."
+        raise IcmoeError(*(Fault(number=131, where=path.name, what=what, did=did, todo=todo) for path in others))
+    return stores
+
+
+def _is_hospital(folder: Path) -> bool:
+    return (folder / "images").is_dir() or any(is_index(store) for store in folder.glob("*"))
