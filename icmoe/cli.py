@@ -178,6 +178,10 @@ def _print_prediction(record: dict[str, Any], output: Path) -> None:
         sizes = [_millilitres(volumes.get(label["name"])) for label in record["labels"][1:]]
         table.add_row(row["folder"], str(row["frames"]), f"{row['rows']} x {row['columns']}", *sizes)
     console.print(table)
+    if passed_over := len(record["passed_over"]):
+        console.print(
+            f"Taken for no image: {passed_over} of the files; prediction.json names them and says why.", highlight=False
+        )
     told = f"Written to {output}. Research use: a physician looks at every result."
     console.print(told, markup=False, highlight=False, soft_wrap=True)
 

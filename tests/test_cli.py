@@ -31,7 +31,7 @@ def test_scores_keep_brackets_in_names_of_sites_and_files(capsys: pytest.Capture
 
 
 def test_a_prediction_says_where_it_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    _print_prediction({"model": ABOUT, "labels": [], "stacks": []}, tmp_path / "out[new]")
+    _print_prediction({"model": ABOUT, "labels": [], "stacks": [], "passed_over": []}, tmp_path / "out[new]")
     assert f"{tmp_path}/out[new]." in capsys.readouterr().out
 
 
@@ -39,7 +39,7 @@ def test_a_small_lesion_is_not_printed_as_no_lesion(capsys: pytest.CaptureFixtur
     labels = [{"name": name} for name in ("background", "core", "rim", "scar", "cyst")]
     volumes = {"core": 0.041, "rim": 0.0, "scar": 12.34, "cyst": 0.0004}
     stack = {"folder": "001", "frames": 5, "rows": 24, "columns": 25, "volume_ml": volumes}
-    _print_prediction({"model": ABOUT, "labels": labels, "stacks": [stack]}, tmp_path)
+    _print_prediction({"model": ABOUT, "labels": labels, "stacks": [stack], "passed_over": []}, tmp_path)
     assert [" ".join(("0.041", "0.0", "12.3", "0.0004"))] == [
         " ".join(line.replace("│", " ").split()[5:]) for line in capsys.readouterr().out.splitlines() if "001" in line
     ]

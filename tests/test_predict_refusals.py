@@ -15,6 +15,7 @@ import numpy as np
 import pydicom
 import pytest
 from dicom_builders import image, put, save, segmentation, volume
+from PIL import Image
 from predictions import BLOBS, MARKED, predicted, read_back, slices, write_random_model
 from pydicom.config import IGNORE
 from pydicom.datadict import dictionary_VR
@@ -260,6 +261,19 @@ def test_masks_and_copies_are_no_input(model: Path, tmp_path: Path):
     )
     assert [[len(stack.frames) for stack in series.stacks] for series in found] == [[5]]
     assert not faults
+
+
+def test_what_is_taken_for_no_image_is_named(model: Path, tmp_path: Path):
+    put(tmp_path, slices("axial"))
+    Image.fromarray((BLOBS[0] > 1500).astype(np.uint8)).save(tmp_path / "export/b.png")
+    nibabel.save(nibabel.Nifti1Image(np.stack([BLOBS, BLOBS], axis=3).astype(np.int16), np.eye(4)), tmp_path / "export/a.nii")
+    record, faults = predicted(model, tmp_path / "export", tmp_path / "out")
+    assert not faults
+    assert [path for path, _ in record["passed_over"]] == ["a.nii", "b.png"]
+    assert "of 4 axes" in record["passed_over"][0][1]
+    assert record["passed_over"][1][1] == "few values, as a mask has"
+    error = refusal(model, tmp_path / "export/a.nii", tmp_path / "other")
+    assert (numbers(error), "a.nii: a NIfTI file of 4 axes" in str(error)) == ([140], True)
 
 
 def test_the_command_prints_json_and_exits_with_one_where_something_was_left_out(model: Path, tmp_path: Path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +61,8 @@ class Prediction:
         Whether overlays, disagreement and deciding experts are written too.
     progress
         Bars "decode" and "segment".
+    passed_over
+        Files that were taken for no image, each with the reason.
     """
 
     root: Path
@@ -71,6 +73,7 @@ class Prediction:
     form: Form
     maps: bool
     progress: Progress
+    passed_over: list[list[str]]
     stacks: list[dict[str, Any]] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
 
@@ -260,13 +263,16 @@ def predict_study(
     torch.set_num_threads(os.cpu_count() or 1)
     progress = Progress(console=console, transient=True)
     with progress if console.is_terminal else nullcontext():
-        bar = progress.add_task("read", total=len(paths))
+        bar, passed_over = progress.add_task("read", total=len(paths)), list[list[str]]()
         series, faults = find_series(
-            root, paths, header.study.labels, on_progress=lambda done, _: progress.update(bar, completed=done)
+            root,
+            paths,
+            header.study.labels,
+            on_progress=lambda done, _: progress.update(bar, completed=done),
+            on_passed_over=lambda path, why: passed_over.append([path, why]),
         )
         if not series:
-            where, value = str(source), f"{len(paths)} files looked at"
-            raise IcmoeError(*faults[:20], Fault(number=140, where=where, value=value, did="Nothing was segmented."))
+            raise IcmoeError(*faults[:20], _nothing_in(source, len(paths), passed_over))
         with staged(out) as folder:
             work = Prediction(
                 root=root,
@@ -277,6 +283,7 @@ def predict_study(
                 form=form,  # type: ignore[arg-type]  # checked above
                 maps=maps,
                 progress=progress,
+                passed_over=passed_over,
                 faults=faults,
             )
             for one in series:
@@ -288,6 +295,11 @@ def predict_study(
     return record, work.faults
 
 
+def _nothing_in(source: Path, count: int, passed_over: Sequence[Sequence[str]]) -> Fault:
+    reasons = "".join(f"; {path}: {why}" for path, why in passed_over[:3])
+    return Fault(number=140, where=str(source), value=f"{count} files looked at{reasons}", did="Nothing was segmented.")
+
+
 def _whole(work: Prediction) -> dict[str, Any]:
     return {
         "model": work.header.record() | {"digest": work.digest},
@@ -295,6 +307,7 @@ def _whole(work: Prediction) -> dict[str, Any]:
         "labels": [label.model_dump(mode="json") for label in work.header.study.labels],
         "experts": list(work.model.expert_names),
         "stacks": work.stacks,
+        "passed_over": work.passed_over,
         "faults": [fault.record() for fault in work.faults],
     }
 

@@ -83,7 +83,12 @@ class Series:
 
 
 def find_series(
-    root: Path, paths: Sequence[str], labels: Sequence[Label], *, on_progress: Callable[[int, int], None] = lambda *_: None
+    root: Path,
+    paths: Sequence[str],
+    labels: Sequence[Label],
+    *,
+    on_progress: Callable[[int, int], None] = lambda *_: None,
+    on_passed_over: Callable[[str, str], None] = lambda *_: None,
 ) -> tuple[list[Series], list[Fault]]:
     """Return the series in files below a folder, and a fault per file that is damaged.
 
@@ -97,6 +102,8 @@ def find_series(
         Of the study: masks are told from images by them.
     on_progress
         Called with (read, to read).
+    on_passed_over
+        Called with (path, why) for each file that is taken for no image.
     """
     reader = Reader(root, Pseudonyms(secrets.token_bytes(SECRET_BYTES)), LabelNames(labels, {}), None)
     grouped: dict[str, dict[str, FileRecord]] = {}
@@ -106,7 +113,11 @@ def find_series(
         if record.fault in DAMAGED:
             did = "It was left out; its series may lack a slice."
             faults.append(Fault(number=record.fault, where=path, what=record.why, did=did))
-        elif is_image(record) and not (record.image and record.image in seen):  # a second copy of an instance adds nothing
+        elif not is_image(record):
+            on_passed_over(
+                path, record.why or ("few values, as a mask has" if record.kind in {"volume", "picture"} else "a mask")
+            )
+        elif not (record.image and record.image in seen):  # a second copy of an instance adds nothing
             seen.add(record.image)
             grouped.setdefault(record.series, {})[path] = record
         on_progress(done, len(paths))
