@@ -25,7 +25,7 @@ class SiteLine:
     name
         As it is registered.
     patients
-        Training patients rounded up to ten; None where the site does not tell.
+        Training patients rounded up to ten, 0 at a site that only tested; None where the site does not tell.
     dice
         Mean Dice per patient there, in [0, 1]; None where it was not scored or withheld.
     """

@@ -35,7 +35,7 @@ def _write(path: Path, results: dict[str, Any], test: dict[str, Any], sites: lis
     lines = [
         SiteLine(
             name=name,
-            patients=tens(results["sites"][name]["patients"]["train"]),
+            patients=tens(count) if (count := results["sites"][name]["patients"]["train"]) else 0,
             dice=test["sites"].get(name, {}).get("dice"),
         )
         for name in sites

@@ -311,7 +311,8 @@ def _stacked(results: Results, key: str, title: str, unit: str, parts: Mapping[s
         f"{method_name(m)}: " + ", ".join(f"{p} {v:.1f} {unit}" for p, v in zip(parts, row, strict=True) if v is not None)
         for m, row in values.items()
     ]
-    caption = "Sum over rounds and sites, mean over seeds." if key == "bytes" else "Sum over rounds, mean over seeds."
+    clock = "Sum over rounds, mean over seeds. On the clock; of local models, the sites' own seconds added."
+    caption = "Sum over rounds and sites, mean over seeds." if key == "bytes" else clock
     return as_plot(key, title, caption, f"{title}. {'; '.join(words)}.", 0.7 + 0.36 * len(values), draw)
 
 

@@ -56,6 +56,12 @@ def test_the_patient_interval_counts_sites_alike_and_holds_the_mean(gains: dict[
     assert min(map(min, gains.values())) - 1e-9 <= found.low <= found.high <= max(map(max, gains.values())) + 1e-9
 
 
+def test_over_few_patients_the_interval_is_as_narrow_as_is_said() -> None:
+    rng, trials = np.random.default_rng(1), 300
+    cases = [over_patients({site: list(rng.normal(size=4)) for site in "ABC"}) for _ in range(trials)]
+    assert sum(case.low <= 0.0 <= case.high for case in cases) / trials == pytest.approx(0.88, abs=0.05)
+
+
 def score(
     method: str, seed: int, site: str, patient: str, dice: float, trained_at: str = "", split: str = "test"
 ) -> dict[str, Any]:

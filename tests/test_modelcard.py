@@ -53,6 +53,15 @@ def test_the_card_names_model_study_backbone_and_what_each_site_reached(header: 
     assert "phantoms" not in path.read_text()
 
 
+def test_a_site_that_only_tested_has_no_training_patients_on_the_card(model: Path):
+    sites = {name: {"patients": {"train": count}} for name, count in (("Alder", 11), ("Birch", 1), ("Cedar", 0))}
+    test = {"sites": {name: {"dice": 0.5} for name in sites}}
+    run = {"model": model.name, "test": test, "rounds": []}
+    write_cards({"methods": {"router-aware": {"1": run}}, "sites": sites}, model.parent)
+    found = rows(model.with_suffix(".md").read_text())
+    assert [found[name][0] for name in sites] == ["20", "10", "0"]
+
+
 def test_epsilon_stands_with_delta_unit_and_accountant_where_privacy_was_spent(header: ModelHeader, model: Path):
     spent = PrivacySpent(epsilon=3.14159, delta=1e-5, unit="patient", adjacency="add/remove", accountant="PRV")
     card = write_card(model, header, [], scored_on="test patients", privacy=[spent]).read_text()

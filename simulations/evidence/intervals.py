@@ -54,7 +54,8 @@ def over_seeds(values: Sequence[float]) -> Interval:
 def over_patients(gains: Mapping[str, Sequence[float]], *, seed: int = 0) -> Interval:
     """Return the mean over sites of the mean gain of their patients, with a bootstrap of patients within sites.
 
-    It says how far other patients of the same hospitals would move the mean; the hospitals themselves are fixed.
+    It says how far other patients of the same hospitals would move the mean; the hospitals themselves are fixed. With few
+    patients it is too narrow: with four at each of three sites it holds the true mean in 88 % of cases instead of 95 %.
 
     Parameters
     ----------
