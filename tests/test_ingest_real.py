@@ -299,7 +299,8 @@ def site_export(root: Path, site: str) -> Export:
 def contents(root: Path) -> Iterator[tuple[str, str, bytes, bytes, str, str]]:
     for site, data in read_sites(root, LESION).items():
         for item in data.slices:
-            yield site, item.split, load_image(item).tobytes(), load_mask(item.mask, LESION).tobytes(), item.image_digest, item.marks
+            arrays = load_image(item).tobytes(), load_mask(item.mask, LESION).tobytes()
+            yield site, item.split, *arrays, item.image_digest, item.marks
 
 
 def test_dicom_and_png_of_the_same_slices_give_equal_arrays_and_digests(both: Path):
