@@ -145,14 +145,15 @@ def test_contours_without_references_belong_to_the_visit_of_their_study(tmp_path
     assert same(pictures, scaled([VOLUME[1]]))
 
 
-def test_all_sequences_of_a_case_share_its_mask(tmp_path: Path):
+@pytest.mark.parametrize("folder", ["{}/", ""])
+def test_all_sequences_of_a_case_share_its_mask_and_are_one_patient(folder: str, tmp_path: Path):
     for case in ("BraTS_001", "BraTS_0012"):
         for seed, sequence in enumerate(("t1", "t1ce", "t2", "flair")):
             shown = np.random.default_rng([seed, len(case)]).integers(0, 3000, VOLUME.shape).astype(np.int16)
-            path = tmp_path / f"export/{case}/{case}_{sequence}.nii.gz"
+            path = tmp_path / f"export/{folder.format(case)}{case}_{sequence}.nii.gz"
             path.parent.mkdir(parents=True, exist_ok=True)
             nibabel.save(as_nifti(shown, (2, 1, 0), [], np.int16), path)
-        nibabel.save(as_nifti(MASKS, (2, 1, 0), []), tmp_path / f"export/{case}/{case}_seg.nii.gz")
+        nibabel.save(as_nifti(MASKS, (2, 1, 0), []), path.with_name(f"{case}_seg.nii.gz"))
     _, classes, data = used(tmp_path)
     assert len({part.patient for part in data.slices}) == 2
     assert sum(map(np.count_nonzero, classes)) == 8 * np.count_nonzero(MASKS)

@@ -20,7 +20,7 @@ from icmoe.data.ingest.index import LeftOut
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, Patch, is_image
 from icmoe.data.ingest.refusals import Refusal
-from icmoe.data.ingest.walking import case, stem
+from icmoe.data.ingest.walking import case, longer_names, stem
 
 if TYPE_CHECKING:
     from icmoe.data.ingest.geometry import Grid
@@ -39,6 +39,8 @@ NEW = """
 create temp view new as select path from run.found now left join file on file.id = now.id
     where file.size is not now.size or file.changed is not now.changed;
 """
+VOLUMES = "select path from run.found join file using (id) where json_extract(record, '$.kind') = 'volume'"
+MARKED = " and json_extract(record, '$.mask')"
 INDEXES = """
 create index run.image_uid on image (uid);
 create index run.image_series on image (series);
@@ -140,13 +142,13 @@ class Catalogue:
     def sort(self, hashes: Pseudonyms) -> None:
         """Note which files are images, which are masks and which are neither; all of them must have been read.
 
-        The channels of one case (case_0000, case_0001) are one patient, named like their mask.
+        The channels of one case (case_0000, case_0001) and its sequences (case_t1, case_flair) are one patient, named like
+        their mask.
         """
-        volumes = self._paths("select path from run.found join file using (id) where json_extract(record, '$.kind') = 'volume'")
-        cases = {stem(path) for path in volumes}
-        channels = [path for path in volumes if stem(path) != case(path) in cases]
-        own = {path: self._record(path).patient for path in channels}
-        self._owners = {path: hashes.patient(case(path)) for path in channels if own[path] == hashes.patient(stem(path))}
+        cases = self._cases().items()
+        self._owners = {
+            path: hashes.patient(name) for path, name in cases if self._record(path).patient == hashes.patient(stem(path))
+        }
         self._run.executescript(SCHEMA)
         for path, text in self._run.execute("select path, record from run.found join file using (id) order by path"):
             name = os.fsdecode(path)
@@ -161,6 +163,18 @@ class Catalogue:
             else:
                 self._run.execute("insert into run.mask values (?)", (path,))
         self._run.executescript(INDEXES)
+
+    def _cases(self) -> dict[str, str]:
+        """Return the name of the case that each volume is a channel or a sequence of."""
+        volumes = self._paths(VOLUMES)
+        masks = {(PurePosixPath(path).parent, stem(path)) for path in self._paths(VOLUMES + MARKED)}
+        names = {stem(path) for path in volumes}
+        found = {}
+        for path in volumes:
+            beside = (name for name in longer_names(path) if (PurePosixPath(path).parent, name) in masks)
+            if name := case(path) if stem(path) != case(path) in names else next(beside, ""):
+                found[path] = name
+        return found
 
     def masks(self) -> list[str]:
         """Return the paths of masks, in order."""

@@ -19,7 +19,7 @@ from icmoe.data.ingest.geometry import OFF_GRID_PX, OFF_PLANE_MM, Grid, grid_bet
 from icmoe.data.ingest.nearest import marks, nearest
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.refusals import Refusal
-from icmoe.data.ingest.walking import case, closest, own_folders, stem
+from icmoe.data.ingest.walking import case, closest, longer_names, own_folders, stem
 
 Said = TypeVar("Said")
 
@@ -284,9 +284,7 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
 
 def _is_sequence(target: str, path: str) -> bool:
     """Return whether a volume is a sequence of a mask's case as BraTS names them: X_t1 and X_flair beside X_seg in one folder."""
-    return PurePosixPath(target).parent == PurePosixPath(path).parent and stem(target).startswith(
-        (f"{stem(path)}_", f"{stem(path)}-")
-    )
+    return PurePosixPath(target).parent == PurePosixPath(path).parent and stem(path) in longer_names(target)
 
 
 def _by_name(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:

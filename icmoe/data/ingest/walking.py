@@ -91,6 +91,13 @@ def case(relative: str) -> str:
     return re.sub(r"_\d{4}$", "", stem(relative))
 
 
+def longer_names(relative: str) -> Iterator[str]:
+    """Yield what a volume's `stem` begins with, the longest part first: X_1, then X, of X_1_flair."""
+    name = stem(relative)
+    for found in reversed([*re.finditer(r"[_-]", name)]):
+        yield name[: found.start()]
+
+
 def called_image(relative: str) -> bool:
     """Return whether a picture lies in a folder called images under a name that is no mask's: a dark one has few values too."""
     path = PurePosixPath(relative)
