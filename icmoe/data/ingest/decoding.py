@@ -21,6 +21,7 @@ from icmoe.data.ingest.records import FrameResult, Kind
 from icmoe.data.ingest.refusals import OFF_IMAGE, Refusal, refusing
 from icmoe.data.ingest.same_instance import agreeing
 from icmoe.data.ingest.volumes import SCALING_ERROR, read_volume, through_axis
+from icmoe.data.ingest.walking import is_counted
 from icmoe.data.picture import Picture, marks_digest, picture_digest, picture_of, ranks_digest
 from icmoe.data.store import Stored, entry_path, read_stored, smallest, write_stored
 from icmoe.errors import IcmoeError
@@ -197,6 +198,7 @@ class _Masks:
     def classes(self, frame: Wanted, shape: tuple[int, int]) -> Classes:
         """Return the class of every pixel of a frame as stored, before it is turned upright."""
         classes, others = np.zeros(shape, dtype=np.uint8), set[int]()
+        counted = any(is_counted(use.path) for use in frame.uses)
         for place, use in enumerate(frame.uses):
             match use.form:
                 case "volume":
@@ -208,7 +210,8 @@ class _Masks:
                     own = reader.draw(self._once(use.path, reader.opened), use.patches, use.grids, frame.plane, shape)
             named = self._classes_in(use)
             apart = use.form == "volume" and not named & others  # a file for each class
-            if place and not apart and _are_two_readings(classes, own, whole=use.form in {"volume", "picture"}):
+            whole = use.form in {"volume", "picture"} and not counted
+            if place and not apart and _are_two_readings(classes, own, whole=whole):
                 raise Refusal(122, TWO_READINGS)
             others |= named
             np.maximum(classes, own, out=classes)

@@ -28,6 +28,7 @@ MASK = re.compile(r"mask|label|seg|annot|contour|truth|(?<![a-z])(gt|roi)(?![a-z
 ENDING = re.compile(
     "|".join(re.escape(end) for form in VOLUMES.values() for end in form.endings).join(("(", r"|\.png|\.dcm|\.dicom|\.ima)$"))
 )
+COUNTED = re.compile(r"[_-]mask[_-]?\d{1,2}$")
 
 
 def walk(root: Path, exclude: Sequence[str]) -> Iterator[tuple[str, int, int]]:
@@ -81,9 +82,17 @@ def _require_open(root: Path, shut: Sequence[OSError]) -> None:
 
 def stem(relative: str) -> str:
     """Return a file's name without ending and without a word for "mask", `folded`, to compare names by."""
-    name = folded(PurePosixPath(relative).name)
-    name = ENDING.sub("", name)
+    name = COUNTED.sub("", _without_ending(relative))
     return re.sub(r"[_-](mask|seg|segmentation|label|labels|gt|roi)$", "", name)
+
+
+def is_counted(relative: str) -> bool:
+    """Return whether a mask is called one of several of its image: x_mask_1 beside x_mask, an object each."""
+    return bool(COUNTED.search(_without_ending(relative)))
+
+
+def _without_ending(relative: str) -> str:
+    return ENDING.sub("", folded(PurePosixPath(relative).name))
 
 
 def case(relative: str) -> str:

@@ -1,0 +1,34 @@
+"""What people call pictures and their masks: whose mask it is must not hang on one way of naming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_builders import numbers, same, used
+from PIL import Image
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+MARKED, APART, ACROSS = (np.zeros((24, 32), np.uint8) for _ in range(3))
+MARKED[4:9, 5:11], APART[15:20, 5:11], ACROSS[7:12, 5:11] = 1, 1, 1
+GREYS = np.random.default_rng(4).integers(0, 4000, (3, 24, 32)).astype(np.uint16)
+
+
+def picture(place: Path, name: str, pixels: np.ndarray) -> None:
+    path = place / "export" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.mark.parametrize("names", ["a_mask.png a_mask_1.png", "a_mask1.png a_mask2.png", "a-mask.png A-MASK-2.PNG"])
+def test_masks_of_one_picture_may_be_counted(names: str, tmp_path: Path):
+    """As in BUSI, where a second lesion of a picture has a mask of its own."""
+    picture(tmp_path, "a.png", GREYS[0])
+    for name, mask in zip(names.split(), (MARKED, APART), strict=True):
+        picture(tmp_path, name, mask)
+    _, masks, data = used(tmp_path)
+    assert same(masks, [MARKED | APART])
+    assert not numbers(data)
+    picture(tmp_path, names.split()[1], ACROSS)
+    assert 122 in numbers(used(tmp_path)[2]), "two readings of one lesion"
