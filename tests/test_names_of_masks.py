@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dicom_builders import numbers, same, used
+from dicom_builders import MASKS, VOLUME, numbers, put, same, scaled, used, volume
 from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -32,3 +32,32 @@ def test_masks_of_one_picture_may_be_counted(names: str, tmp_path: Path):
     assert not numbers(data)
     picture(tmp_path, names.split()[1], ACROSS)
     assert 122 in numbers(used(tmp_path)[2]), "two readings of one lesion"
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_pictures_of_nnunet_share_the_mask_of_their_case(channels: int, tmp_path: Path):
+    for channel in range(channels):
+        picture(tmp_path, f"imagesTr/case_7_{channel:04}.png", GREYS[channel])
+    picture(tmp_path, "labelsTr/case_7.png", MARKED)
+    pictures, masks, data = used(tmp_path)
+    assert same(pictures, scaled(GREYS[:channels]))
+    assert same(masks, [MARKED] * channels)
+    assert not numbers(data)
+
+
+@pytest.mark.parametrize("mask", ["masks/case_mask.png", "labelsTr/case.png"])
+def test_numbered_slices_are_no_channels_of_a_case(mask: str, tmp_path: Path):
+    for number in range(1, 4):
+        picture(tmp_path, f"imagesTr/case_{number:04}.png", GREYS[number - 1])
+    picture(tmp_path, mask, MARKED)
+    data = used(tmp_path)[2]
+    assert not data.slices
+    assert 123 in numbers(data)
+
+
+@pytest.mark.parametrize("name", ["{}.dcm.png", "{}.dcm_mask.png", "{}_seg.dcm.PNG"])
+def test_the_ending_of_the_image_may_stay_in_the_name_of_its_mask(name: str, tmp_path: Path):
+    put(tmp_path, volume(VOLUME[1:4]), "IM{}.dcm")
+    for number, mask in enumerate(MASKS[1:4]):
+        picture(tmp_path, name.format(f"IM{3 - number}"), mask)
+    assert same(used(tmp_path)[1], MASKS[1:4])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from icmoe.data.ingest.geometry import OFF_GRID_PX, OFF_PLANE_MM, Grid, grid_bet
 from icmoe.data.ingest.nearest import marks, nearest
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.refusals import Refusal
-from icmoe.data.ingest.walking import case, closest, longer_names, own_folders, stem
+from icmoe.data.ingest.walking import called_image, case, closest, longer_names, own_folders, stem
 
 Said = TypeVar("Said")
 
@@ -288,21 +289,34 @@ def _is_sequence(target: str, path: str) -> bool:
 
 
 def _by_name(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
-    """Match a picture with the closest of the images of its name."""
-    same = {target: target for target in images.by_name(stem(path))}
-    best = closest(path, same)
-    if not best:
+    """Match a picture with the closest of the images of its name, else of each channel of its case."""
+    found, named = {}, images.by_name(stem(path))
+    for same in [named] if named else _channels(path, images):
+        best = closest(path, {target: target for target in same})
+        if len(best) > 1:
+            raise Refusal(122, f"{len(best)} images have its name, equally close by folder")
+        _require_its_own(path, record, best[0], images)
+        found[best[0], 0] = Use(path, "picture")
+    if not found:
         raise Refusal(123, "no image of one frame has its name")
-    if len(best) > 1:
-        raise Refusal(122, f"{len(best)} images have its name, equally close by folder")
-    image = images[best[0]]
+    return found
+
+
+def _channels(path: str, images: Images) -> Iterator[list[str]]:
+    """Return the images of each channel of a mask's case, as nnU-Net names them: imagesTr/X_0000 and on for labelsTr/X."""
+    named = (images.by_name(f"{stem(path)}_{number:04}") for number in itertools.count())
+    return itertools.takewhile(bool, ([target for target in same if called_image(target)] for same in named))
+
+
+def _require_its_own(path: str, record: FileRecord, target: str, images: Images) -> None:
+    """Refuse a picture of marks that its name alone, or its size, makes doubtful on an image."""
+    image = images[target]
     _at_home(path, image, images)
     _no_other_patients(record, image, images)
     if image.patient != record.patient:
-        _same_name(path, best[0], images)
+        _same_name(path, target, images)
     if (image.rows, image.columns) != (record.rows, record.columns):
         raise Refusal(105, f"mask {record.rows} x {record.columns}, image {image.rows} x {image.columns}")
-    return {(best[0], 0): Use(path, "picture")}
 
 
 def _seen_once(found: Mapping[Key, Said], images: Images) -> dict[Key, Said]:

@@ -26,7 +26,7 @@ IMAGES = re.compile(r"(image|img)s?(tr|ts)?", re.I)
 MASK = re.compile(r"mask|label|seg|annot|contour|truth|(?<![a-z])(gt|roi)(?![a-z])", re.I)
 
 ENDING = re.compile(
-    "|".join(re.escape(end) for form in VOLUMES.values() for end in form.endings).join(("(", r"|\.png|\.dcm|\.dicom|\.ima)$"))
+    "|".join(re.escape(end) for form in VOLUMES.values() for end in form.endings).join(("(", r"|\.png|\.dcm|\.dicom|\.ima)+$"))
 )
 COUNTED = re.compile(r"[_-]mask[_-]?\d{1,2}$")
 
@@ -81,9 +81,12 @@ def _require_open(root: Path, shut: Sequence[OSError]) -> None:
 
 
 def stem(relative: str) -> str:
-    """Return a file's name without ending and without a word for "mask", `folded`, to compare names by."""
+    """Return a file's name without endings and without a word for "mask", `folded`, to compare names by.
+
+    A mask may keep the ending of its image: x.dcm.png, x.dcm_mask.png.
+    """
     name = COUNTED.sub("", _without_ending(relative))
-    return re.sub(r"[_-](mask|seg|segmentation|label|labels|gt|roi)$", "", name)
+    return ENDING.sub("", re.sub(r"[_-](mask|seg|segmentation|label|labels|gt|roi)$", "", name))
 
 
 def is_counted(relative: str) -> bool:
