@@ -183,6 +183,18 @@ PIXELS: dict[str, tuple[Dataset, np.ndarray]] = {
         image(np.where(S12 < -1900, -2000, S12).astype(np.int16), PixelPaddingValue=63536, BitsStored=16),
         np.where((S12 < -1900), S12[S12 >= -1900].min(), S12),
     ),
+    "padding below zero of unsigned values": (
+        image(np.where(U16 < 9000, 63536, U16 // 2).astype(np.uint16), PixelPaddingValue=0),
+        np.where(U16 < 9000, (U16 // 2)[U16 >= 9000].min(), U16 // 2),
+    ),
+    "padding beyond the stored bits": (
+        image(np.where(U12 < 900, 63536, U12).astype(np.uint16), PixelPaddingValue=63536, **TWELVE),
+        np.where(U12 < 900, U12[U12 >= 900].min(), U12),
+    ),
+    "padding beyond the stored bits, signed": (
+        image(np.where(S12 < -900, -32768, S12).astype(np.int16), PixelPaddingValue=-32768, **TWELVE),
+        np.where(S12 < -900, S12[S12 >= -900].min(), S12),
+    ),
     "big endian": (image(U12.byteswap(), ExplicitVRBigEndian, **TWELVE), U12),
     "implicit": (image(U12, ImplicitVRLittleEndian, **TWELVE), U12),
     "deflated": (image(U12, DeflatedExplicitVRLittleEndian, **TWELVE), U12),
@@ -262,6 +274,7 @@ PIXELS: dict[str, tuple[Dataset, np.ndarray]] = {
 
 
 PIXELS["padding with the wrong sign"][0]["PixelPaddingValue"].VR = "US"
+PIXELS["padding below zero of unsigned values"][0].add_new("PixelPaddingValue", "SS", -2000)
 
 
 def first(path: Path, number: int = 0) -> np.ndarray:

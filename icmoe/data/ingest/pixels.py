@@ -24,6 +24,7 @@ from pydicom.uid import (
 )
 
 from icmoe.data.images import LUMINANCE
+from icmoe.data.ingest.codestreams import Codestream
 from icmoe.data.ingest.groups import Groups
 from icmoe.data.ingest.headers import (
     GREY,
@@ -195,13 +196,14 @@ def _picture(frame: Frame, groups: Groups, number: int, shown: Shown) -> Picture
     if stored.ndim != 2:
         raise Refusal(118, f"a frame of {stored.ndim} dimensions")
     picture = picture_of(stored)
-    return picture.of_values(smallest(_grey(significant_bits(picture.values_V, header, frame.stream), groups, number, shown)))
+    return picture.of_values(smallest(_grey(picture.values_V, frame.stream, groups, number, shown)))
 
 
-def _grey(values: npt.NDArray[Any], groups: Groups, number: int, shown: Shown) -> Grey:
+def _grey(stored: npt.NDArray[Any], stream: Codestream | None, groups: Groups, number: int, shown: Shown) -> Grey:
     """Return the grey values that a frame's stored values stand for, in their order."""
     header = groups.header
-    padded = _padding(values, header)
+    values = significant_bits(stored, header, stream)
+    padded = _padding(values, header) | _padding(stored, header)  # against the standard it may lie beyond the stored bits
     modality = groups.element(number, "PixelValueTransformationSequence", MODALITY_TAGS)
     voi = groups.element(number, "FrameVOILUTSequence", VOI_TAGS)
     grey, limits, top = _voi(_modality(values, modality), voi, lambda: min(_ends(header, modality)) < 0.0)
@@ -210,7 +212,7 @@ def _grey(values: npt.NDArray[Any], groups: Groups, number: int, shown: Shown) -
         grey = turning_point - grey.astype(np.float64)
         limits = (turning_point - limits[1], turning_point - limits[0])
     shown.add(*limits)
-    if padded is not None and bool(padded.any()) and not bool(padded.all()):
+    if bool(padded.any()) and not bool(padded.all()):
         grey = np.where(padded, grey[~padded].min(), grey)
     return np.ascontiguousarray(grey, dtype=np.float32)
 
@@ -274,15 +276,16 @@ def _ends(header: Header, modality: Header) -> list[float]:
     return [float(end) for end in _modality(np.asarray(ends, dtype=np.int64), modality)]
 
 
-def _padding(values: npt.NDArray[Any], header: Header) -> npt.NDArray[np.bool_] | None:
-    """Return which pixels the header says to be padding, None where it names no value for that."""
+def _padding(values: npt.NDArray[Any], header: Header) -> npt.NDArray[np.bool_]:
+    """Return which pixels the header says to be padding."""
     if numbers(header, "PixelPaddingValue", 1) is None:
-        return None
+        return np.zeros(values.shape, dtype=np.bool_)
     names = ("PixelPaddingValue", "PixelPaddingRangeLimit")
     ends = [numeric(header, name) for name in names if numbers(header, name, 1)]  # an empty limit is not a limit of 0
-    if integer(header, "PixelRepresentation") == 1 and values.dtype.kind == "i":  # often written with the other sign
+    if values.dtype.kind in "iu":  # often written with the other sign
         span = 1 << integer(header, "BitsAllocated")
-        ends = [end - span if end >= span / 2 else end for end in ends]
+        least = -span // 2 if values.dtype.kind == "i" else 0
+        ends = [(end - least) % span + least for end in ends]
     return np.asarray((values >= min(ends)) & (values <= max(ends)))
 
 
