@@ -142,7 +142,7 @@ def real_pictures() -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
         yield path.name, read_grey(path, where="")
     for path in sorted((DATA / "hippocampus-nifti/images").glob("*.nii.gz")):
         voxels, matrix = read_volume(path)
-        for grey in np.moveaxis(voxels, through_axis(matrix), 0):
+        for grey in np.moveaxis(voxels, through_axis(matrix, voxels.shape), 0):
             yield path.name, grey
             yield path.name, grey.T
 

@@ -49,3 +49,16 @@ def test_an_image_with_values_below_zero_or_none_at_its_edges_is_an_image(tmp_pa
     nifti(tmp_path, "imagesTr/a.nii.gz", hounsfield)
     nifti(tmp_path, "labelsTr/a.nii.gz", CLASSES)
     assert same(used(tmp_path)[1], MASKS)
+
+
+@pytest.mark.parametrize("across", [0, 1, 2])
+def test_a_single_slice_is_one_picture_however_thin_it_is(across: int, tmp_path: Path):
+    """As of the knee or the spine, sagittal or coronal, with a slice that is not half again as thick as a pixel is wide."""
+    for name, pixels in (("imagesTr/a.nii.gz", VOLUME[2]), ("labelsTr/a.nii.gz", MASKS[2])):
+        (tmp_path / "export" / name).parent.mkdir(parents=True, exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(np.expand_dims(pixels, across), np.eye(4)), tmp_path / "export" / name)
+    pictures, masks, data = used(tmp_path)
+    assert [picture.size for picture in pictures] == [VOLUME[2].size]
+    assert np.count_nonzero(masks) == np.count_nonzero(MASKS[2])
+    assert min(pictures[0].shape) > 1
+    assert not numbers(data)

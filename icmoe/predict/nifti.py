@@ -43,7 +43,7 @@ def nifti_bytes(series: Series, stack: Stack, values_DHW: npt.NDArray[Any]) -> b
     if series.first.kind == "volume":
         volume = np.empty_like(values_DHW)
         volume[[frame.number for frame in stack.frames]] = values_DHW
-        volume = np.moveaxis(volume, 0, through_axis(matrix_of(series.first)))
+        volume = np.moveaxis(volume, 0, through_axis(matrix_of(series.first), series.first.shape))
     else:
         volume = values_DHW.transpose(2, 1, 0)
     image = nibabel.Nifti1Image(np.ascontiguousarray(volume), affine)

@@ -168,7 +168,7 @@ def frames_of(
                 yield 0, picture_of(smallest(read_grey(path, where="")))
         case "volume":
             voxels, matrix = read_volume(path)
-            axis = through_axis(matrix)
+            axis = through_axis(matrix, voxels.shape)
             for number in numbers:
                 yield number, picture_of(smallest(voxels.take(number, axis=axis)))
         case _:

@@ -50,7 +50,7 @@ def volume_record(path: Path) -> FileRecord:
         116, 117 or 119.
     """
     voxels, matrix = read_volume(path)
-    axis = through_axis(matrix)
+    axis = through_axis(matrix, voxels.shape)
     rows, columns = (extent for index, extent in enumerate(voxels.shape) if index != axis)
     frames = tuple(
         FramePlace(plane=slice_plane(matrix, axis, number), order=(float(number),)) for number in range(voxels.shape[axis])
@@ -66,8 +66,14 @@ def volume_record(path: Path) -> FileRecord:
     )
 
 
-def through_axis(matrix: npt.NDArray[np.float64]) -> int:
-    """Return the axis that slices are cut across: the one with voxels half again as long, else the one nearest the head's."""
+def through_axis(matrix: npt.NDArray[np.float64], shape: tuple[int, ...]) -> int:
+    """Return the axis that slices are cut across: the one with voxels half again as long, else the one nearest the head's.
+
+    A single slice is not cut into lines.
+    """
+    single = [axis for axis, extent in enumerate(shape) if extent == 1]
+    if len(single) == 1:
+        return single[0]
     lengths = np.linalg.norm(matrix[:3, :3], axis=0)
     longest = int(lengths.argmax())
     if lengths[longest] > 1.5 * float(np.median(lengths)):
