@@ -10,7 +10,21 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from dicom_builders import MASKS, VOLUME, contour, item, numbers, put, same, segmentation, structures, used, volume
+from dicom_builders import (
+    MASKS,
+    VOLUME,
+    contour,
+    image,
+    item,
+    numbers,
+    plain_segmentation,
+    put,
+    same,
+    segmentation,
+    structures,
+    used,
+    volume,
+)
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
@@ -95,6 +109,32 @@ def test_frames_that_nothing_is_known_of_make_nothing_background(harm: str, tmp_
         groups[3].SegmentIdentificationSequence[0].ReferencedSegmentNumber = 7
     put(tmp_path, [*sources, made])
     assert numbers(used(tmp_path)[2]) == [108, 117, 124]
+
+
+@pytest.mark.parametrize(("mm", "fits"), [("0.49", True), ("0.488", True), ("0.5", False)])
+def test_a_mask_that_names_its_image_lies_on_its_pixels_whose_distance_it_rounds(mm: str, fits: bool, tmp_path: Path):
+    """Over some hundred pixels what was rounded adds up to more than a grid may be off."""
+    greys, masks = (np.tile(stack, (1, 8, 8)) for stack in (VOLUME, MASKS))
+    sources = volume(greys, spacing=(0.48828125, 0.48828125))
+    made = segmentation(sources, masks, "BINARY")
+    made.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing = [mm, mm]
+    put(tmp_path, [*sources, made])
+    _, found, data = used(tmp_path)
+    assert same(found, masks if fits else [])
+    assert (121 in numbers(data)) is not fits
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_mask_of_one_image_without_a_place_need_not_name_it_frame_by_frame(count: int, tmp_path: Path):
+    """As of a chest X-ray; of two images nobody knows which of them is meant."""
+    sources = [image(grey) for grey in VOLUME[:count]]
+    made = plain_segmentation(MASKS[2:3], [Dataset()])
+    named = [item(ReferencedSOPClassUID=one.SOPClassUID, ReferencedSOPInstanceUID=one.SOPInstanceUID) for one in sources]
+    made.ReferencedSeriesSequence = [item(SeriesInstanceUID=sources[0].SeriesInstanceUID, ReferencedInstanceSequence=named)]
+    put(tmp_path, [*sources, made])
+    _, found, data = used(tmp_path)
+    assert same(found, MASKS[2:3] if count == 1 else [])
+    assert (121 in numbers(data)) is (count == 2)
 
 
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless])

@@ -24,6 +24,10 @@ OFF_STEP = 0.05
 """How far the distance of two slices may be from whole steps of their series, in steps."""
 ROUNDED = 1e-3
 """How far directions and distances of pixels, as a share, may differ that are the same."""
+SIDE_ROUNDED = 5e-3
+"""As much of the distance of pixels in what was copied from an image: some systems write two decimals."""
+PARTS = slice(0, 3), slice(3, 9), slice(9, 11)
+"""Of a plane: position, directions, distances."""
 
 Array = npt.NDArray[np.float64]
 
@@ -59,6 +63,13 @@ def height_mm(plane: Plane) -> float:
 def parallel(one: Plane, other: Plane) -> bool:
     """Return whether two planes have the same normal within 1 degree, whichever way it points."""
     return abs(sum(a * b for a, b in zip(normal(one), normal(other), strict=True))) > 0.99985
+
+
+def is_rounded(copy: Plane, image: Plane) -> bool:
+    """Return whether a plane is an image's written with fewer decimals, which over many pixels may add up to one."""
+    starts_mm, axes, sides = (np.abs(np.subtract(copy[part], image[part])).max() for part in PARTS)
+    shortest_mm = min(image[9:])
+    return bool(starts_mm <= OFF_GRID_PX * shortest_mm and axes <= ROUNDED and sides <= SIDE_ROUNDED * shortest_mm)
 
 
 @dataclass(frozen=True, slots=True)

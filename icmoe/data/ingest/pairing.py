@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from icmoe.data.ingest.background import not_background
 from icmoe.data.ingest.catalogue import Catalogue, Key, Use
-from icmoe.data.ingest.forms import MASKS
-from icmoe.data.ingest.geometry import OFF_GRID_PX, OFF_PLANE_MM, Grid, grid_between, height_mm, matrix_of, parallel, plane_matrix
+from icmoe.data.ingest.geometry import OFF_GRID_PX, Grid, grid_between, matrix_of
 from icmoe.data.ingest.nearest import marks, nearest
-from icmoe.data.ingest.records import FileRecord, Patch, Plane
+from icmoe.data.ingest.placing import overlaps, patch_grid, same_plane
+from icmoe.data.ingest.records import FileRecord, Patch
 from icmoe.data.ingest.refusals import Refusal
 from icmoe.data.ingest.walking import called_image, case, closest, longer_names, own_folders, stem
 
@@ -137,12 +137,13 @@ def _by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Us
         raise Refusal(122, "parts of it name no image, and its images lie in several frames of reference")
     placed, off = False, False
     for patches in marks(record.patches):
-        sure = bool(patches[0].image) and len(patches) == 1
+        alone = patches[0].plane is None and len(record.listed) == 1
+        sure = (bool(patches[0].image) or alone) and len(patches) == 1
         targets = [(patch, target) for patch in patches for target in (images.by_uid(patch.image) if patch.image else listed)]
         parts = [(*part, frame) for part in targets for frame in _marked_frames(record, part[0], images[part[1]], sure=sure)]
         marked = parts if sure else _nearest(parts, images)
         for patch, target, frame in marked:
-            found.setdefault((target, frame), []).append((patch, _patch_grid(record, patch, images[target], frame)))
+            found.setdefault((target, frame), []).append((patch, patch_grid(record, patch, images[target], frame)))
         placed, off = placed or bool(marked), off or bool(targets and not marked)
     if not found and not off:
         raise Refusal(123, "none of the images that it refers to is in the folder")
@@ -199,7 +200,7 @@ def _marked_frames(record: FileRecord, patch: Patch, image: FileRecord, *, sure:
     return [
         frame
         for frame, place in enumerate(image.frames)
-        if named in {-1, frame} and place.plane is not None and _same_plane(record, patch.plane, place.plane)
+        if named in {-1, frame} and place.plane is not None and same_plane(record, patch.plane, place.plane)
     ]
 
 
@@ -218,7 +219,7 @@ def _by_space(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     for patch, target, frame in _in_plane(record, images):
         image = images[target]
         try:
-            grid = _patch_grid(record, patch, image, frame)
+            grid = patch_grid(record, patch, image, frame)
         except Refusal as refusal:  # such as the PET of a mask of the CT
             off[image.series] = refusal
             continue
@@ -245,7 +246,7 @@ def _in_plane(record: FileRecord, images: Images) -> Iterator[tuple[Patch, str, 
     for target in images.by_space(record.space) if record.space else []:
         for frame, place in enumerate(images[target].frames):
             for patch, parts in zip(record.patches, close, strict=True):
-                if place.plane is not None and patch.plane is not None and _same_plane(record, patch.plane, place.plane):
+                if place.plane is not None and patch.plane is not None and same_plane(record, patch.plane, place.plane):
                     parts.append((patch, target, frame))
     for parts in close:
         yield from _nearest(parts, images)
@@ -260,7 +261,7 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
         image = images[target]
         plane, shape = image.frames[frame].plane, (image.rows, image.columns)
         grid = grid_between(matrix, plane, shape) if plane is not None else None
-        if grid is not None and _overlaps(grid, record.shape, shape):
+        if grid is not None and overlaps(grid, record.shape, shape):
             series.setdefault(image.series, {})[target, frame] = Use(path, "volume", grids=(grid,))
             folders[image.series] = target
     volumes = {name: target for name, target in folders.items() if images[target].kind == "volume"}
@@ -366,34 +367,3 @@ def _may_be_its_own(path: str, target: str, images: Images) -> None:
 def _use(path: str, record: FileRecord, parts: Iterable[tuple[Patch, Grid | None]]) -> Use:
     listed = list(parts)
     return Use(path, record.kind, tuple(patch for patch, _ in listed), tuple(grid for _, grid in listed))
-
-
-def _patch_grid(record: FileRecord, patch: Patch, image: FileRecord, frame: int) -> Grid | None:
-    """Return where the pixels of a part lie on the image, None for pixel by pixel or where it has none."""
-    plane, shape = image.frames[frame].plane, (image.rows, image.columns)
-    if MASKS[record.kind].on_planes:
-        if plane is None or not plane[9]:
-            raise Refusal(121, "the image of a contour has no known geometry")
-        return None
-    if patch.plane is None or plane is None or not patch.plane[9] or not plane[9]:
-        if (record.rows, record.columns) != shape:
-            raise Refusal(105, f"mask {record.rows} x {record.columns}, image {shape[0]} x {shape[1]}")
-        return None
-    grid = grid_between(plane_matrix(patch.plane), plane, shape, off_mm=OFF_PLANE_MM)
-    if grid is None:
-        raise Refusal(121, "mask lies in another plane, or between the image's pixels")
-    if not _overlaps(grid, (record.rows, record.columns, 1), shape):
-        raise Refusal(121, "mask lies off its image")
-    same = (record.rows, record.columns) == shape and grid.steps_33.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
-    return None if same else grid
-
-
-def _same_plane(record: FileRecord, patch: Plane, image: Plane) -> bool:
-    near = abs(height_mm((*patch[:3], *image[3:11])) - height_mm(image)) <= OFF_PLANE_MM
-    return near and (MASKS[record.kind].on_planes or parallel(patch, image))  # of a contour only a point is known
-
-
-def _overlaps(grid: Grid, mask: tuple[int, ...], image: tuple[int, int]) -> bool:
-    """Return whether the box of a mask reaches any pixel of an image."""
-    corners = [grid.steps_33 @ (row, column, 1) for row in (0, image[0] - 1) for column in (0, image[1] - 1)]
-    return all(min(c[axis] for c in corners) < mask[axis] and max(c[axis] for c in corners) >= 0 for axis in range(3))

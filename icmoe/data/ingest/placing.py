@@ -1,0 +1,48 @@
+"""Whether the parts of a mask lie in the plane of an image, and on which of its pixels."""
+
+from __future__ import annotations
+
+from icmoe.data.ingest.forms import MASKS
+from icmoe.data.ingest.geometry import OFF_PLANE_MM, Grid, grid_between, height_mm, is_rounded, parallel, plane_matrix
+from icmoe.data.ingest.records import FileRecord, Patch, Plane
+from icmoe.data.ingest.refusals import Refusal
+
+
+def patch_grid(record: FileRecord, patch: Patch, image: FileRecord, frame: int) -> Grid | None:
+    """Return where the pixels of a part lie on the image, None for pixel by pixel or where it has none.
+
+    Raises
+    ------
+    Refusal
+        105 or 121 where they do not lie on its pixels.
+    """
+    plane, shape = image.frames[frame].plane, (image.rows, image.columns)
+    if MASKS[record.kind].on_planes:
+        if plane is None or not plane[9]:
+            raise Refusal(121, "the image of a contour has no known geometry")
+        return None
+    if patch.plane is None or plane is None or not patch.plane[9] or not plane[9]:
+        if (record.rows, record.columns) != shape:
+            raise Refusal(105, f"mask {record.rows} x {record.columns}, image {shape[0]} x {shape[1]}")
+        return None
+    if patch.image and (record.rows, record.columns) == shape and is_rounded(patch.plane, plane):
+        return None
+    grid = grid_between(plane_matrix(patch.plane), plane, shape, off_mm=OFF_PLANE_MM)
+    if grid is None:
+        raise Refusal(121, "mask lies in another plane, or between the image's pixels")
+    if not overlaps(grid, (record.rows, record.columns, 1), shape):
+        raise Refusal(121, "mask lies off its image")
+    same = (record.rows, record.columns) == shape and grid.steps_33.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
+    return None if same else grid
+
+
+def same_plane(record: FileRecord, patch: Plane, image: Plane) -> bool:
+    """Return whether a part of a mask lies in the plane of an image."""
+    near = abs(height_mm((*patch[:3], *image[3:11])) - height_mm(image)) <= OFF_PLANE_MM
+    return near and (MASKS[record.kind].on_planes or parallel(patch, image))  # of a contour only a point is known
+
+
+def overlaps(grid: Grid, mask: tuple[int, ...], image: tuple[int, int]) -> bool:
+    """Return whether the box of a mask reaches any pixel of an image."""
+    corners = [grid.steps_33 @ (row, column, 1) for row in (0, image[0] - 1) for column in (0, image[1] - 1)]
+    return all(min(c[axis] for c in corners) < mask[axis] and max(c[axis] for c in corners) >= 0 for axis in range(3))
