@@ -166,8 +166,20 @@ def test_a_volume_for_each_class_is_one_mask(tmp_path: Path):
     for name, masks in (("lesion", MASKS), ("edema", edema)):
         nibabel.save(as_nifti(masks, (2, 1, 0), []), tmp_path / f"export/{name}.nii.gz")
     assert same(used(tmp_path, TWO)[1], np.maximum(MASKS, edema))
-    nibabel.save(as_nifti(edema.clip(0, 1), (2, 1, 0), []), tmp_path / "export/edema.nii.gz")
+    nibabel.save(as_nifti(edema.clip(0, 1), (2, 1, 0), []), tmp_path / "export/other.nii.gz")
     assert 122 in numbers(used(tmp_path, TWO)[2]), "two readings of one class"
+
+
+@pytest.mark.parametrize("value", [1, 255])
+@pytest.mark.parametrize("names", [("lesion", "edema"), ("Edema_mask",), ("lesion", "edema-2")])
+def test_a_volume_that_marks_one_thing_means_the_class_that_it_is_called(names: tuple[str, ...], value: int, tmp_path: Path):
+    """As TotalSegmentator writes them: 1 in every file, whatever the study calls 1."""
+    put(tmp_path, volume(VOLUME))
+    marked = [np.roll(MASKS, 6 * number, axis=2) for number in range(len(names))]
+    for name, masks in zip(names, marked, strict=True):
+        nibabel.save(as_nifti(masks * np.uint8(value), (2, 1, 0), []), tmp_path / f"export/{name}.nii.gz")
+    want = [masks * np.uint8(1 if name == "lesion" else 2) for name, masks in zip(names, marked, strict=True)]
+    assert same(used(tmp_path, TWO)[1], np.max(want, axis=0))
 
 
 @pytest.mark.parametrize("names", [("Lesion_1", "lesion 2"), ("lesion-1", "LESION12"), ("edema 1", "lesion")])

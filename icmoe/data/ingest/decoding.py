@@ -17,7 +17,7 @@ from icmoe.data.ingest.forms import MASKS, module_of
 from icmoe.data.ingest.geometry import share_within, upright
 from icmoe.data.ingest.jobs import SeriesJob, Wanted
 from icmoe.data.ingest.pixels import Shown, read_pictures
-from icmoe.data.ingest.records import FrameResult, Kind
+from icmoe.data.ingest.records import FrameResult, Kind, Patch
 from icmoe.data.ingest.refusals import OFF_IMAGE, Refusal, refusing
 from icmoe.data.ingest.same_instance import agreeing
 from icmoe.data.ingest.volumes import SCALING_ERROR, read_volume, through_axis
@@ -226,7 +226,7 @@ class _Masks:
         return self._marks[use.path]
 
     def _volume(self, use: Use, shape: tuple[int, int]) -> Classes:
-        voxels = self._once(use.path, lambda path: self._named(read_volume(path)[0]))
+        voxels = self._once(use.path, lambda path: self._named(read_volume(path)[0], use.patches))
         if use.path not in self._within:
             uses = (other for frame in self._job.frames for other in frame.uses if other.path == use.path)
             grids = [grid for other in uses for grid in other.grids if grid is not None]
@@ -245,8 +245,10 @@ class _Masks:
             said = f"value {fault.value}" if fault.number == 106 else fault.value if fault.value in OWN_WORDS else ""
             raise Refusal(fault.number, ": ".join(filter(None, ("mask cannot be used", said)))) from None
 
-    def _named(self, voxels: npt.NDArray[Any]) -> Classes:
+    def _named(self, voxels: npt.NDArray[Any], patches: Sequence[Patch]) -> Classes:
         """Return class indices for a volume's values, or refuse a value that no label names."""
+        if patches:  # it is called like a class
+            return (voxels > 0.5).astype(np.uint8) * np.uint8(patches[0].label)
         if voxels.dtype.kind == "f":
             voxels = np.where(np.abs(np.rint(voxels) - voxels) < SCALING_ERROR, np.rint(voxels), voxels)
         classes = np.full_like(voxels, 255, dtype=np.uint8)  # in the volume's own order of memory, which slices follow

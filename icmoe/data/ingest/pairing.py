@@ -262,7 +262,7 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
         plane, shape = image.frames[frame].plane, (image.rows, image.columns)
         grid = grid_between(matrix, plane, shape) if plane is not None else None
         if grid is not None and overlaps(grid, record.shape, shape):
-            series.setdefault(image.series, {})[target, frame] = Use(path, "volume", grids=(grid,))
+            series.setdefault(image.series, {})[target, frame] = Use(path, "volume", record.patches, (grid,))
             folders[image.series] = target
     volumes = {name: target for name, target in folders.items() if images[target].kind == "volume"}
     named = {name: target for name, target in volumes.items() if stem(target) == stem(path)}

@@ -103,7 +103,7 @@ class FileRecord(Record):
     affine: tuple[float, ...] = ()
     """Of a volume: rows 1 to 3 of the matrix from voxel index to DICOM's axes, mm."""
     patches: tuple[Patch, ...] = ()
-    """Of a form of `MASKS`."""
+    """Of a form of `MASKS`; of a volume that marks one thing alone and is called like a class, that class."""
     step_mm: float = 0.0
     """Of a SEG object: distance of its frames, else their thickness; 0 where unknown."""
     listed: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from icmoe.data.ingest.forms import VOLUMES, module_of
 from icmoe.data.ingest.opening import content_of
-from icmoe.data.ingest.records import FileRecord, FramePlace, Plane
+from icmoe.data.ingest.records import FileRecord, FramePlace, Patch, Plane
 from icmoe.data.ingest.refusals import Refusal
 
 MASK_VALUES = 32
@@ -41,8 +41,16 @@ def read_volume(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
     return found
 
 
-def volume_record(path: Path) -> FileRecord:
+def volume_record(path: Path, called: int | None = None) -> FileRecord:
     """Return the record of a volume, whether it looks like a mask or an image.
+
+    Parameters
+    ----------
+    path
+        The file.
+    called
+        Class that it has the name of. Where it marks one thing alone, as 1 or 255, it marks that: programs write a file for
+        each class, and 1 in all of them.
 
     Raises
     ------
@@ -52,6 +60,7 @@ def volume_record(path: Path) -> FileRecord:
     voxels, matrix = read_volume(path)
     axis = through_axis(matrix, voxels.shape)
     rows, columns = (extent for index, extent in enumerate(voxels.shape) if index != axis)
+    one = called and looks_like_classes(voxels) and {*np.rint(_distinct(voxels)).tolist()} in ({0, 1}, {0, 255})
     frames = tuple(
         FramePlace(plane=slice_plane(matrix, axis, number), order=(float(number),)) for number in range(voxels.shape[axis])
     )
@@ -63,6 +72,7 @@ def volume_record(path: Path) -> FileRecord:
         frames=frames,
         shape=cast("tuple[int, int, int]", voxels.shape),
         affine=tuple(float(value) for value in matrix[:3].ravel()),
+        patches=(Patch(number=0, label=called),) if called and one else (),
     )
 
 
