@@ -61,3 +61,14 @@ def test_the_ending_of_the_image_may_stay_in_the_name_of_its_mask(name: str, tmp
     for number, mask in enumerate(MASKS[1:4]):
         picture(tmp_path, name.format(f"IM{3 - number}"), mask)
     assert same(used(tmp_path)[1], MASKS[1:4])
+
+
+@pytest.mark.parametrize("name", ["masks/a.png", "labelsTr/a.png", "a_mask.png", "a-seg.PNG", "ground/a_GT.png"])
+def test_a_mask_with_soft_edges_is_refused_for_its_values_and_is_no_image(name: str, tmp_path: Path):
+    """A program that drew or shrank it smoothed its edges, so that it has as many values as a picture."""
+    picture(tmp_path, "images/a.png" if "/" in name else "a.png", GREYS[0])
+    down, across = np.mgrid[:24, :32]
+    picture(tmp_path, name, np.clip(255 - 20 * np.hypot(down - 12, across - 16), 0, 255).astype(np.uint8))
+    data = used(tmp_path)[2]
+    assert data.images_found == 1
+    assert numbers(data) == [106, 108]

@@ -18,7 +18,7 @@ from icmoe.data.ingest.pixels import plain_pixels_of
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, FramePlace, refused
 from icmoe.data.ingest.volumes import looks_like_classes, volume_record
-from icmoe.data.ingest.walking import called_image, own_folders, stem
+from icmoe.data.ingest.walking import called_image, called_mask, own_folders, stem
 from icmoe.errors import IcmoeError
 
 BIDS = r"(?:^|/)(sub-[A-Za-z0-9]+)(?:/|_)"
@@ -69,8 +69,8 @@ class Reader:
             case "png":
                 record = picture_record(path)
                 owner = self._owner(relative)
+                mask = (record.mask or called_mask(relative)) and not called_image(relative)
                 series = f"{PurePosixPath(relative).parent}\0{owner['patient']}"
-                mask = record.mask and not called_image(relative)
                 return record.model_copy(update={**owner, "series": self.hashes.of("folder", series), "mask": mask})
             case _:
                 raise Refusal(116, f"file is neither DICOM, {', '.join(form.title for form in VOLUMES.values())} nor PNG")

@@ -24,6 +24,8 @@ GENERIC = re.compile(
 
 IMAGES = re.compile(r"(image|img)s?(tr|ts)?", re.I)
 MASK = re.compile(r"mask|label|seg|annot|contour|truth|(?<![a-z])(gt|roi)(?![a-z])", re.I)
+MASKS = re.compile(r"(mask|label|annotation|gt|ground[-_ ]?truth)s?(tr|ts)?", re.I)
+MASKED = re.compile(r"[_-](mask|seg|segmentation|label|labels|gt)$")
 
 ENDING = re.compile(
     "|".join(re.escape(end) for form in VOLUMES.values() for end in form.endings).join(("(", r"|\.png|\.dcm|\.dicom|\.ima)+$"))
@@ -114,6 +116,11 @@ def called_image(relative: str) -> bool:
     """Return whether a picture lies in a folder called images under a name that is no mask's: a dark one has few values too."""
     path = PurePosixPath(relative)
     return bool(IMAGES.fullmatch(path.parent.name)) and not MASK.search(path.name)
+
+
+def called_mask(relative: str) -> bool:
+    """Return whether a picture is called a mask, or lies in a folder for them: one with soft edges has many values."""
+    return bool(MASKS.fullmatch(PurePosixPath(relative).parent.name) or MASKED.search(_without_ending(relative)))
 
 
 def own_folders(relative: str) -> list[str]:
