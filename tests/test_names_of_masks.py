@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from dicom_builders import MASKS, VOLUME, numbers, put, same, scaled, used, volume
 from PIL import Image
+from test_ingest_masks import as_nifti
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 MARKED, APART, ACROSS = (np.zeros((24, 32), np.uint8) for _ in range(3))
@@ -72,3 +74,45 @@ def test_a_mask_with_soft_edges_is_refused_for_its_values_and_is_no_image(name: 
     data = used(tmp_path)[2]
     assert data.images_found == 1
     assert numbers(data) == [106, 108]
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("image_{}.png", "mask_{}.png"),
+        ("{}_img.png", "{}_mask.png"),
+        ("images/IMG{}.png", "masks/GT{}.png"),
+        ("slice-{}.png", "label-{}.png"),
+    ],
+)
+def test_pictures_and_masks_may_be_called_what_they_are(image: str, mask: str, tmp_path: Path):
+    for number in range(3):
+        picture(tmp_path, image.format(number), GREYS[number])
+        picture(tmp_path, mask.format(number), np.roll(MARKED, number, 1))
+    pictures, masks, data = used(tmp_path)
+    assert same(pictures, scaled(GREYS))
+    assert same(masks, [np.roll(MARKED, number, 1) for number in range(3)])
+    assert not numbers(data)
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("volume-{}.nii", "segmentation-{}.nii"),
+        ("img/img000{}.nii.gz", "label/label000{}.nii.gz"),
+        ("p{}_image.nii.gz", "p{}_mask.nii.gz"),
+        ("scans/p{}/scan.nii", "masks/p{}.nii"),
+    ],
+)
+def test_volumes_and_masks_may_be_called_what_they_are(image: str, mask: str, tmp_path: Path):
+    """As in LiTS and BTCV; the volumes lie on one grid."""
+    for number in range(3):
+        shown, marked = VOLUME + 9 * number * np.arange(24, dtype=np.uint16), np.roll(MASKS, number, 2)
+        for name, voxels in ((image, shown), (mask, marked)):
+            path = tmp_path / "export" / name.format(number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nibabel.save(as_nifti(voxels, (2, 1, 0), [], voxels.dtype), path)
+    _, masks, data = used(tmp_path)
+    assert sorted(map(bytes, masks)) == sorted(bytes(np.roll(MASKS, number, 2)[at]) for number in range(3) for at in range(5))
+    assert len({part.patient for part in data.slices}) == 3
+    assert not numbers(data)

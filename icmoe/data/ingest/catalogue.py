@@ -20,7 +20,7 @@ from icmoe.data.ingest.index import LeftOut
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, Patch, is_image
 from icmoe.data.ingest.refusals import Refusal
-from icmoe.data.ingest.walking import case, longer_names, stem
+from icmoe.data.ingest.walking import bare, case, longer_names, stem
 
 if TYPE_CHECKING:
     from icmoe.data.ingest.geometry import Grid
@@ -30,7 +30,7 @@ FORMS = (*MASKS, "volume", "picture")
 KEPT = 1024
 """Records that are held in memory."""
 SCHEMA = """
-create table run.image (path blob primary key, uid, series, patient, space, folder blob, name blob) without rowid;
+create table run.image (path blob primary key, uid, series, patient, space, folder blob, name blob, bare blob) without rowid;
 create table run.mask (path blob primary key) without rowid;
 create table run.use (path blob, frame integer, form integer, mask blob, classes integer, said text);
 create table run.refusal (path blob primary key, number integer, why text) without rowid;
@@ -46,6 +46,7 @@ create index run.image_uid on image (uid);
 create index run.image_series on image (series);
 create index run.image_space on image (space);
 create index run.image_name on image (name);
+create index run.image_bare on image (bare);
 """
 PREFER = """
 create index run.use_frame on use (path, frame);
@@ -157,9 +158,9 @@ class Catalogue:
                 self.refuse(name, Refusal(record.fault, record.why))
             elif is_image(record):
                 folder, single = os.fsencode(PurePosixPath(name).parent), len(record.frames) == 1
-                called = os.fsencode(stem(name)) if single else None
-                row = record.image, record.series, record.patient, record.space, folder, called
-                self._run.execute("insert into run.image values (?, ?, ?, ?, ?, ?, ?)", (path, *row))
+                called = [os.fsencode(of(name)) if single else None for of in (stem, bare)]
+                row = record.image, record.series, record.patient, record.space, folder, *called
+                self._run.execute("insert into run.image values (?, ?, ?, ?, ?, ?, ?, ?)", (path, *row))
             else:
                 self._run.execute("insert into run.mask values (?)", (path,))
         self._run.executescript(INDEXES)
@@ -181,7 +182,7 @@ class Catalogue:
         return self._paths("select path from run.mask order by path")
 
     def images(self, column: str, value: str | bytes) -> list[str]:
-        """Return the paths of images that have this in a column (`uid`, `series`, `space`; `name` in bytes), in order."""
+        """Return the paths of images that have this in a column (`uid`, `series`, `space`; `name`, `bare` in bytes), in order."""
         return self._paths(f"select path from run.image where {column} = ? order by path", value)  # noqa: S608  # fixed names
 
     def all_images(self) -> Iterator[tuple[str, FileRecord]]:

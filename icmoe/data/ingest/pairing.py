@@ -20,7 +20,7 @@ from icmoe.data.ingest.nearest import marks, nearest
 from icmoe.data.ingest.placing import overlaps, patch_grid, same_plane
 from icmoe.data.ingest.records import FileRecord, Patch
 from icmoe.data.ingest.refusals import Refusal
-from icmoe.data.ingest.walking import called_image, case, closest, longer_names, own_folders, stem
+from icmoe.data.ingest.walking import bare, called_image, case, closest, longer_names, own_folders, stem
 
 Said = TypeVar("Said")
 
@@ -64,6 +64,10 @@ class Images:
     def by_name(self, name: str) -> list[str]:
         """Return the images of one frame that have a `stem`."""
         return self._files.images("name", os.fsencode(name))
+
+    def by_bare(self, name: str) -> list[str]:
+        """Return the images of one frame that have a `bare` name, none where nothing is left of it."""
+        return self._files.images("bare", os.fsencode(name)) if name else []
 
     def by_space(self, space: str) -> list[str]:
         """Return the images of a frame of reference."""
@@ -268,18 +272,19 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     named = {name: target for name, target in volumes.items() if stem(target) == stem(path)}
     channels = {name: target for name, target in volumes.items() if case(target) == stem(path) or _is_sequence(target, path)}
     owned = {name: target for name, target in folders.items() if images[target].patient == record.patient}
+    alike = {name: at for name, at in (owned or volumes).items() if name in volumes and bare(at) == bare(path) != ""}
     beside = any(
         target not in volumes.values() and set(own_folders(target)) & set(own_folders(path)) for target in folders.values()
     )
-    if beside and not (named or channels) and set(owned) & set(volumes):  # such as a label map of the same series
+    if beside and not (named or channels or alike) and set(owned) & set(volumes):  # such as a label map of the same series
         raise Refusal(122, "a volume and a DICOM series beside it lie on the grid of this volume")
-    best = closest(path, named or channels or owned or folders)
+    best = closest(path, named or channels or alike or owned or folders)
     if not best:
         raise Refusal(121, "no image lies on the grid of this volume")
     if len(best) > 1 and (named or not channels):
         raise Refusal(122, f"{len(best)} series lie on the grid of this volume, equally close by name and folder")
     _no_other_patients(record, images[folders[best[0]]], images)
-    if not (named or channels or owned):
+    if not (named or channels or alike or owned):
         _may_be_its_own(path, folders[best[0]], images)
     return {key: use for name in best for key, use in _seen_once(series[name], images).items()}
 
@@ -290,14 +295,15 @@ def _is_sequence(target: str, path: str) -> bool:
 
 
 def _by_name(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
-    """Match a picture with the closest of the images of its name, else of each channel of its case."""
+    """Match a picture with the closest of the images of its name, else of each channel of its case, else of its bare name."""
     found, named = {}, images.by_name(stem(path))
-    for same in [named] if named else _channels(path, images):
+    for same in [named] if named else [*_channels(path, images)] or [images.by_bare(bare(path))]:
         best = closest(path, {target: target for target in same})
         if len(best) > 1:
             raise Refusal(122, f"{len(best)} images have its name, equally close by folder")
-        _require_its_own(path, record, best[0], images)
-        found[best[0], 0] = Use(path, "picture")
+        for target in best:
+            _require_its_own(path, record, target, images)
+            found[target, 0] = Use(path, "picture")
     if not found:
         raise Refusal(123, "no image of one frame has its name")
     return found

@@ -26,6 +26,8 @@ IMAGES = re.compile(r"(image|img)s?(tr|ts)?", re.I)
 MASK = re.compile(r"mask|label|seg|annot|contour|truth|(?<![a-z])(gt|roi)(?![a-z])", re.I)
 MASKS = re.compile(r"(mask|label|annotation|gt|ground[-_ ]?truth)s?(tr|ts)?", re.I)
 MASKED = re.compile(r"[_-](mask|seg|segmentation|label|labels|gt)$")
+KINDS = "images?|imgs?|im|scan|slice|frame|volume|vol|masks?|seg|segmentation|labels?|gt|annotation"
+WHAT = re.compile(rf"^({KINDS})[ _.-]*(?=\d)|^({KINDS})[ _.-]+|[ _.-]+({KINDS})$")
 
 ENDING = re.compile(
     "|".join(re.escape(end) for form in VOLUMES.values() for end in form.endings).join(("(", r"|\.png|\.dcm|\.dicom|\.ima)+$"))
@@ -89,6 +91,11 @@ def stem(relative: str) -> str:
     """
     name = COUNTED.sub("", _without_ending(relative))
     return ENDING.sub("", re.sub(r"[_-](mask|seg|segmentation|label|labels|gt|roi)$", "", name))
+
+
+def bare(relative: str) -> str:
+    """Return a `stem` without a word in front or behind for what the file is: 12 of volume-12, segmentation-12 and 12_img."""
+    return WHAT.sub("", stem(relative))
 
 
 def is_counted(relative: str) -> bool:
