@@ -116,3 +116,20 @@ def test_volumes_and_masks_may_be_called_what_they_are(image: str, mask: str, tm
     assert sorted(map(bytes, masks)) == sorted(bytes(np.roll(MASKS, number, 2)[at]) for number in range(3) for at in range(5))
     assert len({part.patient for part in data.slices}) == 3
     assert not numbers(data)
+
+
+@pytest.mark.parametrize("mask", ["masks/{}.nii.gz", "{}_seg.nii"])
+def test_a_volume_that_is_called_like_the_folder_of_a_series_is_its_mask(mask: str, tmp_path: Path):
+    """The folders have other names than the patients, whose series lie on one grid."""
+    for number in range(3):
+        put(
+            tmp_path,
+            volume(VOLUME + 9 * number * np.arange(24, dtype=np.uint16), PatientID=f"Doe {number}"),
+            f"ct/P0{number}/{{}}",
+        )
+        path = tmp_path / "export" / mask.format(f"p0{number}")
+        path.parent.mkdir(exist_ok=True)
+        nibabel.save(as_nifti(np.roll(MASKS, number, 2), (2, 1, 0), []), path)
+    _, masks, data = used(tmp_path)
+    assert sorted(map(bytes, masks)) == sorted(bytes(np.roll(MASKS, number, 2)[at]) for number in range(3) for at in range(5))
+    assert not numbers(data)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from icmoe.data.ingest.background import not_background
 from icmoe.data.ingest.catalogue import Catalogue, Key, Use
+from icmoe.data.ingest.folding import folded
 from icmoe.data.ingest.geometry import OFF_GRID_PX, Grid, grid_between, matrix_of
 from icmoe.data.ingest.nearest import marks, nearest
 from icmoe.data.ingest.placing import overlaps, patch_grid, same_plane
@@ -273,18 +274,19 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     channels = {name: target for name, target in volumes.items() if case(target) == stem(path) or _is_sequence(target, path)}
     owned = {name: target for name, target in folders.items() if images[target].patient == record.patient}
     alike = {name: at for name, at in (owned or volumes).items() if name in volumes and bare(at) == bare(path) != ""}
+    homed = {name: target for name, target in folders.items() if stem(path) in map(folded, own_folders(target))}
     beside = any(
         target not in volumes.values() and set(own_folders(target)) & set(own_folders(path)) for target in folders.values()
     )
     if beside and not (named or channels or alike) and set(owned) & set(volumes):  # such as a label map of the same series
         raise Refusal(122, "a volume and a DICOM series beside it lie on the grid of this volume")
-    best = closest(path, named or channels or alike or owned or folders)
+    best = closest(path, named or channels or alike or owned or homed or folders)
     if not best:
         raise Refusal(121, "no image lies on the grid of this volume")
     if len(best) > 1 and (named or not channels):
         raise Refusal(122, f"{len(best)} series lie on the grid of this volume, equally close by name and folder")
     _no_other_patients(record, images[folders[best[0]]], images)
-    if not (named or channels or alike or owned):
+    if not (named or channels or alike or owned or homed):
         _may_be_its_own(path, folders[best[0]], images)
     return {key: use for name in best for key, use in _seen_once(series[name], images).items()}
 
