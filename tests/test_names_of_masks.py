@@ -133,3 +133,19 @@ def test_a_volume_that_is_called_like_the_folder_of_a_series_is_its_mask(mask: s
     _, masks, data = used(tmp_path)
     assert sorted(map(bytes, masks)) == sorted(bytes(np.roll(MASKS, number, 2)[at]) for number in range(3) for at in range(5))
     assert not numbers(data)
+
+
+@pytest.mark.parametrize("patient", ["P0{}", "Doe {}"])
+def test_a_volume_that_is_called_like_no_image_beside_others_that_are_is_nobodys(patient: str, tmp_path: Path):
+    """Its own images are missing; those of another patient lie on the same grid."""
+    for number in range(3):
+        shown = volume(VOLUME + 9 * number * np.arange(24, dtype=np.uint16), PatientID=patient.format(number))
+        put(tmp_path, shown if number else [], f"ct/P0{number}/{{}}")
+        (tmp_path / "export/masks").mkdir(parents=True, exist_ok=True)
+        nibabel.save(as_nifti(np.roll(MASKS, number, 2), (2, 1, 0), []), tmp_path / f"export/masks/P0{number}.nii.gz")
+    _, masks, data = used(tmp_path)
+    assert sorted(map(bytes, masks)) == sorted(bytes(np.roll(MASKS, number, 2)[at]) for number in (1, 2) for at in range(5))
+    assert numbers(data) == [121]
+    for number in range(5):
+        (tmp_path / f"export/ct/P02/{number + 1}").unlink()
+    assert same(used(tmp_path)[1], np.roll(MASKS, 1, 2)), "one patient alone"

@@ -168,7 +168,7 @@ class Catalogue:
     def _cases(self) -> dict[str, str]:
         """Return the name of the case that each volume is a channel or a sequence of."""
         volumes = self._paths(VOLUMES)
-        masks = {(PurePosixPath(path).parent, stem(path)) for path in self._paths(VOLUMES + MARKED)}
+        masks = {(PurePosixPath(path).parent, stem(path)) for path in self.mask_volumes()}
         names = {stem(path) for path in volumes}
         found = {}
         for path in volumes:
@@ -180,6 +180,10 @@ class Catalogue:
     def masks(self) -> list[str]:
         """Return the paths of masks, in order."""
         return self._paths("select path from run.mask order by path")
+
+    def mask_volumes(self) -> list[str]:
+        """Return the paths of volumes of classes, in no order."""
+        return self._paths(VOLUMES + MARKED)
 
     def images(self, column: str, value: str | bytes) -> list[str]:
         """Return the paths of images that have this in a column (`uid`, `series`, `space`; `name`, `bare` in bytes), in order."""

@@ -82,6 +82,13 @@ class Images:
             self._closest[own] = set().union(*(self._owners[folder] for folder in folders))
         return self._closest[own]
 
+    @cached_property
+    def called_folders(self) -> set[PurePosixPath]:
+        """Folders in which a volume of classes is called like a folder or a patient of images."""
+        names = {folded(part) for folder in self._owners for part in own_folders(f"{folder}/image")}
+        masks = self._files.mask_volumes()
+        return {PurePosixPath(path).parent for path in masks if stem(path) in names or self[path].patient in self.patients}
+
     def near(self, mask_matrix: npt.NDArray[np.float64]) -> list[Key]:
         """Return the frames whose first pixel lies on a voxel of the mask's grid, continued beyond its ends."""
         where_N3 = (self._points_N4 @ np.linalg.inv(mask_matrix).T)[:, :3]
@@ -283,10 +290,13 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     best = closest(path, named or channels or alike or owned or homed or folders)
     if not best:
         raise Refusal(121, "no image lies on the grid of this volume")
+    by_place = not (named or channels or alike or owned or homed)
+    if by_place and PurePosixPath(path).parent in images.called_folders:
+        raise Refusal(121, "masks beside it are called like folders or patients of images, and it is called like none")
     if len(best) > 1 and (named or not channels):
         raise Refusal(122, f"{len(best)} series lie on the grid of this volume, equally close by name and folder")
     _no_other_patients(record, images[folders[best[0]]], images)
-    if not (named or channels or alike or owned or homed):
+    if by_place:
         _may_be_its_own(path, folders[best[0]], images)
     return {key: use for name in best for key, use in _seen_once(series[name], images).items()}
 
