@@ -145,7 +145,7 @@ def test_contours_without_references_belong_to_the_visit_of_their_study(tmp_path
     assert same(pictures, scaled([VOLUME[1]]))
 
 
-@pytest.mark.parametrize("folder", ["{}/", ""])
+@pytest.mark.parametrize("folder", ["{}/", "", "imagesTr/"])
 def test_all_sequences_of_a_case_share_its_mask_and_are_one_patient(folder: str, tmp_path: Path):
     for case in ("BraTS_001", "BraTS_0012"):
         for seed, sequence in enumerate(("t1", "t1ce", "t2", "flair")):
@@ -153,7 +153,9 @@ def test_all_sequences_of_a_case_share_its_mask_and_are_one_patient(folder: str,
             path = tmp_path / f"export/{folder.format(case)}{case}_{sequence}.nii.gz"
             path.parent.mkdir(parents=True, exist_ok=True)
             nibabel.save(as_nifti(shown, (2, 1, 0), [], np.int16), path)
-        nibabel.save(as_nifti(MASKS, (2, 1, 0), []), path.with_name(f"{case}_seg.nii.gz"))
+        masks = tmp_path / "export/labelsTr" if folder == "imagesTr/" else path.parent
+        masks.mkdir(exist_ok=True)
+        nibabel.save(as_nifti(MASKS, (2, 1, 0), []), masks / f"{case}_seg.nii.gz")
     _, classes, data = used(tmp_path)
     assert len({part.patient for part in data.slices}) == 2
     assert sum(map(np.count_nonzero, classes)) == 8 * np.count_nonzero(MASKS)

@@ -20,7 +20,7 @@ from icmoe.data.ingest.index import LeftOut
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, Patch, is_image
 from icmoe.data.ingest.refusals import Refusal
-from icmoe.data.ingest.walking import bare, case, longer_names, stem
+from icmoe.data.ingest.walking import bare, case, case_names, stem
 
 if TYPE_CHECKING:
     from icmoe.data.ingest.geometry import Grid
@@ -168,12 +168,12 @@ class Catalogue:
     def _cases(self) -> dict[str, str]:
         """Return the name of the case that each volume is a channel or a sequence of."""
         volumes = self._paths(VOLUMES)
-        masks = {(PurePosixPath(path).parent, stem(path)) for path in self.mask_volumes()}
-        names = {stem(path) for path in volumes}
+        names, masks = {stem(path) for path in volumes}, dict[str, set[PurePosixPath]]()
+        for path in self.mask_volumes():
+            masks.setdefault(stem(path), set()).add(PurePosixPath(path).parent)
         found = {}
         for path in volumes:
-            beside = (name for name in longer_names(path) if (PurePosixPath(path).parent, name) in masks)
-            if name := case(path) if stem(path) != case(path) in names else next(beside, ""):
+            if name := case(path) if stem(path) != case(path) in names else next(case_names(path, masks), ""):
                 found[path] = name
         return found
 

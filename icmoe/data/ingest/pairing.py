@@ -21,7 +21,7 @@ from icmoe.data.ingest.nearest import marks, nearest
 from icmoe.data.ingest.placing import overlaps, patch_grid, same_plane
 from icmoe.data.ingest.records import FileRecord, Patch
 from icmoe.data.ingest.refusals import Refusal
-from icmoe.data.ingest.walking import bare, called_image, case, closest, longer_names, own_folders, stem
+from icmoe.data.ingest.walking import bare, called_image, case, case_names, closest, own_folders, stem
 
 Said = TypeVar("Said")
 
@@ -302,8 +302,8 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
 
 
 def _is_sequence(target: str, path: str) -> bool:
-    """Return whether a volume is a sequence of a mask's case as BraTS names them: X_t1 and X_flair beside X_seg in one folder."""
-    return PurePosixPath(target).parent == PurePosixPath(path).parent and stem(path) in longer_names(target)
+    """Return whether a volume is a sequence of a mask's case as BraTS names them: X_t1 and X_flair for X_seg."""
+    return any(case_names(target, {stem(path): {PurePosixPath(path).parent}}))
 
 
 def _by_name(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:

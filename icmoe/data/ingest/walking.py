@@ -6,16 +6,17 @@ import fnmatch
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from icmoe.data.ingest.folding import folded
 from icmoe.data.ingest.forms import VOLUMES
 from icmoe.errors import Fault, IcmoeError
 
+SEQUENCES = "flair|t1|t1w|t1ce|t1gd|t2|t2w|pd|dwi|adc|swi|ct|mr|mri|pt|pet"
 GENERIC = re.compile(
     r"(image|img|mask|label|seg|segmentation|png|nifti|nii|dicom|scan|train|val|test|data)s?(tr|ts)?"
-    r"|flair|t1|t1w|t1ce|t1gd|t2|t2w|pd|dwi|adc|swi|ct|mr|mri|pt|pet|anat|ses-[a-z0-9]+"
+    rf"|{SEQUENCES}|anat|ses-[a-z0-9]+"
     r"|(visit|session|exam|study|series|scan|timepoint|baseline|follow[-_ ]?up|day|week|month|year)[-_ ]?\d*"
     r"|\d{4}(?P<gap>[-_.]?)(0[1-9]|1[0-2])(?P=gap)([0-2]\d|3[01])",
     re.I,
@@ -112,11 +113,23 @@ def case(relative: str) -> str:
     return re.sub(r"_\d{4}$", "", stem(relative))
 
 
-def longer_names(relative: str) -> Iterator[str]:
-    """Yield what a volume's `stem` begins with, the longest part first: X_1, then X, of X_1_flair."""
-    name = stem(relative)
+def case_names(relative: str, masks: Mapping[str, Collection[PurePosixPath]]) -> Iterator[str]:
+    """Yield which masks a volume may be a sequence of, the longest name first: of X_1_flair those called X_1, then X.
+
+    Beside a mask it may have any further name, in another folder that of a sequence.
+
+    Parameters
+    ----------
+    relative
+        Path of the volume.
+    masks
+        Folders of the masks by `stem`.
+    """
+    name, folder = stem(relative), PurePosixPath(relative).parent
     for found in reversed([*re.finditer(r"[_-]", name)]):
-        yield name[: found.start()]
+        folders = masks.get(name[: found.start()], ())
+        if folder in folders or (folders and re.fullmatch(SEQUENCES, name[found.end() :])):
+            yield name[: found.start()]
 
 
 def called_image(relative: str) -> bool:
