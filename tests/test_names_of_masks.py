@@ -33,7 +33,11 @@ def test_masks_of_one_picture_may_be_counted(names: str, tmp_path: Path):
     assert same(masks, [MARKED | APART])
     assert not numbers(data)
     picture(tmp_path, names.split()[1], ACROSS)
-    assert 122 in numbers(used(tmp_path)[2]), "two readings of one lesion"
+    picture(tmp_path, "b.png", GREYS[1])
+    picture(tmp_path, "b_mask.png", MARKED)
+    _, masks, data = used(tmp_path)
+    assert same(masks, [MARKED]), "two readings of one lesion cost their own picture"
+    assert numbers(data) == [122]
 
 
 @pytest.mark.parametrize("channels", [1, 2])

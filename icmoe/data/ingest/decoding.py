@@ -44,7 +44,8 @@ def decode_series(job: SeriesJob) -> list[FrameResult]:
     masks, shown = _Masks(job), Shown()
     for key, picture in _pictures(job, shown):
         results[key] = _first_pass(job, wanted[key], picture, masks, counts, kept)
-    twice = next((result for result in results.values() if result.why == TWO_READINGS), None)
+    stacked = [result for (path, _), result in results.items() if job.kinds[path] != "picture"]  # those are a folder's
+    twice = next((result for result in stacked if result.why == TWO_READINGS), None)
     if twice:  # where the two agree by chance or mark nothing, nobody knows either which of them is right
         return [twice] * len(wanted)
     window = shown.bound(counts.window()) if any(not result.fault for result in results.values()) else None
