@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,7 +64,8 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
     known = [approval.study for approval in approvals if approval.study.name == study.name]
     console = Console()
     budget = {"budget": prospect(settings.budget, book, study)}
-    console.print(_table({**_terms(study), **budget, **_site_terms(path, settings, study)}, study.name))
+    data, unread = _data(path, settings, study)
+    console.print(_table({**_terms(study), **budget, **_site_terms(settings, data, unread)}, study.name))
     for what, digest in (("study", study.digest), ("app bundle", bundle)):
         console.print(f"{what:10} {digest}", highlight=False, soft_wrap=True)  # whole lines: they are read out and compared
     console.print(_difference(known[-1], study) if known else "No study of this name was approved before.", soft_wrap=True)
@@ -79,18 +81,26 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
         records.keep(head)
     finally:  # whatever is wrong with the ledger, it is approved
         console.print(f"{study.name} {study.digest[:12]} is approved at {name}.", highlight=False)
-    for fault in _not_read(path, settings, study):
-        console.print(str(fault), highlight=False, markup=False, soft_wrap=True)
+    ingest, did = f"Run fl_client --site {settings.name} ingest.", "The site cannot take part in it before."
+    for fault in unread:
+        told = replace(fault, did=did, todo=ingest if fault.number == NOT_INGESTED else fault.todo)
+        console.print(str(told), highlight=False, markup=False, soft_wrap=True)
 
 
-def _not_read(path: Path, settings: SiteFile, study: Study) -> list[Fault]:
-    """Return why the site has no data for the study yet: a second one with labels of its own needs an ingest of its own."""
+def _data(path: Path, settings: SiteFile, study: Study) -> tuple[SiteData | None, tuple[Fault, ...]]:
+    """Return the site's data, or why it has none for the study yet: labels of a study's own need an ingest of its own.
+
+    Raises
+    ------
+    IcmoeError
+        402 where its patients do not fit the study's privacy.
+    """
     try:
-        site_data(path, settings, study)
+        data = site_data(path, settings, study)
     except IcmoeError as error:
-        todo, did = f"Run fl_client --site {settings.name} ingest.", "The site cannot take part in it before."
-        return [replace(one, did=did, todo=todo if one.number == NOT_INGESTED else one.todo) for one in error.faults]
-    return []
+        return None, error.faults
+    _require_patients(study, data)
+    return data, ()
 
 
 def withdraw_study(path: Path, name: str, which: str) -> None:
@@ -236,15 +246,10 @@ def _require_patients(study: Study, data: SiteData | None) -> None:
             raise IcmoeError(*faults)
 
 
-def _site_terms(path: Path, settings: SiteFile, study: Study) -> dict[str, str]:
+def _site_terms(settings: SiteFile, data: SiteData | None, unread: Sequence[Fault]) -> dict[str, str]:
     """Return with which data; where they have not been read yet, why."""
-    try:
-        data = site_data(path, settings, study)
-    except IcmoeError as error:
-        used = f"not read yet ({error.faults[0]})"
-    else:
-        _require_patients(study, data)
-        used = f"{data.images_used} of {data.images_found} images used, {len(data.of('train'))} for training" if data else "none"
+    used = f"{data.images_used} of {data.images_found} images used, {len(data.of('train'))} for training" if data else "none"
+    used = f"not read yet ({unread[0]})" if unread else used
     limits = {key: value for key, value in settings.policy.model_dump().items() if value}
     policy = ", ".join(f"{key} = {value}" for key, value in limits.items())
     return {"data": used, "site's policy": policy}

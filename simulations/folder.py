@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,10 +103,20 @@ class RunFolder:
         other += [name for name in DECIDING if kept.get(name) != settings[name]]
         if not other and not self._is_of(results, simulation, study):
             other = ["data"]
+        self.require_none(other, did=did)
+        return results
+
+    def require_none(self, other: Sequence[str], *, did: str, todo: str = "") -> None:
+        """Refuse the results where anything about them is other than what was asked for.
+
+        Raises
+        ------
+        IcmoeError
+            502 with what differs.
+        """
         if other:
             what, value = "folder holds the results of another run", f"other {', '.join(other)}"
-            raise IcmoeError(Fault(number=502, where=str(self.root), what=what, value=value, did=did))
-        return results
+            raise IcmoeError(Fault(number=502, where=str(self.root), what=what, value=value, did=did, todo=todo))
 
     def _is_of(self, results: Mapping[str, Any], simulation: Simulation, study: Study) -> bool:
         """Return whether the simulation has the data of the results, which may lie elsewhere by now."""

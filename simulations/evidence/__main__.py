@@ -126,10 +126,8 @@ def _require_asked_for(folder: RunFolder, study: Study | None, seeds: object) ->
     results = json.loads(folder.results.read_bytes())
     other = ["seeds"] if results["seeds"] != seeds else []
     other += ["study"] if study is not None and results["study_digest"] != study.digest else []
-    if other:
-        what, value = "folder holds the results of another run", f"other {', '.join(other)}"
-        todo = "Give the --seeds and --scenario that it was made with, or choose another --out."
-        raise IcmoeError(Fault(number=502, where=str(folder.root), what=what, value=value, did="No table was drawn.", todo=todo))
+    todo = "Give the --seeds and --scenario that it was made with, or choose another --out."
+    folder.require_none(other, did="No table was drawn.", todo=todo)
 
 
 if __name__ == "__main__":

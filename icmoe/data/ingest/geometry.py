@@ -197,8 +197,13 @@ def slice_distance_mm(planes: Sequence[Plane | None]) -> float | None:
     known = cast("Sequence[Plane]", planes)
     if not all(parallel(known[0], plane) for plane in known):
         return None
-    gaps = np.diff(sorted(height_mm((*plane[:3], *known[0][3:11])) for plane in known))
+    gaps = _gaps_mm(known)
     return float(gaps.mean()) if gaps.min() > 1e-3 and np.ptp(gaps) <= 0.01 * gaps.mean() else None
+
+
+def _gaps_mm(planes: Sequence[Plane]) -> Array:
+    """Return the distances of neighbours along the normal of the first plane."""
+    return np.diff(sorted(height_mm((*plane[:3], *planes[0][3:11])) for plane in planes))
 
 
 def missing_slices(planes: Sequence[Plane | None]) -> int:
@@ -208,8 +213,7 @@ def missing_slices(planes: Sequence[Plane | None]) -> int:
     """
     if len(planes) < 4 or any(plane is None for plane in planes):
         return 0
-    known = cast("Sequence[Plane]", planes)
-    gaps = np.diff(sorted(height_mm((*plane[:3], *known[0][3:11])) for plane in known))
+    gaps = _gaps_mm(cast("Sequence[Plane]", planes))
     if gaps.min() <= 1e-3:
         return 0
     steps = gaps / np.median(gaps)
