@@ -145,6 +145,7 @@ HEIGHTS = {
     "two lost at one place, and one": ((0, 2, 8, 10, 14, 16, 18), 3),
     "finer at the base": ((0, 2.5, 5, 7.5, 12.5, 17.5, 22.5), 0),
     "as planned": ((0, 5, 12, 14, 30), 0),
+    "one wide step of no whole number": ((0, 5, 10, 18, 23, 28), 0),
     "rounded": ((0, 4.99, 10.01, 15, 20), 0),
     "two alone": ((0, 5, 15), 0),
 }
