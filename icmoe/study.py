@@ -112,8 +112,8 @@ class ModelShape(Section):
 class LossWeights(Section):
     """Weights of the loss terms; 0 switches a term off."""
 
-    cross_entropy: Weight = 0.2
-    """Pixel cross-entropy (SAMed's weight)."""
+    cross_entropy: Weight = 1.0
+    """Pixel cross-entropy."""
     dice: Weight = 0.8
     """Soft Dice per image (SAMed's weight)."""
     vote: Weight = 0.3

@@ -30,7 +30,8 @@ def test_dice_agrees_with_monai_per_image() -> None:
     from monai.losses import DiceLoss
 
     p, y = soft_target(seed=5), soft_target()
-    reference = DiceLoss(include_background=False, reduction="none", smooth_nr=1.0, smooth_dr=1.0)
+    smooth = losses.SMOOTH_SHARE * y[0, 0].numel()
+    reference = DiceLoss(include_background=False, reduction="none", smooth_nr=smooth, smooth_dr=smooth)
     assert torch.allclose(losses.dice_loss(p, y), reference(p, y).flatten(1).mean(dim=1), atol=1e-6)
 
 
@@ -38,6 +39,16 @@ def test_an_empty_image_with_an_empty_prediction_costs_nothing() -> None:
     empty = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4)
     assert losses.dice_loss(empty, empty).item() == pytest.approx(0.0)
     assert losses.dice_loss(1 - empty, empty).item() > 0.9
+
+
+def test_a_class_that_one_picture_lacks_is_not_unlearned_much_faster_than_another_teaches_it() -> None:
+    """While the class is hardly marked anywhere: an empty picture's push down, and the push up of one with 75 cells of it."""
+    p = torch.tensor([0.9999, 0.0001]).view(1, 2, 1, 1).repeat(2, 1, 64, 64).requires_grad_()
+    target = torch.zeros(2, 64, 64)
+    target[1].view(-1)[:75] = 1.0
+    losses.dice_loss(p, torch.stack([1 - target, target], dim=1)).sum().backward()
+    down, up = p.grad[0, 1, 63, 63], -p.grad[1, 1, 0, 0]
+    assert 0 < down < 1.5 * up
 
 
 def test_label_consistency_is_zero_where_the_router_knows_who_is_right() -> None:
