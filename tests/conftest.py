@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,21 @@ from icmoe.study import Study
 # How long an example takes says how busy the machine is, nothing about the code.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
+
+
+LONG = ("run_sim", "poisoned_training", "pin", "privacy_attacks", "ingest_real", "benchmarks", "memory", "docs", "privacy_checks")
+"""Files whose tests take minutes: they begin first, so that no processor waits for the last of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long files; the rest keeps its order."""
+    order = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now to itself: Flower's robust rules collect garbage after each update, all of it each time."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
