@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -54,6 +54,7 @@ class TrainingSet:
     def __init__(self, slices: Sequence[Slice], study: Study, cache: FeatureCache, *, side: int | None = None) -> None:
         if not slices:
             raise ValueError("a training set needs at least one slice")
+        self.unknown = unknown_classes(slices, study)
         slices = sorted(slices, key=lambda item: item.image_digest)
         self.views = study.training.views
         self.batch_size = min(study.training.batch_size, len(slices))
@@ -113,6 +114,20 @@ class TrainingSet:
     def _target(self, rows: Sequence[int], views: Sequence[int], device: torch.device) -> Tensor:
         targets = [view_target(self._target_NKhw[row], self.views[view]) for row, view in zip(rows, views, strict=True)]
         return moved(torch.stack(targets), device)
+
+
+def untaught_classes(slices: Iterable[Slice], classes: int) -> tuple[int, ...]:
+    """Return the classes, the background among them, that no slice shows."""
+    shown = {index for item in slices for index in item.classes}
+    return tuple(index for index in range(classes) if index not in shown)
+
+
+def unknown_classes(slices: Iterable[Slice], study: Study) -> tuple[int, ...]:
+    """Return the classes that count as background in the site's loss; none where it shows no class: it teaches what is none."""
+    untaught = set(untaught_classes(slices, study.classes)) - {0}
+    if study.training.untaught == "background" or len(untaught) == study.classes - 1:
+        return ()
+    return tuple(sorted(untaught))
 
 
 def steps_of(slices: int, batch_size: int, epochs: int) -> int:

@@ -13,9 +13,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LABEL_FIT_TEMPERATURE = 0.5
+LOG_NOTHING = -1e4
+"""Log of a probability that is zero in float32, and finite: a target of zero times it is zero."""
 SMOOTH_SHARE = 0.025
 """Share of the picture's cells that soft Dice is smoothed by: with fewer, what a picture does not show is unlearned faster than
 what others show is learned (simulations/evidence/LOG.md, "Why small structures are learned late")."""
+
+
+def counted_as_background(log_p: Tensor, unknown: Sequence[int], *, dim: int) -> Tensor:
+    """Return log probabilities in which those of some classes are the background's, and those classes have none.
+
+    A class that no training picture of a site shows may still be the right answer elsewhere: the site neither teaches nor
+    unlearns it (marginal loss, Shi et al., arXiv 2007.03868, section 3.2).
+
+    Parameters
+    ----------
+    log_p
+        Log probabilities with K classes along `dim`, the background first.
+    unknown
+        Classes that the site does not show, never the background.
+    dim
+        The classes' dimension.
+    """
+    if not unknown:
+        return log_p
+    by_class = list(log_p.split(1, dim=dim))
+    by_class[0] = torch.cat([by_class[c] for c in (0, *unknown)], dim=dim).logsumexp(dim=dim, keepdim=True)
+    for c in unknown:
+        by_class[c] = torch.full_like(by_class[c], LOG_NOTHING)
+    return torch.cat(by_class, dim=dim)
 
 
 def cross_entropy(log_p_BKHW: Tensor, target_BKHW: Tensor) -> Tensor:

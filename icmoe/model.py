@@ -10,7 +10,7 @@ Shapes: B images, C channels of the embedding, M experts, b bottleneck, K classe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -24,6 +24,7 @@ from icmoe.experts import Expert, make_experts
 from icmoe.features import Features
 from icmoe.kinds import names_of
 from icmoe.losses import (
+    counted_as_background,
     cross_entropy,
     dice_loss,
     halve,
@@ -226,6 +227,7 @@ class ICMoE(nn.Module):
         weights: LossWeights,
         generator: torch.Generator,
         anchor_router: Router | None = None,
+        unknown: Sequence[int] = (),
     ) -> tuple[dict[str, Tensor], Output]:
         """Return every loss term that is switched on, one value per image (each B), and the output.
 
@@ -241,9 +243,11 @@ class ICMoE(nn.Module):
             Source of the router's noise and of the contrast's anchors.
         anchor_router
             The round's global router, where `weights.router_anchor` is on.
+        unknown
+            Classes that count as background, as in `icmoe.losses.counted_as_background`.
         """
         output = self(features, generator)
-        log_p_BKhw = output.logits_BKhw.float().log_softmax(dim=1)
+        log_p_BKhw = counted_as_background(output.logits_BKhw.float().log_softmax(dim=1), unknown, dim=1)
         terms: dict[str, Callable[[], Tensor]] = {
             "cross_entropy": lambda: cross_entropy(log_p_BKhw, target_BKhw),
             "dice": lambda: dice_loss(log_p_BKhw.exp(), target_BKhw),
@@ -251,9 +255,11 @@ class ICMoE(nn.Module):
         target_BKHW = halve(target_BKhw)
         if output.experts is not None:
             votes = output.experts
+            log_votes_BMKHW = counted_as_background(votes.log_votes_BMKHW, unknown, dim=2)
+            log_fused_BKHW = counted_as_background(votes.fused().clamp(min=1e-7).log(), unknown, dim=1)
             terms |= {
-                "vote": lambda: cross_entropy(votes.fused().clamp(min=1e-7).log(), target_BKHW),
-                "label_consistency": lambda: label_consistency(votes.router_logits_BMHW, votes.log_votes_BMKHW, target_BKHW),
+                "vote": lambda: cross_entropy(log_fused_BKHW, target_BKHW),
+                "label_consistency": lambda: label_consistency(votes.router_logits_BMHW, log_votes_BMKHW, target_BKHW),
                 "load_balance": lambda: load_balance(votes.router_logits_BMHW, votes.gates_BMHW, target_BKHW),
                 "router_z": lambda: router_z(votes.router_logits_BMHW),
             }

@@ -24,7 +24,7 @@ from statistics import fmean
 import torch
 
 from icmoe.data.slices import Slice
-from icmoe.dataset import TrainingSet
+from icmoe.dataset import TrainingSet, untaught_classes
 from icmoe.evaluation import score_slices
 from icmoe.exchange import State, global_state, load_state
 from icmoe.features import FeatureCache
@@ -101,12 +101,6 @@ class Personal:
     untaught: tuple[str, ...] = ()
 
 
-def untaught_classes(study: Study, train: Sequence[Slice]) -> tuple[str, ...]:
-    """Return the names of the study's classes that no training slice shows."""
-    shown = {index for item in train for index in item.classes}
-    return tuple(label.name for index, label in enumerate(study.labels) if index not in shown)
-
-
 def tune(state: State, study: Study, data: OwnData) -> State:
     """Return the global tensors after `TUNING_EPOCHS` passes over the site's training slices.
 
@@ -156,6 +150,9 @@ def train_alone(
     if state is not None:
         load_state(model, state)
     model.to(data.device)
+    # Alone, nobody else teaches the classes that the site does not show.
+    training = study.training.model_copy(update={"untaught": "background"})
+    study = study.model_copy(update={"training": training})
     slices = TrainingSet(data.train, study, data.cache)
     for number in range(done + 1, study.rounds + 1):
         seed = derived_seed(study, "train", data.site, number)
@@ -198,7 +195,7 @@ def personalise(study: Study, states: Mapping[str, State], data: OwnData) -> Per
         The site's.
     """
     val_dice = {name: _dice(study, states, weights, data) for name, weights in CANDIDATES.items()}
-    untaught = untaught_classes(study, data.train)
+    untaught = tuple(study.labels[index].name for index in untaught_classes(data.train, study.classes))
     choice = GLOBAL if untaught else choose(val_dice, next(iter(CANDIDATES)))
     weights = CANDIDATES[choice]
     members = {name: states[name] for name in weights}

@@ -120,7 +120,8 @@ def train_round(
     start = pull_to or ([parameter.detach().clone() for parameter in trained] if study.training.proximal_mu > 0.0 else [])
     anchor = anchor_of(model, study)
     optimizer = AdamW(trained, weight_decay=study.training.weight_decay, fused=device.type == "cuda")
-    gradient = _Gradient(model, study, trained, start, anchor, torch.Generator(device).manual_seed(seed))
+    noise = torch.Generator(device).manual_seed(seed)
+    gradient = _Gradient(model, study, trained, start, anchor, noise, data.unknown)
     parts, sums = Parts(data.batch_size), _Sums()
     model.train()
     model.start_round()
@@ -167,6 +168,7 @@ class _Gradient:
     start: Sequence[Tensor]
     anchor: Router | None
     generator: torch.Generator
+    unknown: Sequence[int]
 
     def of(self, batch: Batch, at_once: int) -> list[_Measured]:
         """Leave the batch's gradient in the trained tensors and return what was measured."""
@@ -178,7 +180,7 @@ class _Gradient:
         part, share, weights = batch.part(start, end), (end - start) / len(batch), self.study.loss
         device = part.target_BKhw.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            terms, output = self.model.losses(part.features, part.target_BKhw, weights, self.generator, self.anchor)
+            terms, output = self.model.losses(part.features, part.target_BKhw, weights, self.generator, self.anchor, self.unknown)
             loss = total_loss(terms, weights)
         if self.study.training.proximal_mu > 0.0:
             loss = loss + self.study.training.proximal_mu * proximal(self.trained, self.start)

@@ -54,4 +54,5 @@ def study_for(method: str, base: Study, seed: int) -> Study:
     if method in ALONE:
         values.pop("privacy", None)
         values.pop("update", None)
+        values["training"]["untaught"] = "background"
     return parse(Study, values, where=f"method {method}")

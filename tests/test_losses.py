@@ -51,6 +51,24 @@ def test_a_class_that_one_picture_lacks_is_not_unlearned_much_faster_than_anothe
     assert 0 < down < 1.5 * up
 
 
+def test_an_unknown_class_is_background_and_is_neither_taught_nor_unlearned() -> None:
+    logits = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    p = logits.softmax(dim=1)
+    found = losses.counted_as_background(p.log(), [1, 3], dim=1).exp()
+    assert torch.allclose(found, torch.stack([p[:, 0] + p[:, 1] + p[:, 3], 0 * p[:, 1], p[:, 2], 0 * p[:, 3]], dim=1))
+    y = soft_target(batch=2, classes=2, side=3)
+    target = torch.stack([y[:, 0], 0 * y[:, 0], y[:, 1], 0 * y[:, 0]], dim=1)
+    (losses.cross_entropy(found.clamp(min=1e-30).log(), target) + losses.dice_loss(found, target)).sum().backward()
+    # Background and unknown classes move together, each by its own share: none wins against another.
+    assert torch.allclose(logits.grad[:, [1, 3]] / p[:, [1, 3]], (logits.grad[:, :1] / p[:, :1]).expand(-1, 2, -1, -1), rtol=1e-4)
+    assert logits.grad[:, 0].abs().min() > 0
+
+
+def test_without_an_unknown_class_nothing_is_changed() -> None:
+    log_p = soft_target().log()
+    assert losses.counted_as_background(log_p, [], dim=1) is log_p
+
+
 def test_label_consistency_is_zero_where_the_router_knows_who_is_right() -> None:
     y = soft_target(batch=1, classes=2, side=2)
     votes = soft_target(batch=4, classes=2, side=2, seed=7)[None]

@@ -16,7 +16,7 @@ from icmoe import adamw
 from icmoe.backbone import load_backbone
 from icmoe.data.folder import read_folder
 from icmoe.data.slices import load_image
-from icmoe.dataset import TrainingSet, steps_of
+from icmoe.dataset import TrainingSet, steps_of, unknown_classes
 from icmoe.errors import IcmoeError
 from icmoe.evaluation import common_spacing, predict_slices, score_slices
 from icmoe.exchange import global_state, state_digest
@@ -166,6 +166,31 @@ def test_the_rate_warms_up_in_each_round_and_falls_over_the_study(make_study) ->
     assert learning_rate(study, round_number=2, step=10, steps=50) == pytest.approx(half)
     constant = make_study(rounds=4, training={"learning_rate": 1.0, "schedule": "constant"})
     assert learning_rate(constant, round_number=4, step=49, steps=50) == 1.0
+
+
+THIRD = {"name": "vessel", "values": [7]}
+
+
+@pytest.mark.parametrize("untaught", ["unknown", "background"])
+def test_a_class_that_the_site_does_not_show_keeps_what_others_taught(untaught: str, prepared, make_study) -> None:
+    study, site, cache, _ = prepared
+    labels = [*study.model_dump(mode="json")["labels"], THIRD]
+    wide = make_study(labels=labels, training={"learning_rate": 5e-3, "batch_size": 3, "untaught": untaught})
+    model, data = build_model(wide, seed=1), TrainingSet(site.of("train"), wide, cache)
+    with torch.no_grad():
+        model.head.classify.bias[2] += 2.0  # what others taught: vessel nearly everywhere
+    train_round(model, data, wide, round_number=1, seed=1, device=CPU, steps=20)
+    p_BKhw = model(data.read(range(4), [0] * 4, CPU).features).logits_BKhw.softmax(dim=1)
+    corner_K = p_BKhw[:, :, :3, :3].mean(dim=(0, 2, 3))  # far from the discs
+    assert (corner_K[2] > 3 * corner_K[0]) == (untaught == "unknown"), corner_K
+
+
+def test_a_site_that_shows_no_class_at_all_teaches_what_is_none(prepared, make_study) -> None:
+    study, site, _, _ = prepared
+    labels = [*study.model_dump(mode="json")["labels"], THIRD]
+    wide = make_study(labels=labels)
+    assert unknown_classes(site.of("train"), wide) == (2,)
+    assert unknown_classes([replace(item, classes=(0,)) for item in site.of("train")], wide) == ()
 
 
 def test_a_loss_that_is_not_finite_is_refused_by_number(prepared) -> None:
