@@ -132,7 +132,7 @@ def _pictures(job: SeriesJob, shown: Shown) -> Iterator[tuple[tuple[str, int], P
         try:
             pictures = frames_of(job.root / path, job.kinds[path], numbers, shown, one[path].plain)
             for copy in one[path].copies:
-                pictures = agreeing(pictures, job.root / path, job.root / copy, numbers)
+                pictures = agreeing(pictures, job.root / path, job.root / copy, numbers, shown)
             for number, picture in pictures:
                 yield (path, number), picture
         except Refusal as refusal:

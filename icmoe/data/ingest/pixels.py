@@ -70,10 +70,14 @@ class Shown:
     ----------
     low, high
         The wrong way round before the first frame; infinite once a frame has no window.
+    turning_point
+        About which all MONOCHROME1 frames of the series are turned, though slopes and depths may differ from slice to slice:
+        that of the first one, None before it.
     """
 
     low: float = np.inf
     high: float = -np.inf
+    turning_point: float | None = None
 
     def add(self, low: float, high: float) -> None:
         """Take in the window of one more frame."""
@@ -208,7 +212,9 @@ def _grey(stored: npt.NDArray[Any], stream: Codestream | None, groups: Groups, n
     voi = groups.element(number, "FrameVOILUTSequence", VOI_TAGS)
     grey, limits, top = _voi(_modality(values, modality), voi, lambda: min(_ends(header, modality)) < 0.0)
     if text(header, "PhotometricInterpretation").upper() == "MONOCHROME1":
-        turning_point = _turning_point(header, modality) if top is None else top
+        if shown.turning_point is None:
+            shown.turning_point = _turning_point(header, modality)
+        turning_point = shown.turning_point if top is None else top
         grey = turning_point - grey.astype(np.float64)
         limits = (turning_point - limits[1], turning_point - limits[0])
     shown.add(*limits)

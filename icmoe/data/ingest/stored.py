@@ -20,7 +20,7 @@ from pydicom.tag import Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
 from icmoe.data.ingest.codestreams import Codestream, codestream_of
-from icmoe.data.ingest.headers import Header, integer, named
+from icmoe.data.ingest.headers import Header, integer, named, text
 from icmoe.data.ingest.opening import open_dicom
 from icmoe.data.ingest.refusals import Refusal, refusing
 
@@ -90,8 +90,8 @@ def _reading(header: Dataset, file: BinaryIO | None) -> Callable[[int], Frame]:
         raise Refusal(118, "pixels are at least twice as long as the header says")
     if integer(header, "BitsAllocated") == 1:
         return lambda number: Frame(unpacked(header, source, number))
-    decoder = get_decoder(syntax)
-    return lambda number: Frame(decoder.as_array(source, index=number, **options)[0])
+    decoder, is_deep = get_decoder(syntax), _is_deep(header)
+    return lambda number: Frame(_brightness(decoder.as_array(source, index=number, raw=is_deep, **options)[0], is_deep))
 
 
 def _held(header: Dataset) -> tuple[bytes, int, str, str]:
@@ -117,7 +117,7 @@ def _lying(header: Dataset, file: BinaryIO) -> tuple[BinaryIO, int, str, str]:
 def _compressed(header: Dataset, source: bytes | BinaryIO, options: dict[str, Any]) -> Callable[[int], Frame]:
     """Return what decodes the compressed frames of an object; each has to be of the size that the header says."""
     syntax = header.file_meta.TransferSyntaxUID
-    decoder, tables = get_decoder(syntax), options.pop("extended_offsets", None)
+    decoder, tables, is_deep = get_decoder(syntax), options.pop("extended_offsets", None), _is_deep(header)
     if tables and len(tables[0]) != len(tables[1]):
         tables = None
     frames = enumerate(generate_frames(source, number_of_frames=options["number_of_frames"], extended_offsets=tables))
@@ -126,9 +126,19 @@ def _compressed(header: Dataset, source: bytes | BinaryIO, options: dict[str, An
     def read(number: int) -> Frame:
         encoded = next((frame for at, frame in frames if at == number), b"")
         stream = sized(encoded, header)
-        return Frame(decoder.as_array(encapsulate([encoded]), index=0, **options)[0], stream)
+        return Frame(_brightness(decoder.as_array(encapsulate([encoded]), index=0, raw=is_deep, **options)[0], is_deep), stream)
 
     return read
+
+
+def _is_deep(header: Dataset) -> bool:
+    """Return whether pixels are brightness and two colour differences deeper than pydicom turns into colours."""
+    return text(header, "PhotometricInterpretation").upper() == "YBR_FULL" and integer(header, "BitsAllocated") > 8
+
+
+def _brightness(pixels: npt.NDArray[Any], is_deep: bool) -> npt.NDArray[Any]:  # noqa: FBT001  # as `_is_deep` says
+    """Return the first of three channels in place of each where they are no colours: it is their luminance."""
+    return np.repeat(pixels[..., :1], 3, axis=-1) if is_deep and pixels.ndim == 3 else pixels
 
 
 def sized(encoded: bytes, header: Dataset) -> Codestream | None:
