@@ -168,7 +168,7 @@ def test_a_volume_for_each_class_is_one_mask(tmp_path: Path):
     for name, masks in (("lesion", MASKS), ("edema", edema)):
         nibabel.save(as_nifti(masks, (2, 1, 0), []), tmp_path / f"export/{name}.nii.gz")
     assert same(used(tmp_path, TWO)[1], np.maximum(MASKS, edema))
-    nibabel.save(as_nifti(edema.clip(0, 1), (2, 1, 0), []), tmp_path / "export/other.nii.gz")
+    nibabel.save(as_nifti(edema.clip(0, 1), (2, 1, 0), []), tmp_path / "export/edema_again.nii.gz")
     assert 122 in numbers(used(tmp_path, TWO)[2]), "two readings of one class"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePosixPath
@@ -20,7 +20,7 @@ from icmoe.data.ingest.index import LeftOut
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, Patch, is_image
 from icmoe.data.ingest.refusals import Refusal
-from icmoe.data.ingest.walking import bare, case, case_names, stem
+from icmoe.data.ingest.walking import bare, case, case_names, person, stem
 
 if TYPE_CHECKING:
     from icmoe.data.ingest.geometry import Grid
@@ -99,6 +99,7 @@ class Catalogue:
     def __init__(self, connection: sqlite3.Connection, found: Iterable[tuple[str, str, int, int]]) -> None:
         self._run = connection
         self._owners: dict[str, str] = {}
+        self._pattern_of: Callable[[str], str] = str
         self.record = lru_cache(KEPT)(self._record)
         self.mark = lru_cache(KEPT)(self._mark)
         connection.execute("attach '' as run")
@@ -146,9 +147,12 @@ class Catalogue:
         The channels of one case (case_0000, case_0001) and its sequences (case_t1, case_flair) are one patient, named like
         their mask.
         """
+        self._pattern_of = lambda text: hashes.of("pattern", text)
         cases = self._cases().items()
         self._owners = {
-            path: hashes.patient(name) for path, name in cases if self._record(path).patient == hashes.patient(stem(path))
+            path: hashes.patient(person(name))
+            for path, name in cases
+            if self._record(path).patient == hashes.patient(person(stem(path)))
         }
         self._run.executescript(SCHEMA)
         for path, text in self._run.execute("select path, record from run.found join file using (id) order by path"):
@@ -209,6 +213,10 @@ class Catalogue:
         for folder, patient in self._run.execute("select distinct folder, patient from run.image order by folder"):
             owners.setdefault(os.fsdecode(folder), set()).add(patient)
         return owners
+
+    def pattern(self, text: str) -> str:
+        """Return the keyed hash of an unnumbered name, as records of images have it of their patient's number."""
+        return self._pattern_of(text)
 
     def refuse(self, path: str, refusal: Refusal) -> None:
         """Note why a file is not used."""

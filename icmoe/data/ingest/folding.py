@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 
@@ -11,3 +12,8 @@ def folded(name: str) -> str:
     Systems write one letter as one character or as two (a macOS disk takes names apart, most others do not).
     """
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name.strip()).casefold())
+
+
+def unnumbered(name: str) -> str:
+    """Return a `folded` name with 0 for each digit, to see whether two are numbers of one row; empty where it has no digit."""
+    return re.sub(r"\d", "0", folded(name)) if re.search(r"\d", name) else ""

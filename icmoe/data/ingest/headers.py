@@ -17,6 +17,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.tag import BaseTag, Tag
 
+from icmoe.data.ingest.folding import unnumbered
 from icmoe.data.ingest.geometry import normal
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pseudonyms import Pseudonyms
@@ -139,17 +140,26 @@ def identity(data: Dataset, hashes: Pseudonyms) -> dict[str, str]:
 
     A patient without number is known by name and birth date, without these by the study.
     """
-    study, name = text(data, "StudyInstanceUID"), text(data, "PatientName").rstrip("^= ")  # empty parts may be written or not
+    study, name = text(data, "StudyInstanceUID"), _name(data)
     person = f"{name}\0{text(data, 'PatientBirthDate')}" if name else study
     image, space = text(data, "SOPInstanceUID"), text(data, "FrameOfReferenceUID")
     return {
         "patient": hashes.patient(person) if person else "",
         **{key: value for key, value in named_patient(data, hashes).items() if value},
+        "pattern": hashes.of("pattern", unnumbered(text(data, "PatientID"))),
         "study": hashes.of("uid", study) if study else "",
         "series": hashes.of("uid", text(data, "SeriesInstanceUID") or image),
         "image": hashes.of("uid", image),
         "space": hashes.of("uid", space) if space else "",
     }
+
+
+def _name(data: Dataset) -> str:
+    """Return the first way of writing a person's name: in other letters and by its sound it may stand there or not.
+
+    So may empty parts.
+    """
+    return next(filter(None, (group.strip().rstrip("^ ") for group in text(data, "PatientName").split("="))), "")
 
 
 def named_patient(data: Dataset, hashes: Pseudonyms) -> dict[str, str]:

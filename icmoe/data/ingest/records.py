@@ -73,6 +73,8 @@ class FileRecord(Record):
     """Keyed hash, empty where the file names no patient."""
     number: Shared = ""
     """Where the file names who gave the patient's number: keyed hash of the number alone, which others may have given too."""
+    pattern: Shared = ""
+    """Keyed hash of the patient's number with its digits left out: whether a name is made in the same way."""
     study: Shared = ""
     """Keyed hash of the study instance UID."""
     series: Shared = ""
@@ -98,6 +100,10 @@ class FileRecord(Record):
     """Why the header alone makes burned-in text likely, in fixed words."""
     mask: bool = False
     """For a volume or a picture: whether its values look like classes."""
+    called: bool = False
+    """Of a volume: whether its name is that of a class."""
+    single: bool = False
+    """Of a volume: whether it marks one thing alone, as 1 or 255, or nothing."""
     shape: tuple[int, int, int] = (0, 0, 0)
     """Shape of a volume."""
     affine: tuple[float, ...] = ()

@@ -60,7 +60,7 @@ def volume_record(path: Path, called: int | None = None) -> FileRecord:
     voxels, matrix = read_volume(path)
     axis = through_axis(matrix, voxels.shape)
     rows, columns = (extent for index, extent in enumerate(voxels.shape) if index != axis)
-    one = called and looks_like_classes(voxels) and {*np.rint(_distinct(voxels)).tolist()} in ({0, 1}, {0, 255})
+    single = looks_like_classes(voxels) and {*np.rint(_distinct(voxels)).tolist()} in ({0}, {0, 1}, {0, 255})
     frames = tuple(
         FramePlace(plane=slice_plane(matrix, axis, number), order=(float(number),)) for number in range(voxels.shape[axis])
     )
@@ -72,7 +72,9 @@ def volume_record(path: Path, called: int | None = None) -> FileRecord:
         frames=frames,
         shape=cast("tuple[int, int, int]", voxels.shape),
         affine=tuple(float(value) for value in matrix[:3].ravel()),
-        patches=(Patch(number=0, label=called),) if called and one else (),
+        called=bool(called),
+        single=single,
+        patches=(Patch(number=0, label=called),) if called and single else (),
     )
 
 

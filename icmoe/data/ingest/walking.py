@@ -13,15 +13,19 @@ from icmoe.data.ingest.folding import folded
 from icmoe.data.ingest.forms import VOLUMES
 from icmoe.errors import Fault, IcmoeError
 
-SEQUENCES = "flair|t1|t1w|t1ce|t1gd|t2|t2w|pd|dwi|adc|swi|ct|mr|mri|pt|pet"
+SEQUENCES = "flair|t1|t1w|t1n|t1c|t1ce|t1gd|t2|t2w|t2f|pd|dwi|adc|hbv|dce|swi|ct|mr|mri|pt|pet"
+DATE = r"\d{4}(?P<gap>[-_.]?)(0[1-9]|1[0-2])(?P=gap)([0-2]\d|3[01])"
+TIMES = r"visit|session|timepoint|baseline|follow[-_ ]?up|day|week|month|year"
 GENERIC = re.compile(
     r"(image|img|mask|label|seg|segmentation|png|nifti|nii|dicom|scan|train|val|test|data)s?(tr|ts)?"
     rf"|{SEQUENCES}|anat|ses-[a-z0-9]+"
-    r"|(visit|session|exam|study|series|scan|timepoint|baseline|follow[-_ ]?up|day|week|month|year)[-_ ]?\d*"
-    r"|\d{4}(?P<gap>[-_.]?)(0[1-9]|1[0-2])(?P=gap)([0-2]\d|3[01])",
+    rf"|({TIMES}|exam|study|series|scan)[-_ ]?\d*|{DATE}",
     re.I,
 )
 """Folder names that say what lies in them or when it was taken, not whose it is: visits of one patient stay together."""
+
+TAKEN = re.compile(rf"[_-](({TIMES}|frame|phase)[-_]?\d*|ses[-_]?\d+|e[ds]|{DATE})$")
+"""What the name of a volume ends with that says when it was taken: ED and ES are the ends of a heartbeat."""
 
 IMAGES = re.compile(r"(image|img)s?(tr|ts)?", re.I)
 MASK = re.compile(r"mask|label|seg|annot|contour|truth|(?<![a-z])(gt|roi)(?![a-z])", re.I)
@@ -111,6 +115,11 @@ def _without_ending(relative: str) -> str:
 def case(relative: str) -> str:
     """Return a volume's `stem` without the number of its channel (case_0000.nii.gz, as nnU-Net writes it)."""
     return re.sub(r"_\d{4}$", "", stem(relative))
+
+
+def person(name: str) -> str:
+    """Return a volume's `stem` or `case` without what says when it was taken: frames and visits of a patient stay together."""
+    return TAKEN.sub("", name)
 
 
 def case_names(relative: str, masks: Mapping[str, Collection[PurePosixPath]]) -> Iterator[str]:
