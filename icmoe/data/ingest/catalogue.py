@@ -47,9 +47,9 @@ create index run.image_series on image (series);
 create index run.image_space on image (space);
 create index run.image_name on image (name);
 create index run.image_bare on image (bare);
+create index run.use_frame on use (path, frame);
 """
 PREFER = """
-create index run.use_frame on use (path, frame);
 delete from run.use where classes = 0 and exists
     (select 1 from run.use other where other.path = use.path and other.frame = use.frame and other.classes <> 0);
 delete from run.use where exists (select 1 from run.use other where other.path = use.path and other.frame = use.frame
@@ -229,6 +229,12 @@ class Catalogue:
             for (path, frame), use in uses.items()
         )
         self._run.executemany("insert into run.use values (?, ?, ?, ?, ?, ?)", rows)
+
+    def is_used(self, key: Key) -> bool:
+        """Return whether a mask speaks of a frame."""
+        return bool(
+            self._one("select exists (select 1 from run.use where path = ? and frame = ?)", os.fsencode(key[0]), key[1])[0]
+        )
 
     def prefer(self) -> None:
         """Keep on each frame what marks something, each class in the best form, and refuse masks that are then of no use.

@@ -17,7 +17,7 @@ from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
-from icmoe.data.ingest.refusals import OFF_IMAGE
+from icmoe.data.ingest.refusals import ACROSS, OFF_IMAGE
 
 ON_OUTLINE_PX = 1e-3
 """How far from an outline, along a row or a column, a pixel's centre lies on it."""
@@ -250,6 +250,8 @@ def _on_plane(points_N3: npt.NDArray[np.float64], plane: Plane) -> npt.NDArray[n
     """Return the points as rows and columns of the image."""
     homogeneous = np.column_stack([points_N3, np.ones(len(points_N3))])
     where = np.linalg.inv(plane_matrix(plane)) @ homogeneous.T
+    if np.ptp(where[2]) > OFF_PLANE_MM:
+        raise Refusal(121, ACROSS)
     if np.abs(where[2]).max() > OFF_PLANE_MM:
         raise Refusal(121, f"contour lies {np.abs(where[2]).max():.1f} mm off the plane of its image")
     return np.asarray(where[:2].T)

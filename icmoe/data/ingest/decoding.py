@@ -18,7 +18,7 @@ from icmoe.data.ingest.geometry import share_within, upright
 from icmoe.data.ingest.jobs import SeriesJob, Wanted
 from icmoe.data.ingest.pixels import Shown, read_pictures
 from icmoe.data.ingest.records import FrameResult, Kind, Patch
-from icmoe.data.ingest.refusals import OFF_IMAGE, Refusal, refusing
+from icmoe.data.ingest.refusals import ACROSS, OFF_IMAGE, Refusal, refusing
 from icmoe.data.ingest.same_instance import agreeing
 from icmoe.data.ingest.volumes import SCALING_ERROR, read_volume, through_axis
 from icmoe.data.ingest.walking import is_counted
@@ -45,9 +45,9 @@ def decode_series(job: SeriesJob) -> list[FrameResult]:
     for key, picture in _pictures(job, shown):
         results[key] = _first_pass(job, wanted[key], picture, masks, counts, kept)
     stacked = [result for (path, _), result in results.items() if job.kinds[path] != "picture"]  # those are a folder's
-    twice = next((result for result in stacked if result.why == TWO_READINGS), None)
-    if twice:  # where the two agree by chance or mark nothing, nobody knows either which of them is right
-        return [twice] * len(wanted)
+    doubt = next((result for result in stacked if result.why in {TWO_READINGS, ACROSS}), None)
+    if doubt:  # where two readings agree by chance nobody knows either which is right, nor which slices a contour runs across
+        return [doubt] * len(wanted)
     window = shown.bound(counts.window()) if any(not result.fault for result in results.values()) else None
     missing = FrameResult(fault=118, why="the file holds fewer frames than its header says")
     return [_second_pass(job, results.get(key, missing), window, kept) for key in wanted]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TypeVar
 
@@ -25,6 +26,7 @@ from icmoe.data.ingest.walking import (
     case,
     case_names,
     closest,
+    of_another_look,
     own_folders,
     stem,
 )
@@ -32,6 +34,7 @@ from icmoe.data.ingest.walking import (
 Said = TypeVar("Said")
 SEQUENCE = re.compile(rf"(?:(.*)[_-])?(?:{SEQUENCES})")
 """Name of a volume that says of which sequence it is."""
+OTHER_LOOK = "the image that it fits is of another visit, frame, side or sequence than its name or folder says"
 
 
 def pair(files: Catalogue) -> None:
@@ -43,12 +46,28 @@ def pair(files: Catalogue) -> None:
         Sorted.
     """
     images = Images(files)
+    unnamed: dict[str, dict[Key, Use]] = {}
     for path in files.masks():
         try:
-            files.add_uses(_uses(path, files.record(path), images))
+            uses = _uses(path, files.record(path), images)
+            if files.record(path).unnamed:
+                unnamed[path] = uses
+            else:
+                files.add_uses(uses)
         except Refusal as refusal:
             files.refuse(path, refusal)
+    _spoil(unnamed, files)
     files.prefer()
+
+
+def _spoil(unnamed: Mapping[str, Mapping[Key, Use]], files: Catalogue) -> None:
+    """Let masks with values that mean no class spoil those images alone of which no other mask speaks."""
+    used = {path: {key: use for key, use in uses.items() if not files.is_used(key)} for path, uses in unnamed.items()}
+    for path, uses in used.items():
+        if uses:
+            files.add_uses(uses)
+        else:
+            files.refuse(path, Refusal(106, f"mask cannot be used: value {files.record(path).unnamed}"))
 
 
 def _uses(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
@@ -103,8 +122,28 @@ def _in_plane(record: FileRecord, images: Images) -> Iterator[tuple[Patch, str, 
 
 def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     """Match a volume of classes with the series on its grid: of its own name or patient first, then of the closest folder."""
+    series = _on_grid(path, record, images)
+    last = {name: max(target for target, _ in uses) for name, uses in series.items()}
+    found = {name: target for name, target in last.items() if not of_another_look(path, target)}
+    if last and not found:
+        raise Refusal(121, OTHER_LOOK)
+    fitting = _Fitting.of(path, record, found, images)
+    if fitting.beside and not fitting.called and set(fitting.owned) & set(fitting.volumes):  # as a label map of the same series
+        raise Refusal(122, "a volume and a DICOM series beside it lie on the grid of this volume")
+    if record.single and not (record.patches or fitting.called or fitting.homed) and _is_another_thing(path, images):
+        raise Refusal(120, "it is called like no class of the study, as masks beside it are")
+    best = fitting.best(path)
+    if fitting.by_place and PurePosixPath(path).parent in images.called_folders:
+        raise Refusal(121, "masks beside it are called like folders or patients of images, and it is called like none")
+    if len(best) > 1 and not fitting.all_channels and not _are_sequences([found[name] for name in best], images):
+        raise Refusal(122, f"{len(best)} series lie on the grid of this volume, equally close by name and folder")
+    fitting.require_its_own(path, record, found[best[0]], images)
+    return {key: use for name in best for key, use in _seen_once(series[name], images).items()}
+
+
+def _on_grid(path: str, record: FileRecord, images: Images) -> dict[str, dict[Key, Use]]:
+    """Return the frames of each series that lie on the grid of a volume of classes, each with where."""
     series: dict[str, dict[Key, Use]] = {}
-    folders: dict[str, str] = {}
     matrix = matrix_of(record)
     for target, frame in images.near(matrix):
         image = images[target]
@@ -112,32 +151,68 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
         grid = grid_between(matrix, plane, shape) if plane is not None else None
         if grid is not None and overlaps(grid, record.shape, shape):
             series.setdefault(image.series, {})[target, frame] = Use(path, "volume", record.patches, (grid,))
-            folders[image.series] = target
-    volumes = {name: target for name, target in folders.items() if images[target].kind == "volume"}
-    named = {name: target for name, target in volumes.items() if stem(target) == stem(path)}
-    channels = {name: target for name, target in volumes.items() if case(target) == stem(path) or _is_sequence(target, path)}
-    owned = {name: target for name, target in folders.items() if images[target].patient == record.patient}
-    alike = {name: at for name, at in (owned or volumes).items() if name in volumes and bare(at) == bare(path) != ""}
-    homed = {name: target for name, target in folders.items() if stem(path) in map(folded, own_folders(target))}
-    beside = any(
-        target not in volumes.values() and set(own_folders(target)) & set(own_folders(path)) for target in folders.values()
-    )
-    if beside and not (named or channels or alike) and set(owned) & set(volumes):  # such as a label map of the same series
-        raise Refusal(122, "a volume and a DICOM series beside it lie on the grid of this volume")
-    if record.single and not (record.patches or named or channels or alike or homed) and _is_another_thing(path, images):
-        raise Refusal(120, "it is called like no class of the study, as masks beside it are")
-    best = closest(path, named or channels or alike or owned or homed or folders)
-    if not best:
-        raise Refusal(121, "no image lies on the grid of this volume")
-    by_place = not (named or channels or alike or owned or homed)
-    if by_place and PurePosixPath(path).parent in images.called_folders:
-        raise Refusal(121, "masks beside it are called like folders or patients of images, and it is called like none")
-    if len(best) > 1 and (named or not channels) and not _are_sequences([folders[name] for name in best], images):
-        raise Refusal(122, f"{len(best)} series lie on the grid of this volume, equally close by name and folder")
-    _no_other_patients(record, images[folders[best[0]]], images)
-    if by_place:
-        _may_be_its_own(path, folders[best[0]], images)
-    return {key: use for name in best for key, use in _seen_once(series[name], images).items()}
+    return series
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitting:
+    """The series on the grid of a volume of classes, each by a file of it, and which of them names and patients speak for."""
+
+    found: dict[str, str]
+    volumes: dict[str, str]
+    named: dict[str, str]
+    channels: dict[str, str]
+    alike: dict[str, str]
+    owned: dict[str, str]
+    homed: dict[str, str]
+    beside: bool
+
+    @classmethod
+    def of(cls, path: str, record: FileRecord, found: dict[str, str], images: Images) -> _Fitting:
+        volumes = {name: target for name, target in found.items() if images[target].kind == "volume"}
+        named = {name: target for name, target in volumes.items() if stem(target) == stem(path)}
+        channels = {name: target for name, target in volumes.items() if case(target) == stem(path) or _is_sequence(target, path)}
+        owned = {name: target for name, target in found.items() if images[target].patient == record.patient}
+        own = {name: target for name, target in (owned or volumes).items() if name in volumes}
+        alike = {name: target for name, target in own.items() if bare(target) == bare(path) != ""}
+        after = {name: target for name, target in own.items() if _is_named_after(path, target)}
+        longest = max((len(stem(target)) for target in after.values()), default=0)
+        alike = alike or {name: target for name, target in after.items() if len(stem(target)) == longest}
+        homed = {name: target for name, target in found.items() if stem(path) in map(folded, own_folders(target))}
+        series = [target for name, target in found.items() if name not in volumes]
+        beside = any(set(own_folders(target)) & set(own_folders(path)) for target in series)
+        return cls(found, volumes, named, channels, alike, owned, homed, beside)
+
+    @property
+    def called(self) -> dict[str, str]:
+        """Those that the mask is called like."""
+        return self.named or self.channels or self.alike
+
+    @property
+    def all_channels(self) -> bool:
+        """Whether all that are meant are channels of one case."""
+        return bool(self.channels) and not self.named
+
+    @property
+    def by_place(self) -> bool:
+        """Whether nothing but the grid speaks for any of them."""
+        return not (self.called or self.owned or self.homed)
+
+    def best(self, path: str) -> list[str]:
+        """Return the series that most speaks for, the closest by folder."""
+        best = closest(path, self.called or self.owned or self.homed or self.found)
+        if not best:
+            raise Refusal(121, "no image lies on the grid of this volume")
+        return best
+
+    def require_its_own(self, path: str, record: FileRecord, target: str, images: Images) -> None:
+        """Refuse a mask whose name, number or folder makes doubtful that it is of an image."""
+        _no_other_patients(record, images[target], images)
+        by_folder = bool(own_folders(path)) and not (self.called or self.homed)
+        if (self.by_place or by_folder) and images.is_numbered_like(path, target):
+            raise Refusal(121, "it has the number of another patient, folder or volume than the image that it fits")
+        if self.by_place:
+            _may_be_its_own(path, target, images)
 
 
 def _is_sequence(target: str, path: str) -> bool:
@@ -155,6 +230,11 @@ def _are_sequences(targets: list[str], images: Images) -> bool:
     return None not in names and len({name.group(1) for name in names if name}) == len(alike) == 1
 
 
+def _is_named_after(path: str, target: str) -> bool:
+    """Return whether a mask is called like a volume and what is marked on it: case1_tumor, but not case1_2_tumor, for case1."""
+    return re.fullmatch(re.escape(stem(target)) + r"[ _.-]+[^\d]+", stem(path)) is not None
+
+
 def _is_another_thing(path: str, images: Images) -> bool:
     """Return whether a mask of one thing lies beside others that are called like classes, under the name of something else.
 
@@ -168,7 +248,10 @@ def _by_name(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     """Match a picture with the closest of the images of its name, else of each channel of its case, else of its bare name."""
     found, named = {}, images.by_name(stem(path))
     for same in [named] if named else [*_channels(path, images)] or [images.by_bare(bare(path))]:
-        best = closest(path, {target: target for target in same})
+        looked = [target for target in same if not of_another_look(path, target)]
+        if same and not looked:
+            raise Refusal(121, OTHER_LOOK)
+        best = closest(path, {target: target for target in looked})
         if len(best) > 1:
             raise Refusal(122, f"{len(best)} images have its name, equally close by folder")
         for target in best:
@@ -236,7 +319,5 @@ def _may_be_its_own(path: str, target: str, images: Images) -> None:
     """Refuse a mask that fits by its place alone: those of many patients in one space, or of one scanner, lie on the same."""
     _at_home(path, images[target], images)
     _same_name(path, target, images)
-    if images.is_numbered_like(path, target):
-        raise Refusal(121, "it has the number of another patient or folder than the image that it fits")
     if images[target].kind == "volume" and not set(own_folders(path)) & set(own_folders(target)):
         raise Refusal(121, "the volume on its grid has another name and lies in a folder of another name")

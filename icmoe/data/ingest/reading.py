@@ -64,7 +64,7 @@ class Reader:
             case "dicom":
                 return self._dicom(path)
             case content if content in VOLUMES:
-                record = volume_record(path, self.names.index([stem(relative)]))
+                record = volume_record(path, self.names.index([stem(relative)]), self.names.values)
                 return record.model_copy(update={**self._owner(relative), "series": self.hashes.of("file", relative)})
             case "png":
                 record = picture_record(path)

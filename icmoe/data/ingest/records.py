@@ -102,6 +102,8 @@ class FileRecord(Record):
     """For a volume or a picture: whether its values look like classes."""
     called: bool = False
     """Of a volume: whether its name is that of a class."""
+    unnamed: str = ""
+    """Of a volume of classes: values that mean no class of the study, some of them."""
     single: bool = False
     """Of a volume: whether it marks one thing alone, as 1 or 255, or nothing."""
     shape: tuple[int, int, int] = (0, 0, 0)

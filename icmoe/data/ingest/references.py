@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from icmoe.data.ingest.background import not_background
 from icmoe.data.ingest.catalogue import Key, Use
+from icmoe.data.ingest.forms import MASKS
 from icmoe.data.ingest.geometry import Grid
 from icmoe.data.ingest.known_images import Images
 from icmoe.data.ingest.nearest import marks, nearest
@@ -37,7 +38,7 @@ def by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Use
                     raise
                 apart[images[target].series] = refusal
         placed, off = placed or bool(marked), off or bool(targets and not marked)
-    if not found and not off:
+    if not off and not (any(found.values()) if record.patches else found):  # of marks elsewhere no image here is background
         raise Refusal(123, "none of the images that it refers to is in the folder")
     if off and not placed:
         raise Refusal(121, "none of the images that it refers to lies in the plane of its marks")
@@ -51,8 +52,8 @@ def by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Use
 def _listed(record: FileRecord, images: Images) -> list[str]:
     """Return the listed images; where parts of a mask name none, only those on which such parts may lie.
 
-    These are of the series that other parts name, as of the one phase of several that was drawn on, or else in the mask's own
-    frame of reference.
+    These are of the series that other parts name, as of the one phase of several that was drawn on, or else in the frame of
+    reference of a mask with pixels; points alone fit anywhere.
     """
     listed = [target for uid in record.listed for target in images.by_uid(uid)]
     if all(patch.image for patch in record.patches):
@@ -61,7 +62,7 @@ def _listed(record: FileRecord, images: Images) -> list[str]:
     listed = [target for target in listed if images[target].series in named] or listed
     if len({images[target].space for target in listed}) < 2:
         return listed
-    own = [target for target in listed if images[target].space == record.space]
+    own = [target for target in listed if images[target].space == record.space and not MASKS[record.kind].on_planes]
     if not own:
         raise Refusal(122, "parts of it name no image, and its images lie in several frames of reference")
     return own

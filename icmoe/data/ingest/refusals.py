@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 OFF_IMAGE = "most of the mask lies off the image"
+ACROSS = "a contour lies across the planes of its images"
 
 
 class Refusal(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,7 +42,7 @@ def read_volume(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
     return found
 
 
-def volume_record(path: Path, called: int | None = None) -> FileRecord:
+def volume_record(path: Path, called: int | None = None, named: Collection[int] = ()) -> FileRecord:
     """Return the record of a volume, whether it looks like a mask or an image.
 
     Parameters
@@ -51,6 +52,8 @@ def volume_record(path: Path, called: int | None = None) -> FileRecord:
     called
         Class that it has the name of. Where it marks one thing alone, as 1 or 255, it marks that: programs write a file for
         each class, and 1 in all of them.
+    named
+        Values that mean a class.
 
     Raises
     ------
@@ -60,13 +63,16 @@ def volume_record(path: Path, called: int | None = None) -> FileRecord:
     voxels, matrix = read_volume(path)
     axis = through_axis(matrix, voxels.shape)
     rows, columns = (extent for index, extent in enumerate(voxels.shape) if index != axis)
-    single = looks_like_classes(voxels) and {*np.rint(_distinct(voxels)).tolist()} in ({0}, {0, 1}, {0, 255})
+    few = looks_like_classes(voxels)
+    mask = few or looks_like_parcels(voxels)
+    single = few and {*np.rint(_distinct(voxels)).tolist()} in ({0}, {0, 1}, {0, 255})
     frames = tuple(
         FramePlace(plane=slice_plane(matrix, axis, number), order=(float(number),)) for number in range(voxels.shape[axis])
     )
     return FileRecord(
         kind="volume",
-        mask=looks_like_classes(voxels) or looks_like_parcels(voxels),
+        mask=mask,
+        unnamed=_unnamed(voxels, named) if mask and not (called and single) else "",
         rows=rows,
         columns=columns,
         frames=frames,
@@ -76,6 +82,14 @@ def volume_record(path: Path, called: int | None = None) -> FileRecord:
         single=single,
         patches=(Patch(number=0, label=called),) if called and single else (),
     )
+
+
+def _unnamed(voxels: npt.NDArray[Any], named: Collection[int]) -> str:
+    """Return the first of the values that mean no class, empty where all do."""
+    found = _distinct(voxels)
+    whole = np.rint(found)
+    known = np.isin(whole, list(named)) & (np.abs(whole - found) < SCALING_ERROR)
+    return ", ".join(f"{value:g}" for value in found[~known][:5])
 
 
 def through_axis(matrix: npt.NDArray[np.float64], shape: tuple[int, ...]) -> int:

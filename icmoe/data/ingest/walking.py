@@ -27,6 +27,14 @@ GENERIC = re.compile(
 TAKEN = re.compile(rf"[_-](({TIMES}|frame|phase)[-_]?\d*|ses[-_]?\d+|e[ds]|{DATE})$")
 """What the name of a volume ends with that says when it was taken: ED and ES are the ends of a heartbeat."""
 
+LOOK = re.compile(
+    r"(?:^|[/_-])(?:(?P<state>baseline|follow[-_ ]?up[-_ ]?\d*)|ses-(?P<session>[a-z0-9]+)|(?P<beat>e[ds])|(?P<side>left|right)"
+    rf"|(?P<what>{TIMES}|ses|exam|study|frame|phase)[-_ ]?(?P<number>\d+)|(?P<date>{DATE})"
+    r"|(?P<machine>ct|mri?|pt|pet)|(?P<contrast>flair|t2f|(?P<t1>t1[wn]?)|(?P<t1c>t1ce?|t1gd)|(?P<t2>t2w?)|pd|dwi|adc|hbv|dce|swi))"
+    r"(?=$|[/_-])"
+)
+"""Part of a path that says which of several looks at a patient it is of: when it was taken, of which side, in which sequence."""
+
 IMAGES = re.compile(r"(image|img)s?(tr|ts)?", re.I)
 MASK = re.compile(r"mask|label|seg|annot|contour|truth|(?<![a-z])(gt|roi)(?![a-z])", re.I)
 MASKS = re.compile(r"(mask|label|annotation|gt|ground[-_ ]?truth)s?(tr|ts)?", re.I)
@@ -120,6 +128,24 @@ def case(relative: str) -> str:
 def person(name: str) -> str:
     """Return a volume's `stem` or `case` without what says when it was taken: frames and visits of a patient stay together."""
     return TAKEN.sub("", name)
+
+
+def of_another_look(relative: str, other: str) -> bool:
+    """Return whether two paths name two looks at a patient, such as visit1 and visit2, two dates, two frames, or T1 and FLAIR."""
+    one, two = _looks(relative), _looks(other)
+    return any(not one[kind] & two[kind] for kind in one.keys() & two.keys())
+
+
+def _looks(relative: str) -> dict[str, set[str]]:
+    """Return what a path says of each kind of look, in one way of writing."""
+    found: dict[str, set[str]] = {}
+    for part in LOOK.finditer(ENDING.sub("", folded(relative))):
+        said = {name: re.sub(r"\W|_", "", value).lstrip("0") for name, value in part.groupdict().items() if value}
+        number, what = said.pop("number", ""), said.pop("what", "")
+        kind, value = (what, number) if what else next(iter(said.items()))
+        plain = {"t2f": "flair", "pet": "pt", "mri": "mr"}.get(value, value)
+        found.setdefault(kind, set()).add(next((name for name in ("t1", "t1c", "t2") if name in said), plain))
+    return found
 
 
 def case_names(relative: str, masks: Mapping[str, Collection[PurePosixPath]]) -> Iterator[str]:

@@ -1,0 +1,103 @@
+"""A mask of one visit, frame, side or sequence of a patient is not another one's; and masks of which a part is of use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_builders import MASKS, VOLUME, contour, numbers, put, same, segmentation, structures, used, volume
+from test_ingest_further import ANOTHER, BOX, FILLED, nifti
+from test_ingest_masks import square
+from test_names_of_masks import picture
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+GREYS = np.random.default_rng(4).integers(0, 4000, (3, 20, 24)).astype(np.uint16)
+
+
+def require_refused(place: Path, number: int) -> None:
+    data = used(place)[2]
+    assert not data.slices
+    assert number in numbers(data)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("P1/visit1/images/{}", "P1/visit2/masks/{}"),
+        ("P1/2020-01-02/{}", "P1/2021-01-02/{}_mask"),
+        ("P1/ses-pre/{}", "P1/ses-post/{}_mask"),
+        ("P1/baseline/{}", "P1/followup/{}_mask"),
+        ("P1/t1/{}", "P1/flair/{}_mask"),
+    ],
+)
+def test_a_picture_of_marks_is_not_another_visits(one: str, other: str, tmp_path: Path):
+    for number in (1, 2):
+        picture(tmp_path, one.format(number) + ".png", GREYS[number])
+    picture(tmp_path, other.format(1) + ".png", FILLED)
+    require_refused(tmp_path, 121)
+    same_visit = one.replace("images", "masks") if "masks" in other else one + "_mask"
+    picture(tmp_path, same_visit.format(1) + ".png", FILLED)
+    assert same(used(tmp_path)[1], [FILLED])
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("P1/ses-1/t1", "P1/ses-2/t1_mask"),
+        ("img/p7_visit1", "masks/p7_visit2"),
+        ("patient001/patient001_frame01", "patient001/patient001_frame12_gt"),
+        ("P1/P1_t1", "P1/P1_flair_lesion"),
+        ("P1/knee_left", "P1/knee_right_seg"),
+        ("P1/a_1", "P1/a_2_seg"),
+    ],
+)
+def test_a_volume_of_marks_is_not_another_visits(image: str, mask: str, tmp_path: Path):
+    nifti(tmp_path, f"{image}.nii.gz", VOLUME.astype(np.int16))
+    nifti(tmp_path, f"{mask}.nii.gz", MASKS)
+    require_refused(tmp_path, 121)
+
+
+@pytest.mark.parametrize("mask", ["P1/visit2/tumor.nii.gz", "P1/s2.nii.gz"])
+def test_a_volume_of_marks_is_not_of_a_series_of_another_visit(mask: str, tmp_path: Path):
+    put(tmp_path, volume(VOLUME, PatientID="P1"), "P1/visit1/s1/{}")
+    nifti(tmp_path, mask, MASKS)
+    require_refused(tmp_path, 121)
+
+
+@pytest.mark.parametrize("mask", ["scan1_lesion", "scan1 tumor"])
+def test_a_mask_may_be_called_like_its_volume_and_what_it_marks(mask: str, tmp_path: Path):
+    for name, voxels in (("scan1", VOLUME), ("scan2", ANOTHER), ("scan", ANOTHER + 1)):
+        nifti(tmp_path, f"{name}.nii.gz", voxels)
+    nifti(tmp_path, f"{mask}.nii.gz", MASKS)
+    _, masks, data = used(tmp_path)
+    assert same(masks, MASKS)
+    assert numbers(data) == [124, 124]
+    (tmp_path / "export/scan1.nii.gz").unlink()
+    require_refused(tmp_path, 122)
+
+
+@pytest.mark.parametrize("form", ["seg", "volume"])
+def test_a_mask_with_values_that_mean_no_class_spoils_no_image_that_has_another(form: str, tmp_path: Path):
+    sources = volume(VOLUME)
+    put(tmp_path, [*sources, *([segmentation(sources, MASKS, "BINARY")] if form == "seg" else [])])
+    if form == "volume":
+        nifti(tmp_path, "lesion.nii.gz", MASKS)
+    nifti(tmp_path, "parcels.nii.gz", np.roll(MASKS, 5, axis=2) * np.uint8(7))
+    _, masks, data = used(tmp_path)
+    assert same(masks, MASKS)
+    assert numbers(data) == [106]
+
+
+def test_contours_on_images_that_are_not_there_make_no_background_of_others(tmp_path: Path):
+    sources, absent = volume(VOLUME), volume(VOLUME)
+    contours = [contour(square(sources[n], *BOX), absent[n]) for n in (1, 2)]
+    put(tmp_path, [*sources, structures(contours, listed=sources, space=sources[0].FrameOfReferenceUID)])
+    require_refused(tmp_path, 123)
+
+
+def test_a_contour_across_the_slices_makes_no_background_of_them(tmp_path: Path):
+    sources = volume(VOLUME)
+    upright = contour(np.asarray([[-10.0, -20.0, 40.0], [-10.0, -10.0, 50.0], [-10.0, -20.0, 60.0]]))
+    put(tmp_path, [*sources, structures([upright], listed=sources, space=sources[0].FrameOfReferenceUID)])
+    require_refused(tmp_path, 121)
