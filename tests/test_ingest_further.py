@@ -150,6 +150,16 @@ def test_organs_that_the_study_does_not_name_are_left_out_for_that(found: bool, 
     assert [number for number in numbers(data) if number != 124] == [120] * 3
 
 
+@pytest.mark.parametrize("folder", ["s1/segmentations", "segmentations"])
+def test_the_only_organ_that_is_there_is_not_what_the_study_calls_one(folder: str, tmp_path: Path):
+    put(tmp_path, volume(VOLUME), "s1/ct/{}")
+    for organ in ("spleen", "kidney_left", "aorta"):
+        nifti(tmp_path, f"{folder}/{organ}.nii.gz", MASKS * np.uint8(organ == "aorta"))
+    data = used(tmp_path, LIVER)[2]
+    assert not data.slices
+    assert numbers(data) == [108, 120, 120, 120, 124]
+
+
 def test_a_second_reading_of_an_organ_is_no_other_organ(tmp_path: Path):
     put(tmp_path, volume(VOLUME))
     nifti(tmp_path, "liver.nii.gz", MASKS)

@@ -65,6 +65,13 @@ def test_a_volume_of_marks_is_not_of_a_series_of_another_visit(mask: str, tmp_pa
     require_refused(tmp_path, 121)
 
 
+@pytest.mark.parametrize("mask", ["masks_20220131/P1.nii.gz", "P1/2019-03-04/tumor.nii.gz", "P1/masks/right_lesion.nii.gz"])
+def test_when_a_mask_was_drawn_and_where_its_object_lies_is_no_visit(mask: str, tmp_path: Path):
+    put(tmp_path, volume(VOLUME, PatientID="P1"), "P1/20190304/{}")
+    nifti(tmp_path, mask, MASKS)
+    assert same(used(tmp_path)[1], MASKS)
+
+
 @pytest.mark.parametrize("mask", ["scan1_lesion", "scan1 tumor"])
 def test_a_mask_may_be_called_like_its_volume_and_what_it_marks(mask: str, tmp_path: Path):
     for name, voxels in (("scan1", VOLUME), ("scan2", ANOTHER), ("scan", ANOTHER + 1)):

@@ -15,7 +15,7 @@ from icmoe.data.ingest.folding import folded, unnumbered
 from icmoe.data.ingest.geometry import OFF_GRID_PX
 from icmoe.data.ingest.records import FileRecord
 from icmoe.data.ingest.refusals import Refusal
-from icmoe.data.ingest.walking import GENERIC, closest, own_folders, stem
+from icmoe.data.ingest.walking import GENERIC, MASK, closest, own_folders, stem
 
 ROUNDED = 1e-3
 """How far the planes of two copies of an image may differ: millimetres, and lengths of directions."""
@@ -88,6 +88,16 @@ class Images:
         for path in self._files.mask_volumes():
             if self[path].called:
                 found.setdefault(PurePosixPath(path).parent, set()).add(stem(path))
+        return found
+
+    @cached_property
+    def single_masks(self) -> dict[PurePosixPath, set[str]]:
+        """Names of the volumes that mark one thing each and are called neither like a class nor like a mask, by folder."""
+        found: dict[PurePosixPath, set[str]] = {}
+        for path in self._files.mask_volumes():
+            name, record = stem(path), self[path]
+            if record.single and not (record.called or MASK.search(name) or GENERIC.fullmatch(name)):
+                found.setdefault(PurePosixPath(path).parent, set()).add(name)
         return found
 
     def is_numbered_like(self, path: str, target: str) -> bool:

@@ -34,6 +34,8 @@ from icmoe.data.ingest.walking import (
 Said = TypeVar("Said")
 SEQUENCE = re.compile(rf"(?:(.*)[_-])?(?:{SEQUENCES})")
 """Name of a volume that says of which sequence it is."""
+MANY = 3
+"""Masks of one thing each from which on they are of several things; two may be two readings."""
 OTHER_LOOK = "the image that it fits is of another visit, frame, side or sequence than its name or folder says"
 
 
@@ -138,6 +140,8 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     if len(best) > 1 and not fitting.all_channels and not _are_sequences([found[name] for name in best], images):
         raise Refusal(122, f"{len(best)} series lie on the grid of this volume, equally close by name and folder")
     fitting.require_its_own(path, record, found[best[0]], images)
+    if not (fitting.called or fitting.homed or fitting.is_patients) and _is_one_of_many(path, images):
+        raise Refusal(120, "it is one of several masks of one thing each, and none is called like a class of the study")
     return {key: use for name in best for key, use in _seen_once(series[name], images).items()}
 
 
@@ -166,6 +170,7 @@ class _Fitting:
     owned: dict[str, str]
     homed: dict[str, str]
     beside: bool
+    is_patients: bool
 
     @classmethod
     def of(cls, path: str, record: FileRecord, found: dict[str, str], images: Images) -> _Fitting:
@@ -181,7 +186,9 @@ class _Fitting:
         homed = {name: target for name, target in found.items() if stem(path) in map(folded, own_folders(target))}
         series = [target for name, target in found.items() if name not in volumes]
         beside = any(set(own_folders(target)) & set(own_folders(path)) for target in series)
-        return cls(found, volumes, named, channels, alike, owned, homed, beside)
+        return cls(
+            found, volumes, named, channels, alike, owned, homed, beside, is_patients=bool(owned and not own_folders(path))
+        )
 
     @property
     def called(self) -> dict[str, str]:
@@ -242,6 +249,12 @@ def _is_another_thing(path: str, images: Images) -> bool:
     """
     name, called = stem(path), images.called_masks.get(PurePosixPath(path).parent, set())
     return bool(called) and not (MASK.search(name) or GENERIC.fullmatch(name) or any(other in name for other in called))
+
+
+def _is_one_of_many(path: str, images: Images) -> bool:
+    """Return whether a mask lies among others of other things, which may be empty: 1 in it is not what the study calls 1."""
+    single = images.single_masks.get(PurePosixPath(path).parent, set())
+    return stem(path) in single and len(single) >= MANY
 
 
 def _by_name(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:

@@ -139,7 +139,10 @@ def of_another_look(relative: str, other: str) -> bool:
 def _looks(relative: str) -> dict[str, set[str]]:
     """Return what a path says of each kind of look, in one way of writing."""
     found: dict[str, set[str]] = {}
-    for part in LOOK.finditer(ENDING.sub("", folded(relative))):
+    name = ENDING.sub("", folded(relative))
+    for part in LOOK.finditer(name):
+        if part["date"] and not (name[: part.start() + 1].endswith("/") or part.end() == len(name)):
+            continue  # masks_20220131 says when they were drawn
         said = {name: re.sub(r"\W|_", "", value).lstrip("0") for name, value in part.groupdict().items() if value}
         number, what = said.pop("number", ""), said.pop("what", "")
         kind, value = (what, number) if what else next(iter(said.items()))
