@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from icmoe.atomic import write_atomically
 from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.exchange import State, state_digest, state_faults
 from icmoe.kinds import BALANCE_BIAS
+from icmoe.server_noise import noise_of, sensitivity_of
 from icmoe.study import Study
 from icmoe.tensor_file import read_tensors
 
@@ -26,6 +28,9 @@ STEPS = 1000
 
 ROUNDING = 1.001
 """Of a bias in float32 that moves by exactly its step."""
+
+DEVIATIONS = 8.0
+"""How far noise may move a tensor, in its standard deviations: one of a single value passes them once in 10^15 rounds."""
 
 
 def accept(records: Records, study: Study, about: Mapping[str, Any], tensors: State) -> None:
@@ -64,15 +69,32 @@ def bound_faults(study: Study, tensors: State, last: State | None, *, rounds: in
     """Return the tensors that are too large, or too far from those of `rounds` rounds ago, where those are known."""
     server = study.aggregation.server_learning_rate if study.aggregation.optimizer != "none" else 0.0
     trained, bias = STEPS * max(study.training.learning_rate, server), ROUNDING * study.aggregation.balance_step
+    noise = 0.0 if server else DEVIATIONS * server_noise(study, sum(map(Tensor.numel, tensors.values())))
     faults = []
     for name, tensor in sorted(tensors.items()):
         own = bias if name == BALANCE_BIAS else 0.0  # it is not trained, but moved by at most its step in each round
-        size, largest, farthest = _rms(tensor), max(LARGEST_RMS, study.rounds * own), rounds * max(trained, own)
+        size, largest = _rms(tensor), max(LARGEST_RMS, study.rounds * own) + study.rounds**0.5 * noise
+        farthest = rounds * max(trained, own) + rounds**0.5 * noise
         if size > largest:
             faults.append(_fault(name, "tensor is too large", size, largest))
         elif last is not None and (moved := _rms(tensor - last[name])) > farthest:
             faults.append(_fault(name, "tensor changed too much since the last global model", moved, farthest))
     return faults
+
+
+def server_noise(study: Study, count: int) -> float:
+    """Return the largest standard deviation of the coordinator's noise on a value of the model in a round, 0 without any.
+
+    A clip norm that follows the updates does not pass the longest of an update of `count` values by more than a step or two.
+    """
+    settings = study.privacy.server
+    if settings is None:
+        return 0.0
+    clip_norm = settings.clip_norm
+    if settings.clip_quantile is not None:
+        longest = STEPS * study.training.learning_rate * math.sqrt(count)
+        clip_norm = max(clip_norm, longest) * math.exp(2.0 * settings.clip_rate)
+    return noise_of(settings, study.rounds).update * sensitivity_of(settings, clip_norm) / settings.divisor
 
 
 def _last(path: Path, like: State) -> tuple[int, State | None]:

@@ -45,8 +45,9 @@ def privacy_rows(study: Study) -> list[tuple[str, str]]:
         spent = f"epsilon {study_epsilon(study):.3g} at delta {site.delta:g}"
         rows.append(("privacy", f"{spent} per {site.unit} (add/remove; {site.accountant})"))
     if server is not None:
-        from fl_server.private import noise_of, require_affordable
+        from fl_server.private import require_affordable
         from icmoe.gaussian import ACCOUNTANT, epsilon_of
+        from icmoe.server_noise import noise_of
 
         noise = noise_of(server, study.rounds)
         require_affordable(study, noise, study.rounds)

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -36,56 +35,15 @@ from fl_server.replies import PIECE, Update, parse_replies
 from fl_server.round_strategy import RoundReport, RoundStrategy, State
 from fl_server.wrapping import Wrapping
 from icmoe.errors import Fault, IcmoeError
-from icmoe.gaussian import ACCOUNTANT, epsilon_of, noise_for
+from icmoe.gaussian import ACCOUNTANT, epsilon_of
 from icmoe.kinds import expert_of, is_usage_weighted
 from icmoe.os_random import gaussian
+from icmoe.server_noise import Noise, noise_of, sensitivity_of
 from icmoe.server_privacy import ServerPrivacy
 from icmoe.study import Study
 from icmoe.sums import own_weights
 
 Values = dict[str, npt.NDArray[np.float64]]
-
-
-@dataclass(frozen=True, slots=True)
-class Noise:
-    """Noise of each release of a study, in units of the sensitivity.
-
-    Parameters
-    ----------
-    whole
-        z, of all that a round releases together: what is charged.
-    update
-        z_delta, on the sum; larger than z where the count of clipped updates takes its part.
-    count
-        sigma_b, standard deviation on the count; 0 where C is fixed.
-    """
-
-    whole: float
-    update: float
-    count: float
-
-
-def noise_of(settings: ServerPrivacy, rounds: int) -> Noise:
-    """Return the noise of every round of the study.
-
-    Raises
-    ------
-    IcmoeError
-        421 where the count of clipped updates alone tells more than the round may.
-    """
-    whole = settings.noise_multiplier
-    if whole is None:
-        assert settings.epsilon is not None
-        whole = noise_for(settings.epsilon, settings.delta, rounds)
-    if settings.clip_quantile is None:
-        return Noise(whole, whole, 0.0)
-    count = settings.count_noise or settings.sites / 20
-    if 2.0 * count <= whole:
-        limit = f"above {whole / 2:.3g}, half of the noise multiplier"
-        raise IcmoeError(Fault(number=421, value=f"count_noise = {count:.3g}", limit=limit, did="Nothing was started."))
-    # A replaced site changes sum and count by twice as much each: all noise doubles, and the split stays.
-    doubled = 2.0 if settings.adjacency == "replace" else 1.0
-    return Noise(whole, (whole**-2 - (2.0 * count) ** -2) ** -0.5, doubled * count)
 
 
 def require_affordable(study: Study, noise: Noise, releases: int, *, done: int = 0) -> None:
@@ -222,8 +180,7 @@ class Private(Wrapping):
 
     def _noised(self, total: Values) -> Values:
         """Return (sum + noise) / W."""
-        sensitivity = self.clip_norm * self.settings.max_weight * (2.0 if self.settings.adjacency == "replace" else 1.0)
-        deviation = self.noise.update * sensitivity
+        deviation = self.noise.update * sensitivity_of(self.settings, self.clip_norm)
         return {
             name: (part + deviation * gaussian(part.size).reshape(part.shape)) / self.settings.divisor
             for name, part in total.items()

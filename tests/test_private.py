@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from test_rounds import ROSTER, SITES, Wire, honest
 
+from fl_client.incoming import bound_faults
 from fl_server.aggregate import IDENTITY, in_one_reply
 from fl_server.app import make_strategy, start_state
-from fl_server.private import Private, contribution, next_clip_norm, noise_of, norm_of, summed
+from fl_server.private import Private, contribution, next_clip_norm, norm_of, summed
 from fl_server.replies import Update
 from fl_server.round_strategy import unheard
 from fl_server.rounds import run_rounds
@@ -27,6 +29,7 @@ from icmoe.errors import IcmoeError
 from icmoe.gaussian import delta_of, epsilon_of, noise_for
 from icmoe.kinds import BALANCE_BIAS, expert_of, is_usage_weighted
 from icmoe.os_random import gaussian
+from icmoe.server_noise import noise_of
 from icmoe.study import Study
 
 PLAIN = {"cap": 1.0, "min_contributors": 1, "shrinkage": False, "balance_step": 0.0, "largest_size": 30}
@@ -316,6 +319,32 @@ def test_a_promise_that_is_none_is_refused(change: dict[str, Any], make_study) -
     with pytest.raises(IcmoeError) as caught:
         private_study(make_study, **change)
     assert caught.value.faults[0].number == 202
+
+
+@pytest.mark.parametrize("server", [{}, {"clip_quantile": 0.9, "count_noise": 2.0}, {"adjacency": "replace", "max_weight": 3.0}])
+def test_a_site_bears_the_noise_that_the_study_says_however_small_its_learning_rate(
+    server: dict[str, Any], make_study
+) -> None:
+    study = private_study(make_study, rounds=4, **server)
+    study = study.model_copy(update={"training": study.training.model_copy(update={"learning_rate": 1e-6})})
+    models = [start_state(study).arrays]
+    run_rounds(
+        Wire(honest),
+        make_strategy(study, ROSTER),
+        study,
+        start_state(study),
+        sites=SITES,
+        commit=lambda now: models.append(dict(now.arrays)),
+        poll_s=0.005,
+    )
+    first, *later = ({name: torch.from_numpy(one) for name, one in model.items()} for model in models)
+    last = first
+    for model in later:
+        assert bound_faults(study, model, last, rounds=1) == []
+        last = model
+    assert bound_faults(study, last, first, rounds=study.rounds) == []
+    far = {name: tensor + 1e3 for name, tensor in last.items()}
+    assert {fault.number for fault in bound_faults(study, far, last, rounds=1)} == {322}
 
 
 def test_an_optimiser_takes_the_noised_mean(make_study, tmp_path: Path) -> None:
