@@ -17,14 +17,12 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from icmoe.errors import CATALOGUE, Fault
 from icmoe.kinds import BALANCE_BIAS, is_personal
 from icmoe.messages import (
-    DICE_KEY,
     LARGEST_LOSS,
     LONGEST_S,
     LOSS_KEY,
     MOST_IMAGES,
     MOST_STEPS,
     NUMBERS,
-    PATIENTS_KEY,
     SECONDS_KEY,
     SLICES_KEY,
     STEPS_KEY,
@@ -342,16 +340,6 @@ def is_finite(tensor: npt.NDArray[np.float32]) -> bool:
     """Return whether all values are finite; a finite sum of squares says so at a fifth of the cost of looking at each."""
     values_N = tensor.reshape(-1)
     return math.isfinite(np.vdot(values_N, values_N)) or bool(np.isfinite(values_N).all())
-
-
-def score_of(reply: Message) -> tuple[float, int] | None:
-    """Return the validation Dice that a reply tells and of how many patients it is the mean, None where it tells none."""
-    numbers = reply.content.get(NUMBERS) if reply.has_content() else None
-    if not isinstance(numbers, MetricRecord):
-        return None
-    dice, patients = numbers.get(DICE_KEY), numbers.get(PATIENTS_KEY)
-    known = isinstance(dice, float) and 0.0 <= dice <= 1.0 and isinstance(patients, int) and 1 <= patients <= MOST_IMAGES
-    return (dice, patients) if known else None  # type: ignore[return-value]
 
 
 def _number(numbers: MetricRecord, key: str, low: float, high: float) -> float:

@@ -7,7 +7,6 @@ this halves what is sent down and saves a process start per site and round.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +16,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from fl_server.exchanging import ask
-from fl_server.replies import mean_loss, score_of
+from fl_server.replies import mean_loss
 from fl_server.roster import await_online, online
 from fl_server.round_log import RoundRecord
 from fl_server.round_strategy import RoundReport, RoundStrategy, record_of, unheard
 from fl_server.run_state import RunState
+from fl_server.scores import mean_score, score_of
 from fl_server.waiting import Watch, begun
 from icmoe.errors import Fault, IcmoeError
 from icmoe.kinds import names_of
@@ -272,9 +272,7 @@ def note_validation(state: RunState, found: Mapping[str, tuple[float, int]]) -> 
     for site, (dice, _) in found.items():
         if site in record["sites"]:
             record["sites"][site]["val_dice"] = dice
-    patients = sum(count for _, count in found.values())
-    # the sum rounded once: the order in which sites answer must not show in the last digit
-    record["val_dice"] = math.fsum(dice * count for dice, count in found.values()) / patients
+    record["val_dice"] = mean_score(found.values())
 
 
 def round_record(number: int, report: RoundReport, study: Study, outcome: Outcome) -> RoundRecord:

@@ -10,7 +10,6 @@ With ``usage_exponent = 0``, no floor, no cap, no gate and no shrinkage this is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -19,8 +18,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fl_server.replies import PIECE, Form, InReply, Update, is_finite, mean_loss, only_finite, parse_replies, score_of
+from fl_server.replies import PIECE, Form, InReply, Update, is_finite, mean_loss, only_finite, parse_replies
 from fl_server.round_strategy import RoundReport, State, Tensors, record_of
+from fl_server.scores import mean_score, score_of
 from fl_server.weights import balance_step, expert_weights, plain_share
 from icmoe.kinds import BALANCE_BIAS, expert_of, is_usage_weighted
 from icmoe.messages import ARRAYS, CONFIG, DICE_KEY, LOSS_KEY, PATIENTS_KEY, ROUND_KEY, STUDY_KEY
@@ -149,10 +149,9 @@ class RouterAware(Strategy):
         """Return the validation Dice over the patients of all sites, None where no site has any."""
         del server_round
         scored = [score for reply in replies if (score := score_of(reply)) is not None]
-        patients = sum(count for _, count in scored)
-        if not patients:
+        if (dice := mean_score(scored)) is None:
             return None
-        return MetricRecord({DICE_KEY: math.fsum(count * dice for dice, count in scored) / patients, PATIENTS_KEY: patients})
+        return MetricRecord({DICE_KEY: dice, PATIENTS_KEY: sum(count for _, count in scored)})
 
 
 def combine(

@@ -47,6 +47,12 @@ def test_numbers_that_no_round_has_are_refused_and_the_record_stays_plain(number
     json.dumps(list(state.history), allow_nan=False)
 
 
+def test_a_site_that_claims_all_the_patients_counts_for_half(make_study, tmp_path: Path) -> None:
+    wire = told(**{"val-patients": 9_999_999, "val-dice": 0.0})
+    state = run(make_study(rounds=1), tmp_path / "s", wire)
+    assert state.history[0]["val_dice"] == pytest.approx(0.45)
+
+
 @pytest.mark.parametrize("size", [True, 0, -3, 10**9, 2.0])
 def test_a_size_that_is_none_keeps_a_site_out(size: object, make_study) -> None:
     def answer(message: Message, site: str) -> Message:

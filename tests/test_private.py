@@ -322,9 +322,7 @@ def test_a_promise_that_is_none_is_refused(change: dict[str, Any], make_study) -
 
 
 @pytest.mark.parametrize("server", [{}, {"clip_quantile": 0.9, "count_noise": 2.0}, {"adjacency": "replace", "max_weight": 3.0}])
-def test_a_site_bears_the_noise_that_the_study_says_however_small_its_learning_rate(
-    server: dict[str, Any], make_study
-) -> None:
+def test_a_site_bears_the_noise_that_the_study_says_however_small_its_learning_rate(server: dict[str, Any], make_study) -> None:
     study = private_study(make_study, rounds=4, **server)
     study = study.model_copy(update={"training": study.training.model_copy(update={"learning_rate": 1e-6})})
     models = [start_state(study).arrays]
