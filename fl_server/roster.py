@@ -79,7 +79,7 @@ def await_online(
 
 
 def meet(grid: Grid, count: int, study: Study, *, trust_answers: bool = False, poll_s: float = 1.0) -> Roster:
-    """Return the sites behind the connected nodes; a site that cannot be used is left out and named.
+    """Return the sites behind the connected nodes; one that cannot be used is left out and named, and others are waited for.
 
     Parameters
     ----------
@@ -97,16 +97,22 @@ def meet(grid: Grid, count: int, study: Study, *, trust_answers: bool = False, p
     Raises
     ------
     IcmoeError
-        501 where fewer than `count` can be used, with the reason for each of the others.
+        501 where fewer than `count` can be used until the deadline, with the reason for each of the others.
     """
-    names = await_online(grid, count, deadline_s=study.deadline_s, poll_s=poll_s)
-    roster = Roster({}, {})
-    faults = _introduced(grid, names, roster, study, trust_answers=trust_answers, poll_s=poll_s)
-    if len(roster.sites) < count:
-        what = "too few sites can take part"
-        raise IcmoeError(*faults, Fault(number=501, what=what, value=str(len(roster.sites)), limit=f"at least {count}"))
-    print_faults(faults)
-    return roster
+    ends, roster, asked = time.monotonic() + study.deadline_s, Roster({}, {}), set[int]()
+    names, faults = await_online(grid, count, deadline_s=study.deadline_s, poll_s=poll_s), list[Fault]()
+    while True:
+        if new := {node: name for node, name in names.items() if node not in asked}:
+            found = _introduced(grid, new, roster, study, trust_answers=trust_answers, poll_s=poll_s)
+            asked, faults = asked | new.keys(), faults + found
+            print_faults(found)
+        if len(roster.sites) >= count:
+            return roster
+        if trust_answers or time.monotonic() > ends:  # in a simulation nobody else comes
+            what = "too few sites can take part"
+            raise IcmoeError(*faults, Fault(number=501, what=what, value=str(len(roster.sites)), limit=f"at least {count}"))
+        time.sleep(poll_s)
+        names = online(grid)
 
 
 def welcome(grid: Grid, roster: Roster, study: Study, *, poll_s: float = 1.0) -> list[str]:

@@ -74,6 +74,20 @@ def test_a_site_that_refused_for_the_hour_is_asked_again_before_each_round(make_
     assert [line for line in said if "joined" in line] == ["round 2 of 3: joined by Cedar"]
 
 
+def test_a_site_that_declines_at_the_start_is_made_up_for_by_one_that_comes(make_study, capsys) -> None:
+    def answer(message: Message, site: str) -> Message | None:
+        if site == "Alder":
+            wire.nodes = everybody
+            return Message(Error(1302, "ICM302 study is not approved at this site"), reply_to=message)
+        return honest(message, site)
+
+    wire, study = Wire(answer), make_study(quorum=2, deadline_s=5.0)
+    everybody, wire.nodes = wire.nodes, wire.nodes[:2]
+    assert sorted(meet(wire, 2, study, poll_s=0.01).sizes) == ["Birch", "Cedar"]
+    assert [message.metadata.dst_node_id for message in wire.asked] == [11, 12, 13]
+    assert capsys.readouterr().err.count("ICM302 Alder") == 1
+
+
 def test_an_offline_or_known_node_costs_no_message(make_study) -> None:
     wire, study = Wire(honest), make_study(quorum=2)
     wire.nodes[2] = registered(13, "Cedar", "offline")
