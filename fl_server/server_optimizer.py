@@ -2,7 +2,8 @@
 
 Reddi et al., arXiv 2003.00295, algorithm 2. Flower's classes average the replies and then take an adaptive step.
 Handed one reply that holds the wrapped strategy's aggregate, their average is the identity and their step is taken
-as published.
+as published. What the mean leaves as it is, such as an expert that too few sites used, is kept with its moments: momentum
+alone moves nothing.
 """
 
 from __future__ import annotations
@@ -49,16 +50,24 @@ class ServerOptimized(Wrapping):
         if arrays is None:
             return None, metrics
         trained = ArrayRecord({name: array for name, array in arrays.items() if name != BALANCE_BIAS})
+        kept = {name for name, array in trained.items() if np.array_equal(array.numpy(), self._current[name])}
+        before = self._moments()
         stepped, _ = self._flower.aggregate_train(server_round, [flower_reply(trained, "num-examples", 1)])
         assert stepped is not None
+        for now, former in zip(self._moments(), before, strict=True):
+            now |= {name: former[name] for name in kept & former.keys()}
         # Flower's learning rate is a float64 scalar and lifts the tensors to float64; the model stays float32.
-        moved = {name: Array(array.numpy().astype(np.float32)) for name, array in stepped.items()}
+        moved = {name: Array(array.numpy().astype(np.float32)) for name, array in stepped.items() if name not in kept}
         return ArrayRecord({name: moved.get(name, array) for name, array in arrays.items()}), metrics
+
+    def _moments(self) -> tuple[Tensors, Tensors]:
+        """Return Flower's moments, which it replaces with each step."""
+        return self._flower.m_t or {}, self._flower.v_t or {}
 
     def state(self) -> State:
         """Return both moments by tensor name, for the checkpoint."""
-        moments = {"m": self._flower.m_t or {}, "v": self._flower.v_t or {}}
-        return {f"optimizer.{kind}.{name}": np.asarray(value) for kind, part in moments.items() for name, value in part.items()}
+        moments = zip("mv", self._moments(), strict=True)
+        return {f"optimizer.{kind}.{name}": np.asarray(value) for kind, part in moments for name, value in part.items()}
 
     def load_state(self, state: State) -> None:
         """Take the moments back from a checkpoint."""

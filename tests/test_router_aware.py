@@ -333,6 +333,23 @@ def test_a_server_optimiser_below_the_quorum_keeps_its_moments(make_study) -> No
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("name", ["adam", "yogi"])
+def test_an_expert_that_is_kept_is_not_moved_by_the_momentum_of_earlier_rounds(name: str, make_study) -> None:
+    rule = {"optimizer": name, "min_contributors": 1, "starved": "keep", "floor": 0.0}
+    study = make_study(aggregation=rule)
+    strategy, arrays = make_strategy(study, Roster(SITES, SIZES)), record_of(start_state(study).arrays)
+    for number, usage in ((1, [0.4, 0.3, 0.3]), (2, [0.5, 0.5, 0.0])):
+        before, moments = arrays, strategy.state()
+        strategy.configure_train(number, arrays, ConfigRecord(), grid=None)
+        updates = deltas_of(study, seed=number)
+        arrays, _ = strategy.aggregate_train(number, [reply(node, updates[site], usage=usage) for node, site in SITES.items()])
+    after = strategy.state()
+    still = {key for key, array in arrays.items() if np.array_equal(array.numpy(), before[key].numpy())}
+    assert still == {key for key in arrays if key.startswith("experts.2.")}
+    kept = [f"optimizer.{kind}.{key}" for kind in "mv" for key in still]
+    assert all(np.array_equal(moments[key], after[key]) for key in kept)
+
+
 def test_infinity_in_an_expert_that_does_not_move_is_refused_all_the_same(make_study) -> None:
     study = make_study()
     good = deltas_of(study)
