@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -28,7 +29,7 @@ from fl_client.incoming import accept
 from fl_client.ledger import Book, Entry, new_entry
 from fl_client.local_round import size_of, train_here, validation_numbers
 from fl_client.manifest import Outgoing
-from fl_client.owed import quantised_update
+from fl_client.owed import coarsened, quantised_update
 from fl_client.participant import Participant, site_from_environment
 from fl_client.personal import keep_personal, with_personal
 from fl_client.watchdog import START_S, end_after, end_with_parent
@@ -104,7 +105,10 @@ def train(request: Request) -> Outgoing:
         _spend(request, incoming)
         return _trained(request, start, model)
 
-    return finished_or(request.site.state_folder, request.study, request.round_number, incoming, spend_and_train)
+    found = finished_or(request.site.state_folder, request.study, request.round_number, incoming, spend_and_train)
+    if request.study.update.form == "float32" or found.tensors is None:
+        return found
+    return replace(found, tensors=coarsened(dict(found.tensors), request.site.policy.mantissa_bits))
 
 
 def evaluate(request: Request) -> Outgoing:

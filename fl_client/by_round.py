@@ -14,6 +14,9 @@ from icmoe.study import Study
 KEPT = 4
 """Rounds that are kept: a coordinator whose newest commits are damaged goes back by so many."""
 
+FINISHED, OWED = "finished", "owed"
+"""Folder of the finished updates, and beginning of the files of what their rounding left out."""
+
 
 def round_path(folder: Path, study: Study, site: str, what: str, round_number: int) -> Path:
     """Return where what a round left is kept.
@@ -48,3 +51,9 @@ def keep(path: Path, data: bytes, kept: int = KEPT) -> None:
 
 def _kept(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.name.split('-')[0]}-*.safetensors"))
+
+
+def forget_unsent(state: Path) -> None:
+    """Remove what the site would still send of finished rounds: kept updates, and what their rounding left out."""
+    for path in (*state.glob(f"*/{FINISHED}/*.safetensors"), *state.glob(f"*/*/{OWED}-*.safetensors")):
+        path.unlink(missing_ok=True)

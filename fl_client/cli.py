@@ -342,7 +342,7 @@ def which(context: typer.Context, name: Annotated[str, typer.Argument(help="P-..
 def forget(
     context: typer.Context, patient: Annotated[str, typer.Argument(help="The hospital's own number, or the P-... of ingest.")]
 ) -> None:
-    """Take a patient out for good: pixels, features, index, report page; what the study has learned stays learned."""
+    """Take a patient out for good: pixels, features, index, page, unsent updates; what the study has learned stays learned."""
     from fl_client.ingesting import forget_patient
 
     with exit_on_fault():

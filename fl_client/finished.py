@@ -1,7 +1,8 @@
 """The finished update of a round, kept until the next rounds: asked for again, a site sends the same bytes for nothing more.
 
 It is known by study, round and incoming global model. It is on the disk before it leaves, so that a process killed between
-the two neither trains nor spends again (design section 10). One that is damaged is trained anew, and spent for anew.
+the two neither trains nor spends again (design section 10). One that is damaged is trained anew, and spent for anew, and so
+is one that was made with a patient who was forgotten since.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save
 
+from fl_client.by_round import FINISHED
 from fl_client.manifest import Outgoing
 from icmoe.atomic import write_atomically
 from icmoe.exchange import State, state_digest
@@ -23,14 +25,13 @@ from icmoe.tensor_file import read_tensors
 
 log = logging.getLogger("fl_client")
 
-FOLDER = "finished"
 KEPT = 4
 """Updates kept per study: a coordinator that resumes repeats one round; more than that are old."""
 
 
 def finished_path(state: Path, study: Study, round_number: int, incoming: str) -> Path:
     """Return where a finished update is kept."""
-    return state / study.digest[:16] / FOLDER / f"{round_number:05d}-{incoming[:32]}.safetensors"
+    return state / study.digest[:16] / FINISHED / f"{round_number:05d}-{incoming[:32]}.safetensors"
 
 
 def finished_or(state: Path, study: Study, round_number: int, incoming: str, train: Callable[[], Outgoing]) -> Outgoing:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fl_client.approval import approved_studies
+from fl_client.by_round import forget_unsent
 from fl_client.dry_run import passing_folder, remove_killed
 from fl_client.one_secret import note_secret, require_same_secret
 from fl_client.preparing import encode_ingested
@@ -132,7 +133,10 @@ def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int, list[
         for store in stores:
             drop_report(store)  # it shows the patient
         note_shown(folder, stores)
-        return forget(folder, patient), _drop_features(path, settings), others
+        frames = forget(folder, patient)
+        if frames:
+            forget_unsent(path.parent / settings.state)
+        return frames, _drop_features(path, settings), others
 
 
 def files_named(path: Path, name: str, wanted: str) -> list[str]:

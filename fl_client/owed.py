@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, from_numpy, isfinite
 
-from fl_client.by_round import KEPT, keep, last_until, round_path
+from fl_client.by_round import KEPT, OWED, keep, last_until, round_path
 from fl_client.egress import rounded_to
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import State, state_digest, state_faults
-from icmoe.quantise import EXPONENT, MANTISSA_BITS, dequantised, quantised
+from icmoe.quantise import EXPONENT, MANTISSA_BITS, Dequantised, dequantised, quantised
 from icmoe.study import Study
 from icmoe.tensor_file import read_tensors
 
@@ -26,7 +26,7 @@ log = logging.getLogger("fl_client")
 
 def owed_path(folder: Path, study: Study, site: str, round_number: int) -> Path:
     """Return where what a round left out is kept."""
-    return round_path(folder, study, site, "owed", round_number)
+    return round_path(folder, study, site, OWED, round_number)
 
 
 def quantised_update(
@@ -62,6 +62,20 @@ def quantised_update(
     path, digest = owed_path(folder, study, site, round_number), state_digest(left)
     keep(path, save(left, metadata={"digest": digest}), kept)
     return dict(sorted(sent.items()))
+
+
+def coarsened(sent: State, bits: int) -> State:
+    """Return an update in int8 with no more than `bits` bits of mantissa; what that leaves out is not made up for.
+
+    One that was finished before the site let fewer bits leave would be held back each time that it is asked for.
+    """
+    if bits >= MANTISSA_BITS:
+        return sent
+    found = State()
+    for name, tensor in Dequantised({name: one.numpy() for name, one in sent.items()}).items():
+        steps, exponent_R = quantised(_coarse(from_numpy(tensor), bits, name).numpy())
+        found[name], found[name + EXPONENT] = from_numpy(steps), from_numpy(exponent_R)
+    return dict(sorted(found.items()))
 
 
 def _coarse(wanted: Tensor, bits: int, name: str) -> Tensor:

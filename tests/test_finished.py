@@ -8,14 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from exports import write_series
 from flwr.app import Message, RecordDict
 from test_client import ask, hospital, request, site
+from test_quality import site_file
 
 from fl_client import local_round
+from fl_client.approval import approved_studies
 from fl_client.audit import read_log
-from fl_client.finished import KEPT
+from fl_client.finished import KEPT, finished_path
+from fl_client.ingesting import forget_patient, ingest_site
 from fl_client.ledger import read_ledger
+from fl_client.owed import owed_path
 from fl_client.participant import Participant
+from fl_client.personal import personal_path
 from icmoe.messages import NUMBERS, UPDATE
 
 __all__ = ["hospital", "site"]
@@ -149,3 +155,20 @@ def test_a_simulation_keeps_none(site: Participant, trained: list[int], tmp_path
         sent(ask(quiet, content(quiet)))
     assert trained == [1, 1]
     assert not quiet.state_folder.exists()
+
+
+def test_updates_that_were_made_with_a_forgotten_patient_do_not_leave_any_more(tmp_path: Path) -> None:
+    write_series(tmp_path / "export/a", "one", 2, seed=1)
+    path = site_file(tmp_path, tmp_path / "export", "[255]")
+    ingest_site(path, "Elm", dry_run=False)
+    (study,), state = approved_studies(tmp_path / "state"), tmp_path / "state"
+    unsent = [finished_path(state, study, 3, "0" * 64), owed_path(state, study, "Elm", 3)]
+    own = personal_path(state, study, "Elm", 3)
+    for kept in (*unsent, own):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.touch()
+    forget_patient(path, "Elm", "nobody")
+    assert all(kept.exists() for kept in unsent)
+    forget_patient(path, "Elm", "one")
+    assert not any(kept.exists() for kept in unsent)
+    assert own.exists(), "what was learned stays learned, and stays here"

@@ -17,9 +17,8 @@ from test_guard import run as guarded_run
 from test_rounds import ROSTER, SITES, Wire, honest
 
 from fl_client.audit import read_log
-from fl_client.by_round import KEPT
+from fl_client.by_round import FINISHED, KEPT
 from fl_client.egress import rounded_to
-from fl_client.finished import FOLDER
 from fl_client.manifest import Outgoing, manifest_of, update_shapes
 from fl_client.participant import Participant
 from fl_client.policy import Policy
@@ -85,7 +84,7 @@ def test_the_same_round_again_gives_the_same_bytes_and_the_next_builds_on_it(her
 
 def test_a_coordinator_that_goes_back_gets_the_same_bytes_again(audited: Participant) -> None:
     rounds = [sent(audited, number) for number in (1, 2, 3)]
-    for path in audited.state_folder.rglob(f"{FOLDER}/*"):
+    for path in audited.state_folder.rglob(f"{FINISHED}/*"):
         path.unlink()  # so that each is trained again
     assert [sent(audited, number) for number in (2, 3)] == rounds[1:]
 
@@ -171,6 +170,15 @@ def test_a_site_that_lets_four_bits_leave_sends_four(audited: Participant, study
         values = [torch.from_numpy(tensor) for tensor in Dequantised({key: one.numpy() for key, one in arrays.items()}).values()]
         finer[bits] = sum(int((rounded_to(tensor, 4) != tensor).sum()) for tensor in values)
     assert finer[4] == 0 < finer[23]
+
+
+def test_an_update_that_was_finished_before_fewer_bits_may_leave_leaves_with_fewer(audited: Participant, study: Study) -> None:
+    ask(audited, request(study))
+    coarse = replace(audited, policy=Policy(mantissa_bits=4))
+    first, again = (ask(coarse, request(study)).content[UPDATE] for _ in "ab")
+    sent = {name: array.numpy() for name, array in first.items()}
+    assert all(torch.equal(rounded_to(one, 4), one) for one in map(torch.from_numpy, Dequantised(sent).values()))
+    assert {name: array.data for name, array in first.items()} == {name: array.data for name, array in again.items()}
 
 
 def usual(study: Study) -> dict[str, torch.Tensor]:
