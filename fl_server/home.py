@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,7 +122,8 @@ class Home:
     def write_flower_configuration(self) -> None:
         """Write the connection of Flower's command line: loopback, by TLS."""
         text = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
-        text += f'address = "{self.superlink}"\nroot-certificates = "{self.ca}"\n'
+        ca = json.dumps(str(self.ca), ensure_ascii=False)  # a text of JSON is one of TOML, but for its surrogates
+        text += f'address = "{self.superlink}"\nroot-certificates = {ca}\n'
         write_atomically(self.flower / "config.toml", text.encode(), private=True)
 
 

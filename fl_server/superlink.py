@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from fl_server.home import Home, read_home
 from fl_server.supervise import Child, supervise
 from icmoe.atomic import write_atomically
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import Fault, IcmoeError, printable
 from icmoe.joining import split_address
 from icmoe.processes import flower_environment, flower_settings, private_files, program
 
@@ -66,8 +66,12 @@ def printed(home: Home) -> str:
     settings = [f"export {name}={shlex.quote(value)}" for name, value in flower_settings(home.flower, os.environ).items()]
     path = f'export PATH={shlex.quote(sysconfig.get_path("scripts"))}:"$PATH"'
     commands = [shlex.join(superlink_command(home)) + " &", shlex.join(superexec_command(home)) + " &"]
-    proxy = shlex.join(["nginx", "-e", "stderr", "-c", str(home.proxy / "nginx.conf")])
-    return "\n".join(["umask 077", *settings, path, *commands, f"# the public port, {home.address}:", proxy]) + "\n"
+    proxy = [f"# the public port, {home.address}:", _proxy_command(home)]
+    return "\n".join(["umask 077", *settings, path, *commands, *proxy]) + "\n"
+
+
+def _proxy_command(home: Home) -> str:
+    return shlex.join(["nginx", "-e", "stderr", "-c", str(home.proxy / "nginx.conf")])
 
 
 def children(home: Home) -> list[Child]:
@@ -122,15 +126,29 @@ def nginx_configuration(home: Home, *, listen: str | None = None) -> str:
     """
     text = files("fl_server").joinpath("nginx.conf.j2").read_text(encoding="utf-8")
     template = Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True).from_string(text)  # noqa: S701
+    paths = {"proxy": home.proxy, "certificate": home.certificate, "key": home.key, "ca": home.ca}
     return template.render(
-        proxy=home.proxy,
+        {name: in_quotes(path) for name, path in paths.items()},
+        command=_proxy_command(home),
         listen=listen or str(home.public_port),
         superlink_port=home.superlink_port,
-        certificate=home.certificate,
-        key=home.key,
-        ca=home.ca,
         calls="|".join(FLEET_CALLS),
     )
+
+
+def in_quotes(path: Path) -> str:
+    """Return a path as it stands between nginx's double quotes.
+
+    Raises
+    ------
+    IcmoeError
+        202 where nginx has no way to write it down: it takes a dollar sign for a variable.
+    """
+    text = str(path)
+    if "$" in text or not text.isprintable():
+        limit, did = "no dollar sign or unprintable character", "Nothing was started."
+        raise IcmoeError(Fault(number=202, where="--home", value=printable(text), limit=limit, did=did))
+    return text.replace("\\", r"\\").replace('"', r"\"")
 
 
 def write_configurations(home: Home, *, listen: str | None = None) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,26 @@ def test_the_proxy_forwards_the_calls_of_a_registered_node_and_no_other(tmp_path
     text = nginx_configuration(make_home(tmp_path))
     assert text.count("proxy_pass") == 1
     assert "deny" not in text  # it would answer 403, which Flower takes for its own
+
+
+@pytest.mark.parametrize("name", ['a "b"', "a \\ b;", "Ünïcode 😀"])
+def test_a_home_of_an_odd_name_is_written_down_whole(name: str, tmp_path: Path) -> None:
+    home = make_home(tmp_path / name)
+    done = CliRunner().invoke(cli.app, ["superlink", "--home", str(home.root)])
+    assert done.exit_code == 0, done.output
+    found = tomllib.loads((home.folder / "flwr" / "config.toml").read_text())
+    assert found["superlink"]["coordinator"]["root-certificates"] == str(home.ca)
+    if nginx := shutil.which("nginx"):
+        asked = subprocess.run([nginx, "-t", "-e", "stderr", "-c", home.proxy / "nginx.conf"], capture_output=True, text=True)
+        assert "test is successful" in asked.stderr, asked.stderr
+
+
+@pytest.mark.parametrize("name", ["$HOME", "a\nb", "a\udcff"])
+def test_a_home_that_nginx_cannot_name_is_refused(name: str, tmp_path: Path) -> None:
+    home = make_home(tmp_path / name)
+    done = CliRunner().invoke(cli.app, ["superlink", "--home", str(home.root)])
+    assert (done.exit_code, done.stderr[:15]) == (1, "ICM202 --home: "), done.output
+    assert not (home.proxy / "nginx.conf").exists()
 
 
 BAD_HOMES = {
