@@ -29,8 +29,6 @@ from icmoe.errors import CATALOGUE, Fault, IcmoeError, file_fault
 from icmoe.study import Study, read_study
 from icmoe.study_privacy import SitePrivacy
 
-NOT_INGESTED = 131
-
 
 def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> None:
     """Show a study, ask, and keep a copy of it as approved together with the digest of the installed package's bundle.
@@ -81,9 +79,8 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
         records.keep(head)
     finally:  # whatever is wrong with the ledger, it is approved
         console.print(f"{study.name} {study.digest[:12]} is approved at {name}.", highlight=False)
-    ingest, did = f"Run fl_client --site {settings.name} ingest.", "The site cannot take part in it before."
     for fault in unread:
-        told = replace(fault, did=did, todo=ingest if fault.number == NOT_INGESTED else fault.todo)
+        told = replace(fault, did="The site cannot take part in it before.")
         console.print(str(told), highlight=False, markup=False, soft_wrap=True)
 
 

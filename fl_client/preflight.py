@@ -21,7 +21,16 @@ from fl_client.budget import budget_faults
 from fl_client.check import Check, attempt
 from fl_client.connection import check_connection, check_health
 from fl_client.credentials import Coordinator, parse_ca, read_node_key
-from fl_client.site import SiteFile, cache_folder_of, records_of, site_export, site_slices, study_faults
+from fl_client.site import (
+    NOT_INGESTED,
+    SiteFile,
+    cache_folder_of,
+    records_of,
+    run_ingest,
+    site_export,
+    site_slices,
+    study_faults,
+)
 from icmoe.backbone import backbone_digest, grid_of, weights_path, widths
 from icmoe.backbones import BACKBONES
 from icmoe.config import parse, read_toml
@@ -37,6 +46,8 @@ from icmoe.study import Study
 
 GB = 1e9
 CA_WARN_DAYS = 90  # a new CA certificate has to reach every hospital
+OWED = frozenset({NOT_INGESTED, 207})
+"""What is put right by `ingest` or `prepare`."""
 EXPIRED = 309  # such a CA is still good enough to see who answers
 RESERVE_BYTES = 500_000_000  # state, logs, Flower's unpacked bundles
 MEMORY_BYTES = 1_500_000_000  # Flower's processes 0.4 GB, PyTorch 0.5 GB, the rest for training
@@ -85,15 +96,24 @@ def check_studies(path: Path, settings: SiteFile) -> list[Check]:
         studies = approved_studies(path.parent / settings.state)
     except IcmoeError as error:
         return [Check("study", ok=False, fault=fault) for fault in error.faults]
-    checks = []
+    checks, ready = list[Check](), False
     for study in studies:
         faults = study_faults(path, settings, study) + _budget_faults(path, settings, study)
         over = bool(faults) and _is_over(path, settings, study)
         checks += [Check("study", ok=over, fault=_of_the_past(settings, study, fault) if over else fault) for fault in faults]
         if not faults:
             found = Check("study", ok=True, note=f"{study.name} {study.digest[:12]}")
-            checks += [found, *_backbone(path, settings, study), *_data(path, settings, study)]
-    return checks
+            own = [found, *_backbone(path, settings, study), *_data(path, settings, study)]
+            ready |= all(check.ok for check in own)
+            checks += own
+    return [_of_one_study(check) for check in checks] if ready else checks
+
+
+def _of_one_study(check: Check) -> Check:
+    """Return what the site still owes one study as a warning: it takes part in the others meanwhile."""
+    if check.ok or check.fault is None or check.fault.number not in OWED:
+        return check
+    return replace(check, ok=True, fault=replace(check.fault, did="The site cannot take part in it before; others go on."))
 
 
 def check_records(path: Path, settings: SiteFile) -> list[Check]:
@@ -217,7 +237,7 @@ def _data(path: Path, settings: SiteFile, study: Study) -> list[Check]:
         return found
     if settings.ingest is not None and not is_as_set(site_export(path, settings, study)):
         what, did = "[ingest] in the site file was changed since ingest was run", "What was read before is used."
-        fault = Fault(number=131, where=str(path), what=what, did=did, todo=f"Run fl_client --site {settings.name} ingest.")
+        fault = Fault(number=NOT_INGESTED, where=str(path), what=what, did=did, todo=run_ingest(settings))
         found.append(Check("ingest", ok=True, fault=fault))
     cache = FeatureCache.of(cache_folder_of(path, settings), study)
     keys = {view.key for view in wanted_views(slices, study.training.views, cache, study.backbone.image_size)}

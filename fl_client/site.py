@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Study
 
 ENVIRONMENT = "FL_CLIENT_SITE_FILE"
+NOT_INGESTED = 131
 
 
 class SiteFile(Section):
@@ -135,8 +137,17 @@ def site_data(path: Path, settings: SiteFile, study: Study) -> SiteData | None:
         107-110 for a data folder, 129 and 131 for an ingest that has not been run or is damaged.
     """
     if settings.ingest is not None:
-        return read_index(store_of(path.parent / settings.ingest.store, study.labels))
+        try:
+            return read_index(store_of(path.parent / settings.ingest.store, study.labels))
+        except IcmoeError as error:
+            todo = run_ingest(settings)
+            raise IcmoeError(*(replace(one, todo=todo) if one.number == NOT_INGESTED else one for one in error.faults)) from None
     return read_folder(path.parent / str(settings.data), study.labels).get(settings.name)
+
+
+def run_ingest(settings: SiteFile) -> str:
+    """Return what to do where ingest is owed, in this site's words."""
+    return f"Run fl_client --site {settings.name} ingest."
 
 
 def site_export(path: Path, settings: SiteFile, study: Study) -> Export:

@@ -108,6 +108,8 @@ def test_a_second_study_with_other_labels_is_not_told_that_nobody_ever_ran_inges
     shown = command(site, "show")
     assert "ingest has not been run since a study with these labels was approved" in shown
     assert "│ 8     │ 6    │" in shown, "found and used of the first study"
+    for words in (("check",), ("show",), ("prepare",)):
+        assert "Run fl_client --site Elm ingest." in " ".join(command(site, *words).split()), words
     ingest(site)
     assert "ICM131" not in command(site, "show")
     assert command(site, "approve", str(file), "--yes").endswith("is approved at Elm.\n")

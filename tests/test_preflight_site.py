@@ -206,6 +206,20 @@ def test_a_full_disk_is_a_fault_and_little_memory_a_warning(hospital: Hospital, 
     assert [(fault["number"], fault["ok"]) for fault in hospital.faults()] == [(315, True)]
 
 
+def test_a_study_that_was_not_prepared_yet_does_not_keep_the_site_from_the_others(hospital: Hospital) -> None:
+    study = hospital.folder / "second.toml"
+    text = (hospital.folder / "study.toml").read_text()
+    study.write_text(text.replace('views = ["identity"', 'views = ["flip"').replace("image_size = 32", "image_size = 64"))
+    done = CliRunner().invoke(cli.app, ["--site", "Alder", "--config", str(hospital.path), "approve", str(study), "--yes"])
+    assert done.exit_code == 0, done.output
+    code, _ = hospital.run()
+    (fault,) = hospital.faults()
+    assert (code, fault["number"], fault["ok"]) == (0, 207, True)
+    assert "others go on" in fault["sentence"]
+    shutil.rmtree(hospital.folder / "cache")
+    assert hospital.run()[0] == 1, "no study is ready"
+
+
 def test_the_it_sheet_names_host_port_files_and_what_never_leaves(hospital: Hospital) -> None:
     hospital.at("coordinator.example:8443")
     done = CliRunner().invoke(cli.app, ["--site", "Alder", "--config", str(hospital.path), "it-sheet"])
