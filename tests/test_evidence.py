@@ -50,16 +50,28 @@ def test_one_seed_has_no_interval_and_none_is_refused() -> None:
 
 
 @given(st.dictionaries(st.sampled_from("ABC"), GAINS, min_size=1))
-def test_the_patient_interval_counts_sites_alike_and_holds_the_mean(gains: dict[str, list[float]]) -> None:
+def test_the_patient_interval_counts_sites_alike_and_is_students_where_there_is_one(gains: dict[str, list[float]]) -> None:
     found = over_patients(gains)
     assert found.mean == pytest.approx(fmean(fmean(values) for values in gains.values()))
-    assert min(map(min, gains.values())) - 1e-9 <= found.low <= found.high <= max(map(max, gains.values())) + 1e-9
+    assert found.mean - found.low == pytest.approx(found.high - found.mean)
+    one = next(iter(gains.values()))
+    alone, known = over_patients({"A": one}), over_seeds(one)
+    assert alone.high - alone.mean == pytest.approx(known.high - known.mean, rel=1e-3, abs=1e-12)
 
 
-def test_over_few_patients_the_interval_is_as_narrow_as_is_said() -> None:
-    rng, trials = np.random.default_rng(1), 300
-    cases = [over_patients({site: list(rng.normal(size=4)) for site in "ABC"}) for _ in range(trials)]
-    assert sum(case.low <= 0.0 <= case.high for case in cases) / trials == pytest.approx(0.88, abs=0.05)
+@pytest.mark.parametrize(("spread", "held"), [((1.0, 1.0, 1.0), 0.95), ((0.1, 1.0, 3.0), 0.95)])
+def test_over_few_patients_the_interval_holds_the_mean_as_often_as_is_said(spread: tuple[float, ...], held: float) -> None:
+    rng, trials = np.random.default_rng(1), 1000
+    cases = [
+        over_patients({site: list(rng.normal(0.0, wide, size=4)) for site, wide in zip("ABC", spread, strict=True)})
+        for _ in range(trials)
+    ]
+    assert sum(case.low <= 0.0 <= case.high for case in cases) / trials == pytest.approx(held, abs=0.02)
+
+
+def test_a_site_with_one_patient_leaves_no_interval() -> None:
+    assert over_patients({"A": [0.1], "B": [0.1, 0.3]}) == Interval(pytest.approx(0.15), None, None)
+    assert "| - |" in bar_table([Bar(question="q", seeds=over_seeds([0.1]), patients=over_patients({"A": [0.1]}))])[2]
 
 
 def score(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean, stdev, variance
 
-import numpy as np
+from scipy.stats import t
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t, 97.5%, for 1 to 9 degrees of freedom."""
-DRAWS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +50,17 @@ def over_seeds(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def over_patients(gains: Mapping[str, Sequence[float]], *, seed: int = 0) -> Interval:
-    """Return the mean over sites of the mean gain of their patients, with a bootstrap of patients within sites.
+def over_patients(gains: Mapping[str, Sequence[float]]) -> Interval:
+    """Return the mean over sites of the mean gain of their patients, with the t-interval of a stratified sample.
 
-    It says how far other patients of the same hospitals would move the mean; the hospitals themselves are fixed. With few
-    patients it is too narrow: with four at each of three sites it holds the true mean in 88 % of cases instead of 95 %.
+    It says how far other patients of the same hospitals would move the mean; the hospitals themselves are fixed. Each site has
+    a variance of its own; the degrees of freedom of their sum are Welch's and Satterthwaite's. A site with one patient says
+    nothing of its variance, and the mean has no interval then.
 
     Parameters
     ----------
     gains
         Per site the paired difference of each patient, at least one per site.
-    seed
-        Of the draws.
 
     Raises
     ------
@@ -71,8 +69,10 @@ def over_patients(gains: Mapping[str, Sequence[float]], *, seed: int = 0) -> Int
     """
     if not gains or not all(gains.values()):
         raise ValueError("at least one patient per site expected")
-    rng = np.random.default_rng(seed)
-    values_SP = [np.asarray(gains[site]) for site in sorted(gains)]
-    means_SD = [values_P[rng.integers(len(values_P), size=(DRAWS, len(values_P)))].mean(axis=1) for values_P in values_SP]
-    low, high = np.quantile(np.mean(means_SD, axis=0), [0.025, 0.975])
-    return Interval(fmean(fmean(values) for values in gains.values()), float(low), float(high))
+    mean = fmean(fmean(values) for values in gains.values())
+    if min(map(len, gains.values())) < 2:
+        return Interval(mean, None, None)
+    parts = [(variance(values) / len(values), len(values) - 1) for values in gains.values()]
+    whole, spread = sum(part for part, _ in parts), sum(part**2 / free for part, free in parts)
+    half = float(t.ppf(0.975, whole**2 / spread)) * whole**0.5 / len(gains) if spread > 0.0 else 0.0
+    return Interval(mean, mean - half, mean + half)

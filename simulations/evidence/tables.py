@@ -94,11 +94,13 @@ def score_table(rows: Rows) -> list[str]:
 
 def bar_table(bars: Iterable[Bar]) -> list[str]:
     """Return one line per question: value, both intervals, bar, verdict."""
-    lines = _row("question", "mean [t-interval over seeds]", "[bootstrap over patients]", "bar", "") + _row(
+    lines = _row("question", "mean [t-interval over seeds]", "[t-interval over patients]", "bar", "") + _row(
         "---", "---:", "---:", "---:", "---"
     )
     for bar in bars:
-        patients = "-" if bar.patients is None else f"[{bar.patients.low:+.3f}, {bar.patients.high:+.3f}]"
+        patients = (
+            "-" if bar.patients is None or bar.patients.low is None else f"[{bar.patients.low:+.3f}, {bar.patients.high:+.3f}]"
+        )
         wanted = "-" if bar.bar is None else f"{bar.bar:+.2f}"
         verdict = {None: "", True: "met", False: "**not met**"}[bar.met]
         lines += _row(bar.question, str(bar.seeds), patients, wanted, verdict)
