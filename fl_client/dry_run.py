@@ -7,13 +7,17 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from icmoe.left_behind import locked, remove_left_behind
 
-PREFIX = "icmoe-dry-run-"
+FORMER = "icmoe-dry-run-"
+PREFIX = f"{FORMER}locked-"
+FORMER_S = 86400.0
+"""Seconds that a dry run of a version without locks is left alone: whether it is running nobody can tell."""
 _ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -42,7 +46,14 @@ def passing_folder() -> Iterator[Path]:
 
 def remove_killed() -> None:
     """Remove the folders of this user's dry runs whose process is gone: one that was killed could not do it itself."""
-    remove_left_behind(Path(tempfile.gettempdir()).glob(f"{PREFIX}*"))
+    folders = Path(tempfile.gettempdir()).glob(f"{FORMER}*")
+    remove_left_behind(folder for folder in folders if folder.name.startswith(PREFIX) or _is_old(folder))
+
+
+def _is_old(folder: Path) -> bool:
+    with suppress(OSError):  # it goes meanwhile
+        return time.time() - folder.lstat().st_mtime > FORMER_S
+    return False
 
 
 def _stop(number: int, frame: object) -> None:

@@ -330,7 +330,7 @@ def test_what_a_killed_dry_run_left_goes_with_the_next_command_and_nothing_that_
     (left,) = passing.glob("icmoe-dry-run-*")
     assert list(left.rglob("x"))
     monkeypatch.setattr("tempfile.tempdir", str(passing))
-    (passing / "icmoe-dry-run-link").symlink_to(aside)
+    (passing / "icmoe-dry-run-locked-link").symlink_to(aside)
     with passing_folder() as living:
         command(site, *words)
         assert (left.exists(), living.exists(), aside.exists()) == (False, True, True)
@@ -340,10 +340,20 @@ def test_what_a_killed_dry_run_left_goes_with_the_next_command_and_nothing_that_
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to give a folder to another user")
 def test_what_another_user_left_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    (tmp_path / "icmoe-dry-run-other").mkdir()
-    os.chown(tmp_path / "icmoe-dry-run-other", 12345, -1)
+    (tmp_path / "icmoe-dry-run-locked-other").mkdir()
+    os.chown(tmp_path / "icmoe-dry-run-locked-other", 12345, -1)
     remove_killed()
     assert list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_a_version_without_locks_goes_after_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    running, killed = (tmp_path / f"icmoe-dry-run-{name}" for name in ("running1", "killed_1"))
+    for folder in (running, killed):
+        folder.mkdir()
+    os.utime(killed, (0, 0))
+    remove_killed()
+    assert (running.exists(), killed.exists()) == (True, False)
 
 
 def test_which_commands_no_terminal(site: Path) -> None:
