@@ -265,11 +265,17 @@ def prepare(context: typer.Context) -> None:
 
     with exit_on_fault():
         chosen = _chosen(context)
-        settings = read_named(chosen.path, chosen.site)
+        settings, faults = read_named(chosen.path, chosen.site), list[Fault]()
         for study in approved_studies(chosen.path.parent / settings.state):
-            with bars() as on_progress:
-                encoded, images = prepare_study(chosen.path, settings, study, on_progress=on_progress)
+            try:
+                with bars() as on_progress:
+                    encoded, images = prepare_study(chosen.path, settings, study, on_progress=on_progress)
+            except IcmoeError as error:  # what one study lacks keeps no other waiting
+                faults += error.faults
+                continue
             Console().print(f"{study.name}: {encoded} views encoded, {images} images ready", highlight=False)
+        if faults:
+            raise IcmoeError(*faults)
 
 
 @app.command()

@@ -104,10 +104,15 @@ def encode_site(path: Path, name: str, reports: list[dict[str, Any]]) -> None:
     IcmoeError
         206, 207 for the backbone's weights, 211 for the device; the index is complete all the same.
     """
-    settings, studies = _approved(path, name)
+    (settings, studies), faults = _approved(path, name), list[Fault]()
     for study, report in zip(studies, reports, strict=True):
-        with bars() as on_progress:
-            report["encoded"] = encode_ingested(path, settings, study, on_progress=on_progress)
+        try:
+            with bars() as on_progress:
+                report["encoded"] = encode_ingested(path, settings, study, on_progress=on_progress)
+        except IcmoeError as error:  # what one study lacks keeps no other waiting
+            faults += error.faults
+    if faults:
+        raise IcmoeError(*faults)
 
 
 def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int, list[str]]:

@@ -220,6 +220,17 @@ def test_a_study_that_was_not_prepared_yet_does_not_keep_the_site_from_the_other
     assert hospital.run()[0] == 1, "no study is ready"
 
 
+def test_what_one_study_lacks_keeps_no_other_from_being_prepared(hospital: Hospital) -> None:
+    second = hospital.folder / "second.toml"  # the latest is prepared first
+    second.write_text((hospital.folder / "study.toml").read_text().replace('"sam-vit-test"', '"sam-vit-b"'))
+    shutil.rmtree(hospital.folder / "cache")
+    words = ["--site", "Alder", "--config", str(hospital.path)]
+    assert CliRunner().invoke(cli.app, [*words, "approve", str(second), "--yes"]).exit_code == 0
+    done = CliRunner().invoke(cli.app, [*words, "prepare"])
+    assert (done.exit_code, "ICM207" in done.stderr) == (1, True), done.output
+    assert "views encoded" in done.stdout
+
+
 def test_the_it_sheet_names_host_port_files_and_what_never_leaves(hospital: Hospital) -> None:
     hospital.at("coordinator.example:8443")
     done = CliRunner().invoke(cli.app, ["--site", "Alder", "--config", str(hospital.path), "it-sheet"])
