@@ -13,6 +13,10 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from icmoe.errors import Fault, IcmoeError
+from icmoe.private import read_small
+
+LARGEST_KIB = 1024
+"""Of a file of settings; a device or a wrong file ends here, and a pipe that nobody writes to keeps nobody waiting."""
 
 
 class Section(BaseModel):
@@ -70,12 +74,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises
     ------
     IcmoeError
-        205 where the file cannot be opened, 204 where it is not TOML.
+        205 where the file cannot be opened or is none of at most 1 MiB, 204 where it is not TOML.
     """
-    try:
-        return parse_toml(path.read_bytes(), where=str(path))
-    except OSError as error:
-        raise IcmoeError(Fault(number=205, where=str(path), value=error.strerror or "", did="Nothing was started.")) from None
+    return parse_toml(read_small(path, LARGEST_KIB), where=str(path))
 
 
 def parse_toml(data: bytes, *, where: str) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from icmoe.errors import Fault, IcmoeError, file_fault
 
-LARGEST_BYTES = 65_536  # keys, certificates and kits are far smaller; a device or a wrong file ends here
+LARGEST_KIB = 64
+"""Keys, certificates and kits are far smaller; a device or a wrong file ends here."""
 
 
 @contextmanager
@@ -32,23 +33,24 @@ def file_errors() -> Iterator[None]:
         raise IcmoeError(file_fault(error)) from None
 
 
-def read_small(path: Path) -> bytes:
+def read_small(path: Path, largest_kib: int = LARGEST_KIB) -> bytes:
     """Return the bytes of a small regular file.
 
     Raises
     ------
     IcmoeError
-        205 where it cannot be read, is not a regular file or is larger than 64 KiB.
+        205 where it cannot be read, is not a regular file or is larger than `largest_kib`.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
         with os.fdopen(descriptor, "rb") as file:
             found = os.fstat(descriptor)
-            data = file.read(LARGEST_BYTES + 1) if stat.S_ISREG(found.st_mode) else b""
+            data = file.read(1024 * largest_kib + 1) if stat.S_ISREG(found.st_mode) else b""
     except OSError as error:
         raise IcmoeError(Fault(number=205, where=str(path), value=error.strerror or "", did="Nothing was started.")) from None
-    if not stat.S_ISREG(found.st_mode) or len(data) > LARGEST_BYTES:
-        raise IcmoeError(Fault(number=205, where=str(path), limit="a regular file of at most 64 KiB", did="Nothing was started."))
+    if not stat.S_ISREG(found.st_mode) or len(data) > 1024 * largest_kib:
+        limit = f"a regular file of at most {largest_kib} KiB"
+        raise IcmoeError(Fault(number=205, where=str(path), limit=limit, did="Nothing was started."))
     return data
 
 

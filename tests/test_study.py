@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -155,3 +156,16 @@ def test_a_file_in_utf16_is_told_to_be_saved_as_utf8(tmp_path: Path, encoding: s
         read_study(path)
     told = f"ICM204 {path}: file is text in UTF-16, as Windows writes it, not in UTF-8. Nothing was started. Save it as UTF-8: "
     assert str(caught.value).startswith(told)
+
+
+@pytest.mark.parametrize("harm", ["a pipe", "a device", "too large"])
+def test_what_is_no_file_of_settings_keeps_nobody_waiting(harm: str, tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    if harm == "a pipe":
+        os.mkfifo(path)
+    elif harm == "a device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_text("# " + "x" * 2**20)
+    with pytest.raises(IcmoeError, match=r"ICM205 .*study.toml.* at most 1024 KiB"):
+        read_study(path)
