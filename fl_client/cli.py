@@ -64,10 +64,10 @@ def fl_client(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
     """Speak for one hospital; --site stands before the command. Without a command: take part in the approved studies."""
-    if version:
-        sys.stdout.write(f"icmoe-federated {__version__}\n")
-        raise typer.Exit
     with exit_on_fault():
+        if version:
+            sys.stdout.write(f"icmoe-federated {__version__}\n")
+            raise typer.Exit
         require_supported_platform()
         context.obj = Options(site, config)
         if context.invoked_subcommand is None:
@@ -111,7 +111,8 @@ def schema() -> None:
     from fl_client.site import SiteFile
     from icmoe.config import json_schema
 
-    sys.stdout.write(json_schema(SiteFile))
+    with exit_on_fault():
+        sys.stdout.write(json_schema(SiteFile))
 
 
 @app.command("it-sheet")

@@ -23,9 +23,10 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def fl_server(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
     """Coordinate a study between hospitals."""
-    if version:
-        sys.stdout.write(f"icmoe-federated {__version__}\n")
-        raise typer.Exit
+    with exit_on_fault():
+        if version:
+            sys.stdout.write(f"icmoe-federated {__version__}\n")
+            raise typer.Exit
 
 
 @app.command()

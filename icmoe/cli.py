@@ -26,9 +26,10 @@ TESTS_ONLY = " (for tests only)"
 @app.callback(invoke_without_command=True)
 def icmoe(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
     """Use a model that hospitals trained together."""
-    if version:
-        sys.stdout.write(f"icmoe-federated {__version__}\n")
-        raise typer.Exit
+    with exit_on_fault():
+        if version:
+            sys.stdout.write(f"icmoe-federated {__version__}\n")
+            raise typer.Exit
 
 
 @app.command()

@@ -70,3 +70,13 @@ def test_the_program_ends_with_the_code_of_its_command(words: list[str], code: i
     assert done.returncode == code
     assert (done.stdout if words != ["--bad"] else done.stderr).strip()
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "words"), [("fl_client", ["--version"]), ("fl_client", ["schema"]), ("fl_server", ["--version"])]
+)
+def test_what_cannot_be_printed_is_one_numbered_sentence(module: str, words: list[str]) -> None:
+    command = [sys.executable, "-c", f"from {module}.cli import main; main()", *words]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr[:7]) == (1, "ICM205 "), done.stderr
