@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from dataclasses import asdict
@@ -134,6 +135,7 @@ def ago(since: float) -> str:
 def _connection(state: Path) -> Status | None:
     try:
         found = json.loads((state / SAID).read_bytes())
-        return {"says": str(found["says"]), "since": float(found["since"]), "run": found["run"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        since = float(found["since"])
+        return {"says": str(found["says"]), "since": since, "run": found["run"]} if math.isfinite(since) else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

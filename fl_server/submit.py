@@ -81,7 +81,7 @@ class StudyFolder:
     def _runs(self) -> dict[str, Any]:
         try:
             found = json.loads((self.path / "run.json").read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -114,16 +114,16 @@ class StudyFolder:
         """Return whom the run waits for and until when, as it said last."""
         try:
             return waiting_path(self.study).read_text()
-        except OSError:
+        except (OSError, ValueError):
             return ""
 
     def faults(self) -> list[Fault]:
         """Return what stopped the last run, where it could say."""
         try:
             rows = json.loads((self.path / "study.faults.json").read_text())
-        except (OSError, ValueError):
+            return [Fault(**{key: value for key, value in row.items() if key != "sentence"}) for row in rows]
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             return []
-        return [Fault(**{key: value for key, value in row.items() if key != "sentence"}) for row in rows]
 
 
 def folder_of(home: Home, study: Study) -> StudyFolder:

@@ -78,7 +78,7 @@ def parsed(line: bytes, number: int, broken: Broken) -> Entry:
     """
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise IcmoeError(broken(number)) from None
     if not isinstance(entry, dict) or not {"line", "event", "previous", "hash"} <= set(entry):
         raise IcmoeError(broken(number))

@@ -19,12 +19,13 @@ from test_client import ask, hospital, request, site
 from typer.testing import CliRunner
 
 from fl_client import cli
-from fl_client.doing import FILE, Doing, doing_now, telling
+from fl_client.doing import FILE, SAID, Doing, doing_now, telling
 from fl_client.history import rounds_of
 from fl_client.participant import Participant
 from fl_client.screen import Panel, Run, screen
 from fl_client.site import read_named
 from fl_client.site_report import HEIGHT, WIDTH, points
+from fl_client.status import _connection
 from fl_client.supervisor import Hearing, only_one
 from icmoe.model import ICMoE
 
@@ -235,3 +236,9 @@ def test_a_score_of_no_patient_is_no_score(patients: int, shown: float | None) -
 def test_the_curve_rises_with_dice_from_left_to_right() -> None:
     assert points({1: 0.0, 3: 1.0}) == [(0.0, HEIGHT), (WIDTH, 0.0)]
     assert points({}) == []
+
+
+@pytest.mark.parametrize("since", ["NaN", "1e999", "-1e999", "[" * 100_000, '"soon"', "1" * 400])
+def test_a_damaged_note_of_what_was_said_last_is_none(since: str, tmp_path: Path) -> None:
+    (tmp_path / SAID).write_text(f'{{"says": "connected", "run": "", "since": {since}}}')
+    assert _connection(tmp_path) is None

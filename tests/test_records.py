@@ -107,6 +107,7 @@ FORGERIES: dict[str, Callable[[list[bytes]], list[bytes]]] = {
     "two lines swapped, chained anew": lambda lines: chained_anew([*lines[:2], lines[3], lines[2], *lines[4:]]),
     "the first line cut off": lambda lines: lines[1:],
     "the last line cut off": lambda lines: lines[:-1],
+    "a line nested beyond reading": lambda lines: [*lines[:2], b"[" * 100_000 + b"\n", *lines[2:]],
     "half a line at the end": lambda lines: [*lines[:-1], lines[-1][:40]],
     "three lines cut off": lambda lines: lines[:-3],
     "all lines cut off": lambda lines: [],

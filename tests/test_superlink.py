@@ -18,9 +18,10 @@ from flwr.superlink.routers.fleet.router import router
 from typer.testing import CliRunner
 
 from fl_server import cli, flower
+from fl_server.beside import waiting_path
 from fl_server.home import Home
 from fl_server.new_study import study_toml
-from fl_server.submit import dice_sentence, folder_of, sentence, start, write_app
+from fl_server.submit import StudyFolder, dice_sentence, folder_of, sentence, start, write_app
 from fl_server.superlink import FLEET_CALLS, nginx_configuration, superexec_command, superlink_command
 from icmoe.bundle import bundle_files
 from icmoe.errors import IcmoeError
@@ -240,3 +241,12 @@ def test_children_end_with_a_supervisor_that_is_killed(supervised: subprocess.Po
 def test_help_names_every_command() -> None:
     done = subprocess.run([*FL_SERVER, "--help"], env=environment(), capture_output=True, text=True, timeout=60, check=True)
     assert all(name in done.stdout for name in ("superlink", "run", "status", "list", "stop"))
+
+
+@pytest.mark.parametrize("text", ["", "3", "[1]", '[{"number": 515, "page": 1}]', "[" * 100_000, "\xff"])
+def test_what_a_run_left_beside_its_study_may_be_damaged(text: str, tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path)
+    for path in (tmp_path / "run.json", tmp_path / "study.faults.json", waiting_path(folder.study)):
+        path.write_bytes(text.encode("latin-1"))
+    assert (folder.run_id, folder.earlier, folder.faults()) == ("", {}, [])
+    assert folder.waiting().isascii()
