@@ -137,6 +137,22 @@ def test_views_of_several_directions_become_a_segmentation_each(model: Path, tmp
     assert sorted(stack["frames"] for stack in record["stacks"]) == [2, 3]
 
 
+def test_inverted_views_with_a_slope_of_their_own_are_turned_about_one_value(model: Path, tmp_path: Path):
+    found = []
+    for name, slope in (("plain", 1), ("sloped", 2)):
+        one = volume(BLOBS[:2], PhotometricInterpretation="MONOCHROME1")
+        ids = {"SeriesInstanceUID": one[0].SeriesInstanceUID, "StudyInstanceUID": one[0].StudyInstanceUID}
+        stored, scale = BLOBS[2:] // 2 * (2 // slope), {"RescaleSlope": slope, "RescaleIntercept": 0}
+        other = volume(stored, axes=(1, 0, 0, 0, 0, -1), PhotometricInterpretation="MONOCHROME1", **scale, **ids)
+        put(tmp_path / name, [*one, *other])
+        _, faults = predicted(model, tmp_path / name / "export", tmp_path / name / "out", "png")
+        assert not faults
+        masks = sorted((tmp_path / name / "out").rglob("*.png"))
+        found.append([(path.relative_to(tmp_path / name).as_posix(), path.read_bytes()) for path in masks])
+    assert len(found[0]) == 5
+    assert found[0] == found[1]
+
+
 def test_a_nifti_of_a_dicom_series_has_its_voxels_where_the_slices_lie(model: Path, tmp_path: Path):
     for name in SERIES:
         if name == "uneven":

@@ -79,12 +79,15 @@ class Prediction:
 
     def segment(self, series: Series, out: Path) -> None:
         """Segment the stacks of a series, each into a folder of its own below `out`; what cannot be is named."""
-        window, refusals, blank = self._first_pass(series)
+        shown = Shown()
+        window, refusals, blank = self._first_pass(series, shown)
         for stack in series.stacks:
             folder = out / f"{len(self.stacks) + 1:03d}"
             try:
                 self._require(series, stack, refusals)
-                self.stacks.append(self._stack(series, stack, window, blank, folder))
+                # Inverted frames are turned about the value about which those that made the window were.
+                again = Shown(turning_point=shown.turning_point)
+                self.stacks.append(self._stack(series, stack, window, blank, folder, again))
             except IcmoeError as error:
                 self.faults += error.faults
             except Refusal as refusal:
@@ -92,9 +95,11 @@ class Prediction:
             if not self.stacks or self.stacks[-1]["folder"] != folder.name:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _first_pass(self, series: Series) -> tuple[Window | None, dict[tuple[str, int], Refusal], set[tuple[str, int]]]:
+    def _first_pass(
+        self, series: Series, shown: Shown
+    ) -> tuple[Window | None, dict[tuple[str, int], Refusal], set[tuple[str, int]]]:
         """Return the window of a series, the frames that cannot be decoded, and those of one grey value."""
-        counts, shown = ValueCounts(), Shown()
+        counts = ValueCounts()
         refusals, blank = dict[tuple[str, int], Refusal](), set[tuple[str, int]]()
         bar = self.progress.add_task("decode", total=sum(len(stack.frames) for stack in series.stacks))
         frames = [frame for stack in series.stacks for frame in stack.frames]
@@ -143,12 +148,12 @@ class Prediction:
             nifti.affine_of(series, stack)
 
     def _stack(
-        self, series: Series, stack: Stack, window: Window | None, blank: set[tuple[str, int]], folder: Path
+        self, series: Series, stack: Stack, window: Window | None, blank: set[tuple[str, int]], folder: Path, shown: Shown
     ) -> dict[str, Any]:
         classes_DHW = np.zeros((len(stack.frames), *stack.shape), np.uint8)
         places = {(frame.path, frame.number): place for place, frame in enumerate(stack.frames)}
         bar = self.progress.add_task("segment", total=len(places))
-        for key, picture in self._pictures(series, stack.frames, Shown()):
+        for key, picture in self._pictures(series, stack.frames, shown):
             place = places[key]
             if isinstance(picture, Refusal):
                 raise picture  # the file changed since the first pass
