@@ -30,7 +30,7 @@ from icmoe.exchange import State, global_state, load_state
 from icmoe.features import FeatureCache
 from icmoe.mixture import mixture_of
 from icmoe.model import build_model
-from icmoe.study import Study, derived_seed
+from icmoe.study import Study, derived_seed, taught_alone
 from icmoe.training import train_round
 
 GLOBAL, TUNED, OWN = "global", "tuned", "own"
@@ -150,9 +150,7 @@ def train_alone(
     if state is not None:
         load_state(model, state)
     model.to(data.device)
-    # Alone, nobody else teaches the classes that the site does not show.
-    training = study.training.model_copy(update={"untaught": "background"})
-    study = study.model_copy(update={"training": training})
+    study = taught_alone(study)
     slices = TrainingSet(data.train, study, data.cache)
     for number in range(done + 1, study.rounds + 1):
         seed = derived_seed(study, "train", data.site, number)

@@ -349,6 +349,11 @@ def read_study(path: Path) -> Study:
     return parse(Study, spelled_out(read_toml(path), where=str(path)), where=str(path))
 
 
+def taught_alone(study: Study) -> Study:
+    """Return the study as one trains it whom nobody else teaches: what no training slice shows is background."""
+    return study.model_copy(update={"training": study.training.model_copy(update={"untaught": "background"})})
+
+
 def derived_seed(study: Study, *parts: str | int) -> int:
     """Return a seed in [0, 2^63) for one purpose, such as ("train", site, round), fixed by the study's seed alone.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from icmoe.config import parse
-from icmoe.study import Study
+from icmoe.study import Study, taught_alone
 
 PLAIN_AVERAGE: dict[str, Any] = {
     "usage_exponent": 0.0,
@@ -54,5 +54,5 @@ def study_for(method: str, base: Study, seed: int) -> Study:
     if method in ALONE:
         values.pop("privacy", None)
         values.pop("update", None)
-        values["training"]["untaught"] = "background"
-    return parse(Study, values, where=f"method {method}")
+    study = parse(Study, values, where=f"method {method}")
+    return taught_alone(study) if method in ALONE else study

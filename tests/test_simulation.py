@@ -43,6 +43,11 @@ def test_references_that_never_leave_a_site_have_no_privacy(make_study) -> None:
     assert study_for("local", base, seed=5).privacy.site is None
 
 
+def test_what_a_site_does_not_show_is_background_where_nobody_else_teaches_it(make_study):
+    said = {method: study_for(method, make_study(), seed=5).training.untaught for method in METHODS}
+    assert {method for method, value in said.items() if value == "background"} == {"local", "pooled"}
+
+
 def test_a_scenario_is_read_with_the_command_line_on_top(tmp_path: Path) -> None:
     path = tmp_path / "s.toml"
     path.write_text(

@@ -25,7 +25,7 @@ from icmoe.exchange import State, state_digest
 from icmoe.features import FeatureCache
 from icmoe.metrics import PatientScore, evaluation_record
 from icmoe.prepare import encode_slices
-from icmoe.study import Study, canonical_json, derived_seed
+from icmoe.study import Study, canonical_json, derived_seed, taught_alone
 from simulations.alone import POOLED
 from simulations.evidence.rivals.catalogue import METHODS, Weights, build
 from simulations.evidence.rivals.encoder import front, front_cache
@@ -233,6 +233,7 @@ def make_trainer(job: Job, study: Study, hospitals: Hospitals, cache: FeatureCac
     """Return the trainer over the sites, or over all data as one site with as many steps as the sites together."""
     regime, side = REGIMES[job.regime], METHODS[job.method].side(study)
     slices = {name: hospitals.sites[name].of("train") for name in hospitals.training}
+    study = study if regime.shared else taught_alone(study)
     sites = {name: TrainingSet(items, study, cache, side=side) for name, items in slices.items()}
     steps = {name: data.steps(study.training.local_epochs) for name, data in sites.items()}
     if regime.pooled:

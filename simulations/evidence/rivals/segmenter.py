@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from icmoe.exchange import State, state_digest
 from icmoe.features import Features
-from icmoe.losses import cross_entropy, dice_loss
+from icmoe.losses import counted_as_background, cross_entropy, dice_loss
 from icmoe.study import LossWeights, ModelShape
 
 
@@ -52,11 +53,12 @@ class Segmenter(nn.Module):
         weights: LossWeights,
         generator: torch.Generator,
         anchor_router: None = None,
+        unknown: Sequence[int] = (),
     ) -> tuple[dict[str, Tensor], Logits]:
-        """Return cross-entropy and Dice, each B, and the output; `weights` are applied by the caller."""
+        """Return cross-entropy and Dice, each B, and the output; `weights` are applied by the caller, `unknown` as in IC-MoE."""
         del weights, generator, anchor_router
         output = self(features)
-        log_p_BKhw = output.logits_BKhw.float().log_softmax(dim=1)
+        log_p_BKhw = counted_as_background(output.logits_BKhw.float().log_softmax(dim=1), unknown, dim=1)
         return {
             "cross_entropy": cross_entropy(log_p_BKhw, target_BKhw),
             "dice": dice_loss(log_p_BKhw.exp(), target_BKhw),
