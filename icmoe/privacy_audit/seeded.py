@@ -39,6 +39,7 @@ class SeededRows(TrainingSet):
 
     def __init__(self, batch: Batch, slices: Sequence[int], *, batch_size: int = 8) -> None:
         self.batch = batch
+        self.unknown = ()  # drawn at random, every class is there
         self.views = ("identity",)
         self.batch_size = min(batch_size, len(self))
         ends = torch.tensor(list(slices)).cumsum(0).tolist()
