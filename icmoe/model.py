@@ -255,11 +255,13 @@ class ICMoE(nn.Module):
         target_BKHW = halve(target_BKhw)
         if output.experts is not None:
             votes = output.experts
-            log_votes_BMKHW = counted_as_background(votes.log_votes_BMKHW, unknown, dim=2)
-            log_fused_BKHW = counted_as_background(votes.fused().clamp(min=1e-7).log(), unknown, dim=1)
             terms |= {
-                "vote": lambda: cross_entropy(log_fused_BKHW, target_BKHW),
-                "label_consistency": lambda: label_consistency(votes.router_logits_BMHW, log_votes_BMKHW, target_BKHW),
+                "vote": lambda: cross_entropy(
+                    counted_as_background(votes.fused().clamp(min=1e-7).log(), unknown, dim=1), target_BKHW
+                ),
+                "label_consistency": lambda: label_consistency(
+                    votes.router_logits_BMHW, counted_as_background(votes.log_votes_BMKHW, unknown, dim=2), target_BKHW
+                ),
                 "load_balance": lambda: load_balance(votes.router_logits_BMHW, votes.gates_BMHW, target_BKHW),
                 "router_z": lambda: router_z(votes.router_logits_BMHW),
             }

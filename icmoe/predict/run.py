@@ -85,9 +85,8 @@ class Prediction:
             folder = out / f"{len(self.stacks) + 1:03d}"
             try:
                 self._require(series, stack, refusals)
-                # Inverted frames are turned about the value about which those that made the window were.
-                again = Shown(turning_point=shown.turning_point)
-                self.stacks.append(self._stack(series, stack, window, blank, folder, again))
+                # `shown` again: inverted frames are turned about the value about which those that made the window were.
+                self.stacks.append(self._stack(series, stack, window, blank, folder, shown))
             except IcmoeError as error:
                 self.faults += error.faults
             except Refusal as refusal:

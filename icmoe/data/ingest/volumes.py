@@ -65,14 +65,15 @@ def volume_record(path: Path, called: int | None = None, named: Collection[int] 
     rows, columns = (extent for index, extent in enumerate(voxels.shape) if index != axis)
     few = looks_like_classes(voxels)
     mask = few or looks_like_parcels(voxels)
-    single = few and {*np.rint(_distinct(voxels)).tolist()} in ({0}, {0, 1}, {0, 255})
+    values = _distinct(voxels) if mask else np.empty(0)
+    single = few and {*np.rint(values).tolist()} in ({0}, {0, 1}, {0, 255})
     frames = tuple(
         FramePlace(plane=slice_plane(matrix, axis, number), order=(float(number),)) for number in range(voxels.shape[axis])
     )
     return FileRecord(
         kind="volume",
         mask=mask,
-        unnamed=_unnamed(voxels, named) if mask and not (called and single) else "",
+        unnamed=_unnamed(values, named) if mask and not (called and single) else "",
         rows=rows,
         columns=columns,
         frames=frames,
@@ -84,12 +85,11 @@ def volume_record(path: Path, called: int | None = None, named: Collection[int] 
     )
 
 
-def _unnamed(voxels: npt.NDArray[Any], named: Collection[int]) -> str:
+def _unnamed(values: npt.NDArray[Any], named: Collection[int]) -> str:
     """Return the first of the values that mean no class, empty where all do."""
-    found = _distinct(voxels)
-    whole = np.rint(found)
-    known = np.isin(whole, list(named)) & (np.abs(whole - found) < SCALING_ERROR)
-    return ", ".join(f"{value:g}" for value in found[~known][:5])
+    whole = np.rint(values)
+    known = np.isin(whole, list(named)) & (np.abs(whole - values) < SCALING_ERROR)
+    return ", ".join(f"{value:g}" for value in values[~known][:5])
 
 
 def through_axis(matrix: npt.NDArray[np.float64], shape: tuple[int, ...]) -> int:
