@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from matplotlib.path import Path as Path2D
 from pydicom.dataset import Dataset
 from test_ingest_masks import square
+from test_masks_apart import registered
 from test_odd_masks import BOX, EMPTY, FILLED, drawn
 
-from icmoe.data.ingest.contours import Filled, fill, joined
+from icmoe.data.ingest.filling import Filled, fill, joined
 from icmoe.data.ingest.refusals import Refusal
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -241,3 +242,26 @@ def test_a_region_of_another_frame_of_reference_than_the_first_lies_on_no_image_
     _, masks, data = used(tmp_path)
     assert numbers(data) == ([108, 123, 124] if named else [124])
     assert same(masks, [] if named else [FILLED])
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_region_that_nobody_drew_makes_no_image_background(others: int, tmp_path: Path):
+    """Templates list every region that may be drawn; an object in which one is drawn was worked on."""
+    sources = volume(VOLUME)
+    made = drawn(sources, *[contour(square(sources[1], *BOX), sources[1])] * others)
+    made.StructureSetROISequence = [*made.StructureSetROISequence, item(ROINumber=2, ROIName="lesion")]
+    put(tmp_path, [*sources, made])
+    _, masks, data = used(tmp_path)
+    assert same(masks, [EMPTY, FILLED, *[EMPTY] * (len(sources) - 2)] if others else [])
+    assert numbers(data) == ([] if others else [108, 117, 124])
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_contours_that_name_no_image_lie_on_none_of_two_phases_in_one_place(named: bool, tmp_path: Path):
+    sources = volume(VOLUME)
+    again = registered(sources)
+    made = structures([contour(square(sources[1], *BOX), sources[1] if named else None)], listed=[*sources, *again])
+    put(tmp_path, [*sources, *again, made])
+    _, masks, data = used(tmp_path)
+    assert [mask.any() for mask in masks].count(True) == int(named)
+    assert (122 in numbers(data)) is not named

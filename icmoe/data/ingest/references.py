@@ -30,6 +30,8 @@ def by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Use
         targets = [(patch, target) for patch in patches for target in (images.by_uid(patch.image) if patch.image else listed)]
         parts = [(*part, frame) for part in targets for frame in _marked_frames(record, part[0], images[part[1]], sure=sure)]
         marked = parts if sure else nearest_frames(parts, images)
+        if MASKS[record.kind].on_planes and not patches[0].image:
+            _of_one_series(marked, images)
         for patch, target, frame in marked:
             try:
                 found.setdefault((target, frame), []).append((patch, patch_grid(record, patch, images[target], frame)))
@@ -66,6 +68,13 @@ def _listed(record: FileRecord, images: Images) -> list[str]:
     if not own:
         raise Refusal(122, "parts of it name no image, and its images lie in several frames of reference")
     return own
+
+
+def _of_one_series(marked: Iterable[tuple[Patch, str, int]], images: Images) -> None:
+    """Refuse a mark in the planes of several series that names no image of them: of phases or visits one alone was drawn on."""
+    count = len({images[target].series for _, target, _ in marked})
+    if count > 1:
+        raise Refusal(122, f"parts of it name no image, and {count} of the series that it lists have images in their planes")
 
 
 def _on_its_grid(
