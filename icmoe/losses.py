@@ -15,9 +15,11 @@ from torch.nn import functional as F
 LABEL_FIT_TEMPERATURE = 0.5
 LOG_NOTHING = -1e4
 """Log of a probability that is zero in float32, and finite: a target of zero times it is zero."""
+SMOOTH_CELLS = 1.0
+"""Cells that soft Dice of a class is smoothed by where the picture shows it."""
 SMOOTH_SHARE = 0.025
-"""Share of the picture's cells that soft Dice is smoothed by: with fewer, what a picture does not show is unlearned faster than
-what others show is learned (simulations/evidence/LOG.md, "Why small structures are learned late")."""
+"""Share of the picture's cells where it does not: with fewer, a class is unlearned there faster than others teach it
+(simulations/evidence/LOG.md, "Why small structures are learned late")."""
 
 
 def counted_as_background(log_p: Tensor, unknown: Sequence[int], *, dim: int) -> Tensor:
@@ -53,13 +55,13 @@ def dice_loss(p_BKHW: Tensor, target_BKHW: Tensor) -> Tensor:
     """Return 1 - soft Dice of each image, B, averaged over the foreground classes.
 
     The smoothing term makes a tumour-free image with an empty prediction cost 0 rather than 0/0, and bounds what each cell of
-    another prediction costs.
+    another prediction costs there.
     """
     p_BKN, target_BKN = p_BKHW[:, 1:].flatten(2), target_BKHW[:, 1:].flatten(2)
     both_BK = (p_BKN * target_BKN).sum(dim=2)
     total_BK = p_BKN.sum(dim=2) + target_BKN.sum(dim=2)
-    smooth = SMOOTH_SHARE * p_BKN.shape[2]
-    return 1.0 - ((2.0 * both_BK + smooth) / (total_BK + smooth)).mean(dim=1)
+    smooth_BK = torch.where(target_BKN.sum(dim=2) > 0, SMOOTH_CELLS, SMOOTH_SHARE * p_BKN.shape[2])
+    return 1.0 - ((2.0 * both_BK + smooth_BK) / (total_BK + smooth_BK)).mean(dim=1)
 
 
 def label_consistency(router_logits_BMHW: Tensor, log_votes_BMKHW: Tensor, target_BKHW: Tensor) -> Tensor:

@@ -26,11 +26,14 @@ def test_cross_entropy_is_the_pixel_mean_of_each_image() -> None:
         assert found[b].item() == pytest.approx(float(sum(pixels)) / 16, rel=1e-5)
 
 
-def test_dice_agrees_with_monai_per_image() -> None:
+@pytest.mark.parametrize("shown", [True, False])
+def test_dice_agrees_with_monai_per_image(shown: bool) -> None:
     from monai.losses import DiceLoss
 
     p, y = soft_target(seed=5), soft_target()
-    smooth = losses.SMOOTH_SHARE * y[0, 0].numel()
+    if not shown:
+        y = torch.cat([torch.ones_like(y[:, :1]), torch.zeros_like(y[:, 1:])], dim=1)
+    smooth = losses.SMOOTH_CELLS if shown else losses.SMOOTH_SHARE * y[0, 0].numel()
     reference = DiceLoss(include_background=False, reduction="none", smooth_nr=smooth, smooth_dr=smooth)
     assert torch.allclose(losses.dice_loss(p, y), reference(p, y).flatten(1).mean(dim=1), atol=1e-6)
 
