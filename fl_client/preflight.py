@@ -46,7 +46,7 @@ from icmoe.study import Study
 
 GB = 1e9
 CA_WARN_DAYS = 90  # a new CA certificate has to reach every hospital
-OWED = frozenset({NOT_INGESTED, 207})
+UNPREPARED = frozenset({NOT_INGESTED, 207})
 """What is put right by `ingest` or `prepare`."""
 EXPIRED = 309  # such a CA is still good enough to see who answers
 RESERVE_BYTES = 500_000_000  # state, logs, Flower's unpacked bundles
@@ -111,7 +111,7 @@ def check_studies(path: Path, settings: SiteFile) -> list[Check]:
 
 def _of_one_study(check: Check) -> Check:
     """Return what the site still owes one study as a warning: it takes part in the others meanwhile."""
-    if check.ok or check.fault is None or check.fault.number not in OWED:
+    if check.ok or check.fault is None or check.fault.number not in UNPREPARED:
         return check
     return replace(check, ok=True, fault=replace(check.fault, did="The site cannot take part in it before; others go on."))
 

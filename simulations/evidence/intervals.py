@@ -8,9 +8,6 @@ from statistics import fmean, stdev, variance
 
 from scipy.stats import t
 
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t, 97.5%, for 1 to 9 degrees of freedom."""
-
 
 @dataclass(frozen=True, slots=True)
 class Interval:
@@ -34,19 +31,19 @@ class Interval:
 
 
 def over_seeds(values: Sequence[float]) -> Interval:
-    """Return the mean over one to ten seeds with its t-interval: how far another seed would move it.
+    """Return the mean over seeds, at least one, with its t-interval: how far another seed would move it.
 
     Raises
     ------
     ValueError
-        Where there is no value, or more than ten.
+        Where there is no value.
     """
-    if not 1 <= len(values) <= len(T_975) + 1:
-        raise ValueError(f"{len(values)} seeds: 1 to {len(T_975) + 1} expected")
+    if not values:
+        raise ValueError("no seed: at least 1 expected")
     mean = fmean(values)
     if len(values) == 1:
         return Interval(mean, None, None)
-    half = T_975[len(values) - 2] * stdev(values) / len(values) ** 0.5
+    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
     return Interval(mean, mean - half, mean + half)
 
 
