@@ -12,9 +12,11 @@ from dicom_builders import (
     common,
     contour,
     derived,
+    enhanced,
     item,
     lying,
     numbers,
+    place,
     plain_segmentation,
     put,
     same,
@@ -81,16 +83,72 @@ def test_of_slices_thinner_than_the_tolerance_a_frame_of_a_segmentation_marks_th
 
 
 def test_each_series_has_an_image_that_is_nearest(tmp_path: Path):
-    """A contour that names no image lies on a second series too that is listed and lies a little higher."""
+    """A frame of a segmentation lies on a second series too that is listed, has its grid and lies a little higher."""
     sources = thin()
-    other = thin(FrameOfReferenceUID=sources[0].FrameOfReferenceUID, StudyInstanceUID=sources[0].StudyInstanceUID)
+    shared = {name: sources[0][name].value for name in ("FrameOfReferenceUID", "StudyInstanceUID")}
+    other = thin(**shared)
     for one in other:
         one.PixelData = (VOLUME[one.InstanceNumber - 1][::-1] + 1).tobytes()
         one.ImagePositionPatient = [*one.ImagePositionPatient[:2], one.ImagePositionPatient[2] + 0.05]
-    made = structures(boxes(sources), listed=[*sources, *other], space=sources[0].FrameOfReferenceUID)
-    put(tmp_path, [*sources, *other, made])
+    references = [item(ReferencedSOPInstanceUID=one.SOPInstanceUID) for one in (*sources, *other)]
+    further = {**shared, "ReferencedSeriesSequence": [item(ReferencedInstanceSequence=references)]}
+    groups = [lying(sources[n].ImagePositionPatient) for n in (1, 2, 3)]
+    put(
+        tmp_path, [*sources, *other, plain_segmentation(MASKS[1:4], groups, SharedFunctionalGroupsSequence=[common()], **further)]
+    )
     _, masks, _ = used(tmp_path)
-    assert sorted(int(mask.sum()) for mask in masks) == sorted(2 * [int(mask.sum()) for mask in filled()])
+    assert sorted(int(mask.sum()) for mask in masks) == sorted(2 * [int(mask.sum()) for mask in MASKS[1:4]])
+
+
+def two_phases(*, as_one: bool) -> list[Dataset]:
+    """Return a series that shows each of five places twice, as one enhanced object or as ten files."""
+    greys = np.concatenate([VOLUME, VOLUME[:, ::-1] + 1])
+    places = [(-20.0, -30.0, 40.0 + 5.0 * (n % 5)) for n in range(10)]
+    if as_one:
+        return [enhanced(greys, [place(at, stack=n % 5 + 1, time=n // 5 + 1) for n, at in enumerate(places)], common())]
+    first = volume(VOLUME)
+    shared = {name: first[0][name].value for name in ("SeriesInstanceUID", "FrameOfReferenceUID", "StudyInstanceUID")}
+    return [*first, *volume(greys[5:], AcquisitionNumber=2, **shared)]
+
+
+@pytest.mark.parametrize("form", ["seg", "contours"])
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("as_one", [True, False])
+def test_a_mark_that_names_no_phase_of_its_series_marks_none(as_one: bool, named: bool, form: str, tmp_path: Path):
+    """A file that names one of ten is of that; an enhanced object that is named as a whole is both of its phases."""
+    sources = two_phases(as_one=as_one)
+    drawn_on = sources * 5 if as_one else sources
+    if form == "seg":
+        groups = [lying((-20.0, -30.0, 40.0 + 5.0 * n)) for n in (1, 2, 3)]
+        for n, group in zip((1, 2, 3), groups, strict=True):
+            if named:
+                group.DerivationImageSequence = [derived(drawn_on[n])]
+        references = [item(ReferencedSOPInstanceUID=one.SOPInstanceUID) for one in sources]
+        further = {name: sources[0][name].value for name in ("FrameOfReferenceUID", "StudyInstanceUID")}
+        further["ReferencedSeriesSequence"] = [item(ReferencedInstanceSequence=references)]
+        made = plain_segmentation(MASKS[1:4], groups, SharedFunctionalGroupsSequence=[common()], **further)
+    else:
+        contours = [contour(square(one, 2.4, 3.4, 12.6, 15.6), one if named else None) for one in volume(VOLUME)[1:4]]
+        for n, one in zip((1, 2, 3), contours, strict=True):
+            if named:
+                one.ContourImageSequence = [item(ReferencedSOPInstanceUID=drawn_on[n].SOPInstanceUID)]
+        made = structures(contours, listed=sources, space=sources[0].FrameOfReferenceUID)
+    put(tmp_path, [*sources, made])
+    _, masks, data = used(tmp_path)
+    assert sum(bool(mask.any()) for mask in masks) == (3 if named and not as_one else 0)
+    assert (122 in numbers(data)) is not (named and not as_one)
+
+
+@pytest.mark.parametrize("up_mm", [0.0, 0.1, -0.15])
+def test_an_enhanced_object_of_thin_slices_that_is_named_as_a_whole_is_marked_on_the_nearest_alone(up_mm: float, tmp_path: Path):
+    starts = [(-20.0, -30.0, 40.0 + THIN_MM * n) for n in range(5)]
+    source = enhanced(VOLUME, [place(start, stack=n + 1) for n, start in enumerate(starts)], common())
+    groups = [lying((*starts[n][:2], starts[n][2] + up_mm)) for n in (1, 2, 3)]
+    for group in groups:
+        group.DerivationImageSequence = [derived(source)]
+    further = {name: source[name].value for name in ("FrameOfReferenceUID", "StudyInstanceUID")}
+    put(tmp_path, [source, plain_segmentation(MASKS[1:4], groups, SharedFunctionalGroupsSequence=[common()], **further)])
+    assert same(used(tmp_path)[1], MASKS[1:4])
 
 
 @pytest.mark.parametrize("both", [True, False])

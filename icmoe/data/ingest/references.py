@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from icmoe.data.ingest.background import not_background
@@ -29,7 +30,7 @@ def by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Use
         sure = (bool(patches[0].image) or alone) and len(patches) == 1
         targets = [(patch, target) for patch in patches for target in (images.by_uid(patch.image) if patch.image else listed)]
         parts = [(*part, frame) for part in targets for frame in _marked_frames(record, part[0], images[part[1]], sure=sure)]
-        marked = parts if sure else nearest_frames(parts, images)
+        marked = nearest_frames(parts, images)
         if MASKS[record.kind].on_planes and not patches[0].image:
             _of_one_series(marked, images)
         for patch, target, frame in marked:
@@ -45,6 +46,7 @@ def by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Use
     if off and not placed:
         raise Refusal(121, "none of the images that it refers to lies in the plane of its marks")
     found = _on_its_grid(found, apart, images)
+    _of_one_look(found, images)
     same_patient(record, images, found)
     places = {(path, n): images[path].frames[n].plane for (path, n), parts in found.items() if not parts}
     silent = not_background(record, {key: plane for key, plane in places.items() if images[key[0]].space == record.space != ""})
@@ -75,6 +77,18 @@ def _of_one_series(marked: Iterable[tuple[Patch, str, int]], images: Images) -> 
     count = len({images[target].series for _, target, _ in marked})
     if count > 1:
         raise Refusal(122, f"parts of it name no image, and {count} of the series that it lists have images in their planes")
+
+
+def _of_one_look(found: Mapping[Key, Iterable[tuple[Patch, Grid | None]]], images: Images) -> None:
+    """Refuse a mark that names no frame where its series shows its place several times: of a cine one phase was drawn on."""
+    looks = Counter(
+        (images[path].series, patch)
+        for (path, _), parts in found.items()
+        for patch, _ in parts
+        if not patch.image or (patch.frame < 0 and len(images[path].frames) > 1)
+    )
+    if max(looks.values(), default=0) > 1:
+        raise Refusal(122, "parts of it name no frame, and its series has several images in their places")
 
 
 def _on_its_grid(
