@@ -88,10 +88,12 @@ def parse_toml(data: bytes, *, where: str) -> dict[str, Any]:
         204 where it is not TOML: a number of too many digits, too, or tables nested beyond reading.
     """
     try:
-        return tomllib.loads(data.decode("utf-8-sig"))  # as an editor on Windows writes it
+        found = tomllib.loads(data.decode("utf-8-sig"))  # as an editor on Windows writes it
+        repr(found)  # tomllib reads hexadecimal numbers of more digits than can be written down again, in a fault for example
     except (ValueError, RecursionError) as error:
         words = in_utf16(data) or {"value": str(error)[:160]}
         raise IcmoeError(Fault(number=204, where=where, did="Nothing was started.", **words)) from None
+    return found
 
 
 def in_utf16(data: bytes) -> dict[str, str]:

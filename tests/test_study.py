@@ -94,6 +94,8 @@ def test_all_faults_of_a_file_come_together(tmp_path: Path) -> None:
         (lambda text: text.replace("seed = 1", "seed = true"), 202, "seed = True"),
         (lambda text: text.replace("seed = 1", "seed = 1\ndeadline_s = inf"), 202, "deadline_s"),
         (lambda text: text.replace("seed = 1", "seed = 1\nschema_version = 2"), 202, "schema_version"),
+        (lambda text: text.replace("seed = 1", f"seed = 0x{'f' * 5000}"), 204, "digits"),
+        (lambda text: f"profile = 0x{'f' * 5000}\n" + text, 204, "digits"),
         (lambda text: text + "[[labels]\n", 204, "study.toml"),
     ],
 )
