@@ -23,7 +23,7 @@ from fl_client.records import Records
 from fl_client.site import SiteFile, read_named, records_of, site_data, study_faults
 from icmoe.accounting import study_epsilon
 from icmoe.bundle import bundle_digest, bundle_files
-from icmoe.chain import START
+from icmoe.chain import START, Entry
 from icmoe.data.slices import SiteData
 from icmoe.errors import CATALOGUE, Fault, IcmoeError, file_fault
 from icmoe.study import Study, read_study
@@ -164,22 +164,30 @@ def list_approvals(path: Path, name: str, *, as_json: bool) -> None:
 def print_audit(path: Path, name: str, round_number: int | None, study: str | None, *, as_json: bool) -> None:
     """Check the audit log and print it, or of one round the digests of the model received and of the update sent.
 
+    What is there is printed before the ledger is asked whether lines were cut off.
+
     Raises
     ------
     IcmoeError
-        321 where the log was changed, 210 where it holds no such round.
+        321 where the log was changed or shortened, 210 where it holds no such round; else as `Records.agreement`.
     """
-    entries = read_log(path.parent / read_named(path, name).state)
+    records = records_of(path, read_named(path, name))
+    entries = read_log(records.state)
     rows = entries if round_number is None else digests_of_round(entries, round_number, study)
     if as_json:
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
-        return
+    else:
+        _print_lines(rows, entries if round_number is None else None)
+    records.agreement()
+
+
+def _print_lines(rows: Sequence[Entry], whole: Sequence[Entry] | None) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for row in rows:
         about = " ".join(f"{key}={row[key]}" for key in ("name", "kind", "round", "within_bounds") if key in row)
         console.print(f"{row['time'][:19]} {row['event']:9} {row.get('digest') or row.get('study', '')} {about}")
-    if round_number is None:
-        console.print(f"{len(entries)} lines, unbroken; hash of the last: {entries[-1]['hash'] if entries else START}")
+    if whole is not None:
+        console.print(f"{len(whole)} lines, unbroken; hash of the last: {whole[-1]['hash'] if whole else START}")
 
 
 def _terms(study: Study) -> dict[str, str]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fl_client.audit import read_log
-from fl_client.site import read_named
+from fl_client.site import read_named, records_of
 from icmoe.chain import Entry
 from icmoe.messages import DICE_KEY, LOSS_KEY, PATIENTS_KEY, SECONDS_KEY, STEPS_KEY
 
@@ -52,17 +52,23 @@ def rounds_of(lines: Sequence[Entry]) -> list[Row]:
 
 
 def show_history(path: Path, name: str, *, as_json: bool) -> None:
-    """Print the rounds of a site as a table or as JSON.
+    """Print the rounds of a site as a table or as JSON, then what the ledger knows better.
 
     Raises
     ------
     IcmoeError
-        As `read_named` and `read_log`.
+        As `read_named`, `read_log` and `Records.agreement`.
     """
-    rows = rounds_of(read_log(path.parent / read_named(path, name).state))
+    records = records_of(path, read_named(path, name))
+    rows = rounds_of(read_log(records.state))
     if as_json:
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
-        return
+    else:
+        Console().print(_table(rows, name))
+    records.agreement()  # lines cut off at the end show against the ledger alone
+
+
+def _table(rows: Sequence[Row], name: str) -> Table:
     table = Table(
         title=f"Rounds of {name}; --json has the run's number too", title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0)
     )
@@ -70,7 +76,7 @@ def show_history(path: Path, name: str, *, as_json: bool) -> None:
         table.add_column(title, overflow="fold", no_wrap=title not in {"study", "outcome"})
     for row in rows:
         table.add_row(row["time"][5:16].replace("T", " "), row["study"], *cells(row)[2:])
-    Console().print(table)
+    return table
 
 
 def cells(row: Row) -> list[str]:

@@ -296,6 +296,14 @@ def test_the_largest_budget_fits_on_the_page(records: Records, tmp_path: Path) -
     assert (done.exit_code, "and of inf once the budget" in page.read_text()) == (0, True)
 
 
+@pytest.mark.parametrize("words", [("audit",), ("audit", "--json"), ("history",), ("history", "--json")])
+def test_a_shortened_log_is_printed_and_then_told(words: tuple[str, ...], records: Records) -> None:
+    (records.state / LOG).write_bytes(b"")
+    done = CliRunner().invoke(cli.app, ["--site", "Alder", "--config", str(site_file(records)), *words])
+    assert (done.exit_code, "ICM321" in done.stderr, "lines are missing at the end" in done.stderr) == (1, True, True)
+    assert json.loads(done.stdout) == [] if "--json" in words else done.stdout
+
+
 @pytest.mark.parametrize("words", [("ledger",), ("audit", "verify")])
 def test_a_log_that_is_no_file_is_one_numbered_sentence(words: tuple[str, ...], records: Records) -> None:
     (records.state / LOG).unlink()
