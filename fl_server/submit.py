@@ -17,7 +17,7 @@ from fl_server.round_log import RoundRecord, last_score
 from fl_server.run_state import RunState, latest_state
 from icmoe.atomic import write_atomically
 from icmoe.bundle import PACKAGES, bundle_files
-from icmoe.errors import Fault, IcmoeError, print_faults
+from icmoe.errors import Fault, IcmoeError, file_fault, print_faults
 from icmoe.server_privacy import spending_sentence
 from icmoe.study import Study, read_study
 
@@ -76,7 +76,7 @@ class StudyFolder:
     def earlier(self) -> dict[str, dict[str, Any]]:
         """By the number of each earlier run, how far the study had come when the next one began."""
         found = self._runs().get("earlier")
-        return {run: came for run, came in found.items() if isinstance(came, dict)} if isinstance(found, dict) else {}
+        return {run: came for run, came in found.items() if _is_reached(came)} if isinstance(found, dict) else {}
 
     def _runs(self) -> dict[str, Any]:
         try:
@@ -124,6 +124,13 @@ class StudyFolder:
             return [Fault(**{key: value for key, value in row.items() if key != "sentence"}) for row in rows]
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             return []
+
+
+def _is_reached(came: object) -> bool:
+    """Return whether a value is of the form of `reached`, or empty, as where the state could not be read."""
+    if not isinstance(came, dict) or not came.keys() <= {"rounds_done", "val_dice"}:
+        return False
+    return type(came.get("rounds_done", 0)) is int and isinstance(came.get("val_dice"), int | float | None)
 
 
 def folder_of(home: Home, study: Study) -> StudyFolder:
@@ -298,6 +305,8 @@ def summary(home: Home) -> list[dict[str, Any]]:
                 row |= folder.earlier[run.run_id] if run.run_id in folder.earlier else _standing(folder)
             except IcmoeError as error:
                 print_faults(error.faults)
+            except OSError as error:
+                print_faults([file_fault(error)])
         rows.append(row)
     return rows
 

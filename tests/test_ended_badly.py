@@ -15,9 +15,9 @@ from flwr.common.config import parse_config_args
 from shown import make_home, play
 from test_rounds import Wire, honest
 
-from fl_server import flower, submit
+from fl_server import commands, flower, submit
 from fl_server.app import main
-from fl_server.beside import waiting_path
+from fl_server.beside import audit_path, waiting_path
 from fl_server.new_study import study_toml
 from fl_server.submit import StudyFolder, follow
 from icmoe.atomic import write_atomically
@@ -125,6 +125,26 @@ def test_a_study_whose_state_is_damaged_hides_no_other_run(make_study, tmp_path:
     rows = submit.summary(home)
     assert [(row["study"], row["rounds_done"]) for row in rows] == [("tiny", 1), ("damaged", None), (None, None)]
     assert "ICM502" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("came", [{"val_dice": "high"}, {"rounds_done": [1]}, {"run": 5}, {"study": ["tiny"]}, 1])
+def test_what_an_earlier_run_cannot_have_reached_is_passed_over(came: object, make_study, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(flower, "runs", lambda _: RUNS)
+    home = make_home(tmp_path)
+    folder = play(home, make_study(), rounds=1, run_id="4243")
+    (folder.path / "run.json").write_text(json.dumps({"run": "4243", "earlier": {"4242": came}}))
+    monkeypatch.setattr(commands, "read_home", lambda _: home)
+    commands.show_runs(tmp_path, run_id=None, newest=False, as_json=False)
+    assert [row["rounds_done"] for row in submit.summary(home)] == [1, None, None]
+
+
+def test_a_log_that_cannot_be_opened_hides_no_other_run(make_study, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(flower, "runs", lambda _: RUNS)
+    home = make_home(tmp_path)
+    audit_path(play(home, make_study(name="damaged"), rounds=1, run_id="4242").study).mkdir()
+    play(home, make_study(), rounds=1, run_id="4243")
+    assert [(row["study"], row["rounds_done"]) for row in submit.summary(home)] == [("tiny", 1), ("damaged", None), (None, None)]
+    assert "ICM205" in capsys.readouterr().err
 
 
 def test_a_run_that_was_killed_between_model_and_card_is_gone_on_with(make_study, tmp_path: Path, monkeypatch) -> None:
