@@ -179,7 +179,8 @@ def report(
 
     with exit_on_fault():
         chosen = _chosen(context)
-        Console().print(f"Report: {write_report(chosen.path, chosen.site, out)}", highlight=False, soft_wrap=True)
+        written = write_report(chosen.path, chosen.site, out)
+        Console().print(f"Report: {written}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -331,7 +332,7 @@ def personalise_command(
         if found.untaught:
             why = f"No training image of this site shows {', '.join(found.untaught)}: the global model is taken as it is."
             Console().print(why, highlight=False, markup=False, soft_wrap=True)
-        Console().print(f"This site's own model: {path}", highlight=False, soft_wrap=True)
+        Console().print(f"This site's own model: {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from fl_server import flower, submit
 from fl_server.beside import lift
@@ -23,7 +24,7 @@ def run_study(root: Path, path: Path, *, resume: bool, as_json: bool) -> None:
     """Submit a study and follow it; the exit code is 0 only where it completed."""
     home = read_home(root)
     study, folder = submit.start(home, path, resume=resume)
-    say = Console(stderr=as_json, highlight=False, soft_wrap=True).print
+    say = Console(stderr=as_json, highlight=False, markup=False, soft_wrap=True).print
     if folder.is_complete:
         say(f"{study.name} is complete: {folder.model}")
         return
@@ -88,5 +89,5 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
         rounds = "" if row["rounds_done"] is None else f"{row['rounds_done']} of {row['rounds']}"
         dice = "" if row["val_dice"] is None else f"{row['val_dice']:.4f}"
         status = row["status"] + (f" ({row['details']})" if row["details"] else "")
-        table.add_row(row["run"], row["study"] or "", status, rounds, dice, row["since"])
+        table.add_row(row["run"], row["study"] or "", Text(status), rounds, dice, row["since"])
     return table

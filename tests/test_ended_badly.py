@@ -147,6 +147,13 @@ def test_a_log_that_cannot_be_opened_hides_no_other_run(make_study, tmp_path: Pa
     assert "ICM205" in capsys.readouterr().err
 
 
+def test_the_words_of_flower_are_printed_as_they_are(make_study, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(flower, "runs", lambda _: [flower.Run("7", "finished:failed", "no [/x] [red]", "", "")])
+    monkeypatch.setattr(commands, "read_home", lambda _: make_home(tmp_path))
+    commands.show_runs(tmp_path, run_id=None, newest=False, as_json=False)
+    assert "no [/x] [red]" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
 def test_a_run_that_was_killed_between_model_and_card_is_gone_on_with(make_study, tmp_path: Path, monkeypatch) -> None:
     submitted, home, study = list[Path](), make_home(tmp_path), make_study()
     monkeypatch.setattr(flower, "runs", lambda _: RUNS)

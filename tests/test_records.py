@@ -304,6 +304,12 @@ def test_a_shortened_log_is_printed_and_then_told(words: tuple[str, ...], record
     assert json.loads(done.stdout) == [] if "--json" in words else done.stdout
 
 
+def test_a_page_may_have_brackets_in_its_name(records: Records) -> None:
+    page = records.state.parent / "a[" / "b].html"
+    code, output = run(records, "report", "--out", str(page))
+    assert (code, f"Report: {page}" in output, page.is_file()) == (0, True, True)
+
+
 @pytest.mark.parametrize("words", [("ledger",), ("audit", "verify")])
 def test_a_log_that_is_no_file_is_one_numbered_sentence(words: tuple[str, ...], records: Records) -> None:
     (records.state / LOG).unlink()
