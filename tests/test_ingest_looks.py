@@ -29,6 +29,12 @@ def require_refused(place: Path, number: int) -> None:
         ("P1/ses-pre/{}", "P1/ses-post/{}_mask"),
         ("P1/baseline/{}", "P1/followup/{}_mask"),
         ("P1/t1/{}", "P1/flair/{}_mask"),
+        ("P1/03-23-2003-NA-PETCT-7/{}", "P1/05-02-2004-NA-PETCT-8/{}_mask"),
+        ("P1/20200101_CT/{}", "P1/20210101_CT/{}_mask"),
+        ("P1/pre/{}", "P1/post/{}_mask"),
+        ("P1/tp1/{}", "P1/tp2/{}_mask"),
+        ("P1_20200101/{}", "P1_20210101/{}_mask"),
+        ("P1_visit1/{}", "P1_visit2/{}_mask"),
     ],
 )
 def test_a_picture_of_marks_is_not_another_visits(one: str, other: str, tmp_path: Path):
@@ -50,6 +56,11 @@ def test_a_picture_of_marks_is_not_another_visits(one: str, other: str, tmp_path
         ("P1/P1_t1", "P1/P1_flair_lesion"),
         ("P1/knee_left", "P1/knee_right_seg"),
         ("P1/a_1", "P1/a_2_seg"),
+        ("P1/03-23-2003-NA-PETCT-7/ct", "P1/05-02-2004-NA-PETCT-8/ct_seg"),
+        ("P1/20200101_CT/a", "P1/20210101_CT/a_seg"),
+        ("P1/pre/a", "P1/post/a_seg"),
+        ("P1_tp1", "P1_tp2_seg"),
+        ("P1_2020-01-01/a", "P1_2021-01-01/a_seg"),
     ],
 )
 def test_a_volume_of_marks_is_not_another_visits(image: str, mask: str, tmp_path: Path):

@@ -265,3 +265,14 @@ def test_contours_that_name_no_image_lie_on_none_of_two_phases_in_one_place(name
     _, masks, data = used(tmp_path)
     assert [mask.any() for mask in masks].count(True) == int(named)
     assert (122 in numbers(data)) is not named
+
+
+@pytest.mark.parametrize("first", ["lesion", "body"])
+def test_two_regions_of_one_number_cost_their_file(first: str, tmp_path: Path):
+    sources = volume(VOLUME)
+    made = drawn(sources, contour(square(sources[1], *BOX), sources[1]))
+    names = [first, "body" if first == "lesion" else "lesion"]
+    made.StructureSetROISequence = [item(ROINumber=1, ROIName=name) for name in names]
+    put(tmp_path, [*sources, made])
+    _, masks, data = used(tmp_path)
+    assert (masks, numbers(data)) == ([], [108, 117, 124])

@@ -178,7 +178,10 @@ def _on_plane(points_N3: npt.NDArray[np.float64], plane: Plane) -> npt.NDArray[n
 
 
 def _regions(data: Dataset) -> dict[int, list[str]]:
-    found = {integer(item, "ROINumber"): [text(item, "ROIName")] for item in sequence(data, "StructureSetROISequence")}
+    regions = sequence(data, "StructureSetROISequence")
+    found = {integer(item, "ROINumber"): [text(item, "ROIName")] for item in regions}
+    if len(found) < len(regions):
+        raise Refusal(117, "two regions have one number: whose contours are whose, nobody knows")
     for item in sequence(data, "RTROIObservationsSequence"):
         called = found.setdefault(integer(item, "ReferencedROINumber"), [])
         called.append(text(item, "ROIObservationLabel"))

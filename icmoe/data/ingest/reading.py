@@ -18,7 +18,7 @@ from icmoe.data.ingest.pixels import plain_pixels_of
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, FramePlace, refused
 from icmoe.data.ingest.volumes import looks_like_classes, volume_record
-from icmoe.data.ingest.walking import called_image, called_mask, own_folders, person, stem
+from icmoe.data.ingest.walking import called_image, called_mask, owner, person, stem
 from icmoe.errors import IcmoeError
 
 BIDS = r"(?:^|/)(sub-[A-Za-z0-9]+)(?:/|_)"
@@ -92,7 +92,7 @@ class Reader:
         found = re.search(self.patient_pattern or BIDS, relative)
         path = PurePosixPath(relative)
         volume = path.name.lower().endswith(tuple(ending for form in VOLUMES.values() for ending in form.endings))
-        named = "/".join(own_folders(relative)) or (person(stem(relative)) if volume else ".")
+        named = owner(relative) or (person(stem(relative)) if volume else ".")
         return {"patient": self.hashes.patient(found.group(1) if found and found.group(1) else named)}
 
 

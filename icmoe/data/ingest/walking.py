@@ -14,12 +14,12 @@ from icmoe.data.ingest.forms import VOLUMES
 from icmoe.errors import Fault, IcmoeError
 
 SEQUENCES = "flair|t1|t1w|t1n|t1c|t1ce|t1gd|t2|t2w|t2f|pd|dwi|adc|hbv|dce|swi|ct|mr|mri|pt|pet"
-DATE = r"\d{4}(?P<gap>[-_.]?)(0[1-9]|1[0-2])(?P=gap)([0-2]\d|3[01])"
-TIMES = r"visit|session|timepoint|baseline|follow[-_ ]?up|day|week|month|year"
+DATE = r"(\d{4}(?P<gap>[-_.]?)(0[1-9]|1[0-2])(?P=gap)([0-2]\d|3[01])|\d\d-\d\d-(19|20)\d\d)"
+TIMES = r"visit|session|timepoint|tp|baseline|follow[-_ ]?up|day|week|month|year"
 GENERIC = re.compile(
     r"(image|img|mask|label|seg|segmentation|png|nifti|nii|dicom|scan|train|val|test|data)s?(tr|ts)?"
-    rf"|{SEQUENCES}|anat|ses-[a-z0-9]+"
-    rf"|({TIMES}|exam|study|series|scan)[-_ ]?\d*|{DATE}",
+    rf"|{SEQUENCES}|anat|ses-[a-z0-9]+|pre|post"
+    rf"|({TIMES}|exam|study|series|scan)[-_ ]?\d*|{DATE}([-_ ]({SEQUENCES}))*|\d\d-\d\d-(19|20)\d\d-.*",
     re.I,
 )
 """Folder names that say what lies in them or when it was taken, not whose it is: visits of one patient stay together."""
@@ -28,7 +28,8 @@ TAKEN = re.compile(rf"[_-](({TIMES}|frame|phase)[-_]?\d*|ses[-_]?\d+|e[ds]|{DATE
 """What the name of a volume ends with that says when it was taken: ED and ES are the ends of a heartbeat."""
 
 LOOK = re.compile(
-    r"(?:^|[/_-])(?:(?P<state>baseline|follow[-_ ]?up[-_ ]?\d*)|ses-(?P<session>[a-z0-9]+)|(?P<beat>e[ds])|(?P<side>left|right)"
+    r"(?:^|[/_-])(?:(?P<state>baseline|follow[-_ ]?up[-_ ]?\d*|pre|post)|ses-(?P<session>[a-z0-9]+)|(?P<beat>e[ds])"
+    r"|(?P<side>left|right)"
     rf"|(?P<what>{TIMES}|ses|exam|study|frame|phase)[-_ ]?(?P<number>\d+)|(?P<date>{DATE})"
     r"|(?P<machine>ct|mri?|pt|pet)|(?P<contrast>flair|t2f|(?P<t1>t1[wn]?)|(?P<t1c>t1ce?|t1gd)|(?P<t2>t2w?)|pd|dwi|adc|hbv|dce|swi))"
     r"(?=$|[/_-])"
@@ -130,6 +131,19 @@ def person(name: str) -> str:
     return TAKEN.sub("", name)
 
 
+def owner(relative: str) -> str:
+    """Return the part of a path that says whose a file is: the folders that are named for nothing else, without a visit's name.
+
+    Empty where there is none.
+    """
+    return "/".join(_without_visit(folded(part)) for part in own_folders(relative))
+
+
+def _without_visit(folder: str) -> str:
+    """Return a folder's name without what says when it was taken, as long as a number is left: P1 of P1_20200131."""
+    return found if re.search(r"\d", found := person(folder)) else folder
+
+
 def of_another_look(relative: str, other: str) -> bool:
     """Return whether two paths name two looks at a patient, such as visit1 and visit2, two dates, two frames, or T1 and FLAIR."""
     one, two = _looks(relative), _looks(other)
@@ -141,8 +155,10 @@ def _looks(relative: str) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     name = ENDING.sub("", folded(relative))
     for part in LOOK.finditer(name):
-        if part["date"] and not (name[: part.start() + 1].endswith("/") or part.end() == len(name)):
-            continue  # masks_20220131 says when they were drawn
+        folder = name[: part.start()].rpartition("/")[2]
+        ends = name[part.end() :][:1] in {"", "/"} and not MASK.match(folder)  # masks_20220131 says when they were drawn
+        if part["date"] and not (name[: part.start() + 1].endswith("/") or ends or part.end() == len(name)):
+            continue
         said = {name: re.sub(r"\W|_", "", value).lstrip("0") for name, value in part.groupdict().items() if value}
         number, what = said.pop("number", ""), said.pop("what", "")
         kind, value = (what, number) if what else next(iter(said.items()))
