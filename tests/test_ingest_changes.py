@@ -253,31 +253,6 @@ def test_a_volume_does_not_go_to_another_patients_image_on_the_same_grid(tmp_pat
     assert 121 in numbers(data)
 
 
-@pytest.mark.parametrize(
-    "visits",
-    [
-        ("jo/visit1", "jo/visit2", "jo/2019-01-02", "jo/session_3"),
-        ("jo/03-23-2003-NA-PETCT-79071", "jo/05-02-2004-NA-PETCT-79072", "jo/20200101_CT", "jo/20210101_MR_T1"),
-        ("jo/pre", "jo/post", "jo/tp1", "jo/tp2"),
-        ("jo1_20200101", "jo1_2021-01-01", "jo1_visit2", "jo1_tp3"),
-    ],
-)
-def test_visits_of_one_patient_stay_in_one_split(visits: tuple[str, ...], tmp_path: Path):
-    for seed, visit in enumerate(visits):
-        picture(tmp_path / f"export/{visit}/1.png", noise(seed))
-        picture(tmp_path / f"export/{visit}/1_mask.png", MASKS[2] * 255)
-    data = taken(export_of(tmp_path / "export", tmp_path / "kept"))
-    assert (len(data.slices), len({item.patient for item in data.slices})) == (4, 1)
-
-
-def test_folders_that_say_only_when_are_a_patient_each_where_nothing_else_names_one(tmp_path: Path):
-    for seed, folder in enumerate(("case_20200101", "case_20200202")):
-        picture(tmp_path / f"export/{folder}/1.png", noise(seed))
-        picture(tmp_path / f"export/{folder}/1_mask.png", MASKS[2] * 255)
-    data = taken(export_of(tmp_path / "export", tmp_path / "kept"))
-    assert (len(data.slices), len({item.patient for item in data.slices})) == (2, 2)
-
-
 def test_a_mask_that_names_an_instance_of_two_patients_is_refused(tmp_path: Path):
     one, other = volume(VOLUME), volume(VOLUME[:, ::-1].copy(), PatientID="Roe 2")
     for first, second in zip(one, other, strict=True):

@@ -12,7 +12,7 @@ from test_ingest_masks import square
 from test_names_of_masks import picture
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
-GREYS = np.random.default_rng(4).integers(0, 4000, (3, 20, 24)).astype(np.uint16)
+GREYS = np.random.default_rng(4).integers(0, 4000, (4, 20, 24)).astype(np.uint16)
 
 
 def require_refused(place: Path, number: int) -> None:
@@ -119,3 +119,28 @@ def test_a_contour_across_the_slices_makes_no_background_of_them(tmp_path: Path)
     upright = contour(np.asarray([[-10.0, -20.0, 40.0], [-10.0, -10.0, 50.0], [-10.0, -20.0, 60.0]]))
     put(tmp_path, [*sources, structures([upright], listed=sources, space=sources[0].FrameOfReferenceUID)])
     require_refused(tmp_path, 121)
+
+
+@pytest.mark.parametrize(
+    "visits",
+    [
+        ("jo/visit1", "jo/visit2", "jo/2019-01-02", "jo/session_3"),
+        ("jo/03-23-2003-NA-PETCT-79071", "jo/05-02-2004-NA-PETCT-79072", "jo/20200101_CT", "jo/20210101_MR_T1"),
+        ("jo/pre", "jo/post", "jo/tp1", "jo/tp2"),
+        ("jo1_20200101", "jo1_2021-01-01", "jo1_visit2", "jo1_tp3"),
+    ],
+)
+def test_visits_of_one_patient_stay_in_one_split(visits: tuple[str, ...], tmp_path: Path):
+    for seed, visit in enumerate(visits):
+        picture(tmp_path, f"{visit}/1.png", GREYS[seed])
+        picture(tmp_path, f"{visit}/1_mask.png", FILLED)
+    data = used(tmp_path)[2]
+    assert (len(data.slices), len({item.patient for item in data.slices})) == (4, 1)
+
+
+def test_folders_that_say_only_when_are_a_patient_each_where_nothing_else_names_one(tmp_path: Path):
+    for seed, folder in enumerate(("case_20200101", "case_20200202")):
+        picture(tmp_path, f"{folder}/1.png", GREYS[seed])
+        picture(tmp_path, f"{folder}/1_mask.png", FILLED)
+    data = used(tmp_path)[2]
+    assert (len(data.slices), len({item.patient for item in data.slices})) == (2, 2)
