@@ -351,7 +351,7 @@ def test_real_hospitals_train_together_and_the_tiny_one_harms_nobody(
     real_subset: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "real"
-    options = ["--methods", "router-aware", "--rounds", "3", "--local-epochs", "6", "--out", str(out)]
+    options = ["--methods", "router-aware", "--rounds", "3", "--local-epochs", "3", "--out", str(out)]
     done = run([*RUN_SIM, "--data", str(real_subset), *options], environment)
     assert done.returncode == 0, done.stderr
     results = json.loads((out / "results.json").read_text())
@@ -360,7 +360,7 @@ def test_real_hospitals_train_together_and_the_tiny_one_harms_nobody(
     assert set(results["methods"]["router-aware"]["1"]["rounds"][0]["sites"]) == {"CS", "DU", "EZ", "HT"}
     test = results["methods"]["router-aware"]["1"]["test"]
     assert test["sites"]["EZ"]["dice"] is None  # no test patient: no score, and no zero
-    assert test["pooled"]["dice"] > 0.4  # eighteen passes over some ten slices per site find the tumour; chance is near 0.05
+    assert test["pooled"]["dice"] > 0.3  # nine passes over some ten slices per site begin to find the tumour; chance is near 0.05
     assert test["sites"]["CS"]["hd95_mm"] is None  # the pixel size is not known
 
 
