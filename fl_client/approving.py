@@ -25,7 +25,7 @@ from icmoe.accounting import study_epsilon
 from icmoe.bundle import bundle_digest, bundle_files
 from icmoe.chain import START, Entry
 from icmoe.data.slices import SiteData
-from icmoe.errors import CATALOGUE, Fault, IcmoeError, file_fault
+from icmoe.errors import CATALOGUE, Fault, IcmoeError, faults_of
 from icmoe.study import Study, read_study
 from icmoe.study_privacy import SitePrivacy
 
@@ -132,7 +132,7 @@ def _withdrawal_faults(records: Records, approval: Approval) -> list[Fault]:
         did, then = "The study is withdrawn and the audit log says so, but the ledger does not know of that line.", ""
         records.keep(head)
     except (IcmoeError, OSError) as error:
-        faults = error.faults if isinstance(error, IcmoeError) else (file_fault(error),)
+        faults = faults_of(error)
         return [replace(one, did=did, todo=f"{one.todo or CATALOGUE[one.number].remedy} {then}".strip()) for one in faults]
     return []
 

@@ -35,7 +35,7 @@ from fl_server.study_card import write_study_card
 from fl_server.sums import FromSums
 from fl_server.waiting import begun, write_wait
 from icmoe.atomic import write_atomically
-from icmoe.errors import Fault, IcmoeError, file_fault, print_faults
+from icmoe.errors import Fault, IcmoeError, faults_of, print_faults
 from icmoe.exchange import global_state
 from icmoe.model import build_model
 from icmoe.modelfile import ModelHeader, write_model
@@ -111,7 +111,7 @@ def main(grid: Grid, context: Context) -> None:
             sweep_often()
             run_study(grid, path, run=str(context.run_id))
     except (IcmoeError, OSError) as error:
-        found = error.faults if isinstance(error, IcmoeError) else (file_fault(error),)
+        found = faults_of(error)
         with suppress(OSError):  # the disk may be full
             write_atomically(faults, json.dumps([fault.record() for fault in found]).encode())
         print_faults(found)

@@ -17,7 +17,7 @@ from fl_server.round_log import RoundRecord, last_score
 from fl_server.run_state import RunState, latest_state
 from icmoe.atomic import write_atomically
 from icmoe.bundle import PACKAGES, bundle_files
-from icmoe.errors import Fault, IcmoeError, file_fault, print_faults
+from icmoe.errors import Fault, IcmoeError, faults_of, print_faults
 from icmoe.server_privacy import spending_sentence
 from icmoe.study import Study, read_study
 
@@ -303,10 +303,8 @@ def summary(home: Home) -> list[dict[str, Any]]:
                 study = read_study(folder.study)
                 row |= {"study": study.name, "rounds": study.rounds}
                 row |= folder.earlier[run.run_id] if run.run_id in folder.earlier else _standing(folder)
-            except IcmoeError as error:
-                print_faults(error.faults)
-            except OSError as error:
-                print_faults([file_fault(error)])
+            except (IcmoeError, OSError) as error:
+                print_faults(faults_of(error))
         rows.append(row)
     return rows
 

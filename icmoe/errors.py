@@ -314,6 +314,11 @@ def file_fault(error: OSError) -> Fault:
     return Fault(number=205, where=where, value=value, did=did)
 
 
+def faults_of(error: IcmoeError | OSError) -> tuple[Fault, ...]:
+    """Return the faults of an error that a person is told of."""
+    return error.faults if isinstance(error, IcmoeError) else (file_fault(error),)
+
+
 @contextmanager
 def exit_on_fault() -> Iterator[None]:
     """Turn an `IcmoeError` or an error of the file system into its lines and exit code 1: nobody sees a traceback for bad input.
@@ -324,11 +329,8 @@ def exit_on_fault() -> Iterator[None]:
     """
     try:
         yield
-    except IcmoeError as error:
-        print_faults(error.faults)
-        sys.exit(1)
     except BrokenPipeError:
         raise  # whoever read the output has seen enough
-    except OSError as error:
-        print_faults([file_fault(error)])
+    except (IcmoeError, OSError) as error:
+        print_faults(faults_of(error))
         sys.exit(1)

@@ -38,6 +38,14 @@ def test_dice_agrees_with_monai_per_image(shown: bool) -> None:
     assert torch.allclose(losses.dice_loss(p, y), reference(p, y).flatten(1).mean(dim=1), atol=1e-6)
 
 
+def test_dice_of_a_picture_with_one_marked_cell_by_hand() -> None:
+    p = torch.tensor([0.5, 0.0, 0.25, 0.25]).view(1, 1, 2, 2)
+    y = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 2, 2)
+    shown, empty = (losses.dice_loss(torch.cat([1 - p, p], dim=1), torch.cat([1 - t, t], dim=1)) for t in (y, 0 * y))
+    assert shown.item() == pytest.approx(1 - (2 * 0.5 + 1) / (1 + 1 + 1))
+    assert empty.item() == pytest.approx(1 - 0.1 / (1 + 0.1))  # 2.5 % of four cells
+
+
 def test_an_empty_image_with_an_empty_prediction_costs_nothing() -> None:
     empty = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4)
     assert losses.dice_loss(empty, empty).item() == pytest.approx(0.0)

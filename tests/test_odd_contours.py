@@ -164,6 +164,12 @@ def test_what_lies_far_off_or_is_far_too_large_is_refused(corners: list[tuple[fl
         filled(corners * 500)
 
 
+@pytest.mark.parametrize("corners", [box(0, 0, 9e3, 9e3), box(0, 0, 9e6, 5)], ids=["area", "outline"])
+def test_no_room_is_made_for_what_is_far_too_large(corners: list[tuple[float, float]]):
+    with pytest.raises(Refusal, match="far larger than its image"):
+        filled(corners)
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_each_image_that_a_contour_names_is_marked_wherever_it_stands_in_the_list(order: int, tmp_path: Path):
     sources, absent = volume(VOLUME), volume(VOLUME[:1])[0]

@@ -360,7 +360,7 @@ def test_real_hospitals_train_together_and_the_tiny_one_harms_nobody(
     assert set(results["methods"]["router-aware"]["1"]["rounds"][0]["sites"]) == {"CS", "DU", "EZ", "HT"}
     test = results["methods"]["router-aware"]["1"]["test"]
     assert test["sites"]["EZ"]["dice"] is None  # no test patient: no score, and no zero
-    assert test["pooled"]["dice"] > 0.3  # nine passes over some ten slices per site begin to find the tumour; chance is near 0.05
+    assert test["pooled"]["dice"] > 0.4  # nine passes over some ten slices per site find the tumour; chance is near 0.05
     assert test["sites"]["CS"]["hd95_mm"] is None  # the pixel size is not known
 
 

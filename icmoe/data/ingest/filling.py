@@ -64,17 +64,7 @@ def marked_by(points_N2: npt.NDArray[np.float64], shape: tuple[int, int]) -> Fil
     One no larger than a pixel that encloses no centre marks the pixel that it lies on: small objects are looked for, and their
     image is not background. One of fewer than 3 points marks something only where it was traced from centre to centre.
 
-    Parameters
-    ----------
-    points_N2
-        Rows and columns on the image, pixels.
-    shape
-        Height and width of the image, pixels.
-
-    Raises
-    ------
-    Refusal
-        121 where the contour lies mostly outside the image.
+    Shapes and errors are those of `fill`.
     """
     filled, corners_N2 = fill(points_N2, shape), np.unique(points_N2, axis=0)
     if len(corners_N2) < 3:

@@ -31,8 +31,6 @@ def by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Use
         targets = [(patch, target) for patch in patches for target in (images.by_uid(patch.image) if patch.image else listed)]
         parts = [(*part, frame) for part in targets for frame in _marked_frames(record, part[0], images[part[1]], sure=sure)]
         marked = nearest_frames(parts, images)
-        if MASKS[record.kind].on_planes and not patches[0].image:
-            _of_one_series(marked, images)
         for patch, target, frame in marked:
             try:
                 found.setdefault((target, frame), []).append((patch, patch_grid(record, patch, images[target], frame)))
@@ -46,7 +44,7 @@ def by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Use
     if off and not placed:
         raise Refusal(121, "none of the images that it refers to lies in the plane of its marks")
     found = _on_its_grid(found, apart, images)
-    _of_one_look(found, images)
+    _of_one_look(record, found, images)
     same_patient(record, images, found)
     places = {(path, n): images[path].frames[n].plane for (path, n), parts in found.items() if not parts}
     silent = not_background(record, {key: plane for key, plane in places.items() if images[key[0]].space == record.space != ""})
@@ -72,23 +70,20 @@ def _listed(record: FileRecord, images: Images) -> list[str]:
     return own
 
 
-def _of_one_series(marked: Iterable[tuple[Patch, str, int]], images: Images) -> None:
-    """Refuse a mark in the planes of several series that names no image of them: of phases or visits one alone was drawn on."""
-    count = len({images[target].series for _, target, _ in marked})
-    if count > 1:
-        raise Refusal(122, f"parts of it name no image, and {count} of the series that it lists have images in their planes")
+def _of_one_look(record: FileRecord, found: Mapping[Key, Iterable[tuple[Patch, Grid | None]]], images: Images) -> None:
+    """Refuse a mark that names no frame where its series shows its place several times: of a cine one phase was drawn on.
 
-
-def _of_one_look(found: Mapping[Key, Iterable[tuple[Patch, Grid | None]]], images: Images) -> None:
-    """Refuse a mark that names no frame where its series shows its place several times: of a cine one phase was drawn on."""
+    Points on planes fit any series, so that of all that are listed one alone may show their place.
+    """
+    on_planes = MASKS[record.kind].on_planes
     looks = Counter(
-        (images[path].series, patch)
+        ("" if on_planes else images[path].series, patch)
         for (path, _), parts in found.items()
         for patch, _ in parts
         if not patch.image or (patch.frame < 0 and len(images[path].frames) > 1)
     )
     if max(looks.values(), default=0) > 1:
-        raise Refusal(122, "parts of it name no frame, and its series has several images in their places")
+        raise Refusal(122, "parts of it name no frame, and several of the images that it may mean lie in their places")
 
 
 def _on_its_grid(

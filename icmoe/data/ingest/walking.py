@@ -14,12 +14,13 @@ from icmoe.data.ingest.forms import VOLUMES
 from icmoe.errors import Fault, IcmoeError
 
 SEQUENCES = "flair|t1|t1w|t1n|t1c|t1ce|t1gd|t2|t2w|t2f|pd|dwi|adc|hbv|dce|swi|ct|mr|mri|pt|pet"
-DATE = r"(\d{4}(?P<gap>[-_.]?)(0[1-9]|1[0-2])(?P=gap)([0-2]\d|3[01])|\d\d-\d\d-(19|20)\d\d)"
+YEAR_LAST = r"\d\d-\d\d-(19|20)\d\d"
+DATE = rf"(\d{{4}}(?P<gap>[-_.]?)(0[1-9]|1[0-2])(?P=gap)([0-2]\d|3[01])|{YEAR_LAST})"
 TIMES = r"visit|session|timepoint|tp|baseline|follow[-_ ]?up|day|week|month|year"
 GENERIC = re.compile(
     r"(image|img|mask|label|seg|segmentation|png|nifti|nii|dicom|scan|train|val|test|data)s?(tr|ts)?"
     rf"|{SEQUENCES}|anat|ses-[a-z0-9]+|pre|post"
-    rf"|({TIMES}|exam|study|series|scan)[-_ ]?\d*|{DATE}([-_ ]({SEQUENCES}))*|\d\d-\d\d-(19|20)\d\d-.*",
+    rf"|({TIMES}|exam|study|series|scan)[-_ ]?\d*|{DATE}([-_ ]({SEQUENCES}))*|{YEAR_LAST}-.*",
     re.I,
 )
 """Folder names that say what lies in them or when it was taken, not whose it is: visits of one patient stay together."""
@@ -155,10 +156,11 @@ def _looks(relative: str) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     name = ENDING.sub("", folded(relative))
     for part in LOOK.finditer(name):
-        folder = name[: part.start()].rpartition("/")[2]
-        ends = name[part.end() :][:1] in {"", "/"} and not MASK.match(folder)  # masks_20220131 says when they were drawn
-        if part["date"] and not (name[: part.start() + 1].endswith("/") or ends or part.end() == len(name)):
-            continue
+        before, after = name[: part.start()], name[part.end() :]
+        starts = name[: part.start() + 1].endswith("/")
+        ends = not after or (after[0] == "/" and not MASK.match(before.rpartition("/")[2]))
+        if part["date"] and not (starts or ends):
+            continue  # masks_20220131 says when they were drawn
         said = {name: re.sub(r"\W|_", "", value).lstrip("0") for name, value in part.groupdict().items() if value}
         number, what = said.pop("number", ""), said.pop("what", "")
         kind, value = (what, number) if what else next(iter(said.items()))
