@@ -110,15 +110,16 @@ def _run(
     as_json: bool,
     track: str | None,
 ) -> None:
-    # Imported late: --help answers at once, and a wrong option is not paid for with ten seconds of imports.
+    # Imported late: --help answers at once, and a wrong setting is not paid for with seconds of Ray's and Flower's imports.
+    from simulations.scenario import read_scenario
+
+    study, simulation = read_scenario(scenario, study_options, simulation_options)
     from simulations.folder import RunFolder
     from simulations.rehearsal import rehearse
-    from simulations.scenario import read_scenario
     from simulations.screen import Screen, comparison_lines, cross_table, final_table
     from simulations.tracking import tracking
 
     console = Console(stderr=as_json)
-    study, simulation = read_scenario(scenario, study_options, simulation_options)
     name = Path(os.path.realpath(simulation.data)).name if simulation.data else "phantoms"
     folder = RunFolder(out or Path("runs") / f"{name}-{study.digest[:8]}")
     with folder.claimed(resume=resume), tracking(track, folder.root) as heard, Screen(console, *heard) as screen:

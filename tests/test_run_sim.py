@@ -301,6 +301,13 @@ def test_bad_options_give_a_numbered_sentence_and_no_traceback(name: str, enviro
     assert not (tmp_path / "out" / "results.json").exists()
 
 
+def test_a_wrong_setting_is_told_before_ray_and_flower_are_imported(environment: dict[str, str]) -> None:
+    code = "import atexit, sys; atexit.register(lambda: print({'ray', 'flwr'} & set(sys.modules)))\n"
+    code += "from simulations.run_sim import app; app(['--rounds', '0'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (1, "set()\n"), done.stderr
+
+
 def test_a_scenario_with_an_unknown_key_names_the_nearest(environment: dict[str, str], tmp_path: Path) -> None:
     scenario = tmp_path / "wrong.toml"
     scenario.write_text('[study]\nruonds = 3\n[study.training]\nbatch_size = "four"\n')
