@@ -20,6 +20,10 @@ from icmoe.usage import Commands
 app = typer.Typer(
     cls=Commands, add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
 )
+Mirrored = Annotated[
+    bool,
+    typer.Option("--mirrored", help="Average with the prediction of the mirrored image: better, at twice the backbone's time."),
+]
 TESTS_ONLY = " (for tests only)"
 
 
@@ -40,12 +44,7 @@ def evaluate(
     checkpoint: Annotated[Path | None, typer.Option(help="Weights file, for a model over a backbone that brings none.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     cache: Annotated[Path | None, typer.Option(help="Feature cache. Default: the user's cache folder.")] = None,
-    mirrored: Annotated[
-        bool,
-        typer.Option(
-            "--mirrored", help="Average with the prediction of the mirrored image: better, at twice the backbone's time."
-        ),
-    ] = False,
+    mirrored: Mirrored = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Score a saved model on any folder of hospitals, also on sites it never saw."""
@@ -81,6 +80,7 @@ def predict(
     maps: Annotated[
         bool, typer.Option(help="Also write, as PNG: overlay, the experts' disagreement, and which expert decided.")
     ] = True,
+    mirrored: Mirrored = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a former prediction in --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print prediction.json on standard output.")] = False,
 ) -> None:
@@ -100,6 +100,7 @@ def predict(
             checkpoint=checkpoint,
             device_name=device,
             maps=maps,
+            mirrored=mirrored,
             force=force,
             console=Console(stderr=True),
         )

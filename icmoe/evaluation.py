@@ -16,6 +16,9 @@ from icmoe.metrics import PatientScore, patient_scores
 from icmoe.preprocess import restore, view_target
 from icmoe.study import Label, View
 
+ALONE: tuple[View, ...] = ("identity",)
+MIRRORED: tuple[View, ...] = ("identity", "flip")
+"""Views of a picture at prediction."""
 EVALUATION_BATCH = 16
 ROUNDED = 1e-3
 """How far distances of one patient's slices may differ, as a share, that are the same."""
@@ -31,7 +34,7 @@ def predict_slices(
     device: torch.device,
     *,
     batch_size: int = EVALUATION_BATCH,
-    views: Sequence[View] = ("identity",),
+    views: Sequence[View] = ALONE,
 ) -> Iterator[ClassMap]:
     """Yield the class map of each slice, H W on its own pixel grid, in the order given.
 
@@ -52,11 +55,14 @@ def predict_slices(
     """
     for at in range(0, len(slices), batch_size):
         chunk = slices[at : at + batch_size]
-        by_view = [_log_probabilities(model, chunk, cache, device, view) for view in views]
-        # One view is left alone; of several, the logarithm of the mean probability (up to a constant).
-        logits_BKhw = by_view[0] if len(by_view) == 1 else torch.stack(by_view).logsumexp(dim=0)
+        logits_BKhw = mean_logits([_log_probabilities(model, chunk, cache, device, view) for view in views])
         for item, logits_Khw in zip(chunk, logits_BKhw.cpu(), strict=True):
             yield restore(logits_Khw, item.shape).argmax(dim=0).to(torch.uint8).numpy()
+
+
+def mean_logits(by_view: Sequence[Tensor]) -> Tensor:
+    """Return the logarithm of the mean of probabilities, up to a constant, from their logarithms; one view is left alone."""
+    return by_view[0] if len(by_view) == 1 else torch.stack(list(by_view)).logsumexp(dim=0)
 
 
 def _log_probabilities(
@@ -77,7 +83,7 @@ def score_slices(
     device: torch.device,
     *,
     surfaces: bool = True,
-    views: Sequence[View] = ("identity",),
+    views: Sequence[View] = ALONE,
     on_patient: Callable[[], None] | None = None,
 ) -> list[PatientScore]:
     """Return one score per patient: its slices of this list, stacked in slice order, are one volume.

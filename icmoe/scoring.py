@@ -16,12 +16,11 @@ from icmoe.cache_entries import default_cache_folder
 from icmoe.data.sources import read_sites_split
 from icmoe.device import available_device
 from icmoe.errors import Fault, IcmoeError
-from icmoe.evaluation import score_slices
+from icmoe.evaluation import ALONE, MIRRORED, score_slices
 from icmoe.features import FeatureCache
 from icmoe.metrics import evaluation_record
 from icmoe.modelfile import read_model
 from icmoe.prepare import encode_slices
-from icmoe.study import View
 
 
 def score_folder(
@@ -64,7 +63,7 @@ def score_folder(
     study = header.study
     require_taken(study.backbone.name, checkpoint)
     torch.set_num_threads(os.cpu_count() or 1)
-    views: tuple[View, ...] = ("identity", "flip") if mirrored else ("identity",)
+    views = MIRRORED if mirrored else ALONE
     progress = Progress(console=console, transient=True)
     with progress if console.is_terminal else nullcontext():
         bars = {name: progress.add_task(name, total=None) for name in ("read", "encode")}

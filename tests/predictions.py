@@ -67,11 +67,17 @@ def array_prediction(model: ICMoE, backbone: Backbone, image_HW: np.ndarray) -> 
 
 
 def predicted(
-    model: Path, source: Path, out: Path, form: str = "dicom-seg", *, force: bool = False, maps: bool = False
+    model: Path,
+    source: Path,
+    out: Path,
+    form: str = "dicom-seg",
+    *,
+    force: bool = False,
+    maps: bool = False,
+    mirrored: bool = False,
 ) -> tuple[dict[str, Any], list[Fault]]:
-    return predict_study(
-        model, source, out, form, checkpoint=None, device_name="cpu", maps=maps, force=force, console=Console(quiet=True)
-    )
+    told = {"checkpoint": None, "device_name": "cpu", "console": Console(quiet=True)}
+    return predict_study(model, source, out, form, maps=maps, mirrored=mirrored, force=force, **told)
 
 
 def read_back(path: Path, sources: Sequence[Dataset], numbers: Sequence[int] = ()) -> np.ndarray:

@@ -226,6 +226,26 @@ def test_maps_are_written_on_the_pixels_of_the_source_for_the_owner_alone(model:
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o700
 
 
+def test_the_mirrored_view_makes_a_prediction_that_turns_with_its_picture(model: Path, tmp_path: Path):
+    square = (np.kron(RNG.integers(0, 3000, (4, 4)), np.ones((8, 8))) + RNG.integers(0, 50, (32, 32))).astype(np.uint16)
+    for name, pixels in (("as it is", square), ("mirrored", np.ascontiguousarray(square[:, ::-1]))):
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels).save(tmp_path / name / "1.png")
+
+    def found(mirrored: bool, kind: str) -> list[np.ndarray]:
+        out, pictures = tmp_path / f"out {mirrored}", []
+        for name in ("as it is", "mirrored"):
+            record, faults = predicted(model, tmp_path / name, out, "png", force=True, maps=True, mirrored=mirrored)
+            assert (record["views"], faults) == (["identity", "flip"] if mirrored else ["identity"], [])
+            pictures.append(np.asarray(Image.open(out / "001" / kind / "0001.png")).astype(int))
+        return [pictures[0], pictures[1][:, ::-1]]
+
+    for kind, nearly in (("mask", 0), ("expert", 0), ("disagreement", 1)):
+        one, other = found(True, kind)
+        assert np.abs(one - other).max() <= nearly, kind
+        assert not np.array_equal(*found(False, kind)), "one view alone knows left from right"
+
+
 MAPS = {"overlay": "RGB", "disagreement": "L", "expert": "P"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from icmoe.backbone import Backbone
+from icmoe.evaluation import ALONE, mean_logits
 from icmoe.features import Features
 from icmoe.mixture import Mixture
 from icmoe.model import ICMoE
-from icmoe.preprocess import prepare, restore
+from icmoe.preprocess import apply_view, prepare, restore, view_target
+from icmoe.study import View
 from icmoe.voting import disagreement
 
 
@@ -37,7 +40,7 @@ class Maps:
 
 
 @torch.no_grad()
-def maps_of(model: ICMoE | Mixture, backbone: Backbone, image_HW: npt.NDArray[np.float32]) -> Maps:
+def maps_of(model: ICMoE | Mixture, backbone: Backbone, image_HW: npt.NDArray[np.float32], views: Sequence[View] = ALONE) -> Maps:
     """Return the maps of one picture: logits are interpolated to its pixels, as in `icmoe.evaluation`, the largest is taken.
 
     Parameters
@@ -48,21 +51,38 @@ def maps_of(model: ICMoE | Mixture, backbone: Backbone, image_HW: npt.NDArray[np
         The study's.
     image_HW
         Upright grey values in [0, 1] on the scale of the series.
+    views
+        Views of the picture whose class probabilities, gates and disagreements are averaged.
     """
-    device = next(backbone.buffers()).device
-    features = _rounded(backbone.encode(prepare(image_HW, backbone.image_size)[None].to(device)))
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        output = model(features)
+    prepared_3SS = prepare(image_HW, backbone.image_size)
+    said = [_said(model, backbone, prepared_3SS, view) for view in views]
 
     def on_pixels(maps_BXhw: Tensor) -> Tensor:
-        return restore(maps_BXhw[0].float().cpu(), (image_HW.shape[0], image_HW.shape[1]))
+        return restore(maps_BXhw[0].cpu(), (image_HW.shape[0], image_HW.shape[1]))
 
-    classes_HW = _largest(on_pixels(output.logits_BKhw))
-    if output.experts is None:
+    classes_HW = _largest(on_pixels(mean_logits([logits_BKhw for logits_BKhw, _ in said])))
+    experts = [maps_BXHW for _, maps_BXHW in said if maps_BXHW is not None]
+    if not experts:
         return Maps(classes_HW)
-    votes_BMKHW, gates_BMHW = output.experts.log_votes_BMKHW.exp(), output.experts.gates_BMHW
-    disagreement_1HW = on_pixels(disagreement(votes_BMKHW, gates_BMHW)[:, None]).clamp(0.0, 1.0)
-    return Maps(classes_HW, disagreement_1HW[0].numpy(), _largest(on_pixels(gates_BMHW)))
+    maps_XHW = on_pixels(torch.stack(experts).mean(dim=0))
+    return Maps(classes_HW, maps_XHW[0].clamp(0.0, 1.0).numpy(), _largest(maps_XHW[1:]))
+
+
+def _said(model: ICMoE | Mixture, backbone: Backbone, prepared_3SS: Tensor, view: View) -> tuple[Tensor, Tensor | None]:
+    """Return log class probabilities of one view and, where there are experts, their disagreement followed by the gates.
+
+    Both as the picture lies, whichever way the view does.
+    """
+    device = next(backbone.buffers()).device
+    features = _rounded(backbone.encode(apply_view(prepared_3SS, view)[None].to(device)))
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        output = model(features)
+    logits_BKhw = view_target(output.logits_BKhw.float().log_softmax(dim=1), view)
+    if output.experts is None:
+        return logits_BKhw, None
+    gates_BMHW = output.experts.gates_BMHW
+    apart_BHW = disagreement(output.experts.log_votes_BMKHW.exp(), gates_BMHW)
+    return logits_BKhw, view_target(torch.cat([apart_BHW[:, None], gates_BMHW], dim=1).float(), view)
 
 
 def _rounded(features: Features) -> Features:

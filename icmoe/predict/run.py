@@ -32,6 +32,7 @@ from icmoe.data.ingest.walking import walk
 from icmoe.data.picture import Picture
 from icmoe.device import available_device
 from icmoe.errors import Fault, IcmoeError
+from icmoe.evaluation import ALONE, MIRRORED
 from icmoe.mixture import Mixture
 from icmoe.model import ICMoE
 from icmoe.modelfile import ModelHeader, read_model
@@ -39,6 +40,7 @@ from icmoe.predict import dicom_seg, nifti, pictures
 from icmoe.predict.maps import Maps, maps_of
 from icmoe.predict.output import RECORD, require_free, staged
 from icmoe.predict.stacks import Frame, Series, Stack, find_series
+from icmoe.study import View
 from icmoe.window import ValueCounts, Window, normalise
 
 Form = Literal["dicom-seg", "nifti", "png"]
@@ -59,6 +61,8 @@ class Prediction:
         What is written.
     maps
         Whether overlays, disagreement and deciding experts are written too.
+    views
+        Views of each picture whose predictions are averaged.
     progress
         Bars "decode" and "segment".
     passed_over
@@ -72,6 +76,7 @@ class Prediction:
     backbone: Backbone
     form: Form
     maps: bool
+    views: tuple[View, ...]
     progress: Progress
     passed_over: list[list[str]]
     stacks: list[dict[str, Any]] = field(default_factory=list)
@@ -159,7 +164,7 @@ class Prediction:
             if key not in blank and window is not None:
                 turn = upright(stack.frames[place].plane)
                 grey_HW = normalise(picture.values_V, window).take(picture.ranks_HW)
-                maps = maps_of(self.model, self.backbone, turn.turn(grey_HW))
+                maps = maps_of(self.model, self.backbone, turn.turn(grey_HW), self.views)
                 classes_DHW[place] = turn.turned_back(maps.classes_HW)
                 if self.maps:
                     self._write_maps(folder, place, grey_HW, classes_DHW[place], maps, turn.turned_back)
@@ -225,6 +230,7 @@ def predict_study(
     checkpoint: Path | None,
     device_name: str,
     maps: bool,
+    mirrored: bool = False,
     force: bool,
     console: Console,
 ) -> tuple[dict[str, Any], list[Fault]]:
@@ -242,6 +248,8 @@ def predict_study(
         cpu, cuda or cuda:N.
     maps
         Whether to write overlays, disagreement and deciding experts too.
+    mirrored
+        Whether the prediction is averaged with that of the mirrored picture.
     force
         Whether a former prediction may be replaced.
     console
@@ -286,6 +294,7 @@ def predict_study(
                 backbone=backbone,
                 form=form,  # type: ignore[arg-type]  # checked above
                 maps=maps,
+                views=MIRRORED if mirrored else ALONE,
                 progress=progress,
                 passed_over=passed_over,
                 faults=faults,
@@ -308,6 +317,7 @@ def _whole(work: Prediction) -> dict[str, Any]:
     return {
         "model": work.header.record() | {"digest": work.digest},
         "format": work.form,
+        "views": list(work.views),
         "labels": [label.model_dump(mode="json") for label in work.header.study.labels],
         "experts": list(work.model.expert_names),
         "stacks": work.stacks,
