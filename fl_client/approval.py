@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from icmoe.atomic import prepared
+from icmoe.atomic import prepared, read_regular
 from icmoe.chain import Entry
 from icmoe.config import Section
 from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
@@ -61,7 +61,7 @@ def read_approvals(state: Path) -> tuple[Approval, ...]:
     found: list[Approval] = []
     for path in sorted((state / FOLDER).glob("*.json")):
         try:
-            content = path.read_bytes()
+            content = read_regular(path)
             found.append(Approval.model_validate_json(content))
             digest = _digest(json.loads(content)["study"])
         except (OSError, ValidationError) as error:

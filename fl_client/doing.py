@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from typing import IO
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from icmoe.atomic import write_atomically
+from icmoe.atomic import read_regular, regular, write_atomically
 from icmoe.processes import is_locked
 
 FILE, LOCK, SAID = "doing.json", "doing.lock", "said.json"
@@ -107,7 +108,7 @@ def _held(state: Path) -> IO[bytes] | None:
     """Return the lock by which a reader knows that the training lives: one that is killed leaves its file behind."""
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = (state / LOCK).open("wb")
+        lock = os.fdopen(regular(state / LOCK, os.O_WRONLY | os.O_CREAT), "wb")
     except OSError:
         return None
     with suppress(OSError):  # a training that is being ended beside it may hold it still
@@ -120,7 +121,7 @@ def doing_now(state: Path) -> Doing | None:
     if not is_locked(state / LOCK):
         return None
     try:
-        return _FORM.validate_json((state / FILE).read_bytes())
+        return _FORM.validate_json(read_regular(state / FILE))
     except (OSError, ValidationError):
         return None
 

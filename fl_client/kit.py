@@ -11,7 +11,7 @@ from cryptography import x509
 from rich.console import Console
 
 from fl_client.credentials import make_node_key, parse_ca, read_node_key
-from icmoe.atomic import write_atomically
+from icmoe.atomic import read_regular, write_atomically
 from icmoe.config import parse
 from icmoe.errors import Fault, IcmoeError
 from icmoe.joining import (
@@ -164,7 +164,7 @@ def _write(site_file: Path, kit: Kit, files: dict[str, bytes], ca: x509.Certific
 def _says(site_file: Path, section: str) -> bool:
     """Return whether the site file has this section already."""
     try:
-        found = tomllib.loads(site_file.read_text(encoding="utf-8-sig"))
+        found = tomllib.loads(read_regular(site_file).decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return False  # `check` explains it
     wanted: dict[str, str] = tomllib.loads(section)["coordinator"]

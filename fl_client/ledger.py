@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from icmoe.atomic import regular
 from icmoe.chain import digest_of
 from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.receipts import EMPTY, Head
@@ -201,7 +202,7 @@ def _opened(state: Path, site: str, deadline_s: float) -> Iterator[sqlite3.Conne
     path = state / FILE
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        os.close(regular(path, os.O_RDWR | os.O_CREAT, 0o600))
         with closing(sqlite3.connect(path, timeout=deadline_s, isolation_level=None)) as connection:
             connection.execute("PRAGMA synchronous = EXTRA")  # FULL may lose a commit's last step with the power
             connection.execute("BEGIN IMMEDIATE")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from icmoe.atomic import write_atomically
+from icmoe.atomic import read_regular, write_atomically
 from icmoe.data.ingest.pseudonyms import SECRET_FILE, site_pseudonyms
 from icmoe.errors import Fault, IcmoeError
 
@@ -75,6 +75,6 @@ def _check(folder: Path) -> str:
 def _known(path: Path) -> Known | None:
     """Return what was noted, None where nothing was; a damaged note is made anew with the next ingest."""
     try:
-        return Known.model_validate_json(path.read_bytes())
+        return Known.model_validate_json(read_regular(path))
     except (FileNotFoundError, NotADirectoryError, ValidationError):
         return None

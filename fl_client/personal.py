@@ -10,6 +10,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fl_client.by_round import KEPT, keep, last_until, round_path
+from icmoe.atomic import read_regular
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import State
 from icmoe.kinds import is_personal
@@ -35,7 +36,7 @@ def with_personal(state: Mapping[str, Tensor], folder: Path, study: Study, site:
     if path is None:
         return dict(state)
     try:
-        own = load(path.read_bytes())
+        own = load(read_regular(path))
     except (OSError, SafetensorError) as error:
         fault = Fault(number=304, where=site, what="personal parts of the last round are damaged", value=type(error).__name__)
         raise IcmoeError(fault) from None

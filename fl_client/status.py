@@ -20,6 +20,7 @@ from fl_client.doing import SAID, doing_now
 from fl_client.history import rounds_of
 from fl_client.ledger import FILE as LEDGER
 from fl_client.site import SiteFile, read_named, records_of
+from icmoe.atomic import read_regular
 from icmoe.processes import is_locked
 
 Status = dict[str, Any]
@@ -134,7 +135,7 @@ def ago(since: float) -> str:
 
 def _connection(state: Path) -> Status | None:
     try:
-        found = json.loads((state / SAID).read_bytes())
+        found = json.loads(read_regular(state / SAID))
         since = float(found["since"])
         return {"says": str(found["says"]), "since": since, "run": found["run"]} if math.isfinite(since) else None
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):

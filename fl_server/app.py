@@ -34,7 +34,7 @@ from fl_server.run_state import KEPT, RunState, latest_state
 from fl_server.study_card import write_study_card
 from fl_server.sums import FromSums
 from fl_server.waiting import begun, write_wait
-from icmoe.atomic import write_atomically
+from icmoe.atomic import regular, write_atomically
 from icmoe.errors import Fault, IcmoeError, faults_of, print_faults
 from icmoe.exchange import global_state
 from icmoe.model import build_model
@@ -180,7 +180,7 @@ def only_run_of(path: Path) -> Iterator[None]:
         506 where another run holds it for `HANDOVER_S`.
     """
     ends = time.monotonic() + HANDOVER_S
-    with lock_path(path).open("a") as lock:
+    with open(lock_path(path), "a", opener=regular) as lock:
         while not _held(lock):
             if time.monotonic() > ends:
                 raise IcmoeError(Fault(number=506, where=path.parent.name, did="This run ends; the other goes on."))

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from fl_server import audit
 from fl_server.guard import Memory
 from fl_server.run_state import latest_state
-from icmoe.atomic import write_atomically
+from icmoe.atomic import read_regular, write_atomically
 from icmoe.errors import Fault, IcmoeError
 from icmoe.processes import is_locked
 from icmoe.study import read_study
@@ -41,7 +41,7 @@ def is_held(study: Path) -> bool:
 def read_lifted(study: Path) -> dict[str, int]:
     """Return, by site, the round after which a person let it in again; empty where nobody did or the file is damaged."""
     try:
-        return _LIFTED.validate_json(study.with_suffix(".lifted.json").read_bytes())
+        return _LIFTED.validate_json(read_regular(study.with_suffix(".lifted.json")))
     except (OSError, ValidationError):
         return {}
 

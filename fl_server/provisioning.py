@@ -31,7 +31,7 @@ from fl_server.certificates import (
 )
 from fl_server.consortium import read_consortium
 from fl_server.home import Home, find_home
-from icmoe.atomic import write_atomically
+from icmoe.atomic import read_regular, write_atomically
 from icmoe.errors import Fault, IcmoeError, print_faults
 from icmoe.joining import CHECKSUMS, Kit, checksum_text, kit_digest, parse_certificate, validity_fault
 from icmoe.private import read_private, read_small
@@ -90,7 +90,7 @@ def provision(source: Path, folder: Path, *, renew: bool, now: dt.datetime) -> P
         _write(home.secret, secrets.token_hex(32).encode(), changes, private=True)
     read_private(home.secret)
     kits = {name: _provide_kit(home, name, changes) for name in consortium.site_names}
-    _write(home.file, source.read_bytes(), changes)
+    _write(home.file, read_regular(source), changes)
     gone = sorted({path.parent.name for path in (folder / "sites").glob("*/kit")} - set(consortium.site_names))
     notes = [f"{name} is not in {source.name} any more; its key works until: fl_server revoke {name}" for name in gone]
     if old is not None and old != ca:
@@ -161,7 +161,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _write(path: Path, data: bytes, changes: list[str], *, private: bool = False) -> None:
-    if not path.exists() or path.read_bytes() != data:
+    if not path.exists() or read_regular(path) != data:
         write_atomically(path, data, private=private)
         changes.append(str(path))
 
@@ -201,7 +201,7 @@ def _provide_kit(home: Home, site: str, changes: list[str]) -> str:
     """Write a site's kit and return its digest."""
     kit = Kit(consortium=home.consortium.name, site=site, address=home.address)
     lines = [f"{key} = {json.dumps(value)}\n" for key, value in kit.model_dump().items()]
-    files = {"kit.toml": "".join(lines).encode(), "ca.crt": home.signing_ca.read_bytes()}
+    files = {"kit.toml": "".join(lines).encode(), "ca.crt": read_small(home.signing_ca)}
     folder = home.site(site) / "kit"
     for name, data in {**files, CHECKSUMS: checksum_text(files)}.items():
         _write(folder / name, data, changes)

@@ -17,7 +17,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fl_server.grid import InFront
-from icmoe.atomic import write_atomically
+from icmoe.atomic import regular, write_atomically
 from icmoe.errors import CATALOGUE, Fault, print_faults
 from icmoe.messages import CONFIG, NUMBERS, ROUND_KEY
 from icmoe.receipts import EMPTY, LEDGER_KEY, RECEIPT_KEY, Head, head_of, receipt_of, receipt_text
@@ -131,7 +131,7 @@ def receipt(folder: Path, site: str) -> Head:
 def keep_receipt(folder: Path, site: str, head: Head) -> None:
     """Keep the further one of a site's receipt and this head; several studies may run at once."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as lock:
+    with open(folder / ".lock", "a", opener=regular) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if head.count > receipt(folder, site).count:
             write_atomically(folder / f"{site}.receipt", receipt_text(head).encode())

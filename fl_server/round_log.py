@@ -11,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
+from icmoe.atomic import regular
+
 RoundRecord = dict[str, Any]
 
 
@@ -86,7 +88,7 @@ class RoundLog(Sequence[RoundRecord]):
     def _lines(self) -> Iterator[bytes]:
         if self._path is None or not self._size_bytes:
             return
-        with self._path.open("rb") as file:
+        with open(self._path, "rb", opener=regular) as file:
             left = self._size_bytes
             while left > 0 and (line := file.readline(left)):
                 left -= len(line)
@@ -129,7 +131,7 @@ def _write_at(path: Path, offset_bytes: int, lines: bytes) -> None:
     """Let the file end with these lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with path.open("r+b" if path.exists() else "wb") as file:
+        with open(path, "r+b" if path.exists() else "wb", opener=regular) as file:
             file.truncate(offset_bytes)
             file.seek(offset_bytes)
             file.write(lines)

@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 from fl_server.round_log import RoundLog
 from fl_server.round_strategy import State, Tensors
-from icmoe.atomic import write_atomically
+from icmoe.atomic import regular, write_atomically
 from icmoe.errors import Fault, IcmoeError, print_faults
 from icmoe.study import Study
 
@@ -92,6 +92,7 @@ class RunState:
             502 where the file is damaged or belongs to another study.
         """
         try:
+            os.close(regular(path, os.O_RDONLY))  # safetensors waits for the other end of a pipe
             with safe_open(path, framework="numpy") as file:
                 header = json.loads(file.metadata()["state"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
@@ -135,7 +136,7 @@ def newest_readable(path: Path, study: Study) -> tuple[RunState | None, list[Fau
     IcmoeError
         502 where no commit can be used.
     """
-    if not path.exists():
+    if not os.path.lexists(path):  # a link to nothing is a damaged commit, no new study
         return None, []
     try:
         return RunState.load(path, study), []

@@ -10,6 +10,7 @@ from typing import Any
 
 from fl_server.round_log import RoundRecord
 from icmoe.accounting import study_epsilon
+from icmoe.atomic import read_regular
 from icmoe.errors import IcmoeError
 from icmoe.modelcard import PrivacySpent, SiteLine, write_card
 from icmoe.modelfile import ModelHeader
@@ -54,6 +55,6 @@ def _spent(study: Study, history: Sequence[RoundRecord]) -> list[PrivacySpent]:
 def _patients(data_check: Path) -> dict[str, int]:
     """Return training patients in tens of the sites that share a summary."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        found: dict[str, Any] = json.loads(data_check.read_bytes())
+        found: dict[str, Any] = json.loads(read_regular(data_check))
         return {name: int(summary["patients"]) for name, summary in found["summaries"].items()}
     return {}  # absent or damaged: no reason to fail a study that is complete

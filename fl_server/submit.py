@@ -15,7 +15,7 @@ from fl_server.guard import Memory
 from fl_server.home import Home
 from fl_server.round_log import RoundRecord, last_score
 from fl_server.run_state import RunState, latest_state
-from icmoe.atomic import write_atomically
+from icmoe.atomic import read_regular, write_atomically
 from icmoe.bundle import PACKAGES, bundle_files
 from icmoe.errors import Fault, IcmoeError, faults_of, print_faults
 from icmoe.server_privacy import spending_sentence
@@ -80,7 +80,7 @@ class StudyFolder:
 
     def _runs(self) -> dict[str, Any]:
         try:
-            found = json.loads((self.path / "run.json").read_text())
+            found = json.loads(read_regular(self.path / "run.json"))
         except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -113,14 +113,14 @@ class StudyFolder:
     def waiting(self) -> str:
         """Return whom the run waits for and until when, as it said last."""
         try:
-            return waiting_path(self.study).read_text()
+            return read_regular(waiting_path(self.study)).decode()
         except (OSError, ValueError):
             return ""
 
     def faults(self) -> list[Fault]:
         """Return what stopped the last run, where it could say."""
         try:
-            rows = json.loads((self.path / "study.faults.json").read_text())
+            rows = json.loads(read_regular(self.path / "study.faults.json"))
             return [Fault(**{key: value for key, value in row.items() if key != "sentence"}) for row in rows]
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             return []
@@ -172,7 +172,7 @@ def start(home: Home, path: Path, *, resume: bool = False) -> tuple[Study, Study
     elif last is not None and not last.finished:
         value = f"run {last.run_id}, {last.status}"
         raise IcmoeError(Fault(number=506, where=study.name, value=value, did="Nothing was submitted."))
-    write_atomically(folder.study, path.read_bytes())
+    write_atomically(folder.study, read_regular(path))
     (folder.path / "study.faults.json").unlink(missing_ok=True)
     app = home.folder / "app"
     write_app(app)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, Field, ValidationError
 
-from icmoe.atomic import write_atomically
+from icmoe.atomic import regular, write_atomically
 from icmoe.config import Section
 from icmoe.errors import Fault, IcmoeError
 
@@ -107,7 +107,7 @@ def read_wait(study: Path) -> Wait | None:
     """
     path = wait_path(study)
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular) as file:
             return Wait.model_validate_json(file.read(LARGEST_BYTES))
     except FileNotFoundError:
         return None

@@ -1,12 +1,41 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and files that are files: a named pipe in place of one keeps nobody waiting."""
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+def regular(path: str | Path, flags: int, mode: int = 0o666) -> int:
+    """Return the descriptor of a regular file, an opener for `open`: a pipe would wait for its other end, a device never end.
+
+    Raises
+    ------
+    OSError
+        Where the file cannot be opened or is none.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK, mode)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the bytes of a regular file.
+
+    Raises
+    ------
+    OSError
+        As `regular`.
+    """
+    with open(path, "rb", opener=regular) as file:
+        return file.read()
 
 
 def write_atomically(path: Path, data: bytes, *, durable: bool = True, private: bool = False) -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from icmoe.atomic import regular
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -125,7 +127,7 @@ BACKBONES: dict[str, Known] = {
 
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+from icmoe.atomic import read_regular, regular
 from icmoe.chain import Entry, first_broken
 from icmoe.errors import Fault, IcmoeError
 
@@ -29,7 +30,7 @@ def add_line(path: Path, following: Callable[[Sequence[bytes]], Entry]) -> Entry
         Returns the entry that follows the whole lines of the file; nothing is written where it raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = regular(path, os.O_RDWR | os.O_CREAT, 0o600)
     with os.fdopen(descriptor, "r+b", buffering=0) as file:  # a buffer would write the line again when it is closed
         fcntl.flock(file, fcntl.LOCK_EX)
         whole = _whole(file.read())
@@ -61,7 +62,7 @@ def read_chain(path: Path, broken: Broken, *, apart: Collection[str] = ()) -> li
     IcmoeError
         The fault of the first line that does not fit.
     """
-    lines = _whole(path.read_bytes()).splitlines() if path.exists() else []
+    lines = _whole(read_regular(path)).splitlines() if os.path.lexists(path) else []  # a link to nothing is no new log
     entries = [parsed(line, number, broken) for number, line in enumerate(lines, start=1)]
     if number := first_broken(entries, apart=apart):
         raise IcmoeError(broken(number))

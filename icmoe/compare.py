@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from icmoe.atomic import read_regular
 from icmoe.errors import Fault, IcmoeError
 
 FILE = "results.json"
@@ -125,7 +126,7 @@ def read_results(path: Path, *, did: str = "Nothing was compared.") -> Results:
     """
     file = path / FILE if path.is_dir() else path
     try:
-        return Results.model_validate_json(file.read_bytes())
+        return Results.model_validate_json(read_regular(file))
     except OSError as error:
         raise IcmoeError(Fault(number=205, where=str(file), value=error.strerror or "", did=did)) from None
     except ValidationError as error:

@@ -17,6 +17,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from icmoe.atomic import regular
+
 LENGTH_BYTES = 8
 FIRST_READ_BYTES = 4096
 HEADER_MOST_BYTES = 2**20
@@ -45,7 +47,7 @@ class EntryFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDONLY)
+        self._file = regular(path, os.O_RDONLY)
         try:
             self.places = self._table()
         except BaseException:

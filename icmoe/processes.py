@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from icmoe.atomic import regular
+
 FIRST_DELAY_S, LONGEST_DELAY_S, LONG_LIFE_S = 1.0, 15.0, 120.0
 
 
@@ -91,7 +93,7 @@ def private_files() -> Iterator[None]:
 def is_locked(path: Path) -> bool:
     """Return whether a process holds this lock file; not where there is none, or it cannot be opened."""
     try:
-        with path.open("rb") as lock:
+        with open(path, "rb", opener=regular) as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

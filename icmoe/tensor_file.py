@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from icmoe.atomic import regular
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -20,6 +23,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     OSError, SafetensorError, ValueError
         Where the file cannot be read, is damaged, or holds a type that NumPy or ``from_numpy`` does not know, such as bfloat16.
     """
+    os.close(regular(path, os.O_RDONLY))  # safetensors waits for the other end of a pipe
     with safe_open(path, framework="np") as file:
         try:
             tensors = {name: torch.from_numpy(file.get_tensor(name)) for name in sorted(file.keys())}

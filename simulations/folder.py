@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from icmoe.atomic import write_atomically
+from icmoe.atomic import read_regular, regular, write_atomically
 from icmoe.compare import read_results
 from icmoe.errors import Fault, IcmoeError
 from simulations.hospitals import find_hospitals
@@ -71,7 +72,7 @@ class RunFolder:
         had_phantoms = self.phantoms.exists()
         try:
             self.work.mkdir(parents=True, exist_ok=True)
-            lock = (self.work / "lock").open("w")
+            lock = os.fdopen(regular(self.work / "lock", os.O_WRONLY | os.O_CREAT), "w")
         except OSError as error:
             fault = Fault(number=205, where=str(self.root), what="output folder cannot be written", value=error.strerror or "")
             raise IcmoeError(fault) from None
@@ -97,7 +98,7 @@ class RunFolder:
         """
         did = "Nothing was started."
         read_results(self.results, did=did)
-        results: dict[str, Any] = json.loads(self.results.read_bytes())
+        results: dict[str, Any] = json.loads(read_regular(self.results))
         settings, kept = simulation.model_dump(mode="json"), results["configuration"].get("simulation", {})
         other = ["study"] if results["study_digest"] != study.digest else []
         other += [name for name in DECIDING if kept.get(name) != settings[name]]
@@ -148,7 +149,7 @@ class RunFolder:
         if not path.exists():
             write_atomically(path, json.dumps(dict(identity), sort_keys=True).encode())
             return
-        before = json.loads(path.read_text())
+        before = json.loads(read_regular(path))
         changed = sorted(key for key in before if identity.get(key) != before[key])  # a former version wrote fewer keys
         if changed:
             fault = Fault(

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from icmoe.atomic import regular
 from icmoe.config import Section
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Study
@@ -55,7 +56,7 @@ def read_references(path: Path) -> References:
         523 where the file cannot be read, is no results.json, or holds neither local nor pooled training.
     """
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular) as file:
             found = _of(json.loads(file.read(LARGEST_BYTES)))
     except OSError as error:
         raise _refusal(path, error.strerror or "") from None

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from icmoe.atomic import read_regular
 from icmoe.config import in_utf16
 from icmoe.errors import Fault, IcmoeError
 
@@ -128,7 +129,7 @@ def spacing_mm(row: Row, *, did: str) -> tuple[float, float, float] | None:
 
 def _text(path: Path, where: str) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_regular(path).decode("utf-8-sig")
     except FileNotFoundError:
         raise IcmoeError(Fault(number=109, where=str(path), what="split file is missing", did=_NOT_STARTED)) from None
     except OSError as error:

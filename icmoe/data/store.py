@@ -15,7 +15,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from icmoe.atomic import write_atomically
+from icmoe.atomic import read_regular, write_atomically
 from icmoe.errors import Fault, IcmoeError
 
 SUFFIX = ".safetensors"
@@ -54,7 +54,7 @@ def read_stored(path: Path) -> Stored:
     """
     todo = "Run ingest again."
     try:
-        tensors = load(path.read_bytes())
+        tensors = load(read_regular(path))
         values_V, ranks_HW = tensors[VALUES], tensors[RANKS]
         classes_HW = tensors[CLASSES] if CLASSES in tensors else np.zeros(ranks_HW.shape, dtype=np.uint8)
     except FileNotFoundError:

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from icmoe.atomic import regular
 from icmoe.data.ingest.records import FileRecord, FrameResult, Record
 from icmoe.errors import Fault, IcmoeError
 
@@ -86,7 +87,7 @@ def claimed(folder: Path) -> Iterator[sqlite3.Connection]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = (folder / "lock").open("w")
+        lock = os.fdopen(regular(folder / "lock", os.O_WRONLY | os.O_CREAT), "w")
     except OSError as error:
         raise IcmoeError(Fault(number=129, where=str(folder), value=error.strerror or "", did="Nothing was read.")) from None
     with lock:
@@ -95,8 +96,7 @@ def claimed(folder: Path) -> Iterator[sqlite3.Connection]:
         except OSError:
             raise IcmoeError(Fault(number=130, where=str(folder), did="Nothing was read.")) from None
         _locks.add(lock)
-        descriptor = os.open(folder / INDEX, os.O_CREAT | os.O_RDWR, 0o600)
-        os.close(descriptor)
+        os.close(regular(folder / INDEX, os.O_CREAT | os.O_RDWR, 0o600))
         with _connected(folder) as connection:
             connection.execute("pragma secure_delete = on")
             connection.execute("pragma journal_mode = wal")  # a step then waits for no disk; closing empties the log

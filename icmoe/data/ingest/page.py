@@ -14,7 +14,7 @@ import numpy.typing as npt
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from icmoe.atomic import write_atomically
+from icmoe.atomic import read_regular, write_atomically
 from icmoe.data.ingest import index
 from icmoe.data.ingest.quality import Values, quality_record
 from icmoe.data.store import entry_path, read_stored
@@ -72,7 +72,7 @@ def drop_report(store: Path) -> None:
 
 def _known(store: Path, state: str) -> Values | None:
     try:
-        record = json.loads((store / RECORD).read_bytes()) if (store / PAGE).is_file() else None
+        record = json.loads(read_regular(store / RECORD)) if (store / PAGE).is_file() else None
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and record.get("state") == state else None

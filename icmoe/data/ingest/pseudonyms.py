@@ -11,7 +11,7 @@ import re
 import secrets
 from pathlib import Path
 
-from icmoe.atomic import write_atomically
+from icmoe.atomic import read_regular, write_atomically
 from icmoe.data.ingest.folding import folded
 from icmoe.data.ingest.index import INDEX
 from icmoe.errors import Fault, IcmoeError
@@ -70,7 +70,7 @@ def site_pseudonyms(folder: Path) -> Pseudonyms:
                 )
                 raise IcmoeError(_fault(path, what, "", todo=todo))
             write_atomically(path, secrets.token_bytes(SECRET_BYTES), private=True)
-        secret, mode = path.read_bytes(), path.stat().st_mode & 0o077
+        secret, mode = read_regular(path), path.stat().st_mode & 0o077
     except OSError as error:
         raise IcmoeError(_fault(path, "secret of the site cannot be read", error.strerror or "")) from None
     if len(secret) != SECRET_BYTES:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from icmoe.atomic import read_regular
 from icmoe.config import in_utf16
 from icmoe.data.ingest import index
 from icmoe.data.ingest.folding import folded
@@ -137,7 +138,7 @@ def _settings(export: Export) -> str:
     splits = b""
     if export.split_file is not None:
         with suppress(OSError):  # ingest tells of it
-            splits = export.split_file.read_bytes()
+            splits = read_regular(export.split_file)
     said = export.settings.model_dump_json(exclude={"store", "processes"})
     return hashlib.sha256(said.encode() + splits).hexdigest()
 
@@ -294,7 +295,7 @@ def _splits(path: Path | None) -> dict[str, str]:
     did = "Nothing was read."
     todo = "Expected columns patient and split with train, val or test."
     try:
-        reader = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines())
+        reader = csv.DictReader(read_regular(path).decode("utf-8-sig").splitlines())
         rows = list(reader)
     except OSError as error:
         todo = "Correct split_file under [ingest]."

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from icmoe.atomic import regular
 from icmoe.data.ingest.index import INDEX
 from icmoe.errors import Fault, IcmoeError
 
@@ -72,7 +73,7 @@ def no_longer_shown(folder: Path, stores: Sequence[Path]) -> Iterator[Iterator[s
 def _opened(folder: Path) -> Iterator[sqlite3.Connection]:
     path = folder / SHOWN
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        os.close(regular(path, os.O_CREAT | os.O_RDWR, 0o600))
     except OSError as error:
         raise IcmoeError(_fault(path, "list of pictures cannot be used", error.strerror or "", "Put that right.")) from None
     connection = sqlite3.connect(path, timeout=30.0, isolation_level=None)
