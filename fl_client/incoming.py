@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def server_noise(study: Study, count: int) -> float:
 
 def _last(path: Path, like: State) -> tuple[int, State | None]:
     """Return the last global model and after how many rounds it came, refused unless it is of this one's form."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return 0, None
     todo = "Remove the file; the next global model is then only checked for its size."
     try:

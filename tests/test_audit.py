@@ -135,6 +135,10 @@ def test_the_last_global_model_must_be_whole(audited: Participant) -> None:
         kept.unlink()
         kept.write_bytes(damaged)
         assert number_of(ask(audited, request(study))) == 321
+    for target in (kept.name, "nothing"):  # of a loop and of a link to nothing, a path only says that it is not there
+        kept.unlink()
+        kept.symlink_to(target)
+        assert number_of(ask(audited, request(study))) == 321
 
 
 def test_hospitals_compare_the_digests_of_a_round(audited: Participant, hospital: Path, tmp_path: Path) -> None:
