@@ -20,7 +20,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fl_client.budget import releases_of, require_fit, require_room, round_spending
-from fl_client.by_round import KEPT
+from fl_client.by_round import KEPT, require_none_forgotten
 from fl_client.causes import cause_of
 from fl_client.doing import Doing, telling
 from fl_client.egress import Request, decline, release
@@ -90,7 +90,8 @@ def describe(request: Request) -> Outgoing:
 def train(request: Request) -> Outgoing:
     """Score the incoming model on the site's validation patients, train it for one round, answer with the update.
 
-    At a hospital the round is paid for before it starts, and one that was finished before is sent again as it was.
+    At a hospital the round is paid for before it starts, and one that was finished before is sent again as it was. What was
+    trained while a patient was forgotten is not sent.
     """
     start = incoming_of(request)
     model = model_of(request, start)
@@ -106,6 +107,7 @@ def train(request: Request) -> Outgoing:
         return _trained(request, start, model)
 
     found = finished_or(request.site.state_folder, request.study, request.round_number, incoming, spend_and_train)
+    require_none_forgotten(request.site.state_folder, request.site.forgot)
     if request.study.update.form == "float32" or found.tensors is None:
         return found
     return replace(found, tensors=coarsened(dict(found.tensors), request.site.policy.mantissa_bits))

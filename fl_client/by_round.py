@@ -6,9 +6,11 @@ away. Trained again it therefore starts from the same, and ends with the same by
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
-from icmoe.atomic import write_atomically
+from icmoe.atomic import read_regular, write_atomically
+from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Study
 
 KEPT = 4
@@ -16,6 +18,9 @@ KEPT = 4
 
 FINISHED, OWED = "finished", "owed"
 """Folder of the finished updates, and beginning of the files of what their rounding left out."""
+
+FORGOT = "forgot"
+"""Changes whenever a patient is forgotten whose images were in use."""
 
 
 def round_path(folder: Path, study: Study, site: str, what: str, round_number: int) -> Path:
@@ -53,7 +58,43 @@ def _kept(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.name.split('-')[0]}-*.safetensors"))
 
 
+def forgot(state: Path) -> str:
+    """Return what the last `forget_unsent` left, another text each time; empty before the first."""
+    try:
+        return read_regular(state / FORGOT).hex()
+    except FileNotFoundError:
+        return ""
+
+
 def forget_unsent(state: Path) -> None:
-    """Remove what the site would still send of finished rounds: kept updates, and what their rounding left out."""
+    """Remove what the site would still send of finished rounds: kept updates, and what their rounding left out.
+
+    It is noted first: a training that goes on beside it looks after it has written its update, and removes that itself.
+    """
+    write_atomically(state / FORGOT, secrets.token_bytes(16), private=True)
+    _remove_unsent(state)
+
+
+def require_none_forgotten(state: Path, before: str) -> None:
+    """Refuse to send what was trained while a patient was forgotten, and remove it.
+
+    Parameters
+    ----------
+    state
+        The site's state folder.
+    before
+        What `forgot` returned before the site's data were read.
+
+    Raises
+    ------
+    IcmoeError
+        336 where it returns something else by now; the coordinator is not told more than that.
+    """
+    if forgot(state) != before:
+        _remove_unsent(state)
+        raise IcmoeError(Fault(number=336, did="The round's update was not sent."))
+
+
+def _remove_unsent(state: Path) -> None:
     for path in (*state.glob(f"*/{FINISHED}/*.safetensors"), *state.glob(f"*/*/{OWED}-*.safetensors")):
         path.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from flwr.app import Context
 
 from fl_client.approval import approved_study
 from fl_client.budget import Budget
+from fl_client.by_round import forgot
 from fl_client.policy import Policy, limit_gpu, require_hour
 from fl_client.records import Records
 from fl_client.signing import Signer
@@ -59,6 +60,8 @@ class Participant:
         What the site may tell about one patient in all.
     policy
         What the site allows, whatever a study says.
+    forgot
+        What `fl_client forget` had left before the slices were read.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Participant:
     key: Path | None = None
     budget: Budget | None = None
     policy: Policy = field(default_factory=Policy)
+    forgot: str = ""
 
     @property
     def records(self) -> Records | None:
@@ -133,6 +137,7 @@ def read_site(path: Path, digest: str) -> Participant:
     """
     settings = read_site_file(path)
     state_folder = path.parent / settings.state
+    before = forgot(state_folder)
     study = approved_study(state_folder, settings.name, digest, bundle_digest(bundle_files()))
     if faults := study_faults(path, settings, study):
         raise IcmoeError(*faults)
@@ -155,6 +160,7 @@ def read_site(path: Path, digest: str) -> Participant:
         key=key_path(path, settings),
         budget=settings.budget,
         policy=settings.policy,
+        forgot=before,
     )
 
 

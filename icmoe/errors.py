@@ -160,6 +160,7 @@ CATALOGUE: dict[int, Entry] = {
         "Free memory on its device: smaller parts were tried, down to one slice.",
     ),
     335: Entry("site cannot read or write its own files", "Read the site's log: a disk may be gone, or rights have changed."),
+    336: Entry("site's data changed while it trained", "Nothing: asked again, the site trains with what it has now."),
     401: Entry("frozen backbone changed during training", "Do not use the result; report the case with the two digests."),
     402: Entry(
         "site's patients do not fit the study's privacy", "Agree on other constants under [privacy.site], or leave the site out."

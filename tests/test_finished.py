@@ -16,6 +16,7 @@ from test_quality import site_file
 from fl_client import local_round
 from fl_client.approval import approved_studies
 from fl_client.audit import read_log
+from fl_client.by_round import forget_unsent, forgot
 from fl_client.finished import KEPT, finished_path
 from fl_client.ingesting import forget_patient, ingest_site
 from fl_client.ledger import read_ledger
@@ -23,6 +24,7 @@ from fl_client.owed import owed_path
 from fl_client.participant import Participant
 from fl_client.personal import personal_path
 from icmoe.messages import NUMBERS, UPDATE
+from icmoe.study import UpdateForm
 
 __all__ = ["hospital", "site"]
 
@@ -169,6 +171,29 @@ def test_updates_that_were_made_with_a_forgotten_patient_do_not_leave_any_more(t
         kept.touch()
     forget_patient(path, "Elm", "nobody")
     assert all(kept.exists() for kept in unsent)
+    before = forgot(state)
     forget_patient(path, "Elm", "one")
+    assert before == "" != forgot(state), "a training that goes on meanwhile would not know"
     assert not any(kept.exists() for kept in unsent)
     assert own.exists(), "what was learned stays learned, and stays here"
+
+
+@pytest.mark.parametrize("form", ["float32", "int8"])
+def test_what_was_trained_while_a_patient_was_forgotten_neither_leaves_nor_stays(
+    form: str, audited: Participant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = audited.studies[0].model_copy(update={"update": UpdateForm(form=form)})
+    own = replace(audited, studies=(study,))
+    train_round = local_round.train_round
+
+    def forgotten_meanwhile(*arguments, **settings):
+        forget_unsent(own.state_folder)
+        return train_round(*arguments, **settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fl_client.local_round.train_round", forgotten_meanwhile)
+        reply = ask(own, request(study, 1))
+    assert (reply.error.code, reply.error.reason) == (1336, "ICM336 site's data changed while it trained")
+    assert kept(own) == [] == [*own.state_folder.rglob("owed-*")]
+    sent(ask(replace(own, forgot=forgot(own.state_folder)), request(study, 1)))
+    assert len(kept(own)) == 1
