@@ -130,7 +130,8 @@ def _is_reached(came: object) -> bool:
     """Return whether a value is of the form of `reached`, or empty, as where the state could not be read."""
     if not isinstance(came, dict) or not came.keys() <= {"rounds_done", "val_dice"}:
         return False
-    return type(came.get("rounds_done", 0)) is int and isinstance(came.get("val_dice"), int | float | None)
+    dice = came.get("val_dice")
+    return type(came.get("rounds_done", 0)) is int and (dice is None or (type(dice) in {int, float} and 0.0 <= dice <= 1.0))
 
 
 def folder_of(home: Home, study: Study) -> StudyFolder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from contextlib import nullcontext
 from itertools import count
@@ -127,8 +128,20 @@ def test_a_study_whose_state_is_damaged_hides_no_other_run(make_study, tmp_path:
     assert "ICM502" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("came", [{"val_dice": "high"}, {"rounds_done": [1]}, {"run": 5}, {"study": ["tiny"]}, 1])
-def test_what_an_earlier_run_cannot_have_reached_is_passed_over(came: object, make_study, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "came",
+    [
+        {"val_dice": "high"},
+        {"rounds_done": [1]},
+        {"run": 5},
+        {"study": ["tiny"]},
+        1,
+        *({"val_dice": dice} for dice in (math.nan, math.inf, -1.0, True)),
+    ],
+)
+def test_what_an_earlier_run_cannot_have_reached_is_passed_over(
+    came: object, make_study, tmp_path: Path, monkeypatch, capsys
+) -> None:
     monkeypatch.setattr(flower, "runs", lambda _: RUNS)
     home = make_home(tmp_path)
     folder = play(home, make_study(), rounds=1, run_id="4243")
@@ -136,6 +149,9 @@ def test_what_an_earlier_run_cannot_have_reached_is_passed_over(came: object, ma
     monkeypatch.setattr(commands, "read_home", lambda _: home)
     commands.show_runs(tmp_path, run_id=None, newest=False, as_json=False)
     assert [row["rounds_done"] for row in submit.summary(home)] == [1, None, None]
+    capsys.readouterr()
+    commands.show_runs(tmp_path, run_id=None, newest=False, as_json=True)
+    json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
 
 
 def test_a_log_that_cannot_be_opened_hides_no_other_run(make_study, tmp_path: Path, monkeypatch, capsys) -> None:
