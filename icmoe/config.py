@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import datetime as dt
 import difflib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -48,9 +49,11 @@ def parse(section: type[SectionT], values: Mapping[str, Any], *, where: str) -> 
     IcmoeError
         With one fault per unknown key, missing key or value outside its range.
     """
+    dates: dict[tuple[str, ...], Fault] = {}
     try:
+        dates = {path: _no_date(path, value, where) for path, value in _dates(values)}
         # TOML has lists where sections have tuples: JSON mode reads lists as tuples and stays strict otherwise.
-        return section.model_validate_json(json.dumps(values, default=str))
+        found = section.model_validate_json(json.dumps(values, default=str))
     except RecursionError:
         raise IcmoeError(
             Fault(number=202, where=where, what="values are nested too deeply", did="Nothing was started.")
@@ -59,7 +62,11 @@ def parse(section: type[SectionT], values: Mapping[str, Any], *, where: str) -> 
         items: list[dict[str, Any]] = [dict(item) for item in error.errors()]
         inner = {item["loc"][:depth] for item in items for depth in range(len(item["loc"]))}
         # A table is also reported for what is wrong inside it; the innermost report says it best.
-        raise IcmoeError(*(_fault(section, item, where) for item in items if item["loc"] not in inner)) from None
+        told = [item for item in items if item["loc"] not in inner and tuple(map(str, item["loc"])) not in dates]
+        raise IcmoeError(*dates.values(), *(_fault(section, item, where) for item in told)) from None
+    if dates:
+        raise IcmoeError(*dates.values())
+    return found
 
 
 def json_schema(section: type[BaseModel]) -> str:
@@ -102,6 +109,20 @@ def in_utf16(data: bytes) -> dict[str, str]:
         return {}
     todo = "Save it as UTF-8: Notepad asks for the encoding under Save as, PowerShell takes -Encoding utf8."
     return {"what": "file is text in UTF-16, as Windows writes it, not in UTF-8", "todo": todo}
+
+
+def _dates(values: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dt.date | dt.time]]:
+    """Yield the path and value of each date and time, which TOML makes of what a person forgot to quote."""
+    if isinstance(values, dt.date | dt.time):
+        yield path, values
+    inner = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in inner:
+        yield from _dates(value, (*path, str(key)))
+
+
+def _no_date(path: tuple[str, ...], value: dt.date | dt.time, where: str) -> Fault:
+    limit = f'no date or time; text stands in quotation marks, "{value}"'
+    return Fault(number=202, where=where, value=f"{'.'.join(path)} = {value}", limit=limit, did="Nothing was started.")
 
 
 def _fault(section: type[BaseModel], item: dict[str, Any], where: str) -> Fault:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fl_client.site import read_site_file
+from fl_server.consortium import read_consortium
 from icmoe.config import parse
 from icmoe.errors import IcmoeError
 from icmoe.study import Study, canonical, derived_seed, is_digest, read_study
+from simulations.scenario import read_scenario
 
 DIGEST = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 SMALL = f"""
@@ -158,6 +163,34 @@ def test_a_file_in_utf16_is_told_to_be_saved_as_utf8(tmp_path: Path, encoding: s
         read_study(path)
     told = f"ICM204 {path}: file is text in UTF-16, as Windows writes it, not in UTF-8. Nothing was started. Save it as UTF-8: "
     assert str(caught.value).startswith(told)
+
+
+@pytest.mark.parametrize("value", ["2020-01-01", "12:30:00", "2020-01-01 12:30:00+00:00", "1979-05-27 07:32:00"])
+def test_a_date_that_nobody_quoted_is_no_text(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(SMALL.replace('"lesion-study"', value).replace("seed = 1", "seed = 1\nunheard_of = 1"))
+    with pytest.raises(IcmoeError) as caught:
+        read_study(path)
+    date, other = map(str, caught.value.faults)
+    told = f'name = {value} (allowed: no date or time; text stands in quotation marks, "{value}"). Nothing was started.'
+    assert date.startswith(f"ICM202 {path}: value is outside its allowed range or of another type: {told}")
+    assert "ICM201" in other
+
+
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [
+        (read_site_file, 'name = 2020-01-01\ndata = "here"\n'),
+        (read_site_file, 'name = "Alder"\ndata = "here"\n[policy]\nlabels = ["lesion", 2020-01-01]\n'),
+        (read_consortium, 'name = "G"\nsites = [{name = 2020-01-01}]\n[coordinator]\naddress = "a.example:443"\n'),
+        (partial(read_scenario, study_options={}, simulation_options={}), "[study]\nname = 2020-01-01\n"),
+    ],
+)
+def test_no_file_of_settings_takes_a_date_for_text(read: Callable[[Path], object], text: str, tmp_path: Path) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text(text)
+    with pytest.raises(IcmoeError, match=r'ICM202 .* 2020-01-01 \(allowed: no date or time; .* "2020-01-01"\)'):
+        read(path)
 
 
 @pytest.mark.parametrize("harm", ["a pipe", "a device", "too large"])
