@@ -14,7 +14,7 @@ from typing import Any, NoReturn, get_type_hints
 import click
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
-from icmoe.errors import Fault, print_faults
+from icmoe.errors import Fault, IcmoeError, exit_on_fault, print_faults
 
 EXIT_CODE = 2
 STANDARD = 2
@@ -46,6 +46,8 @@ def _end_with(run: Callable[[], object]) -> NoReturn:
     """Run what the arguments ask for and end the process with its code, or with what is wrong about them."""
     open_closed_streams()
     escape_what_cannot_be_printed()
+    with exit_on_fault():
+        require_working_directory()
     try:
         code = run()
     except click.exceptions.NoArgsIsHelpError as error:
@@ -66,6 +68,21 @@ def open_closed_streams() -> None:
             descriptor = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: the stream's own
             os.set_inheritable(descriptor, descriptor <= STANDARD)
             setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8"))
+
+
+def require_working_directory() -> None:
+    """Refuse to start in a folder that was removed: libraries that load then end the process with words of their own.
+
+    Raises
+    ------
+    IcmoeError
+        205 where there is none.
+    """
+    try:
+        Path.cwd()
+    except OSError as error:
+        what, value, todo = "working directory is not there", error.strerror or "", "Change to a folder that exists."
+        raise IcmoeError(Fault(number=205, what=what, value=value, did="Nothing was started.", todo=todo)) from None
 
 
 def escape_what_cannot_be_printed() -> None:

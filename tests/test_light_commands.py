@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +56,12 @@ def require_light(package: str, words: list[str], before: str = "") -> str:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize("package", ["fl_client", "fl_server", "icmoe", "simulations.run_sim"])
+def test_a_working_directory_that_was_removed_is_told_by_number(package: str, tmp_path: Path):
+    main = f"from {package}{'' if '.' in package else '.cli'} import main; main()"
+    words = [sys.executable, "-c", f"import os; os.rmdir({str(tmp_path)!r}); {main}", "--help"]
+    root = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(words, cwd=tmp_path, env=root, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr[:42]) == (1, "", "ICM205 working directory is not there: No ")
