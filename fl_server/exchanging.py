@@ -50,7 +50,7 @@ def ask(
     waiting = dict(zip(grid.push_messages(questions), questions, strict=False))
     overdue = set[str]() if late is None else late
     next_look, ends = time.monotonic() + LOOK_S, time.monotonic() + deadline_s
-    replies: list[Message] = []
+    replies, connected = list[Message](), dict[int, float]()
     while True:
         for reply in grid.pull_messages({*waiting, *overdue}):
             if on_reply is not None and reply.metadata.reply_to_message_id in waiting:
@@ -61,7 +61,7 @@ def ask(
         if not waiting or time.monotonic() >= ends:
             break
         if time.monotonic() >= next_look:
-            send_lost_again(grid, waiting)
+            send_lost_again(grid, waiting, connected)
             next_look = time.monotonic() + LOOK_S
         time.sleep(poll_s)
     overdue.update(waiting)

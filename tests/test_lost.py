@@ -88,3 +88,23 @@ def test_flower_keeps_a_question_as_long_as_the_deadline_and_never_shorter_than_
     (reply,) = ask(wire, [question], deadline_s=deadline_s, poll_s=0.01)
     assert wire.asked[0].metadata.ttl > max(deadline_s, 43_000)
     assert reply.metadata.ttl > max(deadline_s, 43_000), "an answer is kept for what is left of it"
+
+
+def test_a_clock_that_was_set_back_does_not_lose_a_message_with_each_look() -> None:
+    wire = Wire(lambda *_: None)
+    ahead = datetime.fromtimestamp(time.time() + 3600, UTC).isoformat()
+    wire.nodes = [NodeInfo(node_id=12, name="Birch", status="online", last_activated_at=ahead)]
+    assert ask(wire, [message("train")], deadline_s=0.5, poll_s=0.01) == []
+    assert len(wire.asked) == 2
+    earlier = iter([ahead, datetime.fromtimestamp(time.time() - 60, UTC).isoformat()])
+    last = ""
+
+    def restarted() -> list[NodeInfo]:  # after the clock was set back
+        nonlocal last
+        last = next(earlier, last)
+        return [NodeInfo(node_id=12, name="Birch", status="online", last_activated_at=last)]
+
+    wire.asked.clear()
+    wire.get_nodes = restarted
+    assert ask(wire, [message("train")], deadline_s=0.5, poll_s=0.01) == []
+    assert len(wire.asked) == 3
