@@ -25,7 +25,7 @@ from icmoe.data.ingest.index import STATE, claimed, is_index, meta, opened, put_
 from icmoe.data.ingest.page import PAGE, drop_report, quality_report
 from icmoe.data.ingest.pseudonyms import SECRET_FILE
 from icmoe.data.ingest.quality import quality_record
-from icmoe.data.ingest.run import ABSENT, Export, forget, ingest, sharing, stores_in
+from icmoe.data.ingest.run import ABSENT, Export, forget, images_of, ingest, sharing, stores_in
 from icmoe.data.ingest.shown import SHOWN, no_longer_shown, note_shown
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Study
@@ -138,9 +138,12 @@ def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int, list[
         for store in stores:
             drop_report(store)  # it shows the patient
         note_shown(folder, stores)
-        frames = forget(folder, patient)
+        used, state = images_of(folder, patient), path.parent / settings.state
+        if used:
+            forget_unsent(state)  # before, too: killed in between, the next one would find no image of the patient any more
+        frames = max(used, forget(folder, patient))  # an ingest that runs beside it may be the one that takes them out
         if frames:
-            forget_unsent(path.parent / settings.state)
+            forget_unsent(state)
         return frames, _drop_features(path, settings), others
 
 

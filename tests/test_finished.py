@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from fl_client.ledger import read_ledger
 from fl_client.owed import owed_path
 from fl_client.participant import Participant
 from fl_client.personal import personal_path
+from icmoe.data.ingest.run import forget
 from icmoe.messages import NUMBERS, UPDATE
 from icmoe.study import UpdateForm
 
@@ -176,6 +178,27 @@ def test_updates_that_were_made_with_a_forgotten_patient_do_not_leave_any_more(t
     assert before == "" != forgot(state), "a training that goes on meanwhile would not know"
     assert not any(kept.exists() for kept in unsent)
     assert own.exists(), "what was learned stays learned, and stays here"
+
+
+@pytest.mark.parametrize("end", ["an ingest took them out", "killed"])
+def test_nothing_unsent_stays_where_the_images_went_by_another_way(end: str, tmp_path: Path, monkeypatch) -> None:
+    write_series(tmp_path / "export/a", "one", 2, seed=1)
+    path = site_file(tmp_path, tmp_path / "export", "[255]")
+    ingest_site(path, "Elm", dry_run=False)
+    kept = finished_path(tmp_path / "state", approved_studies(tmp_path / "state")[0], 3, "0" * 64)
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+
+    def beside(folder: Path, patient: str) -> int:
+        assert forget(folder, patient) == 2
+        if end == "killed":
+            raise KeyboardInterrupt
+        return 0
+
+    monkeypatch.setattr("fl_client.ingesting.forget", beside)
+    with pytest.raises(KeyboardInterrupt) if end == "killed" else nullcontext():
+        assert forget_patient(path, "Elm", "one")[0] == 2
+    assert not kept.exists()
 
 
 @pytest.mark.parametrize("form", ["float32", "int8"])

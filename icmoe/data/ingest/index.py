@@ -188,6 +188,13 @@ def drop_patients(connection: sqlite3.Connection, names: Iterable[str]) -> int:
     return connection.execute(f"delete from frame {whose}", chosen).rowcount  # noqa: S608
 
 
+def count_of(connection: sqlite3.Connection, names: Iterable[str]) -> int:
+    """Return how many frames of these patients may be used."""
+    whose = "where json_extract(record, '$.patient') in (select value from json_each(?))"
+    (count,) = connection.execute(f"select count(*) from frame {whose}", (json.dumps(sorted(names)),)).fetchone()  # noqa: S608
+    return int(count)
+
+
 def frame_rows(connection: sqlite3.Connection) -> list[FrameRow]:
     """Return the frames that may be used, in order."""
     return [FrameRow.model_validate_json(text) for (text,) in connection.execute("select record from frame order by place")]

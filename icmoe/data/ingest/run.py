@@ -224,6 +224,23 @@ def forget(folder: Path, patient: str) -> int:
     return max([_forget_in(store, name) for store in stores_in(folder)], default=0)
 
 
+def images_of(folder: Path, patient: str) -> int:
+    """Return how many frames of a patient are in use, of the index that has the most: after `forget` nobody can tell any more.
+
+    Parameters
+    ----------
+    folder, patient
+        As for `forget`, before it is called.
+    """
+    from icmoe.data.ingest.pseudonyms import pseudonym_of, site_pseudonyms
+
+    name, counts = pseudonym_of(patient, site_pseudonyms(folder)), [0]
+    for store in stores_in(folder):
+        with index.opened(store) as connection:
+            counts.append(index.count_of(connection, _of_patient(connection, name)[0]))
+    return max(counts)
+
+
 def sharing(folder: Path, patient: str) -> list[str]:
     """Return the pseudonyms under which the export holds equal pictures of a patient, who may have another number there.
 
@@ -242,13 +259,19 @@ def sharing(folder: Path, patient: str) -> list[str]:
     return sorted(found - {name})
 
 
+def _of_patient(connection: sqlite3.Connection, name: str) -> tuple[set[str], set[str]]:
+    """Return a patient's pseudonyms and series, those too that an ingest that was stopped has not published."""
+    names, series = {name}, set[str]()
+    for _, record in index.records(connection):
+        if name in {record.patient, record.number}:
+            names.add(record.patient)
+            series.add(f"S-{record.series}")
+    return names, series
+
+
 def _forget_in(store: Path, name: str) -> int:
     with index.claimed(store) as connection:
-        names, series = {name}, set[str]()
-        for _, record in index.records(connection):  # an ingest that was stopped has series that are not published
-            if name in {record.patient, record.number}:
-                names.add(record.patient)
-                series.add(f"S-{record.series}")
+        names, series = _of_patient(connection, name)
         with index.transaction(connection):
             connection.execute("insert or ignore into forgotten values (?)", (name,))
             connection.executemany("delete from series where id = ?", [(key,) for key in series])
