@@ -16,11 +16,12 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from icmoe.data.ingest.forms import MASKS
-from icmoe.data.ingest.index import LeftOut
+from icmoe.data.ingest.index import LeftOut, transaction
+from icmoe.data.ingest.persons import UNDECIDED, Persons
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, Patch, is_image
 from icmoe.data.ingest.refusals import Refusal
-from icmoe.data.ingest.walking import bare, case, case_names, person, stem
+from icmoe.data.ingest.walking import bare, case, case_names, person, stem, told
 
 if TYPE_CHECKING:
     from icmoe.data.ingest.geometry import Grid
@@ -41,6 +42,17 @@ create temp view new as select path from run.found now left join file on file.id
 """
 VOLUMES = "select path from run.found join file using (id) where json_extract(record, '$.kind') = 'volume'"
 MARKED = " and json_extract(record, '$.mask')"
+UNIDENTIFIED = """
+select path, json_extract(record, '$.kind') as kind, id, json_extract(record, '$.patient') from run.found join file using (id)
+    where kind in ('volume', 'picture') and json_extract(record, '$.mask') is null and json_extract(record, '$.fault') is null
+    order by path
+"""
+"""Defaults are left out of records."""
+NAME = """
+update file set record = json_set(record, '$.person', (select name from run.person where person.id = file.id))
+    where id in (select id from run.person)
+    and coalesce(json_extract(record, '$.person'), '') <> (select name from run.person where person.id = file.id)
+"""
 INDEXES = """
 create index run.image_uid on image (uid);
 create index run.image_series on image (series);
@@ -141,14 +153,23 @@ class Catalogue:
         """Take files that are not there out of the index."""
         self._run.execute("delete from file where id not in (select id from run.found)")
 
-    def sort(self, hashes: Pseudonyms) -> None:
+    def sort(self, hashes: Pseudonyms, patient_pattern: str | None = None) -> None:
         """Note which files are images, which are masks and which are neither; all of them must have been read.
 
         The channels of one case (case_0000, case_0001) and its sequences (case_t1, case_flair) are one patient, named like
         their mask.
+
+        Parameters
+        ----------
+        hashes
+            Of the site.
+        patient_pattern
+            Of the site file: whom it names stands.
         """
         self._pattern_of = lambda text: hashes.of("pattern", text)
-        cases = self._cases().items()
+        named = self._cases()
+        self._name_persons(hashes, patient_pattern, named)
+        cases = named.items()
         self._owners = {
             path: hashes.patient(person(name))
             for path, name in cases
@@ -168,6 +189,23 @@ class Catalogue:
             else:
                 self._run.execute("insert into run.mask values (?)", (path,))
         self._run.executescript(INDEXES)
+
+    def _name_persons(self, hashes: Pseudonyms, pattern: str | None, cases: Mapping[str, str]) -> None:
+        """Note in the records of images whose they are, where all folders of the export together say other than their own."""
+        of = Persons(((path, kind == "volume") for path, kind, *_ in self._unidentified(pattern)), cases).of
+        self._run.execute("create table run.person (id text primary key, name text) without rowid")
+        for path, kind, key, patient in self._unidentified(pattern):
+            name = of(path, volume=kind == "volume")
+            found = UNDECIDED if name is None else hashes.patient(name)
+            self._run.execute("insert into run.person values (?, ?)", (key, "" if found == patient else found))
+        with transaction(self._run):
+            self._run.execute(NAME)
+
+    def _unidentified(self, pattern: str | None) -> Iterator[tuple[str, str, str, str]]:
+        """Yield path, kind, key and patient of the images that do not say whose they are, in order."""
+        for path, *said in self._run.execute(UNIDENTIFIED):
+            if not told(name := os.fsdecode(path), pattern):
+                yield name, *said
 
     def _cases(self) -> dict[str, str]:
         """Return the name of the case that each volume is a channel or a sequence of."""

@@ -19,7 +19,8 @@ def files_of(export: Export, name: str) -> list[str]:
     """
     hashes = site_pseudonyms(export.secret_folder)
     with index.claimed(export.store) as connection:
-        wanted = {key for key, record in index.records(connection) if name in {f"S-{record.series}", record.patient}}
+        records = index.records(connection)
+        wanted = {key for key, record in records if name in {f"S-{record.series}", record.patient, record.person}}
     found = []
     for path, _, _ in walk(export.root, export.settings.exclude):
         key = hashes.of("file", path)

@@ -11,8 +11,9 @@ from icmoe.data.ingest.catalogue import Catalogue, Key, Use
 from icmoe.data.ingest.geometry import height_mm, is_one_grid, normal, parallel, slice_distance_mm, upright
 from icmoe.data.ingest.index import LeftOut
 from icmoe.data.ingest.jobs import SeriesJob, Wanted
+from icmoe.data.ingest.persons import UNDECIDED
 from icmoe.data.ingest.pseudonyms import Pseudonyms
-from icmoe.data.ingest.records import RECIPE_VERSION, FileRecord, FramePlace, Plane
+from icmoe.data.ingest.records import RECIPE_VERSION, FileRecord, FramePlace, Plane, whose
 from icmoe.data.ingest.refusals import Refusal
 from icmoe.study import Label
 
@@ -88,10 +89,12 @@ def plan(files: Catalogue, site: Site) -> Iterator[Planned | LeftOut]:
 
 
 def _series(series: str, members: list[tuple[str, FileRecord]], files: Catalogue, site: Site) -> Iterator[Planned | LeftOut]:
-    patients = {record.patient for _, record in members}
+    patients = {whose(record) for _, record in members}
     owner, first = patients.pop() if len(patients) == 1 else "", members[0][1]
     held = next((record.held for _, record in members if record.held), "")
-    fault = _whole(owner, first.number, held if series not in site.allow else "", site)
+    names = {owner, first.number, *(record.patient for _, record in members)}
+    fault = _whole(owner, names, held if series not in site.allow else "", site)
+    owner = owner.replace(UNDECIDED, "")
     total = sum(len(record.frames) for _, record in members)
     if fault:
         yield LeftOut(subject=series, number=fault.number, why=fault.why, patient=owner, series=series, frames=total)
@@ -148,11 +151,13 @@ def _meant(use: Use) -> list[tuple[int, int, int]]:
     return [(patch.number, patch.value, patch.label) for patch in use.patches]
 
 
-def _whole(owner: str, number: str, held: str, site: Site) -> Refusal | None:
-    """Return why no frame of a series may be used."""
+def _whole(owner: str, names: set[str], held: str, site: Site) -> Refusal | None:
+    """Return why no frame of a series may be used; `names` are all those of its patient."""
     if not owner:
         return Refusal(117, "its files name no patient, or several")
-    if owner in site.forgotten or number in site.forgotten:
+    if owner == UNDECIDED:
+        return Refusal(127, "its folders may be a patient's each or series of one; patient_pattern under [ingest] can tell")
+    if names.intersection(site.forgotten):
         return Refusal(132, "its patient was forgotten on request")
     return Refusal(126, held) if held else None
 

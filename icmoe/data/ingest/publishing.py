@@ -86,7 +86,7 @@ class Publication:
 
     def patients(self) -> set[str]:
         """Return the pseudonyms of all patients with an image, and those of the bare numbers of issuers' patients."""
-        query = "select patient from run.image union select number from run.planned"
+        query = "select patient from run.image union select number from run.planned union select name from run.person"
         return {name for (name,) in self._connection.execute(query)}
 
     def _rows(self, splits: dict[str, str]) -> Iterator[FrameRow]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,11 +17,8 @@ from icmoe.data.ingest.pixels import plain_pixels_of
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, FramePlace, refused
 from icmoe.data.ingest.volumes import looks_like_classes, volume_record
-from icmoe.data.ingest.walking import called_image, called_mask, owner, person, stem
+from icmoe.data.ingest.walking import called_image, called_mask, owner, person, stem, told
 from icmoe.errors import IcmoeError
-
-BIDS = r"(?:^|/)(sub-[A-Za-z0-9]+)(?:/|_)"
-"""Who it is in the Brain Imaging Data Structure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +85,10 @@ class Reader:
         Volumes in a folder without such a name are a patient each; pictures there are all one patient, so that slices of
         one person never come into two splits.
         """
-        found = re.search(self.patient_pattern or BIDS, relative)
         path = PurePosixPath(relative)
         volume = path.name.lower().endswith(tuple(ending for form in VOLUMES.values() for ending in form.endings))
         named = owner(relative) or (person(stem(relative)) if volume else ".")
-        return {"patient": self.hashes.patient(found.group(1) if found and found.group(1) else named)}
+        return {"patient": self.hashes.patient(told(relative, self.patient_pattern) or named)}
 
 
 def picture_record(path: Path) -> FileRecord:

@@ -11,7 +11,7 @@ Plane = tuple[float, float, float, float, float, float, float, float, float, flo
 """Position of the first pixel's centre (3), direction along a row (3), along a column (3), distance of rows and of
 columns, in mm and in DICOM's axes (x to the left, y to the back, z to the head)."""
 
-RECIPE_VERSION = "12"
+RECIPE_VERSION = "13"
 """Raised whenever equal files give other records or frames; every file is read and every series decoded again then."""
 SAFE_MODALITIES = frozenset({"CT", "MR", "PT", "NM", "CR", "DX", "MG"})
 """Scanners that do not write into the picture; from any other source an image is held back."""
@@ -71,6 +71,8 @@ class FileRecord(Record):
     """The reason in fixed words and numbers; never a text from the file."""
     patient: Shared = ""
     """Keyed hash, empty where the file names no patient."""
+    person: Shared = ""
+    """As `patient`, where all folders together tell another one than those of a picture or volume, or "?" where they cannot."""
     number: Shared = ""
     """Where the file names who gave the patient's number: keyed hash of the number alone, which others may have given too."""
     pattern: Shared = ""
@@ -116,6 +118,11 @@ class FileRecord(Record):
     """Of a SEG object: distance of its frames, else their thickness; 0 where unknown."""
     listed: tuple[str, ...] = ()
     """Keyed hashes of the instances that a mask says it was drawn on: without a patch they are background."""
+
+
+def whose(record: FileRecord) -> str:
+    """Return the keyed hash of the patient whom a file counts for."""
+    return record.person or record.patient
 
 
 def is_image(record: FileRecord) -> bool:

@@ -22,7 +22,7 @@ from icmoe.config import in_utf16
 from icmoe.data.ingest import index
 from icmoe.data.ingest.folding import folded
 from icmoe.data.ingest.forms import MASKS, VOLUMES
-from icmoe.data.ingest.records import RECIPE_VERSION
+from icmoe.data.ingest.records import RECIPE_VERSION, whose
 from icmoe.data.ingest.settings import IngestSettings
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Label
@@ -263,8 +263,8 @@ def _of_patient(connection: sqlite3.Connection, name: str) -> tuple[set[str], se
     """Return a patient's pseudonyms and series, those too that an ingest that was stopped has not published."""
     names, series = {name}, set[str]()
     for _, record in index.records(connection):
-        if name in {record.patient, record.number}:
-            names.add(record.patient)
+        if name in {record.patient, record.person, record.number}:
+            names.add(whose(record))
             series.add(f"S-{record.series}")
     return names, series
 

@@ -28,9 +28,15 @@ GENERIC = re.compile(
 TAKEN = re.compile(rf"[_-](({TIMES}|frame|phase)[-_]?\d*|ses[-_]?\d+|e[ds]|{DATE})$")
 """What the name of a volume ends with that says when it was taken: ED and ES are the ends of a heartbeat."""
 
+BIDS = r"(?:^|/)(sub-[A-Za-z0-9]+)(?:/|_)"
+"""Who it is in the Brain Imaging Data Structure."""
+
+BRATS = re.compile(r"^(brats-[a-z-]+-\d{4,5})-\d{3}$")
+"""A case of BraTS from 2023 on: group of patients, patient, time point."""
+
 LOOK = re.compile(
     r"(?:^|[/_-])(?:(?P<state>baseline|follow[-_ ]?up[-_ ]?\d*|pre|post)|ses-(?P<session>[a-z0-9]+)|(?P<beat>e[ds])"
-    r"|(?P<side>left|right)"
+    r"|(?P<side>left|right)|brats-[a-z-]+-\d{4,5}-(?P<point>\d{3})"
     rf"|(?P<what>{TIMES}|ses|exam|study|frame|phase)[-_ ]?(?P<number>\d+)|(?P<date>{DATE})"
     r"|(?P<machine>ct|mri?|pt|pet)|(?P<contrast>flair|t2f|(?P<t1>t1[wn]?)|(?P<t1c>t1ce?|t1gd)|(?P<t2>t2w?)|pd|dwi|adc|hbv|dce|swi))"
     r"(?=$|[/_-])"
@@ -42,6 +48,7 @@ MASK = re.compile(r"mask|label|seg|annot|contour|truth|(?<![a-z])(gt|roi)(?![a-z
 MASKS = re.compile(r"(mask|label|annotation|gt|ground[-_ ]?truth)s?(tr|ts)?", re.I)
 MASKED = re.compile(r"[_-](mask|seg|segmentation|label|labels|gt)$")
 KINDS = "images?|imgs?|im|scan|slice|frame|volume|vol|masks?|seg|segmentation|labels?|gt|annotation"
+NOBODYS = re.compile(rf"({KINDS}|{SEQUENCES}|case|patient|pat|subject|subj|sub|person|exam|study|series|anon\w*|unknown)?")
 WHAT = re.compile(rf"^({KINDS})[ _.-]*(?=\d)|^({KINDS})[ _.-]+|[ _.-]+({KINDS})$")
 
 ENDING = re.compile(
@@ -129,7 +136,13 @@ def case(relative: str) -> str:
 
 def person(name: str) -> str:
     """Return a volume's `stem` or `case` without what says when it was taken: frames and visits of a patient stay together."""
-    return TAKEN.sub("", name)
+    return BRATS.sub(r"\1", TAKEN.sub("", name))
+
+
+def told(relative: str, pattern: str | None) -> str:
+    """Return whose a path says that its file is, by the site's pattern or else as BIDS names people; empty where it does not."""
+    found = re.search(pattern or BIDS, relative)
+    return (found.group(1) or "") if found else ""
 
 
 def owner(relative: str) -> str:
@@ -137,12 +150,22 @@ def owner(relative: str) -> str:
 
     Empty where there is none.
     """
-    return "/".join(_without_visit(folded(part)) for part in own_folders(relative))
+    return "/".join(owner_folders(relative))
+
+
+def owner_folders(relative: str) -> tuple[str, ...]:
+    """Return the folders of an `owner`."""
+    return tuple(_without_visit(folded(part)) for part in own_folders(relative))
 
 
 def _without_visit(folder: str) -> str:
-    """Return a folder's name without what says when it was taken, as long as a number is left: P1 of P1_20200131."""
-    return found if re.search(r"\d", found := person(folder)) else folder
+    """Return a folder's name without what says when it was taken, as long as that leaves somebody's."""
+    return found if is_somebodys(found := person(folder)) else folder
+
+
+def is_somebodys(name: str) -> bool:
+    """Return whether a part of a name may be a person's: P1 of P1_20200131 and doe_john of doe_john_20200131, but not case."""
+    return bool(re.search(r"\d", name) or not NOBODYS.fullmatch(name))
 
 
 def of_another_look(relative: str, other: str) -> bool:

@@ -88,7 +88,7 @@ def _publish(work: Work, workers: Workers, splits: Mapping[str, str]) -> None:
     connection, export, hashes, files = work.connection, work.export, work.hashes, work.files
     forgotten = {name for (name,) in connection.execute("select patient from forgotten")}
     site = Site(export.root, export.store, hashes, export.labels, export.settings.allow, forgotten)
-    files.sort(hashes)
+    files.sort(hashes, export.settings.patient_pattern)
     pair(files)
     known = dict(connection.execute("select id, fingerprint from series"))
     publication, marks = Publication(connection, site.allow), dict[str, str]()

@@ -1,0 +1,190 @@
+"""Whose files without identity are, from all folders of an export together: one name may be a patient's or a series'.
+
+A patient who was taken for several might stand in several splits, so that files whose folders do not tell are left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from icmoe.data.ingest.walking import SEQUENCES, is_somebodys, owner_folders, person, stem
+
+TECHNIQUES = (
+    "axi?|axial|sag|sagittal|cor|coronal|tra|trans|transverse|transversal|obl|oblique|tse|fse|gre|mprage|vibe|stir|dixon|epi|tof"
+    "|fs|fatsat|iso|2d|3d|pre|post|gd|gad|ce|contrast|native|plain|dyn|arterial|venous|portal|delayed|mra|cta|dti"
+    "|ser|series|acq|acquisition|seq|sequence|run|recon|rec|echo"
+)
+"""Words for how a series was taken, beside those for what."""
+SERIES = re.compile(rf"({SEQUENCES}|{TECHNIQUES})\d{{0,2}}")
+COUNT = re.compile(r"\d{1,2}|b\d{1,4}")
+"""Further words of a folder that is named for its series alone."""
+LAST = re.compile(rf"[-_ .]+({SEQUENCES}|{TECHNIQUES})$")
+PERSON = re.compile(
+    r"(.*[-_ ])?(p|pt|pat|patient|sub|subj|subject|case|id|person|proband|volunteer|training|validation|testing)[-_ .]?\d+[a-z]?"
+    r"|brats[-_\d].*[-_]\d+"
+)
+"""Folders that are named as people number patients."""
+SITE = re.compile(r"(site|center|centre|hospital|clinic|institution)[-_ ]?\w{0,3}")
+"""Folders that are named for where patients come from: equal numbers there are several persons'."""
+GROUP = re.compile(
+    r"(.*[^a-z])?(data|database|dataset|exports?|archive|project|batch|fold|split|sets?|cohort|group|part|train|test|val|training"
+    r"|trainingdata)([^a-z].*)?"
+    r"|([^\d]*[^a-z\d])?(patients|subjects|cases|raw|processed|preprocessed|nii|hgg|lgg|benign|malignant|normal|abnormal|healthy"
+    r"|controls?|positive|negative|lesions?|tumou?rs?)([^a-z\d][^\d]*)?"
+)
+"""Folders that are named for what their files have in common; the latter words are a patient's with a number."""
+YEAR = re.compile(r"(19|20)\d\d")
+UNDECIDED = "?"
+"""In place of a pseudonym, where nobody can tell whose a file is."""
+
+Names = tuple[str, ...]
+
+
+class Persons:
+    """Who the files below folders are of.
+
+    Parameters
+    ----------
+    paths
+        Of volumes and pictures without identity, images alone; each with whether it is a volume.
+    cases
+        Names of the cases that volumes are channels or sequences of.
+    """
+
+    def __init__(self, paths: Iterable[tuple[str, bool]], cases: Mapping[str, str]) -> None:
+        self._cases = cases
+        volumes: dict[Names, set[str]] = {}
+        for path, is_volume in paths:
+            names = volumes.setdefault(owner_folders(path), set())
+            if is_volume:
+                names.add(self._called(path))
+        self._named = _named(volumes)
+        self._doubtful = _called_by_file(volumes, self._named)
+
+    def of(self, path: str, *, volume: bool) -> str | None:
+        """Return the name of a file's patient, None where its folders do not tell.
+
+        Parameters
+        ----------
+        path
+            One of those given.
+        volume
+            Whether it is a volume: those in no folder of a patient's have names of their own, pictures there are one patient's.
+        """
+        folders = owner_folders(path)
+        if volume and folders in self._doubtful:
+            return None
+        own = _without_series(self._called(path)) if volume else "."
+        return self._named[folders] if self._named[folders] != "" else own
+
+    def _called(self, path: str) -> str:
+        return person(self._cases.get(path) or stem(path))
+
+
+def _named(folders: Iterable[Names]) -> dict[Names, str | None]:
+    """Return the patient's name of each place, None where it cannot be told, empty where its folders have none."""
+    cut = _cut(folders)
+    levels: dict[int, set[Names]] = {}
+    for names in cut.values():
+        levels.setdefault(len(_own(names)), set()).add(_own(names))
+    chosen = {count: _level(sorted(group)) for count, group in levels.items()}
+    keys = {place: _key(names, chosen[len(_own(names))]) for place, names in cut.items()}
+    below: dict[str | None, set[Names]] = {}
+    for key, path in keys.values():
+        below.setdefault(key, set()).add(path)
+    return {place: "/".join(path) if key and len(below[key]) == 1 else key for place, (key, path) in keys.items()}
+
+
+def _cut(folders: Iterable[Names]) -> dict[Names, Names]:
+    """Return the folders of each place down to where one is called like a series, or lies beside one that is."""
+    plain = {place: tuple(map(_without_series, place)) for place in folders}
+    above = {names[:at] for names in plain.values() for at, name in enumerate(names) if _is_series(name) and _own(names[:at])}
+    found = {}
+    for place, names in plain.items():
+        end = next((at for at in range(1, len(names)) if names[:at] in above), len(names))
+        found[place] = tuple(name for name in names[:end] if not (_is_pure(name) or (_is_series(name) and len(place) > 1)))
+    return found
+
+
+def _own(names: Names) -> Names:
+    """Return the folders that are named for neither a place nor a group."""
+    return tuple(name for name in names if PERSON.fullmatch(name) or not (SITE.fullmatch(name) or GROUP.fullmatch(name)))
+
+
+def _level(places: Sequence[Names]) -> int | None:
+    """Return which of the folders is the patient's in places of equal depth, None where nobody can tell."""
+    if len(places[0]) < 2:
+        return 0
+    levels = range(len(places[0]))
+    numbered = [level for level in levels if all(PERSON.fullmatch(names[level]) for names in places)]
+    plain = [level for level in levels if not all(_says_series(names[level]) for names in places)]
+    left = numbered or plain or [*levels]
+    if len(left) == 1 or len({_parted(places, level) for level in left}) == 1:
+        return left[0]
+    digits = [
+        level
+        for level in left
+        if all(re.search(r"\d", names[level]) for names in places) and not all(YEAR.fullmatch(names[level]) for names in places)
+    ]
+    return left[0] if digits == left[:1] else None  # numbers below names may be patients of a group or series of a person
+
+
+def _parted(places: Sequence[Names], level: int) -> tuple[int, ...]:
+    """Return how the folders of a level part the places."""
+    first: dict[str, int] = {}
+    return tuple(first.setdefault(names[level], at) for at, names in enumerate(places))
+
+
+def _key(names: Names, level: int | None) -> tuple[str | None, Names]:
+    """Return what patients are told apart by, the name alone but for where they come from, and the folders down to it."""
+    own = _own(names)
+    if not own:
+        return "/".join(names), names
+    if level is None:
+        return None, names
+    at = [place for place, name in enumerate(names) if _own((name,))][level]
+    places = [name for name in names[:at] if SITE.fullmatch(name) and not PERSON.fullmatch(name)]
+    return "/".join([*places, names[at]]), names[: at + 1]
+
+
+def _called_by_file(volumes: Mapping[Names, set[str]], named: Mapping[Names, str | None]) -> set[Names]:
+    """Return the places that are called like no patient and hold volumes of several that others hold too: P1 and P2 in each.
+
+    They may be of a series or of a patient each.
+    """
+    places: dict[str, set[str]] = {}
+    for folders, names in volumes.items():
+        for name in names:
+            if PERSON.fullmatch(name) and (owner := named[folders]):
+                places.setdefault(name, set()).add(owner)
+    shared = {name for name, owners in places.items() if len(owners) > 1}
+    several = len(shared) > 1
+    return {folders for folders, names in volumes.items() if several and names & shared and not _numbered(named[folders])}
+
+
+def _numbered(name: str | None) -> bool:
+    return name is None or any(re.search(r"\d", part) for part in name.split("/"))
+
+
+def _is_pure(name: str) -> bool:
+    """Return whether a name says its series alone, without a count: it is nobody's wherever it stands."""
+    return _is_series(name) and not re.search(r"[-_ .]\d+$", name)
+
+
+def _is_series(name: str) -> bool:
+    words = re.findall(r"[^\W_]+", name)
+    series = [word for word in words if SERIES.fullmatch(word)]
+    return bool(series) and not PERSON.fullmatch(name) and all(word in series or COUNT.fullmatch(word) for word in words)
+
+
+def _says_series(name: str) -> bool:
+    """Return whether a name says among other things which series it is."""
+    return not PERSON.fullmatch(name) and any(SERIES.fullmatch(word) for word in re.findall(r"[^\W_]+", name))
+
+
+def _without_series(name: str) -> str:
+    """Return a name without which series it is of, as long as that leaves somebody's: P1 of P1_AX_T1."""
+    while (shorter := LAST.sub("", name)) != name and is_somebodys(shorter) and not _is_series(shorter):
+        name = shorter
+    return name
