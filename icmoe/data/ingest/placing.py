@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from icmoe.data.ingest.forms import MASKS
-from icmoe.data.ingest.geometry import OFF_PLANE_MM, Grid, grid_between, height_mm, is_rounded, parallel, plane_matrix
+from icmoe.data.ingest.geometry import OFF_PLANE_MM, ROUNDED, Grid, grid_between, height_mm, is_rounded, parallel, plane_matrix
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.refusals import Refusal
 
@@ -21,19 +21,46 @@ def patch_grid(record: FileRecord, patch: Patch, image: FileRecord, frame: int) 
         if plane is None or not plane[9]:
             raise Refusal(121, "the image of a contour has no known geometry")
         return None
-    if patch.plane is None or plane is None or not patch.plane[9] or not plane[9]:
+    if patch.plane is None or plane is None or not (patch.plane[9] or plane[9]):
         if (record.rows, record.columns) != shape:
             raise Refusal(105, f"mask {record.rows} x {record.columns}, image {shape[0]} x {shape[1]}")
+        if plane is not None and not _lies_alike(patch, plane):
+            raise Refusal(121, "mask is turned or shifted against its image, and does not say where its pixels lie")
         return None
-    if patch.image and (record.rows, record.columns) == shape and is_rounded(patch.plane, plane):
+    own, plane = _measured(patch.plane, plane), _measured(plane, patch.plane)
+    if patch.image and (record.rows, record.columns) == shape and is_rounded(own, plane):
         return None
-    grid = grid_between(plane_matrix(patch.plane), plane, shape, off_mm=OFF_PLANE_MM)
+    grid = grid_between(plane_matrix(own), plane, shape, off_mm=OFF_PLANE_MM)
     if grid is None:
         raise Refusal(121, "mask lies in another plane, or between the image's pixels")
     if not overlaps(grid, (record.rows, record.columns, 1), shape):
         raise Refusal(121, "mask lies off its image")
     same = (record.rows, record.columns) == shape and grid.steps_33.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
     return None if same else grid
+
+
+def _lies_alike(patch: Patch, image: Plane) -> bool:
+    """Return whether a part that does not say where its pixels lie says nothing against their being its image's."""
+    if patch.plane is not None:
+        return is_rounded(_at_1_mm(patch.plane), _at_1_mm(image))
+    return not patch.axes or max(abs(own - other) for own, other in zip(patch.axes, image[3:9], strict=True)) <= ROUNDED
+
+
+def _measured(plane: Plane, other: Plane) -> Plane:
+    """Return a plane with the other's distances of pixels where it has none, each along its own direction."""
+    if plane[9]:
+        return plane
+    turned = abs(_along(plane[3:6], other[6:9])) > abs(_along(plane[3:6], other[3:6]))
+    rows_mm, columns_mm = (other[10], other[9]) if turned else (other[9], other[10])
+    return (*plane[:9], rows_mm, columns_mm)
+
+
+def _at_1_mm(plane: Plane) -> Plane:
+    return (*plane[:9], 1.0, 1.0)
+
+
+def _along(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+    return sum(a * b for a, b in zip(one, other, strict=True))
 
 
 def same_plane(record: FileRecord, patch: Plane, image: Plane) -> bool:

@@ -58,6 +58,8 @@ class Patch(Record):
     """Frame of that instance from 0, -1 where it names none."""
     plane: Plane | None = None
     """Where the patch itself says that it lies."""
+    axes: tuple[float, ...] = ()
+    """Directions along a row and along a column, where it says no more."""
 
 
 class FileRecord(Record):

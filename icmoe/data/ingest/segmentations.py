@@ -13,6 +13,7 @@ from pydicom.encaps import get_frame
 from pydicom.pixels import pixel_array
 
 from icmoe.data.ingest.geometry import Grid, share_within
+from icmoe.data.ingest.groups import group_axes
 from icmoe.data.ingest.headers import (
     EMPTY,
     group_plane,
@@ -212,11 +213,13 @@ def _patches(
     for number, own in enumerate(groups):
         segments = labels if whole else {_segment(own, shared): labels.get(_segment(own, shared))}
         plane = group_plane(own, shared)
+        axes = () if plane else group_axes(own, shared)
         for image, frame in _images(own, shared, hashes) or [("", -1)]:
             for segment, label in segments.items():
                 if label is not None:
                     value = segment if whole else 0
-                    yield Patch(number=number, label=label, value=value, group=segment, image=image, frame=frame, plane=plane)
+                    place = {"image": image, "frame": frame, "plane": plane, "axes": axes}
+                    yield Patch(number=number, label=label, value=value, group=segment, **place)
 
 
 def _require_described(seg: Dataset, groups: Sequence[Dataset], shared: Dataset, described: set[int]) -> None:
