@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from icmoe.data.ingest.dark import dark_images
 from icmoe.data.ingest.forms import MASKS
 from icmoe.data.ingest.index import LeftOut, transaction
 from icmoe.data.ingest.persons import UNDECIDED, Persons
@@ -43,11 +44,15 @@ create temp view new as select path from run.found now left join file on file.id
 VOLUMES = "select path from run.found join file using (id) where json_extract(record, '$.kind') = 'volume'"
 MARKED = " and json_extract(record, '$.mask')"
 UNIDENTIFIED = """
-select path, json_extract(record, '$.kind') as kind, id, json_extract(record, '$.patient') from run.found join file using (id)
-    where kind in ('volume', 'picture') and json_extract(record, '$.mask') is null and json_extract(record, '$.fault') is null
+select path, json_extract(record, '$.mask'), json_extract(record, '$.kind') as kind, id, json_extract(record, '$.patient')
+    from run.found join file using (id) where kind in ('volume', 'picture') and json_extract(record, '$.fault') is null
     order by path
 """
 """Defaults are left out of records."""
+PICTURES = """
+select path, json_extract(record, '$.mask'), json_extract(record, '$.single') from run.found join file using (id)
+    where json_extract(record, '$.kind') = 'picture' and json_extract(record, '$.fault') is null
+"""
 NAME = """
 update file set record = json_set(record, '$.person', (select name from run.person where person.id = file.id))
     where id in (select id from run.person)
@@ -111,6 +116,7 @@ class Catalogue:
     def __init__(self, connection: sqlite3.Connection, found: Iterable[tuple[str, str, int, int]]) -> None:
         self._run = connection
         self._owners: dict[str, str] = {}
+        self._dark: set[str] = set()
         self._pattern_of: Callable[[str], str] = str
         self.record = lru_cache(KEPT)(self._record)
         self.mark = lru_cache(KEPT)(self._mark)
@@ -167,6 +173,7 @@ class Catalogue:
             Of the site file: whom it names stands.
         """
         self._pattern_of = lambda text: hashes.of("pattern", text)
+        self._dark = {*dark_images(self._pictures)}
         named = self._cases()
         self._name_persons(hashes, patient_pattern, named)
         cases = named.items()
@@ -203,9 +210,15 @@ class Catalogue:
 
     def _unidentified(self, pattern: str | None) -> Iterator[tuple[str, str, str, str]]:
         """Yield path, kind, key and patient of the images that do not say whose they are, in order."""
-        for path, *said in self._run.execute(UNIDENTIFIED):
-            if not told(name := os.fsdecode(path), pattern):
+        for path, is_mask, *said in self._run.execute(UNIDENTIFIED):
+            name = os.fsdecode(path)
+            if not (told(name, pattern) or (is_mask and name not in self._dark)):
                 yield name, *said
+
+    def _pictures(self) -> Iterator[tuple[str, bool, bool]]:
+        """Yield path of every picture, whether its values look like classes, and whether it has but one."""
+        for path, is_mask, is_blank in self._run.execute(PICTURES):
+            yield os.fsdecode(path), bool(is_mask), bool(is_blank)
 
     def _cases(self) -> dict[str, str]:
         """Return the name of the case that each volume is a channel or a sequence of."""
@@ -307,7 +320,8 @@ class Catalogue:
 
     def _owned(self, path: str, record: FileRecord) -> FileRecord:
         owner = self._owners.get(path)
-        return record.model_copy(update={"patient": owner}) if owner else record
+        said = ({"patient": owner} if owner else {}) | ({"mask": False} if path in self._dark else {})
+        return record.model_copy(update=said) if said else record
 
     def _paths(self, query: str, *values: str | bytes) -> list[str]:
         return [os.fsdecode(path) for (path,) in self._run.execute(query, values)]

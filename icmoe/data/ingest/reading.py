@@ -107,4 +107,6 @@ def picture_record(path: Path) -> FileRecord:
         deep = isinstance(error, IcmoeError) and error.faults[0].value == DEEP_COLOUR
         raise Refusal(117, DEEP_COLOUR if deep else "PNG file cannot be decoded or is too large") from None
     mask = palette or looks_like_classes(grey_HW)
-    return FileRecord(kind="picture", mask=mask, rows=grey_HW.shape[0], columns=grey_HW.shape[1], frames=(FramePlace(),))
+    rows, columns = grey_HW.shape
+    blank = bool(grey_HW.min() == grey_HW.max())
+    return FileRecord(kind="picture", mask=mask, single=blank, rows=rows, columns=columns, frames=(FramePlace(),))

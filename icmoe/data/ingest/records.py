@@ -109,7 +109,7 @@ class FileRecord(Record):
     unnamed: str = ""
     """Of a volume of classes: values that mean no class of the study, some of them."""
     single: bool = False
-    """Of a volume: whether it marks one thing alone, as 1 or 255, or nothing."""
+    """Of a volume: whether it marks one thing alone, as 1 or 255, or nothing; of a picture whether its pixels are all equal."""
     shape: tuple[int, int, int] = (0, 0, 0)
     """Shape of a volume."""
     affine: tuple[float, ...] = ()
