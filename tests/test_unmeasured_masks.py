@@ -1,4 +1,4 @@
-"""SEG objects that say but a part of where their pixels lie: by that they are laid, or refused."""
+"""SEG objects that say but a part of where their pixels lie, or on which image: by that they are laid, or refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dicom_builders import MASKS, VOLUME, derived, item, numbers, plain_segmentation, put, same, used, volume
+from dicom_builders import MASKS, VOLUME, common, derived, item, lying, numbers, plain_segmentation, put, same, used, volume
 from pydicom.dataset import Dataset
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -58,3 +58,23 @@ def test_a_mask_that_says_its_directions_alone_lies_pixel_by_pixel(tmp_path: Pat
     sources = volume(VOLUME)
     put(tmp_path, [*sources, marks(sources, MASKS, AXIAL, None)])
     assert same(used(tmp_path)[1], MASKS)
+
+
+@pytest.mark.parametrize("ct_too", [True, False])
+def test_a_mask_that_lists_a_dynamic_series_beside_its_own_marks_its_own(ct_too: bool, tmp_path: Path):
+    ct = volume(VOLUME)
+    shared = {name: ct[0][name].value for name in ("FrameOfReferenceUID", "StudyInstanceUID")}
+    first = volume(VOLUME[::-1], Modality="PT", **shared)
+    later = volume(VOLUME // 2 + 9, Modality="PT", SeriesInstanceUID=first[0].SeriesInstanceUID, **shared)
+    listed = [item(ReferencedSOPInstanceUID=one.SOPInstanceUID) for one in [*ct, *first, *later]]
+    made = plain_segmentation(
+        MASKS[1:4],
+        [lying(ct[n].ImagePositionPatient) for n in (1, 2, 3)],
+        SharedFunctionalGroupsSequence=[common()],
+        ReferencedSeriesSequence=[item(SeriesInstanceUID=ct[0].SeriesInstanceUID, ReferencedInstanceSequence=listed)],
+        **shared,
+    )
+    put(tmp_path, [*(ct if ct_too else []), *first, *later, made])
+    _, masks, data = used(tmp_path)
+    assert same(masks, MASKS if ct_too else [])
+    assert numbers(data) == ([124] if ct_too else [108, 122, 124])

@@ -15,13 +15,16 @@ from icmoe.data.ingest.placing import patch_grid, same_plane
 from icmoe.data.ingest.records import FileRecord, Patch
 from icmoe.data.ingest.refusals import Refusal
 
+Found = dict[Key, list[tuple[Patch, Grid | None]]]
+"""What the parts of a mask say of each frame, each with where its pixels lie."""
+
 
 def by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     """Match by the instances that the parts of a mask name; parts that name none lie on a listed image in their plane."""
     if images.of_several & {*record.listed, *(patch.image for patch in record.patches)}:
         raise Refusal(122, "images of several patients have the instance UID that it refers to")
     listed = _listed(record, images)
-    found: dict[Key, list[tuple[Patch, Grid | None]]] = {
+    found: Found = {
         (target, frame): [] for target in listed if _is_stack(images[target]) for frame in range(len(images[target].frames))
     }
     placed, off, apart = False, False, dict[str, Refusal]()
@@ -44,7 +47,7 @@ def by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Use
     if off and not placed:
         raise Refusal(121, "none of the images that it refers to lies in the plane of its marks")
     found = _on_its_grid(found, apart, images)
-    _of_one_look(record, found, images)
+    found = _of_one_look(record, found, images)
     same_patient(record, images, found)
     places = {(path, n): images[path].frames[n].plane for (path, n), parts in found.items() if not parts}
     silent = not_background(record, {key: plane for key, plane in places.items() if images[key[0]].space == record.space != ""})
@@ -70,10 +73,11 @@ def _listed(record: FileRecord, images: Images) -> list[str]:
     return own
 
 
-def _of_one_look(record: FileRecord, found: Mapping[Key, Iterable[tuple[Patch, Grid | None]]], images: Images) -> None:
-    """Refuse a mark that names no frame where its series shows its place several times: of a cine one phase was drawn on.
+def _of_one_look(record: FileRecord, found: Found, images: Images) -> Found:
+    """Return what is found on series that show each place of a mark that names no frame once: of a cine one phase was drawn on.
 
-    Points on planes fit any series, so that of all that are listed one alone may show their place.
+    Points on planes fit any series, so that of all that are listed one alone may show their place. A mask with pixels may list
+    a dynamic PET beside the CT that it was drawn on.
     """
     on_planes = MASKS[record.kind].on_planes
     looks = Counter(
@@ -82,13 +86,15 @@ def _of_one_look(record: FileRecord, found: Mapping[Key, Iterable[tuple[Patch, G
         for patch, _ in parts
         if not patch.image or (patch.frame < 0 and len(images[path].frames) > 1)
     )
-    if max(looks.values(), default=0) > 1:
+    several = {place for place, count in looks.items() if count > 1}
+    moving = {series for series, _ in several}
+    kept = {key: parts for key, parts in found.items() if images[key[0]].series not in moving}
+    if (on_planes and several) or not {patch for _, patch in several} <= {patch for parts in kept.values() for patch, _ in parts}:
         raise Refusal(122, "parts of it name no frame, and several of the images that it may mean lie in their places")
+    return kept
 
 
-def _on_its_grid(
-    found: dict[Key, list[tuple[Patch, Grid | None]]], apart: Mapping[str, Refusal], images: Images
-) -> dict[Key, list[tuple[Patch, Grid | None]]]:
+def _on_its_grid(found: Found, apart: Mapping[str, Refusal], images: Images) -> Found:
     """Return what is found on series on whose grid the mask lies: it may list the PET beside the CT that it was drawn on."""
     kept = {key: parts for key, parts in found.items() if images[key[0]].series not in apart}
     if apart and not any(kept.values()):
