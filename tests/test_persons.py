@@ -28,6 +28,10 @@ TOLD = {
     "volumes in folders of series": ("AX_T1/P1 AX_FLAIR/P1 AX_T1/P2", "p1 p1 p2"),
     "folders of one patient's series": ("P1_AX_T1/i P1_FLAIR/i P2_FLAIR/i DOE_T1/i DOE_T2/i", "p1 p1 p2 doe doe"),
     "volumes of one patient's series": ("P1_AX_T1 P1_FLAIR P2_T1", "p1 p1 p2"),
+    "counted scans of numbered patients": (
+        "P1_scan1 P1_scan2 P1_T1_2 P1_left P1_right lung_ct_01 lung_ct_02",
+        "p1 p1 p1 p1 p1 lung_ct_01 lung_ct_02",
+    ),
     "one folder each": ("P1/a1/i P2/b2/i P3/c3/i", "p1 p2 p3"),
     "places": ("siteA/P1/i siteA/P2/i siteB/P1/i site_c/doe/i", "sitea/p1 sitea/p2 siteb/p1 site_c/doe"),
     "groups": ("HGG/Brats18_2013_2_1/i HGG/Brats18_A_1/i LGG/0003/i", "hgg/brats18_2013_2_1 hgg/brats18_a_1 lgg/0003"),

@@ -19,7 +19,9 @@ TECHNIQUES = (
 SERIES = re.compile(rf"({SEQUENCES}|{TECHNIQUES})\d{{0,2}}")
 COUNT = re.compile(r"\d{1,2}|b\d{1,4}")
 """Further words of a folder that is named for its series alone."""
-LAST = re.compile(rf"[-_ .]+({SEQUENCES}|{TECHNIQUES})$")
+LAST = re.compile(rf"[-_ .]+({SEQUENCES}|{TECHNIQUES}|left|right)$")
+COUNTED = re.compile(rf"[-_ .]+({SEQUENCES}|{TECHNIQUES}|left|right|scan|exam|study|img|image|vol|volume)[-_ ]?\d{{1,3}}$")
+"""What a name ends with that says which of several looks at a patient it is of."""
 PERSON = re.compile(
     r"(.*[-_ ])?(p|pt|pat|patient|sub|subj|subject|case|id|person|proband|volunteer|training|validation|testing)[-_ .]?\d+[a-z]?"
     r"|brats[-_\d].*[-_]\d+"
@@ -184,7 +186,9 @@ def _says_series(name: str) -> bool:
 
 
 def _without_series(name: str) -> str:
-    """Return a name without which series it is of, as long as that leaves somebody's: P1 of P1_AX_T1."""
+    """Return a name without which series it is of, as long as that leaves somebody's: P1 of P1_AX_T1 and of P1_scan_2."""
+    if PERSON.fullmatch(counted := COUNTED.sub("", name)):
+        return counted
     while (shorter := LAST.sub("", name)) != name and is_somebodys(shorter) and not _is_series(shorter):
         name = shorter
     return name
