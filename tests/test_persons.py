@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dicom_builders import MASKS, numbers, used
+from dicom_builders import MASKS, VOLUME, numbers, put, segmentation, used, volume
 from exports import LESION, export_of
 from test_ingest_further import nifti
 from test_ingest_looks import FILLED, GREYS
@@ -62,12 +62,12 @@ TOLD = {
 
 @pytest.mark.parametrize(("paths", "want"), TOLD.values(), ids=TOLD)
 def test_all_folders_together_tell_whose_a_file_is(paths: str, want: str):
-    for ending, volume in ((".nii.gz", True), (".png", False)):
+    for ending, is_volume in ((".nii.gz", True), (".png", False)):
         named = [f"{path}{ending}" for path in paths.split()]
-        if not volume and any("/" not in path or path.split("/")[-1] != "i" for path in paths.split()):
+        if not is_volume and any("/" not in path or path.split("/")[-1] != "i" for path in paths.split()):
             continue  # volumes alone are called like patients
-        of = Persons([(path, volume) for path in named], {}).of
-        assert " ".join(of(path, volume=volume) or "-" for path in named) == want
+        of = Persons([(path, is_volume) for path in named], {}).of
+        assert " ".join(of(path, volume=is_volume) or "-" for path in named) == want
 
 
 @pytest.mark.parametrize("form", ["P1/{}", "{}/P1"])
@@ -89,6 +89,18 @@ def test_series_in_folders_of_their_own_are_one_patients(form: str, ending: str,
     assert len(files_of(export, name)) >= 3
     assert forget(tmp_path / "kept", "P1") == len(data.slices)
     assert not used(tmp_path)[2].slices
+
+
+@pytest.mark.parametrize(
+    ("folder", "pattern", "count"), [("P1/v{}", None, 1), ("foo/v{}", None, 2), ("foo/v{}", "^(.*?)/", 1), ("P{}", None, 2)]
+)
+def test_scans_that_name_nobody_are_of_whom_their_folder_is_numbered_for(folder: str, pattern: str, count: int, tmp_path: Path):
+    """Anonymisers empty number and name and give every study another UID."""
+    for number in (1, 2):
+        sources = volume(np.roll(VOLUME, number, axis=2), PatientID="", PatientName="")
+        put(tmp_path, [*sources, segmentation(sources, MASKS, "BINARY")], folder.format(number) + "/{}")
+    data = used(tmp_path, patient_pattern=pattern)[2]
+    assert (len(data.slices), len({item.patient for item in data.slices})) == (10, count)
 
 
 def test_what_folders_do_not_tell_is_left_out_until_a_pattern_does(tmp_path: Path):

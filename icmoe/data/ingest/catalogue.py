@@ -45,8 +45,8 @@ VOLUMES = "select path from run.found join file using (id) where json_extract(re
 MARKED = " and json_extract(record, '$.mask')"
 UNIDENTIFIED = """
 select path, json_extract(record, '$.mask'), json_extract(record, '$.kind') as kind, id, json_extract(record, '$.patient')
-    from run.found join file using (id) where kind in ('volume', 'picture') and json_extract(record, '$.fault') is null
-    order by path
+    from run.found join file using (id) where json_extract(record, '$.fault') is null
+    and (kind in ('volume', 'picture') or (kind = 'image' and json_extract(record, '$.nameless'))) order by path
 """
 """Defaults are left out of records."""
 PICTURES = """
@@ -199,21 +199,25 @@ class Catalogue:
 
     def _name_persons(self, hashes: Pseudonyms, pattern: str | None, cases: Mapping[str, str]) -> None:
         """Note in the records of images whose they are, where all folders of the export together say other than their own."""
-        of = Persons(((path, kind == "volume") for path, kind, *_ in self._unidentified(pattern)), cases).of
+        of = Persons(((path, kind == "volume") for path, kind, *_ in self._unidentified(pattern) if kind != "image"), cases).of
+        numbered = Persons(((path, False) for path, kind, *_ in self._unidentified(pattern) if kind == "image"), {}).numbered
         self._run.execute("create table run.person (id text primary key, name text) without rowid")
         for path, kind, key, patient in self._unidentified(pattern):
-            name = of(path, volume=kind == "volume")
-            found = UNDECIDED if name is None else hashes.patient(name)
+            name = (told(path, pattern) or numbered(path)) if kind == "image" else of(path, volume=kind == "volume")
+            found = UNDECIDED if name is None else hashes.patient(name) if name else patient
             self._run.execute("insert into run.person values (?, ?)", (key, "" if found == patient else found))
         with transaction(self._run):
             self._run.execute(NAME)
 
     def _unidentified(self, pattern: str | None) -> Iterator[tuple[str, str, str, str]]:
-        """Yield path, kind, key and patient of the images that do not say whose they are, in order."""
-        for path, is_mask, *said in self._run.execute(UNIDENTIFIED):
+        """Yield path, kind, key and patient of the images that do not say whose they are, in order.
+
+        Of a picture or volume that the pattern names the record does; of a scan without identity, its study alone is known.
+        """
+        for path, is_mask, kind, *said in self._run.execute(UNIDENTIFIED):
             name = os.fsdecode(path)
-            if not (told(name, pattern) or (is_mask and name not in self._dark)):
-                yield name, *said
+            if kind == "image" or not (told(name, pattern) or (is_mask and name not in self._dark)):
+                yield name, kind, *said
 
     def _pictures(self) -> Iterator[tuple[str, bool, bool]]:
         """Yield path of every picture, whether its values look like classes, and whether it has but one."""

@@ -135,7 +135,7 @@ def image_record(data: Dataset, hashes: Pseudonyms) -> FileRecord:
     )
 
 
-def identity(data: Dataset, hashes: Pseudonyms) -> dict[str, str]:
+def identity(data: Dataset, hashes: Pseudonyms) -> dict[str, Any]:
     """Return the keyed hashes of whom and what an object belongs to.
 
     A patient without number is known by name and birth date, without these by the study.
@@ -145,6 +145,7 @@ def identity(data: Dataset, hashes: Pseudonyms) -> dict[str, str]:
     image, space = text(data, "SOPInstanceUID"), text(data, "FrameOfReferenceUID")
     return {
         "patient": hashes.patient(person) if person else "",
+        "nameless": not (name or text(data, "PatientID")),
         **{key: value for key, value in named_patient(data, hashes).items() if value},
         "pattern": hashes.of("pattern", unnumbered(text(data, "PatientID"))),
         "study": hashes.of("uid", study) if study else "",

@@ -80,6 +80,17 @@ class Persons:
         own = _without_series(self._called(path)) if volume else "."
         return self._named[folders] if self._named[folders] != "" else own
 
+    def numbered(self, path: str) -> str:
+        """Return the name of the patient after whom a file's folder is numbered, empty where that cannot be told.
+
+        Parameters
+        ----------
+        path
+            One of those given.
+        """
+        name = self._named[owner_folders(path)] or ""
+        return name if PERSON.fullmatch(name.rpartition("/")[2]) else ""
+
     def _called(self, path: str) -> str:
         return person(self._cases.get(path) or stem(path))
 

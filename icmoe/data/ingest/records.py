@@ -75,6 +75,8 @@ class FileRecord(Record):
     """Keyed hash, empty where the file names no patient."""
     person: Shared = ""
     """As `patient`, where all folders together tell another one than those of a picture or volume, or "?" where they cannot."""
+    nameless: bool = False
+    """Of a DICOM object: whether it names nobody, so that its study stands for its patient."""
     number: Shared = ""
     """Where the file names who gave the patient's number: keyed hash of the number alone, which others may have given too."""
     pattern: Shared = ""

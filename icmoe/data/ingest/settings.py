@@ -26,7 +26,7 @@ class IngestSettings(Section):
     allow: tuple[str, ...] = ()
     """Series (S-...) that somebody looked at and found free of burned-in text."""
     patient_pattern: str | None = None
-    """Regular expression for paths of pictures and volumes; its first group names the patient."""
+    """Regular expression for paths of pictures, volumes and scans without identity; its first group names the patient."""
     split_file: PathText | None = None
     """CSV with the columns patient and split (train, val, test); other patients are split by the shares."""
     shares: tuple[Part, Part, Part] = (0.7, 0.1, 0.2)
