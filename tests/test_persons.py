@@ -34,7 +34,7 @@ TOLD = {
     ),
     "one folder each": ("P1/a1/i P2/b2/i P3/c3/i", "p1 p2 p3"),
     "places": ("siteA/P1/i siteA/P2/i siteB/P1/i site_c/doe/i", "sitea/p1 sitea/p2 siteb/p1 site_c/doe"),
-    "groups": ("HGG/Brats18_2013_2_1/i HGG/Brats18_A_1/i LGG/0003/i", "hgg/brats18_2013_2_1 hgg/brats18_a_1 lgg/0003"),
+    "groups": ("HGG/Brats18_2013_2_1/i HGG/Brats18_A_1/i LGG/0003/i", "hgg/brats18_2013_2 hgg/brats18_a_1 lgg/0003"),
     "one person in two groups": ("benign/P1/i malignant/P1/i benign/P2/i", "p1 p1 benign/p2"),
     "data sets in data sets": (
         "BraTS2020_TrainingData/MICCAI_Training/BraTS20_Training_001/i BraTS2020_TrainingData/MICCAI_Training/BraTS20_2/i",

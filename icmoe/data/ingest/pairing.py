@@ -312,13 +312,13 @@ def _seen_once(found: Mapping[Key, Said], images: Images) -> dict[Key, Said]:
 def _no_other_patients(record: FileRecord, image: FileRecord, images: Images) -> None:
     """Refuse a mask that lies with one patient of the export, or is named for one, and fits an image of another."""
     if record.patient in images.patients and image.patient != record.patient:
-        raise Refusal(121, "the image that it fits is another patient's, and the export has images of its own")
+        raise Refusal(121, "the image that it fits is of another patient or series, and the export has images of its own")
 
 
 def _at_home(path: str, image: FileRecord, images: Images) -> None:
     """Refuse the image of another patient than those whose images lie closest to a mask: its own may be missing or damaged."""
     if image.patient not in images.closest_owners(path):
-        raise Refusal(121, "the image that it fits is another patient's than the images closest to it by folder")
+        raise Refusal(121, "the image that it fits is of another patient or series than the images closest to it by folder")
 
 
 def _same_name(path: str, target: str, images: Images) -> None:

@@ -20,7 +20,9 @@ SERIES = re.compile(rf"({SEQUENCES}|{TECHNIQUES})\d{{0,2}}")
 COUNT = re.compile(r"\d{1,2}|b\d{1,4}")
 """Further words of a folder that is named for its series alone."""
 LAST = re.compile(rf"[-_ .]+({SEQUENCES}|{TECHNIQUES}|left|right)$")
-COUNTED = re.compile(rf"[-_ .]+({SEQUENCES}|{TECHNIQUES}|left|right|scan|exam|study|img|image|vol|volume)[-_ ]?\d{{1,3}}$")
+COUNTED = re.compile(
+    rf"[-_ .]+(({SEQUENCES}|{TECHNIQUES}|left|right|scan|exam|study|img|image|vol|volume|v|t)[-_ ]?\d{{1,3}}|\d{{1,2}})$"
+)
 """What a name ends with that says which of several looks at a patient it is of."""
 PERSON = re.compile(
     r"(.*[-_ ])?(p|pt|pat|patient|sub|subj|subject|case|id|person|proband|volunteer|training|validation|testing)[-_ .]?\d+[a-z]?"
