@@ -25,6 +25,8 @@ TOLD = {
     "words within free names above": ("t1_mprage_x/doe/i flair_x/doe/i", "doe doe"),
     "one that is plain tells of those beside it": ("doe/AX_T1/i doe/foo/i roe/bar/i roe/flair_2/i", "doe doe roe roe"),
     "bare numbers above words": ("1001/foo/i 1001/bar/i 1002/foo/i", "1001 1001 1002"),
+    "bare numbers above words with digits": ("MR/1/T1DUAL/i MR/1/T2SPIR/i MR/2/T1DUAL/i", "1 1 2"),
+    "groups of labels": ("Labeled/A0S9V0/i Unlabeled/B1F0V2/i", "labeled/a0s9v0 unlabeled/b1f0v2"),
     "volumes in folders of series": ("AX_T1/P1 AX_FLAIR/P1 AX_T1/P2", "p1 p1 p2"),
     "folders of one patient's series": ("P1_AX_T1/i P1_FLAIR/i P2_FLAIR/i DOE_T1/i DOE_T2/i", "p1 p1 p2 doe doe"),
     "volumes of one patient's series": ("P1_AX_T1 P1_FLAIR P2_T1", "p1 p1 p2"),

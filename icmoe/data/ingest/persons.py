@@ -35,10 +35,10 @@ GROUP = re.compile(
     r"(.*[^a-z])?(data|database|dataset|exports?|archive|project|batch|fold|split|sets?|cohort|group|part|train|test|val|training"
     r"|trainingdata)([^a-z].*)?"
     r"|([^\d]*[^a-z\d])?(patients|subjects|cases|raw|processed|preprocessed|nii|hgg|lgg|benign|malignant|normal|abnormal|healthy"
-    r"|controls?|positive|negative|lesions?|tumou?rs?)([^a-z\d][^\d]*)?"
+    r"|controls?|positive|negative|lesions?|tumou?rs?|(un)?labell?ed|(fe)?male)([^a-z\d][^\d]*)?"
 )
 """Folders that are named for what their files have in common; the latter words are a patient's with a number."""
-YEAR = re.compile(r"(19|20)\d\d")
+YEAR, DIGIT, BARE = (re.compile(form) for form in (r"(19|20)\d\d", r"\d", r"^\d+$"))
 UNDECIDED = "?"
 """In place of a pseudonym, where nobody can tell whose a file is."""
 
@@ -137,12 +137,14 @@ def _level(places: Sequence[Names]) -> int | None:
     left = numbered or plain or [*levels]
     if len(left) == 1 or len({_parted(places, level) for level in left}) == 1:
         return left[0]
-    digits = [
-        level
-        for level in left
-        if all(re.search(r"\d", names[level]) for names in places) and not all(YEAR.fullmatch(names[level]) for names in places)
-    ]
-    return left[0] if digits == left[:1] else None  # numbers below names may be patients of a group or series of a person
+    # Numbers below names may be patients of a group or series of a person.
+    return left[0] if left[:1] in ([level for level in left if _all(kind, places, level)] for kind in (DIGIT, BARE)) else None
+
+
+def _all(kind: re.Pattern[str], places: Sequence[Names], level: int) -> bool:
+    """Return whether the folders of a level hold what a patient's number does, and are not all years."""
+    names = {names[level] for names in places}
+    return all(kind.search(name) for name in names) and not all(YEAR.fullmatch(name) for name in names)
 
 
 def _parted(places: Sequence[Names], level: int) -> tuple[int, ...]:
