@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
+import fcntl
+import os
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,7 +120,8 @@ def join(folder: Path, site: str, site_file: Path, *, digest: str | None, new_ke
     Raises
     ------
     IcmoeError
-        205, 306 and 307 for a key that is there and cannot be used, 308 and 309 for the CA, 310 for the kit.
+        205, 306 and 307 for a key that is there and cannot be used, 308 and 309 for the CA, 310 for the kit, 325 where another
+        `init` of the site is at work.
     """
     kit, files = read_kit(folder, site)
     if digest is not None and digest.replace(" ", "") != kit_digest(files).replace(" ", ""):
@@ -144,21 +149,40 @@ def print_joined(site: str, joined: Joined) -> None:
 
 
 def _write(site_file: Path, kit: Kit, files: dict[str, bytes], ca: x509.Certificate, *, new_key: bool) -> Joined:
-    own, site = site_file.parent / kit.site, kit.site
+    own = site_file.parent / kit.site
     own.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _only_one(own):
+        return _write_own(own, site_file, kit, files, ca, new_key=new_key)
+
+
+def _write_own(own: Path, site_file: Path, kit: Kit, files: dict[str, bytes], ca: x509.Certificate, *, new_key: bool) -> Joined:
     key_path, request = own / "node.key", own / "request.json"
     make_one = new_key or not key_path.exists()
     key = make_node_key(key_path) if make_one else read_node_key(key_path)
     write_atomically(own / "ca.crt", files["ca.crt"])
-    write_atomically(request, make_request(site, key, ca).model_dump_json(indent=1).encode())
+    write_atomically(request, make_request(kit.site, key, ca).model_dump_json(indent=1).encode())
     made = [own / "ca.crt", *([key_path] if make_one else []), request]
-    section = SECTION.format(address=kit.address, site=site)
+    section = SECTION.format(address=kit.address, site=kit.site)
     if not site_file.exists():
-        text = SITE_FILE.format(site=site, consortium=kit.consortium, section=section)
+        text = SITE_FILE.format(site=kit.site, consortium=kit.consortium, section=section)
         write_atomically(site_file, text.encode(), private=True)
         made.append(site_file)
     missing = "" if _says(site_file, section) else section
     return Joined(request, fingerprint(key.public_key()), kit_digest(files), tuple(made), missing)
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Hold a site's folder: of two that make a key at once, one would print a fingerprint whose key is gone."""
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        what, todo = "another fl_client init is at work here", "Wait for it, and run this again."
+        raise IcmoeError(Fault(number=325, where=str(folder), what=what, did="Nothing was made.", todo=todo)) from None
+    finally:
+        os.close(held)
 
 
 def _says(site_file: Path, section: str) -> bool:

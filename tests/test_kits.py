@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import datetime as dt
+import fcntl
+import os
 import stat
 import subprocess
 from contextlib import suppress
@@ -57,6 +59,19 @@ def test_init_makes_the_key_here_and_keeps_it_when_run_again(kit: Path, tmp_path
     assert 'key = "Alder/node.key"' in output  # told, not written
     assert init(kit, tmp_path, "--new-key")[0] == 0
     assert key.read_bytes() != first
+
+
+def test_of_two_inits_at_once_the_second_makes_nothing(kit: Path, tmp_path: Path) -> None:
+    own = tmp_path / "site" / "Alder"
+    own.mkdir(parents=True)
+    held = os.open(own, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        code, output = init(kit, tmp_path)
+    finally:
+        os.close(held)
+    assert (code, "ICM325" in output, list(own.iterdir())) == (1, True, [])
+    assert init(kit, tmp_path)[0] == 0
 
 
 def test_both_ends_print_the_same_digest_and_init_compares_it(kit: Path, tmp_path: Path) -> None:
