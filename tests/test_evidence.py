@@ -120,6 +120,9 @@ def test_an_unseen_hospital_is_compared_with_the_best_single_one_in_its_favour()
     assert [bar.seeds.mean for bar in bars] == [pytest.approx(0.06)] * 2
     assert bars[-1].met is True
     assert unseen_bars(base, {}) == []
+    other_seeds = {"A": [score("router-aware", seed, "A", "a", 0.66, split="train") for seed in (1, 2)]}
+    assert unseen_bars(base, other_seeds) == bars, "a seed that the single hospitals were not trained with is passed over"
+    assert unseen_bars(base, {"A": other_seeds["A"][1:]}) == []
 
 
 def test_a_difference_pairs_patients() -> None:

@@ -137,7 +137,7 @@ def unseen_bars(base: Rows, held_out: Mapping[str, Rows]) -> list[Bar]:
     """Return, per hospital left out and for their mean, the federation's model minus the best single hospital's.
 
     All patients of the hospital count, since neither model saw one of them. The best single hospital is chosen on the
-    very patients that are scored, in its favour.
+    very patients that are scored, in its favour. Seeds count that all of these rehearsals have.
 
     Parameters
     ----------
@@ -147,8 +147,9 @@ def unseen_bars(base: Rows, held_out: Mapping[str, Rows]) -> list[Bar]:
         Scores of the rehearsals without one, by its name.
     """
     gains: dict[str, list[float]] = {}
+    seeds = set(seeds_of(base)).intersection(*map(seeds_of, held_out.values()))
     for name, rows in sorted(held_out.items()):
-        for seed in seeds_of(rows):
+        for seed in sorted(seeds):
             ours = fmean(_unseen(rows, OURS, seed, name)[""].values())
             best = max(fmean(found.values()) for found in _unseen(base, LOCAL, seed, name).values())
             gains.setdefault(name, []).append(ours - best)
