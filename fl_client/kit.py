@@ -131,8 +131,9 @@ def join(folder: Path, site: str, site_file: Path, *, digest: str | None, new_ke
     valid, fault = validity_fault(ca.not_valid_before_utc, ca.not_valid_after_utc, now, where=where)
     if fault is not None and not valid:
         raise IcmoeError(fault)
-    with file_errors():
-        return _write(site_file, kit, files, ca, new_key=new_key)
+    own = site_file.parent / kit.site
+    with file_errors(), _only_one(own):
+        return _write(own, site_file, kit, files, ca, new_key=new_key)
 
 
 def print_joined(site: str, joined: Joined) -> None:
@@ -148,14 +149,7 @@ def print_joined(site: str, joined: Joined) -> None:
     console.print(f"Then fill in the site file and run: fl_client --site {site} check")
 
 
-def _write(site_file: Path, kit: Kit, files: dict[str, bytes], ca: x509.Certificate, *, new_key: bool) -> Joined:
-    own = site_file.parent / kit.site
-    own.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _only_one(own):
-        return _write_own(own, site_file, kit, files, ca, new_key=new_key)
-
-
-def _write_own(own: Path, site_file: Path, kit: Kit, files: dict[str, bytes], ca: x509.Certificate, *, new_key: bool) -> Joined:
+def _write(own: Path, site_file: Path, kit: Kit, files: dict[str, bytes], ca: x509.Certificate, *, new_key: bool) -> Joined:
     key_path, request = own / "node.key", own / "request.json"
     make_one = new_key or not key_path.exists()
     key = make_node_key(key_path) if make_one else read_node_key(key_path)
@@ -174,13 +168,15 @@ def _write_own(own: Path, site_file: Path, kit: Kit, files: dict[str, bytes], ca
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
     """Hold a site's folder: of two that make a key at once, one would print a fingerprint whose key is gone."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what, todo = "another fl_client init is at work here", "Wait for it, and run this again."
+            raise IcmoeError(Fault(number=325, where=str(folder), what=what, did="Nothing was made.", todo=todo)) from None
         yield
-    except BlockingIOError:
-        what, todo = "another fl_client init is at work here", "Wait for it, and run this again."
-        raise IcmoeError(Fault(number=325, where=str(folder), what=what, did="Nothing was made.", todo=todo)) from None
     finally:
         os.close(held)
 

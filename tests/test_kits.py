@@ -65,7 +65,7 @@ def test_of_two_inits_at_once_the_second_makes_nothing(kit: Path, tmp_path: Path
     own = tmp_path / "site" / "Alder"
     own.mkdir(parents=True)
     held = os.open(own, os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
+    fcntl.flock(held, fcntl.LOCK_SH)  # only who wants it alone is refused
     try:
         code, output = init(kit, tmp_path)
     finally:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pydicom.dataset import Dataset
 
-from icmoe.data.ingest.headers import Header, integer, numbers, sequence, written
+from icmoe.data.ingest.headers import Header, integer, sequence, written
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +56,3 @@ class Groups:
             if name in source and (name.endswith("Sequence") or written(source, name)):
                 found[name] = source.get_item(name)  # not converted: a number in a wrong form must still be there
         return found
-
-
-def group_axes(*groups: Dataset) -> tuple[float, ...]:
-    """Return the directions along a row and a column that the first of some groups to have any says, none where none does."""
-    places = [item for group in groups for item in sequence(group, "PlaneOrientationSequence")[:1]]
-    return (numbers(places[0], "ImageOrientationPatient", 6) or ()) if places else ()

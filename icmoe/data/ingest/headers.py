@@ -156,10 +156,7 @@ def identity(data: Dataset, hashes: Pseudonyms) -> dict[str, Any]:
 
 
 def _name(data: Dataset) -> str:
-    """Return the first way of writing a person's name: in other letters and by its sound it may stand there or not.
-
-    So may empty parts.
-    """
+    """Return the first way of writing a person's name that is there, of those in Latin letters, in others and by its sound."""
     return next(filter(None, (group.strip().rstrip("^ ") for group in text(data, "PatientName").split("="))), "")
 
 
@@ -234,11 +231,12 @@ def _detected_planes(data: Dataset, count: int) -> dict[int, Plane]:
 
 def group_plane(own: Dataset, shared: Dataset) -> Plane | None:
     """Return the plane of a frame from its own and the shared functional groups."""
+    return plane_of(*(group_of(own, shared, f"{key}Sequence") for key in ("PlanePosition", "PlaneOrientation", "PixelMeasures")))
 
-    def first(name: str) -> Dataset:
-        return (sequence(own, name) or sequence(shared, name) or [EMPTY])[0]
 
-    return plane_of(first("PlanePositionSequence"), first("PlaneOrientationSequence"), first("PixelMeasuresSequence"))
+def group_of(own: Dataset, shared: Dataset, name: str) -> Dataset:
+    """Return a functional group, a frame's own before the shared one, empty where there is none."""
+    return (sequence(own, name) or sequence(shared, name) or [EMPTY])[0]
 
 
 def plane_of(position: Dataset, orientation: Dataset, measures: Dataset) -> Plane | None:

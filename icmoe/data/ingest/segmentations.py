@@ -13,13 +13,14 @@ from pydicom.encaps import get_frame
 from pydicom.pixels import pixel_array
 
 from icmoe.data.ingest.geometry import Grid, share_within
-from icmoe.data.ingest.groups import group_axes
 from icmoe.data.ingest.headers import (
     EMPTY,
+    group_of,
     group_plane,
     identity,
     integer,
     named_patient,
+    numbers,
     numeric,
     referenced_frames,
     sequence,
@@ -213,7 +214,8 @@ def _patches(
     for number, own in enumerate(groups):
         segments = labels if whole else {_segment(own, shared): labels.get(_segment(own, shared))}
         plane = group_plane(own, shared)
-        axes = () if plane else group_axes(own, shared)
+        orientation = group_of(own, shared, "PlaneOrientationSequence")
+        axes = () if plane else numbers(orientation, "ImageOrientationPatient", 6) or ()
         for image, frame in _images(own, shared, hashes) or [("", -1)]:
             for segment, label in segments.items():
                 if label is not None:
