@@ -14,6 +14,7 @@ from dicom_builders import (
     MASKS,
     VOLUME,
     contour,
+    derived,
     image,
     item,
     numbers,
@@ -150,6 +151,38 @@ def test_a_value_of_a_label_map_that_no_segment_describes_is_not_background(synt
     classes, data = used(tmp_path)[1:]
     assert same(classes, [MASKS[n] for n in (0, 1, 3, 4)])
     assert any(fault.number == 106 and "value 7" in str(fault) for fault in data.exclusions)
+
+
+WHOLES = [
+    ("FRACTIONAL", 255, [0, 127, 128, 255], [0, 0, 1, 1]),
+    ("FRACTIONAL", 1, [0, 0, 1, 1], [0, 0, 1, 1]),
+    ("FRACTIONAL", None, [0, 30, 200, 255], 117),
+    ("FRACTIONAL", 100, [0, 30, 60, 101], 106),
+    ("FRACTIONAL", 1, [0, 30, 200, 255], 106),
+    ("BINARY", None, [0, 0, 255, 255], [0, 0, 1, 1]),
+    ("BINARY", 255, [0, 0, 1, 1], [0, 0, 1, 1]),
+    ("BINARY", None, [0, 0, 1, 255], 106),
+]
+
+
+@pytest.mark.parametrize(("kind", "whole", "values", "want"), WHOLES)
+def test_shares_without_a_whole_that_fits_them_mark_nothing(
+    kind: str, whole: int | None, values: list[int], want: list[int] | int, tmp_path: Path
+):
+    """Without it every value but 0 would pass for a mark."""
+    sources, frame = volume(VOLUME[:1]), np.zeros((1, 20, 24), np.uint8)
+    frame[0, 4:8, 9] = values
+    made = plain_segmentation(frame, [item(DerivationImageSequence=[derived(sources[0])])], SegmentationType=kind)
+    made.BitsAllocated, made.BitsStored, made.HighBit, made.PixelData = 8, 8, 7, frame.tobytes()
+    if whole is not None:
+        made.MaximumFractionalValue = whole
+    put(tmp_path, [*sources, made])
+    _, masks, data = used(tmp_path)
+    if isinstance(want, int):
+        assert want in numbers(data)
+    else:
+        assert masks[0][4:8, 9].tolist() == want
+        assert masks[0].sum() == 2
 
 
 def test_a_compressed_frame_of_another_size_than_its_object_says_is_not_decoded(tmp_path: Path):

@@ -139,7 +139,7 @@ def read_patch(seg: Dataset, patch: Patch) -> npt.NDArray[np.bool_]:
     ------
     Refusal
         118 where the frame cannot be decoded or is of another size than the object says, 106 where a label map holds a value
-        that no segment describes.
+        that no segment describes, a fractional object one beyond its whole, or any other more than one beside 0.
     """
     with refusing(118, "frame of the segmentation cannot be decoded"):
         if seg.file_meta.TransferSyntaxUID.is_encapsulated:
@@ -150,8 +150,20 @@ def read_patch(seg: Dataset, patch: Patch) -> npt.NDArray[np.bool_]:
         if patch.value:
             _require_known(frame, seg)
             return np.asarray(frame == patch.value)
-        maximum = integer(seg, "MaximumFractionalValue") or 1
-        return np.asarray(2.0 * frame.astype(np.float64) >= maximum)
+        whole = integer(seg, "MaximumFractionalValue") if text(seg, "SegmentationType") == "FRACTIONAL" else 0
+        _require_shares(frame, whole)
+        return np.asarray(2.0 * frame.astype(np.float64) >= whole) if whole else np.asarray(frame > 0)
+
+
+def _require_shares(frame_HW: npt.NDArray[Any], whole: int) -> None:
+    """Refuse a frame with values beyond the whole, or with several where nothing is said to be shares (`whole` 0).
+
+    Both come of a header that is not that of the pixels; half of a wrong whole marks too much or nothing.
+    """
+    marks = frame_HW[frame_HW > 0]
+    if marks.size and int(marks.max()) > (whole or int(marks.min())):
+        said = f"its largest is said to be {whole}" if whole else "it is said to be binary"
+        raise Refusal(106, f"mask cannot be used: value {int(marks.max())}, though {said}")
 
 
 def _require_known(frame_HW: npt.NDArray[Any], seg: Dataset) -> None:
@@ -225,12 +237,17 @@ def _patches(
 
 
 def _require_described(seg: Dataset, groups: Sequence[Dataset], shared: Dataset, described: set[int]) -> None:
-    """Refuse frames that nothing is known of: left out, they would make background of what they mark."""
+    """Refuse frames that nothing is known of: left out, they would make background of what they mark.
+
+    Nor is anything known of shares of an unknown whole: 1 may be all of it or a 255th.
+    """
     frames = integer(seg, "NumberOfFrames") or 1  # one frame of several may have been cut out with the groups of all
     if len(groups) < frames:
         raise Refusal(117, f"segmentation of {frames} frames describes {len(groups)}")
-    whole = text(seg, "SegmentationType") == "LABELMAP"
-    if not (whole or all(_segment(own, shared) in described for own in groups)):
+    kind = text(seg, "SegmentationType")
+    if kind == "FRACTIONAL" and integer(seg, "BitsAllocated") > 1 and integer(seg, "MaximumFractionalValue") < 1:
+        raise Refusal(117, "a fractional segmentation does not say which value is the whole")
+    if not (kind == "LABELMAP" or all(_segment(own, shared) in described for own in groups)):
         raise Refusal(117, "frames of the segmentation name no segment, or one that it does not describe")
 
 
