@@ -8,12 +8,16 @@ import nibabel
 import numpy as np
 import pytest
 from dicom_builders import MASKS, VOLUME, numbers, put, same, scaled, used, volume
+from exports import BACKGROUND
 from PIL import Image
 from test_ingest_masks import as_nifti
+
+from icmoe.study import Label
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 MARKED, APART, ACROSS = (np.zeros((24, 32), np.uint8) for _ in range(3))
 MARKED[4:9, 5:11], APART[15:20, 5:11], ACROSS[7:12, 5:11] = 1, 1, 1
+CLASSES = (BACKGROUND, Label(name="lesion", values=(1, 255)), Label(name="edema", values=(2,)))
 GREYS = np.random.default_rng(4).integers(0, 4000, (3, 24, 32)).astype(np.uint16)
 
 
@@ -153,3 +157,53 @@ def test_a_volume_that_is_called_like_no_image_beside_others_that_are_is_nobodys
     for number in range(5):
         (tmp_path / f"export/ct/P02/{number + 1}").unlink()
     assert same(used(tmp_path)[1], np.roll(MASKS, 1, 2)), "one patient alone"
+
+
+def named(place: Path, name: str, marks: np.ndarray) -> None:
+    """Write three slices as a volume, or the middle one as a picture with marks of 255."""
+    if name.endswith(".png"):
+        return picture(place, name, marks[1] * (255 if marks.dtype == np.uint8 else 1))
+    path = place / "export" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return nibabel.save(as_nifti(marks, (2, 1, 0), [], marks.dtype), path)
+
+
+ONE = np.stack([np.zeros_like(MARKED), MARKED, APART])
+OTHER = np.roll(ONE, 14, axis=2)
+BY_CLASS = ["case1_{}", "case1-{}", "{}/case1", "masks/{}/case1", "{}/masks/case1", "masks/P1/{}/case1", "masks/{}/P1/case1"]
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".png"])
+@pytest.mark.parametrize("form", BY_CLASS)
+def test_a_mask_of_one_thing_means_the_class_at_the_end_of_its_name_or_of_its_folder(form: str, ending: str, tmp_path: Path):
+    """1 in a file for each class is not what the study calls 1, also where a case has but one of them."""
+    named(tmp_path, f"{'images/P1/' * ('P1' in form)}case1{ending}", GREYS)
+    named(tmp_path, form.format("edema") + ending, ONE)
+    kept = slice(1, 2) if ending == ".png" else slice(None)
+    assert same(used(tmp_path, CLASSES)[1], (2 * ONE)[kept])
+    named(tmp_path, form.format("lesion") + ending, OTHER)
+    assert same(used(tmp_path, CLASSES)[1], np.maximum(2 * ONE, OTHER)[kept])
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".png"])
+@pytest.mark.parametrize("both", ["{}/edema/case1", "edema/{}/case1", "{}/case1_edema", "{}/edema/P1/case1", "{}Tr/case1_edema"])
+def test_a_name_that_the_image_has_too_is_that_of_the_case(both: str, ending: str, tmp_path: Path):
+    named(tmp_path, f"{both.format('images')}{'_0000' * ('Tr' in both)}{ending}", GREYS)
+    named(tmp_path, both.format("labels") + ending, ONE)
+    masks = used(tmp_path, CLASSES)[1]
+    assert same(masks, ONE[1:2] if ending == ".png" else ONE)
+
+
+def test_a_mask_of_the_background_is_none_of_the_class_of_its_value(tmp_path: Path):
+    put(tmp_path, volume(VOLUME))
+    named(tmp_path, "background.nii.gz", 1 - MASKS)
+    assert numbers(used(tmp_path, CLASSES)[2]) == [108, 120, 124]
+
+
+def test_organs_under_the_name_of_the_case_that_the_study_does_not_name_cost_it_nothing(tmp_path: Path):
+    named(tmp_path, "case1.nii.gz", GREYS)
+    named(tmp_path, "case1_edema.nii.gz", ONE)
+    named(tmp_path, "case1_spleen.nii.gz", OTHER)
+    _, masks, data = used(tmp_path, CLASSES)
+    assert same(masks, 2 * ONE)
+    assert numbers(data) == [120]

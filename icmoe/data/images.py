@@ -79,7 +79,7 @@ def read_grey(path: Path, *, where: str) -> npt.NDArray[Any]:
     return np.asarray(pixels.astype(np.float32) @ np.asarray(LUMINANCE, dtype=np.float32))
 
 
-def read_classes(path: Path, labels: Sequence[Label], *, where: str) -> npt.NDArray[np.uint8]:
+def read_classes(path: Path, labels: Sequence[Label], *, where: str, called: int = 0) -> npt.NDArray[np.uint8]:
     """Return a mask as class indices.
 
     Parameters
@@ -90,6 +90,8 @@ def read_classes(path: Path, labels: Sequence[Label], *, where: str) -> npt.NDAr
         Classes of the study; the position is the class index.
     where
         The file's name in faults.
+    called
+        Class that its folder has the name of, if any: it marks that where it marks one thing alone, as 1 or 255.
 
     Returns
     -------
@@ -104,6 +106,8 @@ def read_classes(path: Path, labels: Sequence[Label], *, where: str) -> npt.NDAr
     values_HW = _decode(path, where, missing=103, unreadable=104, palette_is_colour=False)
     if values_HW.ndim != 2:
         raise _fault(104, where, COLOUR)
+    if called and {*np.unique(values_HW).tolist()} in ({0}, {0, 1}, {1}, {0, 255}, {255}):
+        return (values_HW > 0).astype(np.uint8) * np.uint8(called)
     table = np.full(65536, _UNKNOWN, dtype=np.uint8)
     for index, label in enumerate(labels):
         table[list(label.values)] = index

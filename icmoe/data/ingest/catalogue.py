@@ -91,7 +91,7 @@ class Use:
     form
         One of `FORMS`.
     patches
-        Of a form of `MASKS`, or of a volume that is called like a class.
+        Of a form of `MASKS`, or of a volume or picture that is called like a class.
     grids
         Per patch, or one for a volume: where its pixels lie; None for pixel by pixel.
     """

@@ -198,19 +198,20 @@ class _Masks:
 
     def classes(self, frame: Wanted, shape: tuple[int, int]) -> Classes:
         """Return the class of every pixel of a frame as stored, before it is turned upright."""
-        classes, others = np.zeros(shape, dtype=np.uint8), set[int]()
+        classes, others, known = np.zeros(shape, dtype=np.uint8), set[int](), True
         counted = any(is_counted(use.path) for use in frame.uses)
         for place, use in enumerate(frame.uses):
             match use.form:
                 case "volume":
                     own = self._volume(use, shape)
                 case "picture":
-                    own = self._picture(use.path)
+                    own = self._picture(use)
                 case form:
                     reader = module_of(MASKS[form])
                     own = reader.draw(self._once(use.path, reader.opened), use.patches, use.grids, frame.plane, shape)
             named = self._classes_in(use)
-            apart = use.form == "volume" and not named & others  # a file for each class
+            known = known and (use.form != "picture" or bool(use.patches))
+            apart = use.form in {"volume", "picture"} and known and not named & others  # a file for each class
             whole = use.form in {"volume", "picture"} and not counted
             if place and not apart and _are_two_readings(classes, own, whole=whole):
                 raise Refusal(122, TWO_READINGS)
@@ -238,9 +239,10 @@ class _Masks:
         assert grid is not None
         return np.asarray(grid.take(voxels, shape), dtype=np.uint8)
 
-    def _picture(self, path: str) -> Classes:
+    def _picture(self, use: Use) -> Classes:
+        called = use.patches[0].label if use.patches else 0
         try:
-            return read_classes(self._job.root / path, self._job.labels, where="")
+            return read_classes(self._job.root / use.path, self._job.labels, where="", called=called)
         except IcmoeError as error:
             fault = error.faults[0]
             said = f"value {fault.value}" if fault.number == 106 else fault.value if fault.value in OWN_WORDS else ""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
 
 from icmoe.data.ingest.folding import folded
+from icmoe.data.ingest.walking import stem
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Label
 
@@ -49,6 +51,28 @@ class LabelNames:
         """
         plain = [_plain(name) for name in names]
         return next((self._index[name] for name in (*plain, *map(_uncounted, plain)) if name in self._index), None)
+
+    def said_by(self, relative: str) -> tuple[int | None, int]:
+        """Return the class that a path names, and where it does: 0 by the file's name, -1 by its end, n by its nth folder.
+
+        Programs write a file for each class under the name of the case (case1_edema), or a folder for each.
+
+        Parameters
+        ----------
+        relative
+            Path of a mask.
+        """
+        name, folders = stem(relative), PurePosixPath(relative).parent.parts
+        places = [(name, 0), *((end, -1) for end in _ends(name))]
+        places += [(folder, len(folders) - at) for at, folder in enumerate(reversed(folders))]
+        found = ((self.index([called]), at) for called, at in places)
+        return next(((label, at) for label, at in found if label is not None), (None, 0))
+
+
+def _ends(name: str) -> Iterable[str]:
+    """Yield what follows each separator in a name, the longest first; a number or a single letter is no class."""
+    ends = [name[part.end() :] for part in re.finditer(r"[ _.-]+", name)]
+    return (end for end in ends if re.search(r"[^\W\d_]{2}", end))
 
 
 def _uncounted(name: str) -> str:

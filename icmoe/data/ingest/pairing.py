@@ -132,7 +132,7 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     fitting = _Fitting.of(path, record, found, images)
     if fitting.beside and not fitting.called and set(fitting.owned) & set(fitting.volumes):  # as a label map of the same series
         raise Refusal(122, "a volume and a DICOM series beside it lie on the grid of this volume")
-    if record.single and not (record.patches or fitting.called or fitting.homed) and _is_another_thing(path, images):
+    if record.single and not (record.patches or fitting.is_cases(path) or fitting.homed) and _is_another_thing(path, images):
         raise Refusal(120, "it is called like no class of the study, as masks beside it are")
     best = fitting.best(path)
     if fitting.by_place and PurePosixPath(path).parent in images.called_folders:
@@ -154,8 +154,18 @@ def _on_grid(path: str, record: FileRecord, images: Images) -> dict[str, dict[Ke
         plane, shape = image.frames[frame].plane, (image.rows, image.columns)
         grid = grid_between(matrix, plane, shape) if plane is not None else None
         if grid is not None and overlaps(grid, record.shape, shape):
-            series.setdefault(image.series, {})[target, frame] = Use(path, "volume", record.patches, (grid,))
+            series.setdefault(image.series, {})[target, frame] = Use(path, "volume", _meant(path, record, target), (grid,))
     return series
+
+
+def _meant(path: str, record: FileRecord, target: str) -> tuple[Patch, ...]:
+    """Return the class that a mask of one thing is called like, none where the image is called so too: that is a case's name."""
+    if record.called_at < 0:
+        cases = bare(target).startswith(bare(path)) or stem(path) in map(folded, own_folders(target))
+        return () if cases else record.patches
+    folders = {folded(part) for part in PurePosixPath(target).parent.parts}
+    named = record.called_at > 0 and folded(PurePosixPath(path).parts[record.called_at - 1]) in folders
+    return () if named else record.patches
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +204,10 @@ class _Fitting:
     def called(self) -> dict[str, str]:
         """Those that the mask is called like."""
         return self.named or self.channels or self.alike
+
+    def is_cases(self, path: str) -> bool:
+        """Return whether a mask is called like a case and no more, rather than like what is marked on it too."""
+        return any(not _is_named_after(path, target) for target in self.called.values())
 
     @property
     def all_channels(self) -> bool:
@@ -258,9 +272,13 @@ def _is_one_of_many(path: str, images: Images) -> bool:
 
 
 def _by_name(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
-    """Match a picture with the closest of the images of its name, else of each channel of its case, else of its bare name."""
+    """Match a picture with the closest of the images of its name, else of each channel of its case, else of its bare name.
+
+    One whose name ends with that of a class (x_edema) is matched by what stands before that (x) where no image is called so too.
+    """
     found, named = {}, images.by_name(stem(path))
-    for same in [named] if named else [*_channels(path, images)] or [images.by_bare(bare(path))]:
+    channels = [named] if named else [*_channels(path, images)]
+    for same in channels or [images.by_bare(bare(path)) or _before_class(path, record, images)]:
         looked = [target for target in same if not of_another_look(path, target)]
         if same and not looked:
             raise Refusal(121, OTHER_LOOK)
@@ -269,10 +287,17 @@ def _by_name(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
             raise Refusal(122, f"{len(best)} images have its name, equally close by folder")
         for target in best:
             _require_its_own(path, record, target, images)
-            found[target, 0] = Use(path, "picture")
+            found[target, 0] = Use(path, "picture", _meant(path, record, target))
     if not found:
         raise Refusal(123, "no image of one frame has its name")
     return found
+
+
+def _before_class(path: str, record: FileRecord, images: Images) -> list[str]:
+    """Return the images that a mask is called like up to the name of a class, of the longest such name."""
+    name = stem(path) if record.called_at < 0 else ""
+    starts = [name[: part.start()] for part in re.finditer(r"[ _.-]+", name)]
+    return next(filter(None, (images.by_name(start) for start in reversed(starts))), [])
 
 
 def _channels(path: str, images: Images) -> Iterator[list[str]]:

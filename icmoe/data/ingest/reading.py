@@ -15,7 +15,7 @@ from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.opening import Refusal, content_of, refusing
 from icmoe.data.ingest.pixels import plain_pixels_of
 from icmoe.data.ingest.pseudonyms import Pseudonyms
-from icmoe.data.ingest.records import FileRecord, FramePlace, refused
+from icmoe.data.ingest.records import FileRecord, FramePlace, Patch, refused
 from icmoe.data.ingest.volumes import looks_like_classes, volume_record
 from icmoe.data.ingest.walking import called_image, called_mask, owner, person, stem, told
 from icmoe.errors import IcmoeError
@@ -60,14 +60,21 @@ class Reader:
             case "dicom":
                 return self._dicom(path)
             case content if content in VOLUMES:
-                record = volume_record(path, self.names.index([stem(relative)]), self.names.values)
-                return record.model_copy(update={**self._owner(relative), "series": self.hashes.of("file", relative)})
+                called, at = self.names.said_by(relative)
+                record = volume_record(path, called, self.names.values)
+                if called == 0 and at < 1 and record.mask and record.single:
+                    raise Refusal(120, "it is called like the background, and what it does not mark may be anything")
+                update = {**self._owner(relative), "called_at": at}
+                return record.model_copy(update={**update, "series": self.hashes.of("file", relative)})
             case "png":
                 record = picture_record(path)
                 owner = self._owner(relative)
                 mask = (record.mask or called_mask(relative)) and not called_image(relative)
                 series = f"{PurePosixPath(relative).parent}\0{owner['patient']}"
-                return record.model_copy(update={**owner, "series": self.hashes.of("folder", series), "mask": mask})
+                called, at = self.names.said_by(relative)
+                patches = (Patch(number=0, label=called),) if mask and called and at else ()
+                update = {**owner, "mask": mask, "patches": patches, "called_at": at}
+                return record.model_copy(update={**update, "series": self.hashes.of("folder", series)})
             case _:
                 raise Refusal(116, f"file is neither DICOM, {', '.join(form.title for form in VOLUMES.values())} nor PNG")
 

@@ -107,7 +107,9 @@ class FileRecord(Record):
     mask: bool = False
     """For a volume or a picture: whether its values look like classes."""
     called: bool = False
-    """Of a volume: whether its name is that of a class."""
+    """Of a volume: whether its path names a class."""
+    called_at: int = 0
+    """Of a volume or a picture that is called like a class: 0 where its whole name says so, -1 its end, n its nth folder."""
     unnamed: str = ""
     """Of a volume of classes: values that mean no class of the study, some of them."""
     single: bool = False
@@ -117,7 +119,7 @@ class FileRecord(Record):
     affine: tuple[float, ...] = ()
     """Of a volume: rows 1 to 3 of the matrix from voxel index to DICOM's axes, mm."""
     patches: tuple[Patch, ...] = ()
-    """Of a form of `MASKS`; of a volume that marks one thing alone and is called like a class, that class."""
+    """Of a form of `MASKS`; of a volume or picture that marks one thing alone and is called like a class, that class."""
     step_mm: float = 0.0
     """Of a SEG object: distance of its frames, else their thickness; 0 where unknown."""
     listed: tuple[str, ...] = ()
