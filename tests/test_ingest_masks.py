@@ -98,6 +98,11 @@ def referring(case: str, sources: Sequence[Dataset]) -> Dataset:
             own.DerivationImageSequence = [derived(one)]
     elif case == "as a list":
         made.ReferencedSeriesSequence = listed
+    elif case == "in another study":
+        made.StudiesContainingOtherReferencedInstancesSequence = [
+            item(StudyInstanceUID=sources[0].StudyInstanceUID, ReferencedSeriesSequence=listed)
+        ]
+        made.FrameOfReferenceUID = "1.2.3"
     elif case == "shared":
         made.SharedFunctionalGroupsSequence[0].DerivationImageSequence = [item(SourceImageSequence=references)]
     elif case == "all by each":
@@ -106,7 +111,7 @@ def referring(case: str, sources: Sequence[Dataset]) -> Dataset:
     return made
 
 
-@pytest.mark.parametrize("case", ["by frame", "as a list", "by place", "shared", "all by each"])
+@pytest.mark.parametrize("case", ["by frame", "as a list", "in another study", "by place", "shared", "all by each"])
 def test_a_mask_finds_its_images_however_it_refers_to_them(case: str, tmp_path: Path):
     sources = volume(VOLUME)
     put(tmp_path, [*sources, referring(case, sources)])

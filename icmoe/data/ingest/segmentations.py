@@ -176,8 +176,9 @@ def _require_known(frame_HW: npt.NDArray[Any], seg: Dataset) -> None:
 
 
 def listed_instances(data: Dataset, hashes: Pseudonyms) -> Iterable[str]:
-    """Yield the hashes of the instances that a mask names as its images, frame by frame or as a whole."""
-    for series in sequence(data, "ReferencedSeriesSequence"):
+    """Yield the hashes of the instances that a mask names as its images; those of another study have a sequence of their own."""
+    others = sequence(data, "StudiesContainingOtherReferencedInstancesSequence")  # PS3.3 C.12.2
+    for series in (one for place in (data, *others) for one in sequence(place, "ReferencedSeriesSequence")):
         for item in sequence(series, "ReferencedInstanceSequence"):
             yield hashes.of("uid", text(item, "ReferencedSOPInstanceUID"))
 
