@@ -185,6 +185,25 @@ def test_shares_without_a_whole_that_fits_them_mark_nothing(
         assert masks[0].sum() == 2
 
 
+@pytest.mark.parametrize("harm", ["", "a byte each", "twice as deep", "four more bytes"])
+def test_frames_that_lie_elsewhere_than_the_standard_has_them_are_refused(harm: str, tmp_path: Path):
+    """Those after the first would be read shifted; 19 x 23 pixels are no whole number of bytes."""
+    sources, frames = volume(VOLUME[:, 1:, 1:]), MASKS[:, 1:, 1:]
+    made = plain_segmentation(frames, [item(DerivationImageSequence=[derived(one)]) for one in sources])
+    if harm == "a byte each":
+        packed = b"".join(np.packbits(frame.ravel(), bitorder="little").tobytes() for frame in frames)
+        made.PixelData = packed + b"\0" * (len(packed) % 2)
+    elif harm == "twice as deep":
+        made.BitsAllocated, made.BitsStored, made.HighBit, made.PixelData = 8, 8, 7, frames.astype("<u2").tobytes()
+    elif harm:
+        made.PixelData += bytes(4)
+    put(tmp_path, [*sources, made])
+    _, masks, data = used(tmp_path)
+    fits = harm in {"", "four more bytes"}
+    assert same(masks, frames if fits else [])
+    assert (118 in numbers(data)) is not fits
+
+
 def test_a_compressed_frame_of_another_size_than_its_object_says_is_not_decoded(tmp_path: Path):
     pixels, masks = (stack.repeat(2, axis=1).repeat(2, axis=2) for stack in (VOLUME, MASKS))
     sources = volume(pixels)

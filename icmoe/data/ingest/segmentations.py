@@ -11,6 +11,7 @@ import numpy.typing as npt
 from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
 from pydicom.pixels import pixel_array
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from icmoe.data.ingest.geometry import Grid, share_within
 from icmoe.data.ingest.headers import (
@@ -39,6 +40,8 @@ REQUIRED = frozenset({"SegmentNumber", "SegmentLabel", "SegmentAlgorithmType", "
 """Of every segment."""
 CODES = REQUIRED | {"AnatomicRegionSequence", "PrimaryAnatomicStructureSequence"}
 """Where a plain segment has codes, if anywhere."""
+PLAIN = frozenset({ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian})
+"""Transfer syntaxes whose frames are not compressed one by one."""
 CODE_VALUES = frozenset({"CodeValue", "LongCodeValue", "URNCodeValue"})
 
 
@@ -87,8 +90,28 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
 
 
 def opened(path: Path) -> Dataset:
-    """Return the object with its pixels."""
-    return open_dicom(path, pixels=True)
+    """Return the object with its pixels.
+
+    Raises
+    ------
+    Refusal
+        116 or 117; 118 where its pixels are of another depth than it says, or each frame of bits begins with a byte of its own.
+    """
+    seg = open_dicom(path, pixels=True)
+    if seg.file_meta.TransferSyntaxUID in PLAIN:
+        _require_length(seg)
+    return seg
+
+
+def _require_length(seg: Dataset) -> None:
+    """Refuse plain pixels whose length tells that frames lie elsewhere than in the standard; later ones would be shifted."""
+    count, depth = integer(seg, "NumberOfFrames") or 1, integer(seg, "BitsAllocated")
+    bits, found = integer(seg, "Rows") * integer(seg, "Columns") * depth, len(seg.get("PixelData") or b"")
+    want, apart = (count * bits + 7) // 8, count * ((bits + 7) // 8)
+    if found >= 2 * max(2, want):  # a single byte is padded to two
+        raise Refusal(118, "pixels of the segmentation are at least twice as long as its header says")
+    if found == apart + apart % 2 > want + want % 2:
+        raise Refusal(118, "frames of the segmentation begin with a byte each, where the standard packs them without a gap")
 
 
 def draw(
