@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -202,6 +203,30 @@ def test_frames_that_lie_elsewhere_than_the_standard_has_them_are_refused(harm: 
     fits = harm in {"", "four more bytes"}
     assert same(masks, frames if fits else [])
     assert (118 in numbers(data)) is not fits
+
+
+@pytest.mark.parametrize("harm", [0, 5, -5])
+@pytest.mark.parametrize("form", ["bits", "shares", "label map"])
+def test_frames_that_were_deflated_one_by_one_are_read(form: str, harm: int, tmp_path: Path):
+    sources, frames = volume(VOLUME[:, 1:, 1:]), MASKS[:, 1:, 1:]
+    stored = {"bits": frames, "shares": frames * np.uint8(200), "label map": frames.astype("<u2") * 700}[form]
+    made = plain_segmentation(frames, [item(DerivationImageSequence=[derived(one)]) for one in sources])
+    raws = [np.packbits(one.ravel(), bitorder="little").tobytes() if form == "bits" else one.tobytes() for one in stored]
+    if form != "bits":
+        made.BitsAllocated = made.BitsStored = 8 * stored.itemsize
+        made.HighBit, made.MaximumFractionalValue = made.BitsStored - 1, 255
+        made.SegmentationType = "FRACTIONAL" if form == "shares" else "LABELMAP"
+        made.SegmentSequence[0].SegmentNumber = 700 if form == "label map" else 1
+    deflated = [zlib.compress(raw[:harm] if harm < 0 else raw + bytes(harm), wbits=-15) for raw in raws]
+    made.PixelData = encapsulate(deflated)
+    made["PixelData"].VR = "OB"
+    made["PixelData"].is_undefined_length = True
+    made.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.8.1"
+    put(tmp_path, sources)
+    made.save_as(tmp_path / "export/seg", implicit_vr=False, little_endian=True, force_encoding=True)
+    _, masks, data = used(tmp_path)
+    assert same(masks, frames if not harm else [])
+    assert (118 in numbers(data)) == bool(harm)
 
 
 def test_a_compressed_frame_of_another_size_than_its_object_says_is_not_decoded(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ CODES = REQUIRED | {"AnatomicRegionSequence", "PrimaryAnatomicStructureSequence"
 """Where a plain segment has codes, if anywhere."""
 PLAIN = frozenset({ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian})
 """Transfer syntaxes whose frames are not compressed one by one."""
+DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
+"""Deflated Image Frame Compression, which no library here knows; the standard has it for segmentations above all."""
 CODE_VALUES = frozenset({"CodeValue", "LongCodeValue", "URNCodeValue"})
 
 
@@ -165,17 +168,40 @@ def read_patch(seg: Dataset, patch: Patch) -> npt.NDArray[np.bool_]:
         that no segment describes, a fractional object one beyond its whole, or any other more than one beside 0.
     """
     with refusing(118, "frame of the segmentation cannot be decoded"):
-        if seg.file_meta.TransferSyntaxUID.is_encapsulated:
-            sized(get_frame(seg.PixelData, patch.number, number_of_frames=integer(seg, "NumberOfFrames") or 1), seg)
-        elif integer(seg, "BitsAllocated") == 1:
-            return unpacked(seg, seg.PixelData, patch.number).view(np.bool_)
-        frame = pixel_array(seg, index=patch.number)
+        frame = _frame(seg, patch.number)
         if patch.value:
             _require_known(frame, seg)
             return np.asarray(frame == patch.value)
+        if frame.dtype == np.bool_:
+            return frame
         whole = integer(seg, "MaximumFractionalValue") if text(seg, "SegmentationType") == "FRACTIONAL" else 0
         _require_shares(frame, whole)
         return np.asarray(2.0 * frame.astype(np.float64) >= whole) if whole else np.asarray(frame > 0)
+
+
+def _frame(seg: Dataset, number: int) -> npt.NDArray[Any]:
+    """Return the stored values of a frame, H x W; single bits as they mark."""
+    source, at, is_plain = seg.PixelData, number, seg.file_meta.TransferSyntaxUID in PLAIN
+    if not is_plain:
+        encoded = get_frame(source, number, number_of_frames=integer(seg, "NumberOfFrames") or 1)
+        if seg.file_meta.TransferSyntaxUID != DEFLATED_FRAMES:
+            sized(encoded, seg)
+            return pixel_array(seg, index=number)
+        source, at = _inflated(encoded, seg), 0
+    if integer(seg, "BitsAllocated") == 1:
+        return unpacked(seg, source, at).view(np.bool_)
+    if is_plain:
+        return pixel_array(seg, index=number)
+    return np.frombuffer(source, f"<u{integer(seg, 'BitsAllocated') // 8}").reshape(integer(seg, "Rows"), -1)
+
+
+def _inflated(encoded: bytes, seg: Dataset) -> bytes:
+    """Return the bytes of a frame that was deflated by itself (PS3.5 A.4); no more are made room for than it may have."""
+    size = (integer(seg, "Rows") * integer(seg, "Columns") * integer(seg, "BitsAllocated") + 7) // 8
+    found = zlib.decompressobj(wbits=-zlib.MAX_WBITS).decompress(encoded, size + 2)
+    if not size <= len(found) <= size + size % 2:
+        raise Refusal(118, f"a deflated frame of the segmentation does not hold the {size} bytes that its header says")
+    return found[:size]
 
 
 def _require_shares(frame_HW: npt.NDArray[Any], whole: int) -> None:
