@@ -126,6 +126,21 @@ def test_a_mask_that_names_its_image_lies_on_its_pixels_whose_distance_it_rounds
     assert (121 in numbers(data)) is not fits
 
 
+@pytest.mark.parametrize(("others", "fits"), [((), True), ((0, 1), False), ((2, 2), True)])
+def test_a_frame_without_a_place_marks_no_two_slices_that_it_was_derived_from(
+    others: tuple[int, ...], fits: bool, tmp_path: Path
+):
+    """As where a system names the slices beside it as well, whose marks are others."""
+    sources = volume(VOLUME)
+    groups = [item(DerivationImageSequence=[derived(one)]) for one in sources]
+    for number in others:
+        groups[2].DerivationImageSequence.append(derived(sources[number]))
+    put(tmp_path, [*sources, plain_segmentation(MASKS, groups)])
+    _, masks, data = used(tmp_path)
+    assert same(masks, MASKS if fits else [])
+    assert (122 in numbers(data)) is not fits
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_mask_of_one_image_without_a_place_need_not_name_it_frame_by_frame(count: int, tmp_path: Path):
     """As of a chest X-ray; of two images nobody knows which of them is meant."""

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from icmoe.data.ingest.background import not_background
 from icmoe.data.ingest.catalogue import Key, Use
 from icmoe.data.ingest.forms import MASKS
-from icmoe.data.ingest.geometry import Grid
+from icmoe.data.ingest.geometry import OFF_PLANE_MM, Grid, height_mm
 from icmoe.data.ingest.known_images import Images
 from icmoe.data.ingest.nearest import marks, nearest
 from icmoe.data.ingest.placing import patch_grid, same_plane
-from icmoe.data.ingest.records import FileRecord, Patch
+from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.refusals import Refusal
 
 Found = dict[Key, list[tuple[Patch, Grid | None]]]
@@ -34,6 +34,8 @@ def by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Use
         targets = [(patch, target) for patch in patches for target in (images.by_uid(patch.image) if patch.image else listed)]
         parts = [(*part, frame) for part in targets for frame in _marked_frames(record, part[0], images[part[1]], sure=sure)]
         marked = nearest_frames(parts, images)
+        if patches[0].plane is None and len(marked) > 1:
+            _require_one_place([images[target].frames[frame].plane for _, target, frame in marked])
         for patch, target, frame in marked:
             try:
                 found.setdefault((target, frame), []).append((patch, patch_grid(record, patch, images[target], frame)))
@@ -52,6 +54,13 @@ def by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Use
     places = {(path, n): images[path].frames[n].plane for (path, n), parts in found.items() if not parts}
     silent = not_background(record, {key: plane for key, plane in places.items() if images[key[0]].space == record.space != ""})
     return {key: use_of(path, record, parts) for key, parts in found.items() if key not in silent}
+
+
+def _require_one_place(planes: Sequence[Plane | None]) -> None:
+    """Refuse images in several places of a part that does not say where it lies: it was derived from all, and drawn on one."""
+    known = [plane for plane in planes if plane is not None]
+    if any(abs(height_mm((*plane[:3], *known[0][3:])) - height_mm(known[0])) > OFF_PLANE_MM for plane in known[1:]):
+        raise Refusal(122, "a part of it names images in several places and does not say in which of them it lies")
 
 
 def _listed(record: FileRecord, images: Images) -> list[str]:
