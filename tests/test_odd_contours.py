@@ -93,6 +93,22 @@ def test_a_mask_traced_through_the_centres_of_its_outermost_pixels_comes_back_as
     assert same(used(tmp_path)[1], want)
 
 
+@pytest.mark.parametrize("axes", [(1, 0, 0, 0, 1, 0), (0.8, 0.6, 0, -0.6, 0.8, 0)])
+@pytest.mark.parametrize("decimals", [2, 3, 4])
+def test_a_traced_mask_comes_back_as_it_was_though_its_points_are_rounded(decimals: int, axes: tuple[float, ...], tmp_path: Path):
+    sources = volume(VOLUME, axes=axes, origin=(-20.12345, -30.98765, 40.4444), spacing=(0.70312, 0.70312))
+    corners = box(3, 4, 12, 15)
+    lines = [contour(np.round(outline(one, corners), decimals), one) for one in sources[:1]]
+    lines += [
+        contour(np.round(outline(one, [(5, 6), (7, 6), (7, 9), (9, 9), (9, 6), (11, 6)]), decimals), one) for one in sources[1:2]
+    ]
+    put(tmp_path, [*sources, drawn(sources, *lines)])
+    want = [EMPTY.copy() for _ in sources]
+    want[0][3:13, 4:16] = 1
+    want[1][5:12, 6], want[1][7:10, 6:10] = 1, 1
+    assert same(used(tmp_path)[1], want)
+
+
 def outline(source: Dataset, corners: Sequence[tuple[float, float]]) -> np.ndarray:
     return np.concatenate([square(source, row, column, row, column)[:1] for row, column in corners])
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 
-from icmoe.data.ingest.filling import Filled, joined, marked_by, on_image, run_through
+from icmoe.data.ingest.filling import ON_OUTLINE_PX, Filled, joined, marked_by, on_image, run_through
 from icmoe.data.ingest.geometry import OFF_PLANE_MM, Grid, plane_matrix
 from icmoe.data.ingest.headers import identity, integer, named_patient, referenced_frames, sequence, text
 from icmoe.data.ingest.labels import LabelNames
@@ -29,10 +29,11 @@ CLOSED = frozenset({"CLOSED_PLANAR", XOR})
 
 
 class Outline(NamedTuple):
-    """The points of one contour, N x 3, mm, none for one that has no usable points; and its type in capitals."""
+    """The points of one contour, N x 3, mm, none where they are of no use; its type in capitals; how far rounding moved them."""
 
     points_N3: npt.NDArray[np.float64]
     kind: str
+    rounded_mm: float = 0.0
 
 
 def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -> FileRecord:
@@ -103,7 +104,7 @@ def opened(path: Path) -> list[Outline]:
     """
     data = open_dicom(path, pixels=False, tags=[Tag("ROIContourSequence")])
     with refusing(117, "contours cannot be parsed"):
-        return [Outline(_points_if_any(item), _kind(item)) for _, item in _contours(data)]
+        return [Outline(_points_if_any(item), _kind(item), _rounded_mm(item)) for _, item in _contours(data)]
 
 
 def draw(
@@ -153,7 +154,7 @@ def _region(outlines: Iterable[Outline], plane: Plane, shape: tuple[int, int]) -
     parts, thin = dict[bytes, tuple[Filled, bool]](), list[npt.NDArray[np.float64]]()
     for outline in closed:
         points_N2 = _on_plane(outline.points_N3, plane)
-        filled = marked_by(points_N2, shape)
+        filled = marked_by(points_N2, shape, max(ON_OUTLINE_PX, outline.rounded_mm / min(plane[9:])))
         if filled is None:
             thin.append(points_N2)
         else:
@@ -237,6 +238,19 @@ def _points_if_any(item: Dataset) -> npt.NDArray[np.float64]:
         return _points(item)
     except Exception:  # noqa: BLE001  # numbers that are none, a count that is no multiple of 3, nothing at all
         return np.empty((0, 3))
+
+
+def _rounded_mm(item: Dataset) -> float:
+    """Return how far rounding to the decimals that are written may have moved a point, at most that of two decimals.
+
+    A mask that was traced through the centres of its outermost pixels is to come back whole, not with notches where rounding
+    moved a line inwards; with fewer decimals nobody knows whether numbers were rounded or are whole.
+    """
+    try:
+        decimals = max(len(str(value).partition(".")[2]) for value in item.ContourData)
+    except Exception:  # noqa: BLE001  # as `_points_if_any`
+        return 0.0
+    return float(3.0**0.5 * 0.5 * 10.0 ** -max(2, decimals))  # along each axis
 
 
 def _space(data: Dataset, labels: Mapping[int, int | None], hashes: Pseudonyms) -> str:

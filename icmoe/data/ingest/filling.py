@@ -33,7 +33,7 @@ class Filled(NamedTuple):
         return self.inside | self.on_outline
 
 
-def fill(points_N2: npt.NDArray[np.float64], shape: tuple[int, int]) -> Filled:
+def fill(points_N2: npt.NDArray[np.float64], shape: tuple[int, int], within_px: float = ON_OUTLINE_PX) -> Filled:
     """Return the pixels whose centres a contour encloses or runs through, wherever it starts and whichever way it goes.
 
     Parameters
@@ -42,6 +42,8 @@ def fill(points_N2: npt.NDArray[np.float64], shape: tuple[int, int]) -> Filled:
         Rows and columns on the image, pixels.
     shape
         Height and width of the image, pixels.
+    within_px
+        How far from the contour, along a row or a column, a pixel's centre lies on it.
 
     Raises
     ------
@@ -50,7 +52,7 @@ def fill(points_N2: npt.NDArray[np.float64], shape: tuple[int, int]) -> Filled:
     """
     low_2, inside = _enclosed(points_N2)
     on_outline = np.zeros_like(inside)
-    on_outline[tuple((run_through(points_N2) - low_2).T)] = True
+    on_outline[tuple((run_through(points_N2, within_px) - low_2).T)] = True
     inside &= ~on_outline
     filled = Filled(_cropped(inside, low_2, shape), _cropped(on_outline, low_2, shape))
     if 2 * np.count_nonzero(filled.all) < np.count_nonzero(inside) + np.count_nonzero(on_outline):
@@ -58,17 +60,17 @@ def fill(points_N2: npt.NDArray[np.float64], shape: tuple[int, int]) -> Filled:
     return filled
 
 
-def marked_by(points_N2: npt.NDArray[np.float64], shape: tuple[int, int]) -> Filled | None:
+def marked_by(points_N2: npt.NDArray[np.float64], shape: tuple[int, int], within_px: float = ON_OUTLINE_PX) -> Filled | None:
     """Return what a closed contour marks, None where it encloses no more than a line does.
 
     One no larger than a pixel that encloses no centre marks the pixel that it lies on: small objects are looked for, and their
     image is not background. One of fewer than 3 points marks something only where it was traced from centre to centre.
 
-    Shapes and errors are those of `fill`.
+    Shapes, distances and errors are those of `fill`.
     """
-    filled, corners_N2 = fill(points_N2, shape), np.unique(points_N2, axis=0)
+    filled, corners_N2 = fill(points_N2, shape, within_px), np.unique(points_N2, axis=0)
     if len(corners_N2) < 3:
-        return filled if np.abs(corners_N2 - np.rint(corners_N2)).max() <= ON_OUTLINE_PX else None
+        return filled if np.abs(corners_N2 - np.rint(corners_N2)).max() <= within_px else None
     if not filled.all.any() and np.ptp(corners_N2, axis=0).max() <= 1.0:
         middle_2 = (corners_N2.min(axis=0) + corners_N2.max(axis=0)) / 2
         filled.on_outline[on_image(np.rint(middle_2)[None].astype(np.int64), shape)] = True
