@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -26,17 +27,19 @@ from dicom_builders import (
     used,
     volume,
 )
-from exports import LESION, read_frames
+from exports import LESION, export_of, read_frames, taken, write_series
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
 
 from icmoe.data.images import DEEP_COLOUR, read_classes
+from icmoe.data.ingest import index
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.reading import Reader
 from icmoe.data.ingest.records import FileRecord
+from icmoe.data.ingest.run import ingest
 from icmoe.data.ingest.work import _split
 from icmoe.errors import IcmoeError
 
@@ -208,6 +211,29 @@ def test_pipes_sockets_links_and_names_that_are_no_text_do_not_stop_it(tmp_path:
         pictures, _, data = used(tmp_path)
     assert same(pictures, scaled(VOLUME))
     assert numbers(data) == [116, 116, 116], "two links and an empty file"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.EIO])
+def test_a_folder_that_can_be_listed_alone_is_a_numbered_sentence(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_series(tmp_path / "export/a", "one", 2, seed=1)
+    write_series(tmp_path / "export/b", "two", 2, seed=2)
+    export = export_of(tmp_path / "export", tmp_path / "place")
+    before = taken(export).slices
+    looked = os.lstat
+
+    def refused(path: str) -> os.stat_result:
+        if "/export/b/" in str(path):
+            raise OSError(number, os.strerror(number), str(path))
+        return looked(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "lstat", refused)
+        with pytest.raises(IcmoeError, match="ICM109") as caught:
+            ingest(export)
+        assert caught.value.faults[0].value == f"1, {os.strerror(number)}"
+        assert "x1" not in str(caught.value), "names of files are the hospital's"
+        ingest(export_of(tmp_path / "export", tmp_path / "other", exclude=("b/*",)))
+    assert index.read_index(export.store).slices == before
 
 
 def test_every_cut_of_a_file_has_a_reason(tmp_path: Path):

@@ -55,6 +55,8 @@ ENDING = re.compile(
     "|".join(re.escape(end) for form in VOLUMES.values() for end in form.endings).join(("(", r"|\.png|\.dcm|\.dicom|\.ima)+$"))
 )
 COUNTED = re.compile(r"[_-]mask[_-]?\d{1,2}$")
+GONE = (FileNotFoundError, NotADirectoryError)
+"""What a look at a file or folder raises that is there no more."""
 
 
 def walk(root: Path, exclude: Sequence[str]) -> Iterator[tuple[str, int, int]]:
@@ -65,7 +67,7 @@ def walk(root: Path, exclude: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     Raises
     ------
     IcmoeError
-        109, after the last file, where folders cannot be read: their files must not pass for deleted ones.
+        109, after the last file, where folders or files in them cannot be looked at: they must not pass for deleted ones.
     """
     shut: list[OSError] = []
     for folder, folders, files in os.walk(root, onerror=shut.append):
@@ -78,13 +80,15 @@ def walk(root: Path, exclude: Sequence[str]) -> Iterator[tuple[str, int, int]]:
                 continue
             try:
                 state = os.lstat(full)
-            except FileNotFoundError:  # gone since the folder was listed
+            except GONE:  # since the folder was listed
                 continue
+            except OSError as error:  # a folder that may be listed and not entered, a path that is too long, a share that fails
+                shut.append(error)
+                break
             if stat.S_ISREG(state.st_mode) or stat.S_ISLNK(state.st_mode):
                 yield relative, state.st_size, state.st_mtime_ns
-    gone = (FileNotFoundError, NotADirectoryError)
     _require_open(
-        root, [e for e in shut if not isinstance(e, gone) and not _matches(f"{os.path.relpath(e.filename, root)}/", exclude)]
+        root, [e for e in shut if not isinstance(e, GONE) and not _matches(f"{os.path.relpath(e.filename, root)}/", exclude)]
     )
 
 
@@ -101,7 +105,7 @@ def _require_open(root: Path, shut: Sequence[OSError]) -> None:
                 what="folders of the export cannot be read",
                 value=f"{len(shut)}, {shut[0].strerror}",
                 did="Nothing was read.",
-                todo="Let this user read them (find FOLDER -type d ! -readable lists them), or name them under exclude.",
+                todo="Let this user enter them (find FOLDER -type d ! -readable lists them), or name them under exclude.",
             )
         )
 
