@@ -13,6 +13,7 @@ import pydicom
 import pytest
 from dicom_builders import image, save
 from exports import read_frames
+from jpeg_lossless import jpeg_lossless
 from openjpeg.utils import encode_array
 from PIL import Image
 from pydicom.dataset import Dataset
@@ -25,10 +26,13 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLosslessSV1,
     JPEGLSLossless,
     RLELossless,
 )
 
+from icmoe.data.images import LUMINANCE
 from icmoe.data.ingest.codestreams import Codestream, codestream_of
 from icmoe.data.ingest.refusals import Refusal
 
@@ -236,3 +240,47 @@ def test_frames_of_single_bits_need_not_begin_with_a_byte(
     data["PixelData"].VR = "OB"
     read = dict(read_frames(save(data, tmp_path / "x"), range(9)))
     assert all(np.array_equal(read[number], bits[number]) for number in range(9))
+
+
+@pytest.mark.parametrize("syntax", [JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLosslessSV1, JPEGLSLossless])
+@pytest.mark.parametrize("values", [U12, S12])
+def test_jpeg_2000_under_the_name_of_jpeg_gives_its_own_values(syntax: str, values: np.ndarray, tmp_path: Path):
+    data = compressed(image(values, syntax, **TWELVE), jpeg_2000(values, 12))
+    assert np.array_equal(found(data, tmp_path), values)
+
+
+@pytest.mark.parametrize(
+    ("code", "tolerance"), [(jpeg(U8), 4), (jpeg_lossless(U8, 8, 1), 0), (jpeg_ls_lossless(U8, 8), 0)], ids=["dct", "14", "ls"]
+)
+def test_jpeg_under_the_name_of_jpeg_2000_gives_its_own_values(code: bytes, tolerance: int, tmp_path: Path):
+    grey = found(compressed(image(U8, JPEG2000), code), tmp_path)
+    assert np.abs(grey.astype(int) - U8).max() <= tolerance
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+@pytest.mark.parametrize(
+    ("syntax", "code", "tolerance"),
+    [(JPEGLosslessSV1, jpeg_lossless(U8, 8, 1), 0), (JPEGBaseline8Bit, jpeg(U8), 4), (JPEGExtended12Bit, jpeg(U8), 4)],
+    ids=["14", "baseline", "extended"],
+)
+def test_jpeg_of_8_bits_is_read_where_16_are_allocated(bits: int, syntax: str, code: bytes, tolerance: int, tmp_path: Path):
+    data = compressed(image(U8.astype(np.uint16), syntax, BitsStored=bits, HighBit=bits - 1), code)
+    assert np.abs(found(data, tmp_path).astype(int) - U8).max() <= tolerance
+
+
+@pytest.mark.parametrize("limit", [2**26, 0], ids=["in memory", "from disk"])
+def test_plain_pixels_in_an_item_for_each_frame_are_read(limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("icmoe.data.ingest.stored.WHOLE_BYTES", limit)
+    data = compressed(image(FRAMES, "1.2.840.10008.1.2.1.98", **TWELVE), *(frame.tobytes() for frame in FRAMES))
+    for number, frame in enumerate(FRAMES):
+        assert np.array_equal(found(data, tmp_path, number), frame)
+    cut = compressed(image(FRAMES, "1.2.840.10008.1.2.1.98", **TWELVE), *(frame.tobytes()[:-2] for frame in FRAMES))
+    assert reason(cut, tmp_path / "cut").startswith("pixels are cut short")
+
+
+@pytest.mark.parametrize("named", ["YBR_RCT", "YBR_FULL", "RGB"])
+def test_colours_that_jpeg_2000_mixed_are_not_turned_back_twice(named: str, tmp_path: Path):
+    colour = np.stack([U8, U8 // 2, U8 // 3], axis=-1)
+    code = bytes(encode_array(colour, bits_stored=8, photometric_interpretation=1, use_mct=True))
+    data = image(U8, JPEG2000Lossless, PhotometricInterpretation=named, SamplesPerPixel=3, PlanarConfiguration=0)
+    assert np.allclose(found(compressed(data, code), tmp_path), colour @ np.asarray(LUMINANCE), atol=1e-3)

@@ -31,12 +31,15 @@ class Codestream:
         Bits of one value.
     lossy
         Whether decoded values may be others than those encoded.
+    mixed
+        Whether it mixed red, green and blue itself (JPEG 2000's component transform), so that decoders give these again.
     """
 
     rows: int
     columns: int
     precision: int
     lossy: bool
+    mixed: bool = False
 
 
 def codestream_of(encoded: bytes) -> Codestream | None:
@@ -88,6 +91,7 @@ def _jpeg_2000(encoded: bytes, at: int) -> Codestream | None:
     precision = (encoded[at + 42] & 0x7F) + 1
     for code, place in _segments(encoded, at + 2):
         if code in {CODING_STYLE, START_OF_TILE}:
-            reversible = code == CODING_STYLE and encoded[place + 11] == 1
-            return Codestream(bottom - top, right - left, precision, lossy=not reversible)
+            styled = code == CODING_STYLE
+            reversible, mixed = styled and encoded[place + 11] == 1, styled and encoded[place + 6] == 1
+            return Codestream(bottom - top, right - left, precision, lossy=not reversible, mixed=mixed)
     return None

@@ -17,7 +17,15 @@ from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels import get_decoder
 from pydicom.pixels.utils import as_pixel_options, get_expected_length
 from pydicom.tag import Tag
-from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
+from pydicom.uid import (
+    JPEG2000,
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    JPEG2000TransferSyntaxes,
+    JPEGLossless,
+    RLELossless,
+)
 
 from icmoe.data.ingest.codestreams import Codestream, codestream_of
 from icmoe.data.ingest.headers import Header, integer, named, text
@@ -29,6 +37,8 @@ UNNAMED = "pixels are compressed, and the transfer syntax is missing or one of p
 WHOLE_BYTES = 2**26
 """Largest file that is read in one go."""
 UNDEFINED = 2**32 - 1
+PLAIN_ITEMS = UID("1.2.840.10008.1.2.1.98")
+"""Transfer syntax of plain pixels with each frame in an item of its own, so that an object may be larger than 4 GiB."""
 KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
 
@@ -116,8 +126,7 @@ def _lying(header: Dataset, file: BinaryIO) -> tuple[BinaryIO, int, str, str]:
 
 def _compressed(header: Dataset, source: bytes | BinaryIO, options: dict[str, Any]) -> Callable[[int], Frame]:
     """Return what decodes the compressed frames of an object; each has to be of the size that the header says."""
-    syntax = header.file_meta.TransferSyntaxUID
-    decoder, tables, is_deep = get_decoder(syntax), options.pop("extended_offsets", None), _is_deep(header)
+    syntax, tables, is_deep = header.file_meta.TransferSyntaxUID, options.pop("extended_offsets", None), _is_deep(header)
     if tables and len(tables[0]) != len(tables[1]):
         tables = None
     frames = enumerate(generate_frames(source, number_of_frames=options["number_of_frames"], extended_offsets=tables))
@@ -125,10 +134,38 @@ def _compressed(header: Dataset, source: bytes | BinaryIO, options: dict[str, An
 
     def read(number: int) -> Frame:
         encoded = next((frame for at, frame in frames if at == number), b"")
+        if syntax == PLAIN_ITEMS:
+            pixels = get_decoder(ExplicitVRLittleEndian).as_array(encoded, index=0, raw=is_deep, **options)[0]
+            return Frame(_brightness(pixels, is_deep))
         stream = sized(encoded, header)
-        return Frame(_brightness(decoder.as_array(encapsulate([encoded]), index=0, raw=is_deep, **options)[0], is_deep), stream)
+        deep, own = is_deep and not (stream and stream.mixed), options | _told_by(encoded, stream, header)
+        pixels = get_decoder(_coded_as(encoded, syntax)).as_array(encapsulate([encoded]), index=0, raw=deep, **own)[0]
+        return Frame(_brightness(pixels, deep), stream)
 
     return read
+
+
+def _coded_as(encoded: bytes, syntax: UID) -> UID:
+    """Return how a frame is coded: JPEG or JPEG 2000, as it begins, whichever of the two its transfer syntax names.
+
+    Decoders that know both would give other values under the wrong name.
+    """
+    is_jpeg = encoded.startswith(b"\xff\xd8")
+    if syntax == RLELossless or is_jpeg != (syntax in JPEG2000TransferSyntaxes):
+        return syntax
+    return JPEGLossless if is_jpeg else JPEG2000
+
+
+def _told_by(encoded: bytes, stream: Codestream | None, header: Dataset) -> dict[str, Any]:
+    """Return what a frame knows better than the header about what a decoder gives.
+
+    JPEG of at most 8 bits comes in bytes, whatever is allocated, and of mixed colours come red, green and blue.
+    """
+    if stream is None:
+        return {}
+    in_bytes = encoded.startswith(b"\xff\xd8") and stream.precision <= 8
+    depth = {"bits_allocated": 8, "bits_stored": min(8, integer(header, "BitsStored"))} if in_bytes else {}
+    return depth | ({"photometric_interpretation": "RGB"} if stream.mixed else {})
 
 
 def _is_deep(header: Dataset) -> bool:
