@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dicom_builders import MASKS, VOLUME, save, used, volume
+from dicom_builders import MASKS, VOLUME, same, save, scaled, used, volume
 from PIL import Image
+
+from icmoe.data.images import LUMINANCE
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 MARKED = MASKS[2]
@@ -24,6 +26,19 @@ def masked(place: Path, mask: Image.Image) -> tuple[list[np.ndarray], str]:
 
 def shown(value: np.ndarray, alpha: np.ndarray, colours: int) -> Image.Image:
     return Image.fromarray(255 * np.dstack([*[value] * colours, alpha]).astype(np.uint8))
+
+
+@pytest.mark.parametrize("colour", [(1, 1, 1), (1, 0.5, 0.25)])
+def test_a_grey_picture_of_many_values_that_has_a_palette_is_an_image(colour: tuple[float, ...], tmp_path: Path):
+    grey = (VOLUME[0] >> 4).astype(np.uint8)
+    picture = Image.fromarray(grey, "P")
+    picture.putpalette([int(level * part) for level in range(256) for part in colour])
+    (tmp_path / "export/Doe").mkdir(parents=True)
+    picture.save(tmp_path / "export/Doe/a.png")
+    Image.fromarray(MARKED).save(tmp_path / "export/Doe/a_mask.png")
+    pictures, (mask,), _ = used(tmp_path)
+    assert same(pictures, scaled([np.asarray(picture.convert("RGB")) @ np.asarray(LUMINANCE)]))
+    assert np.array_equal(mask, MARKED)
 
 
 @pytest.mark.parametrize("colours", [1, 3])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 from PIL import Image
 
 from icmoe.data.images import DEEP_COLOUR, read_grey
@@ -16,7 +17,7 @@ from icmoe.data.ingest.opening import Refusal, content_of, refusing
 from icmoe.data.ingest.pixels import plain_pixels_of
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, FramePlace, Patch, refused
-from icmoe.data.ingest.volumes import looks_like_classes, volume_record
+from icmoe.data.ingest.volumes import MASK_VALUES, looks_like_classes, volume_record
 from icmoe.data.ingest.walking import called_image, called_mask, owner, person, stem, told
 from icmoe.errors import IcmoeError
 
@@ -109,7 +110,7 @@ def picture_record(path: Path) -> FileRecord:
     try:
         grey_HW = read_grey(path, where="")
         with Image.open(path, formats=("PNG",)) as opened:
-            palette = opened.mode == "P"
+            palette = opened.mode == "P" and len(np.unique(np.asarray(opened))) <= MASK_VALUES  # with more it is a picture's
     except (IcmoeError, OSError) as error:
         deep = isinstance(error, IcmoeError) and error.faults[0].value == DEEP_COLOUR
         raise Refusal(117, DEEP_COLOUR if deep else "PNG file cannot be decoded or is too large") from None
