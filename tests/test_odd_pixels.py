@@ -129,6 +129,21 @@ def test_what_lies_above_the_stored_bits_is_no_colour_either(photometric: str, t
     assert np.array_equal(*pictures)
 
 
+@pytest.mark.parametrize("name", ["SamplesPerPixel", "PhotometricInterpretation", "BitsStored", "PixelRepresentation"])
+def test_what_a_header_lacks_is_not_called_damage(name: str, tmp_path: Path):
+    told = f"its header lacks {name}, without which no pixel can be read"
+    assert reason_of(image(U12, **TWELVE | {name: None}), tmp_path).why == told
+
+
+def test_a_header_alone_is_not_called_damage(tmp_path: Path):
+    assert reason_of(image(U12, **TWELVE, PixelData=None), tmp_path).why.startswith("the file holds no pixels")
+
+
+@pytest.mark.parametrize(("written", "want"), [("monochrome2", U12), ("Monochrome1", 4095 - U12)])
+def test_the_kind_of_a_picture_may_be_written_small(written: str, want: np.ndarray, tmp_path: Path):
+    assert np.array_equal(grey_of(image(U12, PhotometricInterpretation=written, **TWELVE), tmp_path), want)
+
+
 def test_two_slopes_of_a_plain_object_are_a_reason_too(tmp_path: Path):
     path = save(image(U12, RescaleSlope=["1", "2"], RescaleIntercept="-7", **TWELVE), tmp_path / "x")
     plain = plain_pixels_of(path, read_header(path))

@@ -28,7 +28,7 @@ from pydicom.uid import (
 )
 
 from icmoe.data.ingest.codestreams import Codestream, codestream_of
-from icmoe.data.ingest.headers import Header, integer, named, text
+from icmoe.data.ingest.headers import Header, integer, named, numbers, text
 from icmoe.data.ingest.opening import open_dicom
 from icmoe.data.ingest.refusals import Refusal, refusing
 
@@ -36,10 +36,14 @@ UNDECODABLE = "pixels are cut short, damaged, or compressed in a way that no ins
 UNNAMED = "pixels are compressed, and the transfer syntax is missing or one of plain pixels"
 WHOLE_BYTES = 2**26
 """Largest file that is read in one go."""
+NO_PIXELS = "the file holds no pixels, as in an export of headers alone"
 UNDEFINED = 2**32 - 1
 PLAIN_ITEMS = UID("1.2.840.10008.1.2.1.98")
 """Transfer syntax of plain pixels with each frame in an item of its own, so that an object may be larger than 4 GiB."""
 KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+OF_ALL = ("SamplesPerPixel", "BitsAllocated")
+OF_WHOLE = (*OF_ALL, "BitsStored", "PixelRepresentation")
+"""What a header has to say of any pixels, and of whole numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,8 @@ def _reading(header: Dataset, file: BinaryIO | None) -> Callable[[int], Frame]:
     """Return what returns the frames of an object by their numbers."""
     syntax = header.file_meta.TransferSyntaxUID
     source, length, keyword, kind = _held(header) if file is None else _lying(header, file)
-    options = as_pixel_options(header, pixel_keyword=keyword, pixel_vr=kind, correct_unused_bits=False)  # done here
+    names = {"pixel_keyword": keyword, "pixel_vr": kind, "photometric_interpretation": _described(header, keyword)}
+    options = as_pixel_options(header, correct_unused_bits=False, **names)  # bits are corrected here
     if syntax.is_encapsulated:
         return _compressed(header, source, options)
     if length == UNDEFINED:
@@ -104,9 +109,22 @@ def _reading(header: Dataset, file: BinaryIO | None) -> Callable[[int], Frame]:
     return lambda number: Frame(_brightness(decoder.as_array(source, index=number, raw=is_deep, **options)[0], is_deep))
 
 
+def _described(header: Dataset, keyword: str) -> str:
+    """Return what kind of picture pixels are, in capitals, or refuse those of which the header does not say enough."""
+    kind = text(header, "PhotometricInterpretation").upper()
+    lacking = [name for name in (OF_WHOLE if keyword == "PixelData" else OF_ALL) if numbers(header, name, 1) is None]
+    lacking += [] if kind else ["PhotometricInterpretation"]
+    if lacking:
+        raise Refusal(118, f"its header lacks {', '.join(lacking)}, without which no pixel can be read")
+    return kind
+
+
 def _held(header: Dataset) -> tuple[bytes, int, str, str]:
     """Return the pixels of an object in memory, their length in the file, and the keyword and kind of their element."""
-    (keyword,) = named(header, KEYWORDS)
+    keywords = named(header, KEYWORDS)
+    if not keywords:
+        raise Refusal(118, NO_PIXELS)
+    (keyword,) = keywords
     element = header[keyword]
     return element.value, UNDEFINED if element.is_undefined_length else len(element.value), keyword, element.VR
 
