@@ -15,10 +15,10 @@ from icmoe.data.ingest.burned_in import holds_text
 from icmoe.data.ingest.catalogue import Use
 from icmoe.data.ingest.forms import MASKS, module_of
 from icmoe.data.ingest.geometry import share_within, upright
-from icmoe.data.ingest.jobs import SeriesJob, Wanted
+from icmoe.data.ingest.jobs import SeriesJob, Wanted, file_state
 from icmoe.data.ingest.pixels import Shown, read_pictures
 from icmoe.data.ingest.records import FrameResult, Kind, Patch
-from icmoe.data.ingest.refusals import ACROSS, OFF_IMAGE, Refusal, refusing
+from icmoe.data.ingest.refusals import ACROSS, CHANGED, OFF_IMAGE, Refusal, refusing
 from icmoe.data.ingest.same_instance import agreeing
 from icmoe.data.ingest.volumes import SCALING_ERROR, read_volume, through_axis
 from icmoe.data.ingest.walking import is_counted
@@ -44,6 +44,8 @@ def decode_series(job: SeriesJob) -> list[FrameResult]:
     masks, shown = _Masks(job), Shown()
     for key, picture in _pictures(job, shown):
         results[key] = _first_pass(job, wanted[key], picture, masks, counts, kept)
+    if not all(_is_as_it_was(job.root / path, state) for path, state in job.states):  # it may be another patient's now
+        return [FrameResult(fault=118, why=CHANGED)] * len(wanted)
     stacked = [result for (path, _), result in results.items() if job.kinds[path] != "picture"]  # those are a folder's
     doubt = next((result for result in stacked if result.why in {TWO_READINGS, ACROSS}), None)
     if doubt:  # where two readings agree by chance nobody knows either which is right, nor which slices a contour runs across
@@ -51,6 +53,15 @@ def decode_series(job: SeriesJob) -> list[FrameResult]:
     window = shown.bound(counts.window()) if any(not result.fault for result in results.values()) else None
     missing = FrameResult(fault=118, why="the file holds fewer frames than its header says")
     return [_second_pass(job, results.get(key, missing), window, kept) for key in wanted]
+
+
+def _is_as_it_was(path: Path, state: str) -> bool:
+    """Return whether a file is as it was when its header was read; of one that cannot be read its frames tell."""
+    try:
+        now = path.lstat()
+    except OSError:
+        return True
+    return file_state(now.st_size, now.st_mtime_ns) == state
 
 
 class _Kept:

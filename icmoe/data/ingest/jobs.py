@@ -62,6 +62,13 @@ class SeriesJob:
     labels: tuple[Label, ...]
     kinds: dict[str, Kind]
     frames: tuple[Wanted, ...]
+    states: tuple[tuple[str, str], ...] = ()
+    """Every file that goes into it, with its `file_state` when its header was read."""
+
+
+def file_state(size: int, changed: int) -> str:
+    """Return a file's size in bytes and its time of change in ns as one text."""
+    return f"{size}:{changed}"
 
 
 def read_files(job: FilesJob) -> list[FileRecord]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from icmoe.data.ingest.catalogue import Catalogue, Key, Use
 from icmoe.data.ingest.geometry import height_mm, is_one_grid, normal, parallel, slice_distance_mm, upright
 from icmoe.data.ingest.index import LeftOut
-from icmoe.data.ingest.jobs import SeriesJob, Wanted
+from icmoe.data.ingest.jobs import SeriesJob, Wanted, file_state
 from icmoe.data.ingest.persons import UNDECIDED
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import RECIPE_VERSION, FileRecord, FramePlace, Plane, whose
@@ -143,7 +143,8 @@ def _job(
         for path, n, place in frames
     )
     kinds = {path: record.kind for path, record in members.items()}
-    return mark, SeriesJob(series, site.root, site.store, site.labels, kinds, wanted)
+    states = tuple((path, file_state(*files.state(path)[1:])) for path in involved)
+    return mark, SeriesJob(series, site.root, site.store, site.labels, kinds, wanted, states)
 
 
 def _meant(use: Use) -> list[tuple[int, int, int]]:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 OFF_IMAGE = "most of the mask lies off the image"
 ACROSS = "a contour lies across the planes of its images"
+UNREADABLE = "file cannot be opened or read; the next run tries again"
+CHANGED = "files of its series were changed while they were read; the next run tries again"
+AGAIN = frozenset({UNREADABLE, CHANGED})
+"""Reasons that lie in no file, and may be gone though no file has changed."""
+OF_THE_DISK = frozenset(
+    {
+        *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENODEV, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE),
+        *(errno.ENOTCONN, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    }
+)
+"""What systems say of shares that fail, of rights that are missing and of files that are gone; libraries say other things."""
 
 
 class Refusal(Exception):
@@ -29,7 +41,7 @@ class Refusal(Exception):
 
 @contextmanager
 def refusing(number: int, why: str) -> Iterator[None]:
-    """Turn whatever a broken file makes a library raise into one reason.
+    """Turn whatever a broken file makes a library raise into one reason, and what a disk refuses into that.
 
     Yields
     ------
@@ -46,5 +58,7 @@ def refusing(number: int, why: str) -> Iterator[None]:
             yield
     except (Refusal, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
+    except OSError as error:
+        raise Refusal(number, UNREADABLE if error.errno in OF_THE_DISK else why) from None
     except BaseException:  # noqa: BLE001  # no list says what a parser raises on arbitrary bytes; a panic in Rust is no Exception
         raise Refusal(number, why) from None

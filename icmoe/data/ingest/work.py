@@ -14,10 +14,12 @@ from icmoe.data.ingest.parallel import Workers, in_processes
 from icmoe.data.ingest.planning import Planned, Site, plan
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.publishing import Publication
-from icmoe.data.ingest.records import FrameResult, refused
+from icmoe.data.ingest.records import FileRecord, FrameResult, refused
+from icmoe.data.ingest.refusals import AGAIN
 from icmoe.data.ingest.run import ABSENT, BATCH_FILES, DEADLINE_S, Export, Progress
 
 CRASHED = "a decoder crashed or hung on it"
+UNKNOWN = "update file set size = null, changed = null where id = ?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,10 @@ def _read_files(work: Work, workers: Workers) -> None:
             by_path = {one.paths[0]: found[0] if found else refused(117, CRASHED) for one, found in answers}
         else:
             by_path = dict(zip(batch.paths, answer, strict=True))
-        rows = [(*files.state(path), record.model_dump_json(exclude_defaults=True)) for path, record in by_path.items()]
+        rows = [
+            (*_known_as(files.state(path), record), record.model_dump_json(exclude_defaults=True))
+            for path, record in by_path.items()
+        ]
         with index.transaction(work.connection):
             work.connection.executemany("insert or replace into file values (?, ?, ?, ?)", rows)
         done += len(batch.paths)
@@ -108,9 +113,11 @@ def _publish(work: Work, workers: Workers, splits: Mapping[str, str]) -> None:
     work.on_progress("decode", done, total)
     for job, answer in in_processes(jobs.decode_series, missing(), workers, deadline_s=DEADLINE_S):
         results = answer if answer is not None else [FrameResult(fault=118, why=CRASHED)] * len(job.frames)
-        mark = marks.pop(job.series) if answer is not None else ""  # another run tries again
-        with index.transaction(connection):
-            index.put_series(connection, job.series, mark, results)
+        mark, again = marks.pop(job.series), any(result.why in AGAIN for result in results)
+        with index.transaction(connection):  # where it did not end well, another run tries again
+            index.put_series(connection, job.series, "" if again or answer is None else mark, results)
+            if again:  # though no file will have changed by then
+                connection.executemany(UNKNOWN, [(files.state(path)[0],) for path, _ in job.states])
         done += len(job.frames)
         work.on_progress("decode", done, total)
     fixed = {hashes.patient(number): split for number, split in splits.items()}
@@ -122,6 +129,11 @@ def _publish(work: Work, workers: Workers, splits: Mapping[str, str]) -> None:
 
     publication.write(split_of)
     index.put_meta(connection, {ABSENT: str(len(fixed.keys() - publication.patients()))})
+
+
+def _known_as(state: tuple[str, int, int], record: FileRecord) -> tuple[str, int | None, int | None]:
+    """Return as what the index knows a file from now on: as none that it will find again, where the next run is to read it."""
+    return (state[0], None, None) if record.why in AGAIN else state
 
 
 def _split(share: float, shares: tuple[float, float, float]) -> str:
