@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dicom_builders import VOLUME, contour, numbers, put, structures, used, volume
+from dicom_builders import VOLUME, contour, image, numbers, put, save, structures, used, volume
+from pydicom.uid import LegacyConvertedEnhancedCTImageStorage, MRImageStorage
 from test_ingest_masks import square
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -26,6 +27,14 @@ def test_an_object_whose_uid_was_emptied_is_called_one(emptied: tuple[str, ...],
     source.save_as(path, enforce_file_format=True, implicit_vr=False, little_endian=True)
     data = used(tmp_path)[2]
     assert numbers(data) == [108, reason]
+
+
+@pytest.mark.parametrize("kind", [MRImageStorage, LegacyConvertedEnhancedCTImageStorage])
+def test_an_image_that_was_cut_off_in_its_header_is_not_passed_over_as_a_report(kind: str, tmp_path: Path):
+    path = save(image(VOLUME[0], SOPClassUID=kind), tmp_path / "export" / "a.dcm")
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"\x28\x00\x10\x00US")])  # before its rows
+    assert numbers(used(tmp_path)[2]) == [108, 117]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from pydicom.tag import BaseTag, Tag
 
 from icmoe.data.ingest.folding import unnumbered
 from icmoe.data.ingest.geometry import normal
-from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
+from icmoe.data.ingest.opening import Refusal, open_dicom, pictureless, refusing
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import MODALITIES, SAFE_MODALITIES, FileRecord, FramePlace, Plane
 
@@ -39,6 +39,7 @@ CAPTURED = ("SCREEN", "CAPTURE", "SNAPSHOT", "REPORT", "DOSE")
 NO_PICTURE = {
     "1.2.840.10008.5.1.4.1.1.481.2": "a dose grid, not a picture",
     "1.2.840.10008.5.1.4.1.1.30": "a parametric map, not a picture",
+    "1.2.840.10008.5.1.4.1.1.4.2": "a spectrum at each place, not a picture",
     "1.2.840.10008.5.1.4.1.1.77.1.6": "a whole-slide image of tiles",
     "1.2.840.10008.5.1.4.1.1.66.5": "a surface segmentation, not on a pixel grid",
 }
@@ -119,7 +120,7 @@ def image_record(data: Dataset, hashes: Pseudonyms) -> FileRecord:
     rows, columns = integer(data, "Rows"), integer(data, "Columns")
     count = integer(data, "NumberOfFrames") or 1
     if not (rows and columns):
-        raise Refusal(119, "an object without pixels, such as a report, a plan or a presentation state")
+        raise pictureless(kind)
     if rows < 1 or columns < 1 or rows * columns > MAX_PIXELS or not 1 <= count <= MAX_FRAMES:
         raise Refusal(117, f"{rows} x {columns} pixels, {count} frames; at most {MAX_PIXELS} pixels and {MAX_FRAMES} frames")
     with refusing(117, "geometry in the header cannot be parsed"):

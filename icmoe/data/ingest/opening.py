@@ -16,6 +16,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import (
+    UID,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
@@ -120,6 +121,16 @@ def open_dicom(path: Path, *, pixels: bool, tags: Sequence[BaseTag] | None = Non
         return data
 
 
+def pictureless(sop_class: str) -> Refusal:
+    """Return why an object that does not say how large its picture is has none.
+
+    A file that was cut short between two elements reads like one that ends there.
+    """
+    if "Image Storage" in UID(sop_class).name:
+        return Refusal(117, "an image whose header ends before it says how large it is, as where a file was cut short")
+    return Refusal(119, "an object without pixels, such as a report, a plan or a presentation state")
+
+
 def _names_uid(data: Dataset, tag: BaseTag) -> bool:
     """Return whether an element has a value; one that is plainly a UID is not converted for that."""
     found: Any = data.get_item(tag)
@@ -166,4 +177,4 @@ def _complete_syntax(data: FileDataset) -> None:
     data.file_meta.TransferSyntaxUID = plain if little in {True, None} else ExplicitVRBigEndian
 
 
-__all__ = ["Dataset", "Refusal", "content_of", "open_dicom", "refusing"]
+__all__ = ["Dataset", "Refusal", "content_of", "open_dicom", "pictureless", "refusing"]
