@@ -40,6 +40,7 @@ from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.reading import Reader
 from icmoe.data.ingest.records import FileRecord
 from icmoe.data.ingest.run import ingest
+from icmoe.data.ingest.walking import walk
 from icmoe.data.ingest.work import _split
 from icmoe.errors import IcmoeError
 
@@ -211,6 +212,14 @@ def test_pipes_sockets_links_and_names_that_are_no_text_do_not_stop_it(tmp_path:
         pictures, _, data = used(tmp_path)
     assert same(pictures, scaled(VOLUME))
     assert numbers(data) == [116, 116, 116], "two links and an empty file"
+
+
+@pytest.mark.parametrize("pattern", ["b", "b/", "b/*", "*/withdrawn", "*/withdrawn/", "b/with*", "*/withdrawn/*"])
+def test_a_folder_is_passed_over_however_it_is_named(pattern: str, tmp_path: Path):
+    for path in ("a/1", "b/withdrawn/2", "b/withdrawn/deep/3"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b"x")
+    assert [path for path, *_ in walk(tmp_path, [pattern])] == ["a/1"]
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.EIO])

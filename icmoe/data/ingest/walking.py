@@ -62,7 +62,8 @@ GONE = (FileNotFoundError, NotADirectoryError)
 def walk(root: Path, exclude: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     """Yield path below `root`, size in bytes and time of change in ns of every regular file and link, in the order of names.
 
-    Links are named but not followed: they could lead out of the export or round in circles.
+    Links are named but not followed: they could lead out of the export or round in circles. A pattern of `exclude` that is that
+    of a folder passes over all that lies in it.
 
     Raises
     ------
@@ -71,7 +72,8 @@ def walk(root: Path, exclude: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     """
     shut: list[OSError] = []
     for folder, folders, files in os.walk(root, onerror=shut.append):
-        folders.sort()
+        within = os.path.relpath(folder, root)
+        folders[:] = sorted(name for name in folders if not _matches(os.path.normpath(f"{within}/{name}"), exclude))
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]  # noqa: PTH114, PTH118  # as below
         for name in sorted([*files, *links]):
             full = os.path.join(folder, name)  # noqa: PTH118  # three times as fast, and there may be a million
@@ -93,7 +95,8 @@ def walk(root: Path, exclude: Sequence[str]) -> Iterator[tuple[str, int, int]]:
 
 
 def _matches(relative: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(relative, pattern) for pattern in patterns)
+    """Return whether a path is one of those that are passed over; a folder may be named with a slash at its end."""
+    return any(fnmatch.fnmatchcase(relative, pattern.rstrip("/")) for pattern in patterns)
 
 
 def _require_open(root: Path, shut: Sequence[OSError]) -> None:
