@@ -39,6 +39,8 @@ def started(root: Path, place: Path) -> subprocess.Popen[str]:
 
 
 def rows(store: Path) -> dict[str, list[tuple[object, ...]]]:
+    if not store.exists():  # killed before there was a folder
+        return {name: [] for name in TABLES}
     connection = sqlite3.connect(store / "index.sqlite")
     try:
         return {name: sorted(connection.execute(f"select * from {name}")) for name in TABLES}
