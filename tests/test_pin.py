@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import threading
 import time
@@ -25,11 +26,12 @@ from simulations.phantoms import PhantomSite, write_phantoms
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def wait_for(what: Callable[[], object], seconds: float, why: str, every_s: float = 0.2) -> None:
+def wait_for(what: Callable[[], object], seconds: float, why: str, every_s: float = 0.2) -> object:
     ends = time.monotonic() + seconds
-    while not what():
+    while not (found := what()):
         assert time.monotonic() < ends, f"not within {seconds} s: {why}"
         time.sleep(every_s)
+    return found
 
 
 @dataclass
@@ -63,8 +65,10 @@ class Coordinator:
         return str(rows[0]["status"]) if str(rows[0]["status"]).startswith("finished") else ""
 
     def outcome(self, run: int, seconds: float) -> str:
-        wait_for(lambda: self.ended(run), seconds, f"the end of run {run}", every_s=2.0)
-        return self.ended(run)
+        """How a run ended. The log says when, for nothing; Flower's command says how, for seconds of a processor."""
+        over = re.compile(rf"(Finished|Failed to finish) task \d+ of run {run}\b")
+        wait_for(lambda: over.search(self.log()), seconds, f"the end of run {run}")
+        return str(wait_for(lambda: self.ended(run), 60, f"the status of run {run}", every_s=2.0))
 
     def log(self) -> str:
         return (self.home.root / "link.log").read_text(errors="replace")
