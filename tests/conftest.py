@@ -30,8 +30,12 @@ LONG = ("run_sim", "poisoned_training", "pin", "privacy_attacks", "ingest_real",
 """Files whose tests take minutes: they begin first, so that no processor waits for the last of them at the end."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the long files; the rest keeps its order."""
+    """Begin with the long files; the rest keeps its order. The Makefile finds files with network tests by the mark's name."""
+    for path in {item.path for item in items if item.get_closest_marker("network")}:
+        if "pytest.mark.network" not in path.read_text(encoding="utf-8"):
+            raise pytest.UsageError(f"{path.name}: write pytest.mark.network in this file; the Makefile looks for it")
     order = {f"test_{name}.py": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
