@@ -1,4 +1,4 @@
-"""One federation for a file of tests: a coordinator, three studies and three admitted hospitals that are connected."""
+"""One federation for a file of tests: a coordinator, four studies and three admitted hospitals that are connected."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ def studies(make_study) -> dict[str, Study]:
         "first": base,
         "second": base.model_copy(update={"name": "second", "seed": 4, "update": UpdateForm(form="int8")}),
         "unknown": base.model_copy(update={"name": "unknown", "seed": 5}),
+        # Its run waits for sites that have approved it until its deadline.
+        "unapproved": base.model_copy(update={"name": "unapproved", "seed": 6, "deadline_s": 60.0}),
     }
 
 

@@ -73,7 +73,7 @@ def test_a_second_study_runs_on_the_same_superlink_in_int8_and_equals_the_simula
 
 def test_a_run_that_fails_says_why_and_exits_with_one(coordinator: Coordinator, sites: None) -> None:
     home = str(coordinator.home.root)
-    done = fl_server("run", str(coordinator.study("unknown")), "--home", home, timeout_s=240)
+    done = fl_server("run", str(coordinator.study("unapproved")), "--home", home, timeout_s=240)
     assert done.returncode == 1
     for name in NAMES:
         assert f"ICM302 {name}: " in done.stderr
@@ -81,7 +81,7 @@ def test_a_run_that_fails_says_why_and_exits_with_one(coordinator: Coordinator, 
     assert "ICM507" in done.stderr
     assert "Traceback" not in done.stderr
     shown = json.loads(fl_server("status", "--home", home, "--json").stdout)
-    assert [(row["study"], row["status"]) for row in shown] == [("unknown", "finished:failed")]
+    assert [(row["study"], row["status"]) for row in shown] == [("unapproved", "finished:failed")]
     gone = fl_server("stop", shown[0]["run"], "--home", home)
     assert gone.returncode == 1
     assert "ICM508" in gone.stderr
