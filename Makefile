@@ -23,7 +23,7 @@ test: .venv/.ready
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	$(RUN) -m pytest -q --cov --cov-report= -m "not network" -n 3 --dist loadfile --no-loadscope-reorder
-	$(RUN) -m pytest -q --cov --cov-append --cov-report=term -m network -n 3 --dist loadfile $(NETWORK)
+	$(RUN) -m pytest -q --cov --cov-append --cov-report=term -m network -n 2 --dist loadfile $(NETWORK)
 
 setup: .venv/.ready
 
