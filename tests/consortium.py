@@ -195,6 +195,7 @@ def listens(port: int) -> bool:
 NOBODY = 65534
 NO_NGINX = "nginx is not installed (apt-get install nginx)"
 NGINX = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"]))
+BEHIND_NGINX = pytest.mark.skipif(NGINX is None and not os.environ.get("CI"), reason=NO_NGINX)
 
 
 @contextmanager

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import ExitStack, suppress
 
 import pytest
 from consortium import (
+    BEHIND_NGINX,
     FL_SERVER,
-    NGINX,
-    NO_NGINX,
     Coordinator,
     environment,
     fl_server,
@@ -22,7 +20,7 @@ from consortium import (
 from federated import coordinator, end_and_leave_nothing, sites, studies
 
 __all__ = ["coordinator", "sites", "studies"]
-pytestmark = [pytest.mark.network, pytest.mark.skipif(NGINX is None and not os.environ.get("CI"), reason=NO_NGINX)]
+pytestmark = [pytest.mark.network, BEHIND_NGINX]
 
 
 def test_a_run_that_is_stopped_ends_as_stopped(coordinator: Coordinator) -> None:

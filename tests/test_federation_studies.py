@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 from consortium import (
+    BEHIND_NGINX,
     FL_SERVER,
-    NGINX,
-    NO_NGINX,
     Coordinator,
     assert_as_simulated,
     children_of,
@@ -25,7 +24,7 @@ from federated import NAMES, coordinator, end_and_leave_nothing, said_by, sites,
 from icmoe.study import Study
 
 __all__ = ["coordinator", "sites", "studies"]
-pytestmark = [pytest.mark.network, pytest.mark.skipif(NGINX is None and not os.environ.get("CI"), reason=NO_NGINX)]
+pytestmark = [pytest.mark.network, BEHIND_NGINX]
 
 
 def test_a_study_survives_the_kill_of_its_superlink_and_equals_the_simulation(

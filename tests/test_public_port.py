@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
-from consortium import NGINX, NO_NGINX, Coordinator, coordinating, flwr, post, raw, write_key_pair
+from consortium import BEHIND_NGINX, Coordinator, coordinating, flwr, post, raw, write_key_pair
 from handshake import FALLBACK_SIGNAL, SSL3, SUITES, TLS10, TLS11, TLS12, TLS13, greet
 
 from fl_server.submit import write_app
 
-pytestmark = [pytest.mark.network, pytest.mark.skipif(NGINX is None and not os.environ.get("CI"), reason=NO_NGINX)]
+pytestmark = [pytest.mark.network, BEHIND_NGINX]
 
 
 @pytest.fixture(scope="module")

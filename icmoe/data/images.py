@@ -91,7 +91,7 @@ def read_classes(path: Path, labels: Sequence[Label], *, where: str, called: int
     where
         The file's name in faults.
     called
-        Class that its folder has the name of, if any: it marks that where it marks one thing alone, as 1 or 255.
+        Class that its name or a folder says, 0 for none: it marks that where it marks one thing alone, as 1 or 255.
 
     Returns
     -------
@@ -106,7 +106,7 @@ def read_classes(path: Path, labels: Sequence[Label], *, where: str, called: int
     values_HW = _decode(path, where, missing=103, unreadable=104, palette_is_colour=False)
     if values_HW.ndim != 2:
         raise _fault(104, where, COLOUR)
-    if called and {*np.unique(values_HW).tolist()} in ({0}, {0, 1}, {1}, {0, 255}, {255}):
+    if called and {*np.unique(values_HW).tolist()} - {0} in (set(), {1}, {255}):
         return (values_HW > 0).astype(np.uint8) * np.uint8(called)
     table = np.full(65536, _UNKNOWN, dtype=np.uint8)
     for index, label in enumerate(labels):

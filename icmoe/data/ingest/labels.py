@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from icmoe.data.ingest.folding import folded
-from icmoe.data.ingest.walking import stem
+from icmoe.data.ingest.walking import parted, stem
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Label
 
@@ -71,8 +71,7 @@ class LabelNames:
 
 def _ends(name: str) -> Iterable[str]:
     """Yield what follows each separator in a name, the longest first; a number or a single letter is no class."""
-    ends = [name[part.end() :] for part in re.finditer(r"[ _.-]+", name)]
-    return (end for end in ends if re.search(r"[^\W\d_]{2}", end))
+    return (end for _, end in parted(name) if re.search(r"[^\W\d_]{2}", end))
 
 
 def _uncounted(name: str) -> str:

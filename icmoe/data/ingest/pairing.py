@@ -28,6 +28,7 @@ from icmoe.data.ingest.walking import (
     closest,
     of_another_look,
     own_folders,
+    parted,
     stem,
 )
 
@@ -296,8 +297,7 @@ def _by_name(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
 def _before_class(path: str, record: FileRecord, images: Images) -> list[str]:
     """Return the images that a mask is called like up to the name of a class, of the longest such name."""
     name = stem(path) if record.called_at < 0 else ""
-    starts = [name[: part.start()] for part in re.finditer(r"[ _.-]+", name)]
-    return next(filter(None, (images.by_name(start) for start in reversed(starts))), [])
+    return next(filter(None, (images.by_name(start) for start, _ in reversed(parted(name)))), [])
 
 
 def _channels(path: str, images: Images) -> Iterator[list[str]]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
 from pydicom.pixels import pixel_array
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import UncompressedTransferSyntaxes
 
 from icmoe.data.ingest.geometry import Grid, share_within
 from icmoe.data.ingest.headers import (
@@ -41,8 +41,6 @@ REQUIRED = frozenset({"SegmentNumber", "SegmentLabel", "SegmentAlgorithmType", "
 """Of every segment."""
 CODES = REQUIRED | {"AnatomicRegionSequence", "PrimaryAnatomicStructureSequence"}
 """Where a plain segment has codes, if anywhere."""
-PLAIN = frozenset({ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian})
-"""Transfer syntaxes whose frames are not compressed one by one."""
 DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
 """Deflated Image Frame Compression, which no library here knows; the standard has it for segmentations above all."""
 CODE_VALUES = frozenset({"CodeValue", "LongCodeValue", "URNCodeValue"})
@@ -101,7 +99,7 @@ def opened(path: Path) -> Dataset:
         116 or 117; 118 where its pixels are of another depth than it says, or each frame of bits begins with a byte of its own.
     """
     seg = open_dicom(path, pixels=True)
-    if seg.file_meta.TransferSyntaxUID in PLAIN:
+    if seg.file_meta.TransferSyntaxUID in UncompressedTransferSyntaxes:
         _require_length(seg)
     return seg
 
@@ -181,7 +179,7 @@ def read_patch(seg: Dataset, patch: Patch) -> npt.NDArray[np.bool_]:
 
 def _frame(seg: Dataset, number: int) -> npt.NDArray[Any]:
     """Return the stored values of a frame, H x W; single bits as they mark."""
-    source, at, is_plain = seg.PixelData, number, seg.file_meta.TransferSyntaxUID in PLAIN
+    source, at, is_plain = seg.PixelData, number, seg.file_meta.TransferSyntaxUID in UncompressedTransferSyntaxes
     if not is_plain:
         encoded = get_frame(source, number, number_of_frames=integer(seg, "NumberOfFrames") or 1)
         if seg.file_meta.TransferSyntaxUID != DEFLATED_FRAMES:

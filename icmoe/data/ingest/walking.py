@@ -54,6 +54,7 @@ WHAT = re.compile(rf"^({KINDS})[ _.-]*(?=\d)|^({KINDS})[ _.-]+|[ _.-]+({KINDS})$
 ENDING = re.compile(
     "|".join(re.escape(end) for form in VOLUMES.values() for end in form.endings).join(("(", r"|\.png|\.dcm|\.dicom|\.ima)+$"))
 )
+SEPARATOR = re.compile(r"[ _.-]+")
 COUNTED = re.compile(r"[_-]mask[_-]?\d{1,2}$")
 GONE = (FileNotFoundError, NotADirectoryError)
 """What a look at a file or folder raises that is there no more."""
@@ -125,6 +126,11 @@ def stem(relative: str) -> str:
 def bare(relative: str) -> str:
     """Return a `stem` without a word in front or behind for what the file is: 12 of volume-12, segmentation-12 and 12_img."""
     return WHAT.sub("", stem(relative))
+
+
+def parted(name: str) -> list[tuple[str, str]]:
+    """Return what stands before and what after each separator in a name, from its beginning on."""
+    return [(name[: part.start()], name[part.end() :]) for part in SEPARATOR.finditer(name)]
 
 
 def is_counted(relative: str) -> bool:
