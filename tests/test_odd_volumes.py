@@ -7,7 +7,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from dicom_builders import MASKS, VOLUME, numbers, same, used
+from dicom_builders import MASKS, VOLUME, numbers, put, same, used, volume
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 AXES = np.diag([-1.5, -1.0, 5.0, 1.0])
@@ -62,3 +62,27 @@ def test_a_single_slice_is_one_picture_however_thin_it_is(across: int, tmp_path:
     assert np.count_nonzero(masks) == np.count_nonzero(MASKS[2])
     assert min(pictures[0].shape) > 1
     assert not numbers(data)
+
+
+@pytest.mark.parametrize("lost", [1, 2, 3])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_mask_drawn_on_a_series_that_lost_a_slice_marks_no_other_slice(packed: bool, lost: int, tmp_path: Path):
+    """A converter that takes distances for equal lays every slice behind the gap where the one before it was."""
+    left = [number for number in range(len(VOLUME)) if number != lost]
+    series = volume(VOLUME, origin=(0.0, 0.0, 0.0))
+    put(tmp_path, [series[number] for number in left])
+    nifti(tmp_path, "mask.nii.gz", CLASSES[:, :, left] if packed else CLASSES)
+    _, masks, data = used(tmp_path)
+    assert numbers(data) == ([108, 121, 124] if packed else [])
+    assert same(masks, [] if packed else MASKS[left])
+
+
+@pytest.mark.parametrize("drawn", [slice(1, 4), slice(2, 5)])
+def test_a_mask_of_a_part_of_a_series_with_a_gap_marks_that_part(drawn: slice, tmp_path: Path):
+    left = [0, 1, 3, 4]
+    series = volume(VOLUME, origin=(0.0, 0.0, -5.0 * drawn.start))
+    put(tmp_path, [series[number] for number in left])
+    nifti(tmp_path, "mask.nii.gz", CLASSES[:, :, drawn])
+    _, masks, data = used(tmp_path)
+    assert same(masks, MASKS[[number for number in left if drawn.start <= number < drawn.stop]])
+    assert numbers(data) == [124]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from icmoe.data.ingest.catalogue import Catalogue, Key
 from icmoe.data.ingest.folding import folded, unnumbered
 from icmoe.data.ingest.geometry import OFF_GRID_PX
-from icmoe.data.ingest.records import FileRecord
+from icmoe.data.ingest.records import FileRecord, Plane
 from icmoe.data.ingest.refusals import Refusal
 from icmoe.data.ingest.walking import GENERIC, MASK, closest, own_folders, stem
 
@@ -65,6 +65,10 @@ class Images:
     def by_space(self, space: str) -> list[str]:
         """Return the images of a frame of reference."""
         return self._files.images("space", space)
+
+    def planes(self, series: str) -> list[Plane | None]:
+        """Return where the frames of a series lie."""
+        return [place.plane for path in self._files.images("series", series) for place in self[path].frames]
 
     def closest_owners(self, path: str) -> set[str]:
         """Return the patients of the images in the folders that are closest to a mask's, whatever their names."""

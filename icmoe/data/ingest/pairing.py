@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TypeVar
 
 from icmoe.data.ingest.catalogue import Catalogue, Key, Use
 from icmoe.data.ingest.folding import folded
-from icmoe.data.ingest.geometry import Grid, grid_between, matrix_of
+from icmoe.data.ingest.geometry import Grid, grid_between, matrix_of, slice_distance_mm
 from icmoe.data.ingest.known_images import Images
 from icmoe.data.ingest.placing import overlaps, patch_grid, same_plane
-from icmoe.data.ingest.records import FileRecord, Patch
+from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.references import by_reference, nearest_frames, same_patient, use_of
 from icmoe.data.ingest.refusals import Refusal
 from icmoe.data.ingest.walking import (
@@ -141,6 +141,8 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     if len(best) > 1 and not fitting.all_channels and not _are_sequences([found[name] for name in best], images):
         raise Refusal(122, f"{len(best)} series lie on the grid of this volume, equally close by name and folder")
     fitting.require_its_own(path, record, found[best[0]], images)
+    if any(_is_packed(record, series[name], images.planes(name)) for name in best):
+        raise Refusal(121, "it has as many slices as its series has images, but not where these lie: packed across a gap")
     if not (fitting.called or fitting.homed or fitting.is_patients) and _is_one_of_many(path, images):
         raise Refusal(120, "it is one of several masks of one thing each, and none is called like a class of the study")
     return {key: use for name in best for key, use in _seen_once(series[name], images).items()}
@@ -157,6 +159,17 @@ def _on_grid(path: str, record: FileRecord, images: Images) -> dict[str, dict[Ke
         if grid is not None and overlaps(grid, record.shape, shape):
             series.setdefault(image.series, {})[target, frame] = Use(path, "volume", _meant(path, record, target), (grid,))
     return series
+
+
+def _is_packed(record: FileRecord, uses: Mapping[Key, Use], planes: Sequence[Plane | None]) -> bool:
+    """Return whether a volume was made of the images of an uneven series one by one, as if there were no gaps between them.
+
+    Converters do so where a slice was lost; behind the gap, each of its slices lies where another image does.
+    """
+    (grid,) = next(iter(uses.values())).grids
+    assert grid is not None
+    across = grid.steps_33[:, :2].any(axis=1).argmin()
+    return len(uses) < len(planes) == record.shape[across] and slice_distance_mm(planes) is None
 
 
 def _meant(path: str, record: FileRecord, target: str) -> tuple[Patch, ...]:
