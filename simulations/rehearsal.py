@@ -204,9 +204,9 @@ def report_sites(hospitals: Hospitals, screen: Screen) -> None:
         screen.say("These hospitals are [bold]phantoms[/bold]: drawn heads with drawn lesions, no patients.")
     for name, site in hospitals.sources.items():
         patients = len({item.patient for item in site.of("train")})
-        screen.say(f"{name}: found {site.images_found}, used {site.images_used} images; patients in training: {patients}")
+        screen.say(f"{escape(name)}: found {site.images_found}, used {site.images_used} images; patients in training: {patients}")
         for fault in site.exclusions[:10]:
-            screen.say(f"  [yellow]{fault}[/yellow]")
+            screen.say(f"  [yellow]{escape(str(fault))}[/yellow]")
         if len(site.exclusions) > 10:
             screen.say(f"  [yellow]and {len(site.exclusions) - 10} more, all in results.json[/yellow]")
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from icmoe.backbones import BACKBONES, choices
 from icmoe.errors import Fault, IcmoeError, exit_on_fault, print_faults
@@ -125,15 +126,15 @@ def _run(
     with folder.claimed(resume=resume), tracking(track, folder.root) as heard, Screen(console, *heard) as screen:
         if resume and folder.results.exists():
             results = folder.finished(study, simulation)
-            screen.say(f"{folder.root} is complete; nothing was left to do.")
+            screen.say(escape(f"{folder.root} is complete; nothing was left to do."))
         else:
             results = rehearse(study, simulation, folder, screen)
     if (everywhere := cross_table(results, console)) is not None:
         console.print(everywhere)
     console.print(final_table(results))
     for line in comparison_lines(results):
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"Report: {folder.root / 'report.html'}", highlight=False, soft_wrap=True)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Report: {folder.root / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
     if as_json:
         sys.stdout.write(folder.results.read_text())
 

@@ -117,7 +117,7 @@ class Screen:
             return
         self._rows[str(record["round"])] = record
         for fault in record["faults"]:
-            self.say(f"[red]{fault['sentence']}[/red]")
+            self.say(f"[red]{escape(fault['sentence'])}[/red]")
         self.progress(name, record["round"], job.study.rounds)
         if self._live is None:
             self.say(self._line(job, name, record))
@@ -128,12 +128,12 @@ class Screen:
 
     def _waiting(self, name: str, site: str) -> None:
         if self._live is not None and name in self._tasks:
-            self._progress.update(self._tasks[name], description=f"{name} < {site}")
+            self._progress.update(self._tasks[name], description=f"{name} < {escape(site)}")
 
     def _line(self, job: Job, name: str, record: RoundRecord) -> str:
         began_s = self._began[name]  # first, since the first look sets it
         elapsed_s = time.monotonic() - began_s
-        sites = "  ".join(f"{site} {_loss(row)}" for site, row in record["sites"].items())
+        sites = "  ".join(f"{escape(site)} {_loss(row)}" for site, row in record["sites"].items())
         size = f"  {record['bytes_up'] / 1e6:.1f} MB up" if job.method != "alone" else ""
         spent = f"  {spending_sentence(record['privacy'])}" if record.get("privacy") else ""
         return f"{name}  round {record['round']}/{job.study.rounds}  loss {sites}{size}  {elapsed_s:.0f} s{spent}"
@@ -148,7 +148,7 @@ class Screen:
             dice = before["sites"].get(site, {}).get("val_dice")
             usage = " ".join(_shade(share, len(row["usage"])) for share in row["usage"])
             size = "-" if job.method == "alone" else f"{row['bytes_up'] / 1e6:.2f}"
-            table.add_row(site, _loss(row), "-" if dice is None else f"{dice:.3f}", usage, str(row["steps"]), size)
+            table.add_row(escape(site), _loss(row), "-" if dice is None else f"{dice:.3f}", usage, str(row["steps"]), size)
         return table
 
 
@@ -175,7 +175,7 @@ def final_table(results: dict[str, Any]) -> Table:
     )
     table.add_column("method", no_wrap=True)
     for name in [*sites, "mean of sites", "worst site", "all patients"]:
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right")
     partly = [name for name, row in results["summary"].items() if not all(_scored(row, site) for site in sites)]
     table.caption = f"{', '.join(partly)}: of the scored sites alone, which is no match for the other rows." if partly else None
     for method, row in results["summary"].items():
@@ -201,7 +201,7 @@ def cross_table(results: dict[str, Any], console: Console) -> RenderableType | N
         return None
     table = Table(title="Test Dice of each model at each site", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("model", *columns):
-        table.add_column(column, no_wrap=True, justify="left" if column == "model" else "right")
+        table.add_column(escape(column), no_wrap=True, justify="left" if column == "model" else "right")
     for row in rows:
         table.add_row(*map(escape, row))
     if len(rows) > MOST_ROWS or console.measure(table, options=console.options.update(width=WIDEST)).maximum > console.width:
@@ -217,7 +217,7 @@ def check_table(check: dict[str, Any]) -> Table:
         table.add_column(column, justify="left" if column == "site" else "right", min_width=longest_word)
     rows = check_rows(check)
     for row in rows[:MOST_ROWS]:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     table.caption = f"and {len(rows) - MOST_ROWS} more, all in results.json" if len(rows) > MOST_ROWS else None
     return table
 

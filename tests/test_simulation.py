@@ -6,17 +6,21 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from icmoe.data.slices import SiteData
 from icmoe.errors import Fault, IcmoeError
 from icmoe.profiles import merged
 from icmoe.study import derived_seed
 from simulations.folder import RunFolder
+from simulations.hospitals import Hospitals
 from simulations.methods import METHODS, study_for
+from simulations.rehearsal import report_sites
 from simulations.results import comparisons, summary_of
 from simulations.run_sim import _given, _seeds
 from simulations.scenario import read_scenario
 from simulations.scoring import best_median_worst, mean_record, require_unchanged
-from simulations.screen import final_table
+from simulations.screen import Screen, final_table
 
 TEST_BACKBONE = {"test_only": True, "backbone": {"name": "sam-vit-test", "image_size": 64}}
 
@@ -237,3 +241,16 @@ def test_best_median_worst_of_few_patients() -> None:
         ("worst", "y"),
     ]
     assert best_median_worst([]) == []
+
+
+def test_a_rehearsal_keeps_brackets_in_names_and_in_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    faults = (Fault(number=106, where="[/a] scan[old].png", value="2"), Fault(number=101, where="masks[/a].png"))
+    site = SiteData(name="[old] St A", slices=(), images_found=2, exclusions=faults)
+    console = Console(width=200)
+    report_sites(Hospitals(root=tmp_path, phantoms=False, sites={}, sources={site.name: site}), Screen(console))
+    results = {"sites": {site.name: {"patients": {"test": 1}}}, "summary": {}}
+    console.print(final_table(results))
+    printed = capsys.readouterr().out
+    assert all(f"  {fault}\n" in printed for fault in faults)
+    assert "[[study.labels]]" in printed
+    assert printed.count(site.name) == 2
