@@ -61,7 +61,7 @@ def read_rows(path: Path, split: str, *, where: str, same_split: bool) -> list[R
     Parameters
     ----------
     path
-        UTF-8 CSV with a header of at least `COLUMNS`; further columns are ignored.
+        UTF-8 CSV with a header of at least `COLUMNS`, each once; further columns are ignored, and rows without any text.
     split
         Name that the rows get.
     where
@@ -78,10 +78,10 @@ def read_rows(path: Path, split: str, *, where: str, same_split: bool) -> list[R
     rows: list[Row] = []
     faults: list[Fault] = []
     try:
-        missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
-        if missing:
-            raise IcmoeError(_fault(where, f"column {', '.join(missing)} is missing", limit=",".join(COLUMNS)))
+        reader.fieldnames = _header(reader.fieldnames or (), where)
         for number, fields in enumerate(reader, start=1):
+            if _is_blank(fields):
+                continue
             try:
                 rows.append(_row(fields, split, f"{where} row {number}", same_split=same_split))
             except IcmoeError as error:
@@ -139,6 +139,31 @@ def _text(path: Path, where: str) -> str:
         raise IcmoeError(Fault(number=110, where=where, did=_NOT_STARTED, **words)) from None
 
 
+def _header(names: Sequence[str], where: str) -> list[str]:
+    """Return the names of the columns without the spaces around them, in small letters where no other column has that name.
+
+    Raises
+    ------
+    IcmoeError
+        110 where a column is missing, or stands there twice: nobody knows which of the two is meant.
+    """
+    plain = [name.strip() for name in names]
+    folded = [name if name.lower() in plain else name.lower() for name in plain]
+    missing = [column for column in COLUMNS if column not in folded]
+    if missing:
+        what, value = f"column {', '.join(missing)} is missing", _shown(",".join(names))
+        raise IcmoeError(_fault(where, what, value, limit=f"{','.join(COLUMNS)}, with commas between them"))
+    twice = [column for column in (*COLUMNS, *SPACING_COLUMNS) if folded.count(column) > 1]
+    if twice:
+        raise IcmoeError(_fault(where, f"column {', '.join(twice)} stands there more than once", limit="each column once"))
+    return folded
+
+
+def _is_blank(fields: Mapping[str | None, str | Sequence[str] | None]) -> bool:
+    """Return whether a row holds no text, such as those that a spreadsheet leaves below a table."""
+    return not any("".join(text or ()).strip() for text in fields.values())
+
+
 def _row(fields: Mapping[str | None, str | Sequence[str] | None], split: str, where: str, *, same_split: bool) -> Row:
     if None in fields or any(fields[column] is None for column in COLUMNS):
         raise IcmoeError(_fault(where, "number of fields differs from the header"))
@@ -170,7 +195,11 @@ def _problems(texts: Mapping[str, str], split: str | None) -> list[tuple[str, st
     if texts["slice"] and not re.fullmatch(r"-?[0-9]{1,9}", texts["slice"]):
         found.append(("slice is not an integer", _shown(texts["slice"]), "-999999999 to 999999999"))
     return found + [
-        (f"{column} leaves the data folder", _shown(texts[column]), "a path below the data folder, without ..")
+        (
+            f"{column} leaves the data folder",
+            _shown(texts[column]),
+            "a path below the data folder, with / between its parts and without ..",
+        )
         for column in ("image", "mask")
         if texts[column] and not _stays_inside(texts[column])
     ]

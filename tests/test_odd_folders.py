@@ -1,0 +1,90 @@
+"""Folders as spreadsheets, drawing programs and mistaken labels leave them: read as they are meant, or the cause is named."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from icmoe.data.sources import read_sites
+from icmoe.errors import IcmoeError
+from icmoe.study import Label
+
+LABELS = (Label(name="background", values=(0,)), Label(name="lesion", values=(255,)))
+HEADER = ["split", "site", "patient", "slice", "image", "mask"]
+SPACING = ["spacing_slice_mm", "spacing_row_mm", "spacing_col_mm"]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Site A with one patient of two slices in each split."""
+    for split in ("train", "val", "test"):
+        rows = [HEADER]
+        for index in ("1", "2"):
+            image, mask = (f"A/{part}/{split}_{index}.png" for part in ("images", "masks"))
+            grey = np.random.default_rng(len(rows)).integers(0, 200, (20, 24)).astype(np.uint8)
+            for name, pixels in ((image, grey), (mask, np.where(grey > 150, 255, 0).astype(np.uint8))):
+                (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(tmp_path / name)
+            rows.append([split, "A", f"of {split}", index, image, mask])
+        write(tmp_path, split, rows)
+    return tmp_path
+
+
+def write(root: Path, split: str, rows: list[list[str]]) -> None:
+    (root / "splits").mkdir(exist_ok=True)
+    with (root / f"splits/{split}.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def train(root: Path) -> list[list[str]]:
+    with (root / "splits/train.csv").open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def refusal(root: Path) -> str:
+    with pytest.raises(IcmoeError) as caught:
+        read_sites(root, LABELS)
+    assert len(caught.value.faults) == 1
+    return str(caught.value)
+
+
+def test_names_of_columns_may_have_spaces_and_capitals(root: Path):
+    header, *rows = train(root)
+    names = [f" {name.title()} " for name in (*header, *SPACING)]
+    write(root, "train", [names, *([*row, "5", "0.5", "0.75"] for row in rows)])
+    site = read_sites(root, LABELS)["A"]
+    assert [item.spacing_mm for item in site.of("train")] == [(5.0, 0.5, 0.75)] * 2
+
+
+def test_a_further_column_that_differs_by_capitals_alone_is_ignored(root: Path):
+    header, *rows = train(root)
+    write(root, "train", [[*header, "Image", ""], *([*row, "other.png", ""] for row in rows)])
+    assert len(read_sites(root, LABELS)["A"].of("train")) == 2
+
+
+def test_a_column_that_stands_there_twice_is_refused(root: Path):
+    header, *rows = train(root)
+    write(root, "train", [[*header, " image", "spacing_row_mm", "spacing_row_mm"], *([*row, "x.png", "1", "2"] for row in rows)])
+    assert "ICM110 splits/train.csv: column image, spacing_row_mm stands there more than once" in refusal(root)
+
+
+def test_rows_without_any_text_are_passed_over(root: Path):
+    write(root, "train", [*train(root), [""] * len(HEADER), ["  "], [" "] * len(HEADER)])
+    assert len(read_sites(root, LABELS)["A"].of("train")) == 2
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_header_with_another_separator_is_shown(root: Path, separator: str):
+    path = root / "splits/train.csv"
+    path.write_text(path.read_text().replace(",", separator))
+    shown = repr(separator.join(HEADER))
+    assert f"is missing: {shown} (allowed: {','.join(HEADER)}, with commas between them)" in refusal(root)
+
+
+def test_a_path_with_backslashes_is_told_to_have_slashes(root: Path):
+    write(root, "train", [[text.replace("A/images/train_1", "A\\images\\train_1") for text in row] for row in train(root)])
+    assert "with / between its parts" in refusal(root)
