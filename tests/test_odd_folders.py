@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from icmoe.data.slices import load_image
 from icmoe.data.sources import read_sites
 from icmoe.errors import IcmoeError
 from icmoe.study import Label
@@ -88,3 +90,14 @@ def test_a_header_with_another_separator_is_shown(root: Path, separator: str):
 def test_a_path_with_backslashes_is_told_to_have_slashes(root: Path):
     write(root, "train", [[text.replace("A/images/train_1", "A\\images\\train_1") for text in row] for row in train(root)])
     assert "with / between its parts" in refusal(root)
+
+
+def test_a_palette_with_alpha_is_read_without_a_warning(root: Path):
+    path = root / "A/images/train_1.png"
+    grey = Image.open(path).convert("RGB").quantize(16)
+    expected = np.asarray(grey.convert("RGB"))[..., 0]
+    grey.save(path, transparency=bytes(range(16)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = load_image(read_sites(root, LABELS)["A"].of("train")[0])
+    assert np.array_equal(np.argsort(np.unique(found)), np.arange(len(np.unique(expected))))

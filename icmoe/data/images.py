@@ -142,7 +142,7 @@ def _pixels(opened: Image.Image, *, palette_is_colour: bool) -> npt.NDArray[Any]
     if not palette_is_colour:
         _require_one_reading(opened)
     plain = opened.convert("L") if opened.mode == "1" else opened
-    plain = plain.convert("RGB") if plain.mode == "P" and palette_is_colour else plain
+    plain = plain.convert("RGBA") if plain.mode == "P" and palette_is_colour else plain  # RGB warns where colours have an alpha
     pixels = np.asarray(plain)
     if pixels.dtype.kind == "i":  # Pillow's 32-bit mode for some 16-bit files
         pixels = pixels.astype(np.uint16)
