@@ -211,6 +211,9 @@ def test_a_folder_of_indexes_names_sites_by_folder_and_leaves_no_hospital_out_in
     (site,) = read_sites(tmp_path / "indexes", LESION).values()
     assert {site.name, *(item.site for item in site.slices)} == {"copy of Elm"}
     assert len(site.slices) == 3
+    for split, images in (("train", 3), ("test", 0)):
+        (part,) = read_sites_split(tmp_path / "indexes", split, LESION).values()
+        assert (part.images_found, part.images_used) == (images, images)
     shutil.copytree(export.store, store_of(tmp_path / "indexes/Oak", (*LESION, Label(name="other", values=(7,)))))
     (tmp_path / "indexes/Yew/images").mkdir(parents=True)
     for read in (partial(read_sites, labels=LESION), partial(read_sites_split, name="train", labels=LESION)):

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from icmoe.data.ingest.index import INDEX
+from icmoe.data.ingest.run import store_of
 from icmoe.data.slices import load_image
-from icmoe.data.sources import read_sites
+from icmoe.data.sources import read_sites, read_sites_split
 from icmoe.errors import IcmoeError
 from icmoe.study import Label
 
@@ -101,3 +103,22 @@ def test_a_palette_with_alpha_is_read_without_a_warning(root: Path):
         warnings.simplefilter("error")
         found = load_image(read_sites(root, LABELS)["A"].of("train")[0])
     assert np.array_equal(np.argsort(np.unique(found)), np.arange(len(np.unique(expected))))
+
+
+@pytest.mark.parametrize("split", ["", "test"])
+def test_a_folder_of_indexes_for_other_labels_is_told_so(tmp_path: Path, split: str):
+    for site in ("Elm", "Oak"):
+        store = store_of(tmp_path / site, (*LABELS, Label(name="other", values=(7,))))
+        store.mkdir(parents=True)
+        (store / INDEX).touch()
+    with pytest.raises(IcmoeError) as caught:
+        read_sites_split(tmp_path, split, LABELS) if split else read_sites(tmp_path, LABELS)
+    assert [(fault.number, fault.where) for fault in caught.value.faults] == [(131, "Elm"), (131, "Oak")]
+    assert "no index for the study's labels." in str(caught.value)
+
+
+def test_png_hospitals_with_an_index_for_other_labels_are_read_from_their_splits(root: Path):
+    store = store_of(root / "A", (*LABELS, Label(name="other", values=(7,))))
+    store.mkdir(parents=True)
+    (store / INDEX).touch()
+    assert read_sites(root, LABELS)["A"].images_used == 6

@@ -13,6 +13,8 @@ from icmoe.data.slices import SiteData
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Label
 
+_NO_INDEX = "folder has no index for the study's labels"
+
 
 def read_sites(root: Path, labels: Sequence[Label], *, progress: Progress | None = None) -> dict[str, SiteData]:
     """Return every site below `root`, sorted by name.
@@ -41,7 +43,13 @@ def read_sites_split(root: Path, name: str, labels: Sequence[Label], *, progress
     if not stores:
         return read_split(root, name, labels, progress=progress)
     sites = {path.name: _indexed(path.name, store) for path, store in stores}
-    return {site: replace(data, slices=data.of(name)) for site, data in sites.items()}
+    return {site: _part_of(data, name) for site, data in sites.items()}
+
+
+def _part_of(data: SiteData, split: str) -> SiteData:
+    """Return one split of a site; what was left out has no split, and is counted as found."""
+    slices = data.of(split)
+    return replace(data, slices=slices, images_found=len(slices) + data.images_found - data.images_used)
 
 
 def _indexed(name: str, store: Path) -> SiteData:
@@ -57,17 +65,26 @@ def _stores(root: Path, labels: Sequence[Label]) -> list[tuple[Path, Path]]:
     Raises
     ------
     IcmoeError
-        131 for each hospital beside them that has none: it would be left out without a word.
+        131 for each hospital beside them that has none, which would be left out without a word, and where there are indexes for
+        other labels alone: no split file is missing then.
     """
     folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     stores = [(path, store_of(path, labels)) for path in folders if is_index(store_of(path, labels))]
-    others = [path for path in folders if path not in dict(stores) and _is_hospital(path)] if stores else []
+    if stores:
+        others = [path for path in folders if path not in dict(stores) and _is_hospital(path)]
+        what, todo = f"{_NO_INDEX}, while others beside it have one", "Ingest it for this study, or move it away."
+    else:
+        others = [] if (root / "splits").is_dir() else [path for path in folders if _is_only_indexed(path)]
+        what, todo = _NO_INDEX, "Give the study the labels that it was ingested for, or ingest it for this study."
     if others:
-        what, did = "folder has no index for the study's labels, while others beside it have one", "Nothing was started."
-        todo = "Ingest it for this study, or move it away."
+        did = "Nothing was started."
         raise IcmoeError(*(Fault(number=131, where=path.name, what=what, did=did, todo=todo) for path in others))
     return stores
 
 
 def _is_hospital(folder: Path) -> bool:
     return (folder / "images").is_dir() or any(is_index(store) for store in folder.glob("*"))
+
+
+def _is_only_indexed(folder: Path) -> bool:
+    return _is_hospital(folder) and not (folder / "images").is_dir()
