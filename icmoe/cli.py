@@ -64,6 +64,7 @@ def evaluate(
             console=Console(stderr=True),
         )
         if as_json:
+            print_faults(faults)
             sys.stdout.write(json.dumps(record, indent=1) + "\n")
         else:
             _print_scores(record, faults)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
+import json
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from predictions import write_random_model
+from typer.testing import CliRunner
 
+from icmoe.cli import app
 from icmoe.data.ingest.index import INDEX
 from icmoe.data.ingest.run import store_of
 from icmoe.data.slices import load_image
@@ -122,3 +126,13 @@ def test_png_hospitals_with_an_index_for_other_labels_are_read_from_their_splits
     store.mkdir(parents=True)
     (store / INDEX).touch()
     assert read_sites(root, LABELS)["A"].images_used == 6
+
+
+def test_scores_as_json_name_on_standard_error_what_was_left_out(root: Path, make_study):
+    (root / "A/masks/test_1.png").unlink()
+    model = write_random_model(root / "m.safetensors", make_study(labels=[label.model_dump(mode="json") for label in LABELS]))
+    words = ["evaluate", "--model", str(model), "--data", str(root), "--cache", str(root / "cache"), "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["sites"]["A"]["images_used"] == 1
+    assert done.stderr.startswith("ICM103 A/masks/test_1.png: mask is missing.")
