@@ -20,7 +20,7 @@ FILE = "results.json"
 class _Read(BaseModel):
     """Tolerant of what it does not know: results of later versions have more."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class _Dice(_Read):

@@ -66,5 +66,5 @@ def _scores(changes: tuple[Change, ...]) -> Table:
         if change.spread is not None:
             difference += f" +-{change.spread:.4f}"
         values = ("-" if value is None else f"{value:.4f}" for value in (change.a, change.b))
-        table.add_row(change.method, escape(change.score), *values, difference, str(change.seeds))
+        table.add_row(escape(change.method), escape(change.score), *values, difference, str(change.seeds))
     return table

@@ -72,6 +72,12 @@ def test_gains_are_paired_by_seed(tmp_path: Path) -> None:
     assert json.loads(text)["settings"] == {"study.rounds": [2, 3]}
 
 
+def test_brackets_in_names_of_methods_are_kept(tmp_path: Path) -> None:
+    a = write(tmp_path / "a", results({"fedavg [/x]": {"1": training(0.5, X=0.5)}}))
+    code, text = run("compare", a, a)
+    assert (code, "fedavg [/x]" in text) == (0, True)
+
+
 def test_other_data_phantoms_and_single_seeds_are_said(tmp_path: Path) -> None:
     a = write(tmp_path / "a", results({"fedavg": {"1": training(None, X=None)}}))
     b = write(tmp_path / "b", {**results({"fedavg": {"1": training(0.5, X=0.5)}}, data="e"), "phantoms": True})
@@ -119,6 +125,7 @@ def test_exchanging_them_turns_every_sign(rows: dict[str, tuple[float | None, fl
         ("[]", 217),
         ('{"schema_version": 2}', 217),
         ("[" * 5000, 217),
+        (json.dumps(results({"fedavg": {"1": training(float("nan"))}})), 217),
         (None, 205),
         (json.dumps({**results({}), "methods": {"fedavg": {"1": {"test": {}}}}}), 217),
     ],
