@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from icmoe.backbone import grid_of
-from icmoe.data.slices import Slice, load_mask
+from icmoe.data.slices import Slice, load_truth
 from icmoe.device import moved
 from icmoe.features import FeatureCache, Features, widened
 from icmoe.in_order import InOrder
@@ -67,7 +67,7 @@ class TrainingSet:
         side = side or 2 * grid_of(study.backbone)
         self._target_NKhw = torch.empty(len(slices), study.classes, side, side)
         for target_Khw, item in zip(self._target_NKhw, slices, strict=True):  # a stack of them would be there twice
-            target_Khw.copy_(target(load_mask(item.mask, study.labels), study.classes, side))
+            target_Khw.copy_(target(load_truth(item, study.labels), study.classes, side))
 
     def __len__(self) -> int:
         return len(self._keys)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from icmoe.data.slices import Slice, load_mask
+from icmoe.data.slices import Slice, load_truth
 from icmoe.features import FeatureCache
 from icmoe.metrics import PatientScore, patient_scores
 from icmoe.preprocess import restore, view_target
@@ -111,7 +111,7 @@ def score_slices(
     for (site, patient), group in groupby(ordered, key=lambda item: (item.site, item.patient)):
         members = list(group)
         prediction = [next(predictions) for _ in members]
-        truth = [load_mask(item.mask, labels) for item in members]
+        truth = [load_truth(item, labels) for item in members]
         spacing_mm = common_spacing(members) if surfaces else None
         classes = patient_scores(_stack(prediction), _stack(truth), len(labels), spacing_mm)
         scores.append(PatientScore(site, patient, tuple(classes)))

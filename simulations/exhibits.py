@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from icmoe.data.slices import Slice, load_image, load_mask
+from icmoe.data.slices import Slice, load_image, load_truth
 from icmoe.evaluation import predict_slices
 from icmoe.metrics import PatientScore
 from icmoe.model import ICMoE
@@ -39,7 +39,7 @@ def overlays(examiner: Examiner, study: Study, model: ICMoE, patients: Sequence[
         item = fullest(rows, study.labels)
         (prediction_HW,) = predict_slices(model, [item], examiner.cache, examiner.site.torch_device())
         title = f"{rank} test patient, {patient.site}: Dice {patient.dice:.2f}"
-        truth_HW, experts_HW = load_mask(item.mask, study.labels), deciding(model, item, examiner)
+        truth_HW, experts_HW = load_truth(item, study.labels), deciding(model, item, examiner)
         shown.append(Overlay(title, load_image(item), truth_HW, prediction_HW, experts_HW, model.expert_names))
     return shown
 
@@ -57,4 +57,4 @@ def deciding(model: ICMoE, item: Slice, examiner: Examiner) -> npt.NDArray[np.ui
 
 def fullest(slices: Sequence[Slice], labels: Sequence[Label]) -> Slice:
     """Return the slice with most foreground, the first of them where several share it."""
-    return max(slices, key=lambda item: (int((load_mask(item.mask, labels) > 0).sum()), -item.index))
+    return max(slices, key=lambda item: (int((load_truth(item, labels) > 0).sum()), -item.index))

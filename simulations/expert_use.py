@@ -16,7 +16,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from icmoe.backbone import grid_of
-from icmoe.data.slices import Slice, load_mask
+from icmoe.data.slices import Slice, load_truth
 from icmoe.evaluation import EVALUATION_BATCH, score_slices
 from icmoe.features import FeatureCache
 from icmoe.losses import halve
@@ -161,7 +161,7 @@ def _seen(model: ICMoE, site: str, rows: Sequence[Slice], study: Study, cache: F
     votes = output.experts
     assert votes is not None
     side = grid_of(study.backbone)
-    truth_BKHW = torch.stack([target(load_mask(item.mask, study.labels), study.classes, side) for item in rows])
+    truth_BKHW = torch.stack([target(load_truth(item, study.labels), study.classes, side) for item in rows])
     guess_BHW = halve(output.logits_BKhw.float().softmax(dim=1)).argmax(dim=1).cpu()
     agreed_BMHW = agreement(votes.router_logits_BMHW, votes.log_votes_BMKHW.exp())
     return Seen(

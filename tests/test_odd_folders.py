@@ -18,7 +18,9 @@ from icmoe.data.ingest.index import INDEX
 from icmoe.data.ingest.run import store_of
 from icmoe.data.slices import load_image
 from icmoe.data.sources import read_sites, read_sites_split
+from icmoe.dataset import TrainingSet
 from icmoe.errors import IcmoeError
+from icmoe.features import FeatureCache
 from icmoe.study import Label
 
 LABELS = (Label(name="background", values=(0,)), Label(name="lesion", values=(255,)))
@@ -136,3 +138,13 @@ def test_scores_as_json_name_on_standard_error_what_was_left_out(root: Path, mak
     assert done.exit_code == 0
     assert json.loads(done.stdout)["sites"]["A"]["images_used"] == 1
     assert done.stderr.startswith("ICM103 A/masks/test_1.png: mask is missing.")
+
+
+@pytest.mark.parametrize("shape", [(20, 24), (24, 20)])
+def test_a_mask_that_changed_after_reading_is_refused(root: Path, make_study, shape: tuple[int, int]):
+    study = make_study(labels=[label.model_dump(mode="json") for label in LABELS])
+    slices, cache = read_sites(root, LABELS)["A"].of("train"), FeatureCache.of(root / "cache", study)
+    assert len(TrainingSet(slices, study, cache)) == 2
+    Image.fromarray(np.zeros(shape, np.uint8)).save(root / "A/masks/train_2.png")
+    with pytest.raises(IcmoeError, match=r"ICM104 A/train_2\.png: mask changed since the folder was read"):
+        TrainingSet(slices, study, cache)

@@ -15,7 +15,7 @@ from PIL import Image
 from icmoe import adamw
 from icmoe.backbone import load_backbone
 from icmoe.data.folder import read_folder
-from icmoe.data.slices import load_image
+from icmoe.data.slices import Slice, load_image
 from icmoe.dataset import TrainingSet, steps_of, unknown_classes
 from icmoe.errors import IcmoeError
 from icmoe.evaluation import common_spacing, predict_slices, score_slices
@@ -97,12 +97,19 @@ def test_training_finds_the_disc_and_the_backbone_stays_as_it_was(prepared) -> N
     assert prediction.shape == (40, 32)  # back on the source's own pixels
 
 
+def _smaller(item: Slice) -> Slice:
+    """Return a slice with a mask of 32 x 32 pixels."""
+    path = item.mask.with_name("smaller.png")
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(path)
+    return replace(item, shape=(32, 32), mask=path, marks="")
+
+
 UNEVEN = {
     "a slice was left out": lambda rows: rows[:2] + rows[3:],
     "two series": lambda rows: [*rows[:2], replace(rows[2], index=1), *rows[3:]],
     "other pixels": lambda rows: [*rows[:4], replace(rows[4], spacing_mm=(5.0, 0.5, 0.5))],
     "unknown in part": lambda rows: [*rows[:4], replace(rows[4], spacing_mm=None)],
-    "another size": lambda rows: [*rows[:4], replace(rows[4], shape=(32, 32))],
+    "another size": lambda rows: [*rows[:4], _smaller(rows[4])],
 }
 
 

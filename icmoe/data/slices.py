@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icmoe.data.images import read_classes, read_grey
-from icmoe.data.picture import picture_digest, picture_of, ranks_digest
+from icmoe.data.picture import marks_digest, picture_digest, picture_of, ranks_digest
 from icmoe.data.store import SUFFIX, read_stored
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Label
@@ -116,6 +116,22 @@ def load_image(item: Slice) -> npt.NDArray[np.float32]:
             Fault(number=102, where=where, what="image changed since the folder was read", did="It was not used.", todo=todo)
         )
     return normalise(picture.values_V, item.window).take(picture.ranks_HW)
+
+
+def load_truth(item: Slice, labels: Sequence[Label]) -> npt.NDArray[np.uint8]:
+    """Return a slice's mask as class indices, H x W.
+
+    Raises
+    ------
+    IcmoeError
+        As `load_mask`; 104 where a file is no longer the one that was read at the start.
+    """
+    classes_HW = load_mask(item.mask, labels)
+    if item.mask.suffix != SUFFIX and (classes_HW.shape != item.shape or marks_digest(classes_HW) != item.marks):
+        where, what = f"{item.site}/{item.mask.name}", "mask changed since the folder was read"
+        todo = "Start again: what was trained so far belongs to the former mask."
+        raise IcmoeError(Fault(number=104, where=where, what=what, did="It was not used.", todo=todo))
+    return classes_HW
 
 
 def load_mask(path: Path, labels: Sequence[Label]) -> npt.NDArray[np.uint8]:

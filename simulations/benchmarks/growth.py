@@ -33,7 +33,8 @@ from rich.table import Table
 from icmoe.atomic import write_atomically
 from icmoe.backbone import backbone_digest, load_backbone
 from icmoe.backbones import DEFAULT_WEIGHTS
-from icmoe.data.slices import Slice
+from icmoe.data.picture import marks_digest
+from icmoe.data.slices import Slice, load_mask
 from icmoe.dataset import TrainingSet
 from icmoe.errors import exit_on_fault
 from icmoe.features import FeatureCache
@@ -133,7 +134,8 @@ def trained(study: Study, patients: int) -> tuple[float, int, int]:
         mask = folder / "mask.png"
         side_px = study.backbone.image_size
         Image.fromarray(np.tile(np.array([0, 255], dtype=np.uint8), (side_px, side_px // 2))).save(mask)
-        data = TrainingSet([_slice(number, mask, side_px) for number in range(patients)], study, cache)
+        marks = marks_digest(load_mask(mask, study.labels))
+        data = TrainingSet([_slice(number, mask, marks, side_px) for number in range(patients)], study, cache)
         model = build_model(study, seed=1)
         began = time.process_time()
         train_round(model, data, study, round_number=1, seed=1, device=CPU, steps=STEPS)
@@ -150,7 +152,7 @@ def _encode_one(study: Study, cache: FeatureCache) -> int:
     return sum(path.stat().st_size for path in cache.folder.rglob("*") if path.is_file())
 
 
-def _slice(number: int, mask: Path, side_px: int) -> Slice:
+def _slice(number: int, mask: Path, marks: str, side_px: int) -> Slice:
     return Slice(
         site="growth",
         patient=str(number),
@@ -162,6 +164,7 @@ def _slice(number: int, mask: Path, side_px: int) -> Slice:
         shape=(side_px, side_px),
         window=Window(0.0, 1.0),
         spacing_mm=None,
+        marks=marks,
     )
 
 
