@@ -264,6 +264,19 @@ def test_masks_and_copies_are_no_input(model: Path, tmp_path: Path):
     assert not faults
 
 
+@pytest.mark.parametrize("same", [5, 2])
+def test_slices_that_claim_to_be_one_instance_are_not_lost_in_silence(same: int, model: Path, tmp_path: Path):
+    sources = volume(BLOBS)
+    for data in sources[-same:]:  # as an anonymiser leaves them that gives one number to many files
+        data.SOPInstanceUID = sources[-1].SOPInstanceUID
+    put(tmp_path, sources)
+    put(tmp_path, slices("coronal"), "whole{}")
+    record, faults = predicted(model, tmp_path / "export", tmp_path / "out", "png")
+    assert [stack["frames"] for stack in record["stacks"]] == [5]
+    assert [fault.number for fault in faults] == [142]
+    assert "claim to be the same instance" in str(faults[0])
+
+
 def test_what_is_taken_for_no_image_is_named(model: Path, tmp_path: Path):
     put(tmp_path, slices("axial"))
     Image.fromarray((BLOBS[0] > 1500).astype(np.uint8)).save(tmp_path / "export/b.png")

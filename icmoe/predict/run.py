@@ -28,6 +28,7 @@ from icmoe.data.ingest.decoding import frames_of
 from icmoe.data.ingest.geometry import slice_distance_mm, upright
 from icmoe.data.ingest.pixels import Shown
 from icmoe.data.ingest.refusals import Refusal
+from icmoe.data.ingest.same_instance import agreeing
 from icmoe.data.ingest.walking import walk
 from icmoe.data.picture import Picture
 from icmoe.device import available_device
@@ -129,9 +130,10 @@ class Prediction:
             record, left = series.files[path], set(numbers)
             reason = Refusal(118, "the file holds fewer frames than its header says")
             try:
-                for number, picture in frames_of(
-                    self.root / path, record.kind, sorted(numbers), shown, (record.plain, record.pixels_at)
-                ):
+                pictures = frames_of(self.root / path, record.kind, sorted(numbers), shown, (record.plain, record.pixels_at))
+                for copy in series.copies.get(path, ()):
+                    pictures = agreeing(pictures, self.root / path, self.root / copy, sorted(numbers), shown)
+                for number, picture in pictures:
                     left.discard(number)
                     yield (path, number), picture
             except Refusal as refusal:
@@ -142,7 +144,7 @@ class Prediction:
         bad = [(frame, refusals[frame.path, frame.number]) for frame in stack.frames if (frame.path, frame.number) in refusals]
         if bad:
             frame, refusal = bad[0]
-            what = f"{len(bad)} of {len(stack.frames)} frames cannot be decoded: {refusal.why}"
+            what = f"{len(bad)} of {len(stack.frames)} frames cannot be used: {refusal.why}"
             raise IcmoeError(Fault(number=142, where=frame.path, what=what, did=LEFT_OUT))
         if what := stack.gap:
             raise IcmoeError(Fault(number=142, where=stack.frames[0].path, what=what, did=LEFT_OUT))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from icmoe.data.ingest.geometry import height_mm, missing_slices
@@ -71,10 +71,19 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One series: records of its files by path, and its stacks, which share one window."""
+    """One series: records of its files by path, and its stacks, which share one window.
+
+    Parameters
+    ----------
+    files, stacks
+        As said.
+    copies
+        By path, further files that claim to be the same instance.
+    """
 
     files: dict[str, FileRecord]
     stacks: tuple[Stack, ...]
+    copies: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def first(self) -> FileRecord:
@@ -107,7 +116,7 @@ def find_series(
     """
     reader = Reader(root, Pseudonyms(secrets.token_bytes(SECRET_BYTES)), LabelNames(labels, {}), None)
     grouped: dict[str, dict[str, FileRecord]] = {}
-    faults, seen = list[Fault](), set[str]()
+    faults, kept, copies = list[Fault](), dict[str, str](), dict[str, list[str]]()
     for done, path in enumerate(paths, start=1):
         record = reader.read(path)
         if record.fault in DAMAGED:
@@ -117,11 +126,14 @@ def find_series(
             on_passed_over(
                 path, record.why or ("few values, as a mask has" if record.kind in {"volume", "picture"} else "a mask")
             )
-        elif not (record.image and record.image in seen):  # a second copy of an instance adds nothing
-            seen.add(record.image)
+        elif record.image in kept:  # a second copy of an instance adds nothing, where it is one
+            copies.setdefault(kept[record.image], []).append(path)
+        else:
+            if record.image:
+                kept[record.image] = path
             grouped.setdefault(record.series, {})[path] = record
         on_progress(done, len(paths))
-    return [Series(files, _stacks(files)) for files in grouped.values()], faults
+    return [Series(files, _stacks(files), copies) for files in grouped.values()], faults
 
 
 def _stacks(files: dict[str, FileRecord]) -> tuple[Stack, ...]:
