@@ -277,6 +277,16 @@ def test_slices_that_claim_to_be_one_instance_are_not_lost_in_silence(same: int,
     assert "claim to be the same instance" in str(faults[0])
 
 
+@pytest.mark.parametrize("form", ["dicom-seg", "nifti", "png"])
+def test_no_volume_is_made_of_two_patients(form: str, model: Path, tmp_path: Path):
+    sources = volume(BLOBS)
+    for data in sources[3:]:
+        data.PatientID, data.PatientName = "Roe 2", "Roe^Al"
+    put(tmp_path, sources)
+    error = refusal(model, tmp_path / "export", tmp_path / "out", form)
+    assert (numbers(error), "several patients" in str(error)) == ([117], True)
+
+
 def test_what_is_taken_for_no_image_is_named(model: Path, tmp_path: Path):
     put(tmp_path, slices("axial"))
     Image.fromarray((BLOBS[0] > 1500).astype(np.uint8)).save(tmp_path / "export/b.png")

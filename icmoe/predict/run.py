@@ -146,6 +146,9 @@ class Prediction:
             frame, refusal = bad[0]
             what = f"{len(bad)} of {len(stack.frames)} frames cannot be used: {refusal.why}"
             raise IcmoeError(Fault(number=142, where=frame.path, what=what, did=LEFT_OUT))
+        if len({record.patient for record in series.files.values()}) > 1:
+            what = "its files name several patients"
+            raise IcmoeError(Fault(number=117, where=stack.frames[0].path, what=what, did=LEFT_OUT))
         if what := stack.gap:
             raise IcmoeError(Fault(number=142, where=stack.frames[0].path, what=what, did=LEFT_OUT))
         if self.form == "dicom-seg":
