@@ -214,6 +214,30 @@ def test_what_a_format_cannot_hold_is_said_and_png_holds_it(model: Path, tmp_pat
     assert numbers(refusal(model, tmp_path / "a.nii", tmp_path / "other")) == [143]
 
 
+WRITTEN = {
+    "Latin": ("ISO_IR 100", "Müller^Jürg"),
+    "Unicode": ("ISO_IR 192", "Müller^Jürg=山田^太郎"),
+    "Cyrillic": ("ISO_IR 144", "Иванов^Иван"),
+    "Japanese": (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎=やまだ^たろう"),
+    "Korean": (["", "ISO 2022 IR 149"], "Hong^Gildong=洪^吉洞=홍^길동"),
+    "misspelt": ("ISO-IR 999", "Doe^Jo"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*character set:UserWarning", "ignore:Unknown encoding:UserWarning")
+@pytest.mark.parametrize("script", WRITTEN)
+def test_names_in_any_script_are_the_patient_s_own(script: str, model: Path, tmp_path: Path):
+    sources = volume(BLOBS)
+    for source in sources:
+        source.SpecificCharacterSet, source.PatientName = WRITTEN[script]
+    put(tmp_path, sources)
+    _, faults = predicted(model, tmp_path / "export", tmp_path / "out")
+    assert not faults
+    made, source = (pydicom.dcmread(tmp_path / place) for place in ("out/001/segmentation.dcm", "export/z1"))
+    assert (str(made.PatientName), made.SpecificCharacterSet) == (str(source.PatientName), source.SpecificCharacterSet)
+    assert str(made.PatientName) == WRITTEN[script][1]
+
+
 ANONYMISED = {
     "no frame of reference": {"FrameOfReferenceUID": None},
     "dates of zeros": {"StudyDate": "20120000", "PatientBirthDate": "00000000", "PatientSex": "unknown"},

@@ -38,6 +38,8 @@ TEXT = 64
 IDENTITY = ("PatientID", "PatientName", "AccessionNumber", "StudyID", "ReferringPhysicianName")
 STRICT = ("PatientBirthDate", "PatientSex", "StudyDate", "StudyTime")
 """Elements that anonymisers often leave in a form that highdicom refuses; they are copied as they are."""
+LETTERS = "SpecificCharacterSet"
+"""In which the patient's values are written; highdicom refuses the empty first value that names in two scripts have."""
 NOT_POSSIBLE = "its headers do not say what a SEG object must: study, series, or where it lies"
 
 
@@ -70,7 +72,7 @@ def segmentation_bytes(
     """
     with refusing(143, NOT_POSSIBLE):
         sources = _sources(root, series, stack)
-        kept = [copy.copy(sources[0][name]) for name in STRICT if name in sources[0]]
+        kept = [copy.copy(sources[0][name]) for name in (*STRICT, LETTERS) if name in sources[0]]
         _complete(sources, stack)
         made = Segmentation(
             source_images=sources,
@@ -85,6 +87,7 @@ def segmentation_bytes(
             manufacturer="icmoe-federated",
             manufacturer_model_name=f"IC-MoE {header.study.name}"[:TEXT],
             software_versions=__version__,
+            specific_character_set=None,  # the source's, below
             device_serial_number=digest,
             content_label="IC_MOE",
             content_description=_stamped(header),
