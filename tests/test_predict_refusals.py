@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,17 @@ def test_what_is_there_is_not_overwritten(model: Path, tmp_path: Path):
     assert numbers(refusal(model, source, source)) == [210]
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     assert not list(tmp_path.glob(".*")), "nothing is left beside the output"
+
+
+def test_what_is_used_does_not_go_with_a_former_prediction(model: Path, tmp_path: Path):
+    put(tmp_path, slices("axial"))
+    out = tmp_path / "out"
+    predicted(model, tmp_path / "export", out, "png")
+    inner = Path(shutil.copytree(tmp_path / "export", out / "export"))
+    own = Path(shutil.copy(model, out / "m.safetensors"))
+    for used, source in ((model, inner), (model, inner / "z1"), (own, tmp_path / "export")):
+        assert numbers(refusal(used, source, out, "png", force=True)) == [210]
+    assert (own.is_file(), len(list(inner.iterdir()))) == (True, 5)
 
 
 def test_a_full_disk_is_told_by_the_name_of_the_output(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,25 +18,32 @@ from icmoe.left_behind import locked, remove_left_behind
 RECORD = "prediction.json"
 
 
-def require_free(out: Path, source: Path, *, force: bool) -> None:
+def require_free(out: Path, source: Path, others: Iterable[Path], *, force: bool) -> None:
     """Refuse an output folder that may not be written.
 
     Parameters
     ----------
     out, source
         Output and input.
+    others
+        Files that are used.
     force
         Whether a former prediction may be replaced; anything else never is.
 
     Raises
     ------
     IcmoeError
-        141 where something is there, 210 where the output lies in the input, which would be read the next time.
+        141 where something is there, 210 where the output lies in the input, which would be read the next time, or holds
+        what is used, which would go with a former prediction.
     """
     inside = Path(os.path.realpath(out))
     if source.is_dir() and Path(os.path.realpath(source)) in [inside, *inside.parents]:
         what = "the output lies inside the input"
         raise IcmoeError(Fault(number=210, where="--output", what=what, value=str(out), did="Nothing was segmented."))
+    for used in (source, *others):
+        if inside in Path(os.path.realpath(used)).parents:
+            what = "what is used lies inside the output"
+            raise IcmoeError(Fault(number=210, where="--output", what=what, value=str(used), did="Nothing was segmented."))
     if not out.exists() and not out.is_symlink():
         return
     if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not (out / RECORD).is_file()):

@@ -268,7 +268,7 @@ def predict_study(
     """
     if form not in get_args(Form):
         raise IcmoeError(Fault(number=210, where="--format", value=form, limit=", ".join(get_args(Form)), did=LEFT_OUT))
-    require_free(out, source, force=force)
+    require_free(out, source, [model_path, *([checkpoint] if checkpoint else [])], force=force)
     device = available_device(device_name)
     model, header = read_model(model_path)
     chosen = header.study.backbone
