@@ -323,6 +323,13 @@ def test_no_volume_is_made_of_two_patients(form: str, model: Path, tmp_path: Pat
     assert (numbers(error), "several patients" in str(error)) == ([117], True)
 
 
+def test_a_series_without_any_grey_values_is_not_said_to_be_free_of_findings(model: Path, tmp_path: Path):
+    put(tmp_path, volume(np.full((3, 8, 8), 7, np.uint16)))
+    assert numbers(refusal(model, tmp_path / "export", tmp_path / "out")) == [113]
+    nibabel.save(nibabel.Nifti1Image(np.full((8, 8, 3), np.nan, np.float32), np.eye(4)), tmp_path / "a.nii")
+    assert numbers(refusal(model, tmp_path / "a.nii", tmp_path / "out", "nifti")) == [113]
+
+
 def test_what_is_taken_for_no_image_is_named(model: Path, tmp_path: Path):
     put(tmp_path, slices("axial"))
     Image.fromarray((BLOBS[0] > 1500).astype(np.uint8)).save(tmp_path / "export/b.png")

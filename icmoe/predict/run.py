@@ -90,7 +90,7 @@ class Prediction:
         for stack in series.stacks:
             folder = out / f"{len(self.stacks) + 1:03d}"
             try:
-                self._require(series, stack, refusals)
+                self._require(series, stack, refusals, blank)
                 # `shown` again: inverted frames are turned about the value about which those that made the window were.
                 self.stacks.append(self._stack(series, stack, window, blank, folder, shown))
             except IcmoeError as error:
@@ -140,7 +140,9 @@ class Prediction:
                 reason = refusal
             yield from (((path, number), reason) for number in left)
 
-    def _require(self, series: Series, stack: Stack, refusals: dict[tuple[str, int], Refusal]) -> None:
+    def _require(
+        self, series: Series, stack: Stack, refusals: dict[tuple[str, int], Refusal], blank: set[tuple[str, int]]
+    ) -> None:
         bad = [(frame, refusals[frame.path, frame.number]) for frame in stack.frames if (frame.path, frame.number) in refusals]
         if bad:
             frame, refusal = bad[0]
@@ -151,6 +153,9 @@ class Prediction:
             raise IcmoeError(Fault(number=117, where=stack.frames[0].path, what=what, did=LEFT_OUT))
         if what := stack.gap:
             raise IcmoeError(Fault(number=142, where=stack.frames[0].path, what=what, did=LEFT_OUT))
+        if blank.issuperset((frame.path, frame.number) for frame in stack.frames):  # "nothing found" would mislead
+            what, todo = f"all of its {len(stack.frames)} frames have one grey value each", "Look at the export."
+            raise IcmoeError(Fault(number=113, where=stack.frames[0].path, what=what, did=LEFT_OUT, todo=todo))
         if self.form == "dicom-seg":
             dicom_seg.require_planes(series, stack)
         elif self.form == "nifti":
