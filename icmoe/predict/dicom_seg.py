@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from icmoe.study import Code, Label
 
 # The patient's own values are copied as they are: a viewer joins objects by them, also where they break the standard.
 pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
+logging.getLogger("highdicom").setLevel(logging.ERROR)  # it warns of segmentations that mark nothing
 
 SERIES_NUMBER = 9000
 """Of the first stack; above what scanners count to."""
