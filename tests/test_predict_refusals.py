@@ -98,6 +98,9 @@ def test_a_full_disk_is_told_by_the_name_of_the_output(model: Path, tmp_path: Pa
     (fault,) = refusal(model, tmp_path / "export", tmp_path / "file/out", "png").faults
     assert str(fault).startswith(f"ICM205 {tmp_path / 'file'}")
     assert "/." not in str(fault)
+    long = tmp_path / ("n" * 250)
+    (fault,) = refusal(model, tmp_path / "export", long, "png").faults
+    assert str(fault).startswith(f"ICM205 {long}: file cannot be opened: File name too long. Nothing was written.")
     assert not list(tmp_path.glob(".*")), "nothing is left beside the output"
 
 
@@ -118,6 +121,10 @@ with staged(pathlib.Path({str(out)!r})) as stage:
         assert not left.exists()
         assert first.is_dir()
         (second / "y").touch()
+    assert sorted(tmp_path.iterdir()) == [kept, out]
+    (tmp_path / ".out[1].0123abcd.old").mkdir()  # killed while it took the place of a former one
+    with staged(out):
+        pass
     assert sorted(tmp_path.iterdir()) == [kept, out]
 
 

@@ -74,14 +74,15 @@ def staged(out: Path) -> Iterator[Path]:
     lock = -1
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        remove_left_behind(out.parent.glob(f".{escape(out.name)}.{'[0-9a-f]' * 8}.new"))
+        remove_left_behind(_beside(out, "new"))
         _, lock = locked(partial(_made, stage))
         yield stage
         if out.exists():
             out.rename(former)
         stage.rename(out)
+        remove_left_behind(_beside(out, "old"))
     except OSError as error:
-        if former.exists() and not out.exists():
+        if os.path.exists(former) and not out.exists():  # noqa: PTH110  # also where the name is too long to look
             former.rename(out)
         fault, inside = file_fault(error), str(error.filename or stage).startswith(str(stage))  # a name that nobody gave
         raise IcmoeError(replace(fault, where=str(out) if inside else fault.where, did="Nothing was written.")) from None
@@ -91,6 +92,11 @@ def staged(out: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
         if out.exists():
             shutil.rmtree(former, ignore_errors=True)
+
+
+def _beside(out: Path, kind: str) -> Iterator[Path]:
+    """Return the folders that predictions to the same place, living ones and killed ones, have beside it."""
+    return out.parent.glob(f".{escape(out.name)}.{'[0-9a-f]' * 8}.{kind}")
 
 
 def _made(folder: Path) -> Path:
