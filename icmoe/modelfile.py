@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -95,7 +96,11 @@ def read_model(path: Path) -> tuple[ICMoE | Mixture, ModelHeader]:
     except (SafetensorError, OSError) as error:
         raise IcmoeError(Fault(number=209, where=str(path), value=str(error), did="It was not used.")) from None
     header = _parse_header(path, metadata)
-    return _model_of(header, state), header
+    try:
+        return _model_of(header, state), header
+    except IcmoeError as error:
+        did, todo = "It was not used.", "Fetch the file again and compare its digest."
+        raise IcmoeError(*(replace(one, where=f"{path}, {one.where}", did=did, todo=todo) for one in error.faults)) from None
 
 
 def _model_of(header: ModelHeader, state: State) -> ICMoE | Mixture:

@@ -118,4 +118,5 @@ def test_tensors_that_do_not_fit_the_study_are_refused(change: str, header: Mode
     write_model(tmp_path / "m", state, header)
     lines = refusal(tmp_path / "m").splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith("ICM301 ")
+    assert lines[0].startswith(f"ICM301 {tmp_path / 'm'}, ")
+    assert lines[0].endswith("It was not used. Fetch the file again and compare its digest.")
