@@ -197,6 +197,19 @@ def test_a_nifti_volume_comes_back_on_its_own_grid(model: Path, tmp_path: Path):
     assert set(np.unique(image.dataobj)) == {0, 1}
 
 
+@pytest.mark.parametrize("ending", ["nii", "nii.gz"])
+def test_a_nifti_volume_that_does_not_say_where_it_lies_comes_back_as_one(ending: str, model: Path, tmp_path: Path):
+    source = nibabel.Nifti1Image(BLOBS.transpose(2, 1, 0).astype(np.int16), None)
+    source.header.set_zooms((1.5, 1.0, 5.0))
+    nibabel.save(source, tmp_path / f"scan.{ending}")
+    _, faults = predicted(model, tmp_path / f"scan.{ending}", tmp_path / "out", "nifti")
+    assert not faults
+    source, image = (nibabel.load(tmp_path / path) for path in (f"scan.{ending}", "out/001/segmentation.nii.gz"))
+    assert [int(image.header[name]) for name in ("qform_code", "sform_code")] == [0, 0], "each reader places both alike"
+    assert image.header.get_zooms() == source.header.get_zooms()
+    assert np.array_equal(image.affine, source.affine)
+
+
 def test_png_masks_hold_the_values_of_the_study(make_study, tmp_path: Path):
     labels = [{"name": "background", "values": [7]}, {"name": "lesion", "values": [200]}]
     model = write_random_model(tmp_path / "m.safetensors", make_study(labels=labels))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from pathlib import Path
 from typing import Any, cast
 
 import nibabel
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icmoe.data.ingest.geometry import matrix_of, normal
-from icmoe.data.ingest.nifti import RAS_TO_LPS
+from icmoe.data.ingest.nifti import RAS_TO_LPS, is_placed
 from icmoe.data.ingest.records import Plane
 from icmoe.data.ingest.volumes import through_axis
 from icmoe.errors import Fault, IcmoeError
@@ -24,12 +25,12 @@ SAME_PLACE = 1e-4
 """How far the elements of two matrices may differ, mm, that place voxels alike."""
 
 
-def nifti_bytes(series: Series, stack: Stack, values_DHW: npt.NDArray[Any]) -> bytes:
+def nifti_bytes(root: Path, series: Series, stack: Stack, values_DHW: npt.NDArray[Any]) -> bytes:
     """Return a compressed NIfTI volume; equal arrays give equal bytes.
 
     Parameters
     ----------
-    series, stack
+    root, series, stack
         The source.
     values_DHW
         Whole numbers in the order of the stack's frames.
@@ -49,7 +50,10 @@ def nifti_bytes(series: Series, stack: Stack, values_DHW: npt.NDArray[Any]) -> b
     image = nibabel.Nifti1Image(np.ascontiguousarray(volume), affine)
     image.set_sform(affine, SCANNER)
     image.set_qform(affine, SCANNER)
-    if not np.allclose(image.get_qform(), affine, atol=SAME_PLACE):  # a quaternion cannot slant: two places for each voxel
+    if series.first.kind == "volume" and not is_placed(root / stack.frames[0].path):
+        image.set_sform(None, UNKNOWN)  # as the source: a reader that takes it to lie elsewhere takes both to lie there
+        image.set_qform(None, UNKNOWN)
+    elif not np.allclose(image.get_qform(), affine, atol=SAME_PLACE):  # a quaternion cannot slant: two places for each voxel
         image.set_qform(None, UNKNOWN)
     image.header.set_xyzt_units("mm")
     return gzip.compress(image.to_bytes(), mtime=0)

@@ -207,7 +207,7 @@ class Prediction:
                 )
                 _put(folder / "segmentation.dcm", made)
             case "nifti":
-                _put(folder / "segmentation.nii.gz", nifti.nifti_bytes(series, stack, values_DHW))
+                _put(folder / "segmentation.nii.gz", nifti.nifti_bytes(self.root, series, stack, values_DHW))
             case "png":
                 for place, values_HW in enumerate(values_DHW):
                     _put(folder / "mask" / f"{place + 1:04d}.png", pictures.png(pictures.mask(values_HW)))

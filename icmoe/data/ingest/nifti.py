@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -40,16 +40,14 @@ def read(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
     """
     # nibabel chooses a reader by the name's ending; the content has been looked at, and the name has no say.
     with refusing(117, "NIfTI volume is damaged"), path.open("rb") as raw:
-        compressed = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        stream: Any = gzip.GzipFile(fileobj=raw) if compressed else raw
+        stream = _stream(raw)
         image = _image(stream)
         mm = MM.get(int(image.header["xyzt_units"]) & 7, 1.0)
         shape = image.shape
         if len(shape) < 3 or any(extent != 1 for extent in shape[3:]) or min(shape) < 1 or int(np.prod(shape)) > MAX_VOXELS:
             raise Refusal(119, f"a NIfTI file of {len(shape)} axes; one volume of at most {MAX_VOXELS} voxels is needed")
         voxels = np.asanyarray(image.dataobj).reshape(shape[:3])
-        if compressed:
+        if isinstance(stream, gzip.GzipFile):
             _check_sum(stream)
         matrix = RAS_TO_LPS @ np.diag([mm, mm, mm, 1.0]) @ np.asarray(image.affine, dtype=np.float64)
         if voxels.dtype.kind not in "iuf" or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-9:
@@ -57,6 +55,26 @@ def read(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
         if not (apart := _apart_voxels(image)) <= MAX_APART_VOXELS:  # also where it is no number
             raise Refusal(117, f"qform and sform disagree by {apart:.1f} voxels where the volume lies; one of them must go")
     return voxels, matrix
+
+
+def is_placed(path: Path) -> bool:
+    """Return whether a volume says where it lies; where one without that lies, each reader decides in its own way.
+
+    Raises
+    ------
+    Refusal
+        As `read`.
+    """
+    with refusing(117, "NIfTI volume is damaged"), path.open("rb") as raw:
+        header = _image(_stream(raw)).header
+        return int(header["qform_code"]) > 0 or int(header["sform_code"]) > 0
+
+
+def _stream(raw: BinaryIO) -> BinaryIO | gzip.GzipFile:
+    """Return the content of a file that may be gzipped."""
+    compressed = raw.read(2) == b"\x1f\x8b"
+    raw.seek(0)
+    return gzip.GzipFile(fileobj=raw) if compressed else raw
 
 
 def _check_sum(stream: gzip.GzipFile) -> None:
