@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from icmoe.backbone import backbone_digest, require_taken
 from icmoe.backbones import BACKBONES, DEFAULT
-from icmoe.config import Section, parse, read_toml
+from icmoe.config import PathText, Section, parse, read_toml
 from icmoe.errors import Fault, IcmoeError
 from icmoe.profiles import merged, spelled_out
 from icmoe.study import Study
@@ -24,7 +24,7 @@ PHANTOM_STUDY: dict[str, Any] = {"rounds": 6, "training": {"local_epochs": 3}}
 class Simulation(Section):
     """How a study is rehearsed."""
 
-    data: str | None = None
+    data: PathText | None = None
     """Folder of real hospitals; phantoms where absent."""
     methods: tuple[str, ...] = DEFAULT_METHODS
     """What is compared."""
@@ -40,7 +40,7 @@ class Simulation(Section):
     """Of the training: cpu, cuda or cuda:N."""
     address: str = "local"
     """Ray cluster: local, auto or HOST:PORT."""
-    checkpoint: str | None = None
+    checkpoint: PathText | None = None
     """Weights file of a backbone that brings none."""
     exact_counts: bool = True
     """Whether sites announce their exact size; at real hospitals it is rounded up to ten."""
@@ -82,13 +82,12 @@ def read_scenario(
     IcmoeError
         201-205, every fault at once; 206 or 207 where the backbone is not the study's.
     """
-    tables = read_toml(path) if path else {}
     where = str(path) if path else "command line"
-    unknown = sorted(set(tables) - {"study", "simulation"})
-    faults = [Fault(number=201, where=where, value=key, limit="[study] and [simulation]") for key in unknown]
+    tables, faults = _tables(read_toml(path) if path else {}, where)
     simulation = Simulation()
+    given = {**tables["simulation"], **simulation_options}
     try:
-        simulation = parse(Simulation, {**tables.get("simulation", {}), **simulation_options}, where=where)
+        simulation = parse(Simulation, given, where=where)
     except IcmoeError as error:
         faults += error.faults
     try:
@@ -115,11 +114,22 @@ def chosen(given: str | None, known: Iterable[str], option: str) -> list[str]:
     return [name for name in names if name in wanted]
 
 
+def _tables(found: Mapping[str, Any], where: str) -> tuple[dict[str, Mapping[str, Any]], list[Fault]]:
+    """Return the two tables of a scenario, empty where absent, and what is wrong with its outermost keys."""
+    tables = {key: found.get(key, {}) for key in ("study", "simulation")}
+    unknown, wrong = sorted(set(found) - set(tables)), [key for key, table in tables.items() if not isinstance(table, Mapping)]
+    faults = [Fault(number=201, where=where, value=key, limit="[study] and [simulation]") for key in unknown]
+    for key in wrong:
+        value, did = f"{key} = {repr(tables[key])[:80]}", "Nothing was started."
+        faults.append(Fault(number=202, where=where, value=value, limit=f"one table [{key}]", did=did))
+    return {key: table if isinstance(table, Mapping) else {} for key, table in tables.items()}, faults
+
+
 def _study(tables: Mapping[str, Any], options: Mapping[str, Any], simulation: Simulation, where: str) -> Study:
     default: dict[str, Any] = {"name": "rehearsal", "seed": simulation.seeds[0], "labels": DEFAULT_LABELS}
     if simulation.data is None:
         default = merged(default, PHANTOM_STUDY)
-    values = spelled_out(merged(merged(default, tables.get("study", {})), options), where=where)
+    values = spelled_out(merged(merged(default, tables["study"]), options), where=where)
     study = parse(Study, with_backbone(values, simulation.checkpoint), where=where)
     require_taken(study.backbone.name, Path(simulation.checkpoint) if simulation.checkpoint else None, where="checkpoint")
     return study
@@ -134,6 +144,6 @@ def with_backbone(values: dict[str, Any], checkpoint: str | None) -> dict[str, A
     if not isinstance(backbone, dict) or "digest" in backbone:
         return values
     name = backbone.get("name", DEFAULT)
-    if name not in BACKBONES:
+    if not isinstance(name, str) or name not in BACKBONES:
         return merged(values, {"backbone": {"digest": "0" * 64}})
     return merged(values, {"backbone": {"digest": backbone_digest(name, Path(checkpoint) if checkpoint else None)}})

@@ -73,6 +73,10 @@ def test_a_scenario_is_read_with_the_command_line_on_top(tmp_path: Path) -> None
         ("[simulation]\nseeds = [1, 1]\n", 202),
         ('[simulation]\nmethods = ["fedavg", "fedavg"]\n', 202),
         ("[simulation]\nalpha = 0.0\n", 202),
+        ("simulation = 3\n", 202),
+        ("[[study]]\nrounds = 1\n", 202),
+        ('[study.backbone]\nname = ["sam-vit-test"]\n', 202),
+        ('[simulation]\ndata = "a\\u0000b"\n', 202),
         ("[study\n", 204),
     ],
 )
@@ -80,7 +84,7 @@ def test_a_wrong_scenario_is_refused_by_number(text: str, number: int, tmp_path:
     path = tmp_path / "s.toml"
     path.write_text(text)
     with pytest.raises(IcmoeError) as caught:
-        read_scenario(path, TEST_BACKBONE, {})
+        read_scenario(path, {} if "[study.backbone]" in text else TEST_BACKBONE, {})
     assert caught.value.faults[0].number == number
 
 
