@@ -29,7 +29,7 @@ class Simulation(Section):
     methods: tuple[str, ...] = DEFAULT_METHODS
     """What is compared."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, le=2**31 - 1)], ...], Field(min_length=1)] = (1,)
-    """One run per seed."""
+    """One run per seed; the study's own where `[study]` alone has one."""
     sites: Annotated[int, Field(ge=1, le=10000)] | None = None
     """Number of virtual sites; the data's own where absent."""
     alpha: Annotated[float, Field(gt=0.0, le=1e6)] | None = None
@@ -86,6 +86,8 @@ def read_scenario(
     tables, faults = _tables(read_toml(path) if path else {}, where)
     simulation = Simulation()
     given = {**tables["simulation"], **simulation_options}
+    if "seed" in tables["study"]:  # a study file is rehearsed as it is written, unless seeds are asked for
+        given = {"seeds": [tables["study"]["seed"]], **given}
     try:
         simulation = parse(Simulation, given, where=where)
     except IcmoeError as error:

@@ -64,6 +64,13 @@ def test_a_scenario_is_read_with_the_command_line_on_top(tmp_path: Path) -> None
     assert simulation.methods == ("fedavg",)
 
 
+def test_the_seed_of_a_study_is_the_one_that_is_run_unless_seeds_are_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "s.toml"
+    path.write_text("[study]\nseed = 5\n")
+    assert read_scenario(path, TEST_BACKBONE, {})[1].seeds == (5,)
+    assert read_scenario(path, TEST_BACKBONE, {"seeds": [2, 3]})[1].seeds == (2, 3)
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [
