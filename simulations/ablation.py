@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any
@@ -20,6 +19,7 @@ from icmoe.atomic import write_atomically
 from icmoe.backbone import load_backbone
 from icmoe.cache_entries import default_cache_folder
 from icmoe.config import parse
+from icmoe.device import available_device
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from icmoe.exchange import global_state
 from icmoe.features import FeatureCache
@@ -28,11 +28,11 @@ from icmoe.prepare import encode_slices
 from icmoe.profiles import merged
 from icmoe.study import Study
 from icmoe.usage import OneCommand
-from simulations.federation import Engine, Job, run_jobs, write_sites
+from simulations.federation import Job, require_cluster, run_jobs, write_sites
 from simulations.folder import RunFolder
 from simulations.hospitals import find_hospitals, make_sites
-from simulations.rehearsal import report_sites
-from simulations.scenario import chosen, read_scenario
+from simulations.rehearsal import engine_of, report_sites
+from simulations.scenario import Simulation, chosen, read_scenario
 from simulations.screen import Screen
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -63,7 +63,7 @@ def variant(base: Study, name: str, seed: int) -> Study:
 def ablate(
     data: Annotated[Path | None, typer.Option(help="Folder of hospitals; phantoms if absent.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("runs/ablation"),
-    seeds: Annotated[int, typer.Option(min=1, max=20, help="Seeds 1..N.")] = 1,
+    seeds: Annotated[int | None, typer.Option(min=1, max=20, help="Seeds 1..N; the scenario's if absent.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds.")] = None,
     only: Annotated[str | None, typer.Option(help="Comma-separated variants; all if absent.")] = None,
     scenario: Annotated[Path | None, typer.Option(help="Scenario file.")] = None,
@@ -72,10 +72,13 @@ def ablate(
     """Train each variant across the same hospitals and print its validation Dice."""
     with exit_on_fault():
         names = chosen(only, VARIANTS, "--only")
-        options = {"data": str(data) if data else None, "seeds": list(range(1, seeds + 1))}
-        study, simulation = read_scenario(scenario, {"rounds": rounds} if rounds else {}, options)
+        options = {"data": str(data) if data else None, "seeds": list(range(1, seeds + 1)) if seeds else None}
+        given = {key: value for key, value in options.items() if value is not None}
+        study, simulation = read_scenario(scenario, {} if rounds is None else {"rounds": rounds}, given)
         folder = RunFolder(out)
         with folder.claimed(resume=resume), Screen(Console()) as screen:
+            engine = engine_of(simulation, available_device(simulation.device))
+            require_cluster(simulation.address)
             hospitals = find_hospitals(simulation, study, folder.phantoms)
             report_sites(hospitals, screen)
             if not any(hospitals.sites[name].of("val") for name in hospitals.training):
@@ -93,14 +96,15 @@ def ablate(
             ]
             slices = [item for split in ("train", "val") for item in hospitals.slices(split)]
             for own in {job.study.backbone: job.study for job in jobs}.values():
-                _encode(own, slices, screen)
+                _encode(own, slices, simulation, screen)
+            # Each variant's state knows its study, but not what it was trained on.
+            folder.check_identity({"data": hospitals.digest(), "masks": hospitals.masks_digest()})
             cache = FeatureCache.of(default_cache_folder(), study)
             state_folder = folder.work / "sites"
             studies = tuple(job.study for job in jobs)
             sites = make_sites(hospitals, studies, cache=cache, state_folder=state_folder, simulation=simulation)[:-1]
             write_sites(folder.work / "sites.json", sites)
-            path, engine = folder.work / "sites.json", Engine(cpus=os.cpu_count() or 1)
-            states = run_jobs(jobs, path, engine, screen.on_event, on_scored=screen.on_scored)
+            states = run_jobs(jobs, folder.work / "sites.json", engine, screen.on_event, on_scored=screen.on_scored)
         rows = {name: [float(states[name, seed].history[-1]["val_dice"]) for seed in simulation.seeds] for name in names}
         record = {
             "rounds": study.rounds,
@@ -112,10 +116,11 @@ def ablate(
         Console().print(_table(rows, study))
 
 
-def _encode(study: Study, slices: list[Any], screen: Screen) -> None:
+def _encode(study: Study, slices: list[Any], simulation: Simulation, screen: Screen) -> None:
     backbone = load_backbone(
         study.backbone.name,
         image_size=study.backbone.image_size,
+        checkpoint=Path(simulation.checkpoint) if simulation.checkpoint else None,
         expected_digest=study.backbone.digest,
         device=torch.device("cpu"),
     )
