@@ -179,6 +179,11 @@ def test_one_command_runs_scores_and_draws_up_the_table_and_then_goes_on(
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.json")} == before
     assert (out / "evidence.md").read_text() == table
 
+    (out / "lgg-base" / "patients.json").write_text(json.dumps({**record, "data_digest": "0" * 64, "scores": []}))
+    anew = CliRunner().invoke(app, words)
+    assert anew.exit_code == 0, anew.output
+    assert (out / "evidence.md").read_text() == table, "scores of a former run in the folder are no scores of this one"
+
 
 def test_a_finished_run_of_other_seeds_or_another_recipe_is_not_taken_for_what_was_asked(
     evidence: tuple[Path, list[str]], tmp_path: Path
@@ -191,6 +196,18 @@ def test_a_finished_run_of_other_seeds_or_another_recipe_is_not_taken_for_what_w
         done = CliRunner().invoke(app, [*words, *options])
         assert (done.exit_code, "ICM502" in done.output, other in done.output) == (1, True, True), done.output
     assert not (tmp_path / "out" / "evidence.md").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"seeds": [1]}', "\udcff"])
+@pytest.mark.parametrize("name", ["results.json", "patients.json"])
+def test_a_damaged_file_of_a_run_is_one_numbered_line(name: str, text: str, tmp_path: Path) -> None:
+    file = tmp_path / "out" / "lgg-base" / name
+    file.parent.mkdir(parents=True)
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    command = ["tables"] if name == "patients.json" else ["lgg", "--data", str(tmp_path), "--only", "lgg-base", "--seeds", "1"]
+    done = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out")])
+    assert (done.exit_code, type(done.exception)) == (1, SystemExit)
+    assert done.stderr.startswith(f"ICM217 {file}: "), done.stderr
 
 
 @pytest.mark.parametrize("words", [["lgg", "--out", "out", "--only", "lgg-bas"], ["splits"]])

@@ -6,7 +6,6 @@ A stopped command goes on where it was when it is given again.
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +17,7 @@ from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from icmoe.study import Study
 from icmoe.usage import Commands
 from simulations.evidence.dealing import FOLDER, hippocampus_splits, split_text
-from simulations.evidence.patients import score_run
+from simulations.evidence.patients import read_record, score_run
 from simulations.evidence.plan import PLANS, SEEDS, Plan, Run
 from simulations.evidence.sites import made_sites
 from simulations.evidence.tables import section, write_tables
@@ -121,9 +120,9 @@ def _require_asked_for(folder: RunFolder, study: Study | None, seeds: object) ->
     Raises
     ------
     IcmoeError
-        502 with what differs.
+        502 with what differs, 217 where its results are damaged.
     """
-    results = json.loads(folder.results.read_bytes())
+    results = read_record(folder.results, "seeds", "study_digest")
     other = ["seeds"] if results["seeds"] != seeds else []
     other += ["study"] if study is not None and results["study_digest"] != study.digest else []
     todo = "Give the --seeds and --scenario that it was made with, or choose another --out."

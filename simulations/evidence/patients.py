@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from icmoe.atomic import write_atomically
+from icmoe.atomic import read_regular, write_atomically
 from icmoe.backbone import load_backbone
 from icmoe.cache_entries import default_cache_folder
 from icmoe.data.slices import SiteData
@@ -74,12 +74,14 @@ def score_run(folder: RunFolder, *, personal: bool) -> Record:
     Raises
     ------
     IcmoeError
-        520 where the results were made of other data than those that are there now.
+        217 where a file of the run is damaged; 520 where the results were made of other data than those that are there now.
     """
-    path = folder.root / FILE
+    path, origin = folder.root / FILE, ("study_digest", "data_digest", "configuration")
+    results = read_record(folder.results, *origin)
     if path.exists():
-        return dict(json.loads(path.read_bytes()))
-    results = json.loads(folder.results.read_bytes())
+        kept = read_record(path, *origin, "scores")
+        if all(kept[key] == results[key] for key in origin):  # the folder may have been trained anew since
+            return kept
     bench = Bench.of(results)
     scores = [asdict(score) for score in _scores(results, bench, folder)]
     chosen: Record = {}
@@ -98,6 +100,24 @@ def score_run(folder: RunFolder, *, personal: bool) -> Record:
     }
     write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
     return record
+
+
+def read_record(path: Path, *needed: str) -> Record:
+    """Return a file that a run left.
+
+    Raises
+    ------
+    IcmoeError
+        217 where it is damaged or lacks a key.
+    """
+    try:
+        record = json.loads(read_regular(path))
+    except (ValueError, RecursionError):
+        record = None
+    if isinstance(record, dict) and set(needed) <= set(record):
+        return record
+    did, todo = "No table was drawn.", "Remove it, then give the same command again."
+    raise IcmoeError(Fault(number=217, where=str(path), what="file of a run is damaged", did=did, todo=todo))
 
 
 @dataclass(frozen=True, slots=True)

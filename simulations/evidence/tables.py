@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -24,7 +23,7 @@ from simulations.evidence.bars import (
     unseen_bars,
 )
 from simulations.evidence.intervals import over_seeds
-from simulations.evidence.patients import FILE
+from simulations.evidence.patients import FILE, read_record
 from simulations.evidence.plan import PLANS, Plan
 
 EVIDENCE = "evidence.md"
@@ -69,7 +68,7 @@ def section(plan: Plan, out: Path) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_bytes()) if path.exists() else None
+    return read_record(path, "commit", "study_digest", "data_digest", "backbone_digest", "scores") if path.exists() else None
 
 
 def _stamp(record: Mapping[str, Any], rows: Rows) -> str:
