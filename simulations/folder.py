@@ -143,13 +143,17 @@ class RunFolder:
         Raises
         ------
         IcmoeError
-            502 where study, data, masks or backbone differ, naming which.
+            502 where study, data, masks or backbone differ, naming which, or where what was written is damaged.
         """
         path = self.work / "run.json"
         if not path.exists():
             write_atomically(path, json.dumps(dict(identity), sort_keys=True).encode())
             return
-        before = json.loads(read_regular(path))
+        try:
+            before = dict(json.loads(read_regular(path)))
+        except (ValueError, TypeError):
+            what, did, todo = "what the run was begun with cannot be read", "Nothing was started.", "Choose another --out."
+            raise IcmoeError(Fault(number=502, where=str(path), what=what, did=did, todo=todo)) from None
         changed = sorted(key for key in before if identity.get(key) != before[key])  # a former version wrote fewer keys
         if changed:
             fault = Fault(

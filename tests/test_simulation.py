@@ -129,6 +129,10 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path) -> None:
         folder.check_identity({"data": "x", "studies": "y"})
         with pytest.raises(IcmoeError, match=r"ICM502.*data"):
             folder.check_identity({"data": "other", "studies": "y"})
+        for damaged in ("", "{", "3"):
+            (folder.work / "run.json").write_text(damaged)
+            with pytest.raises(IcmoeError, match=r"ICM502.*run\.json"):
+                folder.check_identity({"data": "x", "studies": "y"})
 
 
 def draw_and_refuse(folder: RunFolder) -> None:
