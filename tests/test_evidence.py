@@ -104,6 +104,38 @@ def test_bars_follow_from_the_scores_whatever_they_show(gain: float, met: list[b
     assert ["not met" in line for line in bar_table(bars)[2:4]] == [not one for one in met]
 
 
+def test_each_bar_by_hand_where_sites_and_methods_differ() -> None:
+    """One seed; A has three patients, B one, so that a mean of patients is no mean of sites."""
+    dice = {  # A's patients, B's
+        "router-aware": ([0.6, 0.6, 0.9], [0.5]),
+        "fedavg": ([0.5, 0.6, 0.7], [0.55]),
+        "pooled": ([0.8, 0.8, 0.8], [0.6]),
+        "personalised": ([0.7, 0.7, 0.7], [0.5]),
+        "local": ([0.6, 0.6, 0.6], [0.45]),
+    }
+    rows = [
+        score(method, 1, site, f"{site}{at}", value, trained_at=site if method in {"personalised", "local"} else "")
+        for method, sites_ in dice.items()
+        for site, values in zip("AB", sites_, strict=True)
+        for at, value in enumerate(values)
+    ]
+    rows += [score(method, 1, "A", "of-train", 0.01, split="train") for method in ("router-aware", "pooled")]
+    bars = common_bars(rows, mean_gain=0.02)
+    # B gains 0.05, A 0.1; all patients 2.6 against 3.0; worst site 0.5 against 0.55; by site (0.1 - 0.05) / 2.
+    assert [bar.seeds.mean for bar in bars] == pytest.approx([0.05, 0.075, 2.6 / 3.0, -0.05, 0.025])
+    assert [bar.met for bar in bars] == [True, True, False, False, None]
+
+
+def test_where_pooled_training_finds_nothing_there_is_no_share_of_it_and_the_other_bars_stand() -> None:
+    rows = [{**row, "dice": 0.0} if row["method"] == "pooled" and row["seed"] == 2 else row for row in rows_of(0.03)]
+    questions = [bar.question for bar in common_bars(rows_of(0.03), mean_gain=0.02)]
+    assert [bar.question for bar in common_bars(rows, mean_gain=0.02)] == [words for words in questions if "share" not in words]
+
+
+def test_a_bar_is_met_where_it_is_just_reached() -> None:
+    assert Bar(question="", seeds=Interval(0.5, None, None), bar=0.5).met is True
+
+
 def test_a_local_model_counts_at_its_own_site_alone() -> None:
     rows = rows_of(0.0)
     assert min(dice_of(rows, "local", 1, own=True).values()) > 0.5

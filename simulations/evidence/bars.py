@@ -115,11 +115,7 @@ def common_bars(rows: Rows, *, mean_gain: float) -> list[Bar]:
     return [
         Bar(question="site that gains least: own model minus local", seeds=per_seed(least_gain), bar=-0.01),
         Bar(question="own models minus local, mean of sites", seeds=gain[0], patients=gain[1], bar=mean_gain),
-        Bar(
-            question="global model as a share of pooled training, all patients",
-            seeds=per_seed(lambda s: fmean(dice_of(rows, OURS, s).values()) / fmean(dice_of(rows, POOLED, s).values())),
-            bar=0.98,
-        ),
+        *_share_of_pooled(rows),
         Bar(
             question="worst site: router-aware minus FedAvg",
             seeds=per_seed(lambda s: _worst(dice_of(rows, OURS, s)) - _worst(dice_of(rows, PLAIN, s))),
@@ -127,6 +123,15 @@ def common_bars(rows: Rows, *, mean_gain: float) -> list[Bar]:
         ),
         Bar(question="router-aware (t=1) minus plain averages (t=0)", seeds=usage[0], patients=usage[1]),
     ]
+
+
+def _share_of_pooled(rows: Rows) -> list[Bar]:
+    """Return the bar on the share of pooled training that the global model reaches; none where pooled training scores 0."""
+    ours, pooled = ([fmean(dice_of(rows, method, seed).values()) for seed in seeds_of(rows)] for method in (OURS, POOLED))
+    if min(pooled) == 0.0:
+        return []
+    shares = over_seeds([mine / most for mine, most in zip(ours, pooled, strict=True)])
+    return [Bar(question="global model as a share of pooled training, all patients", seeds=shares, bar=0.98)]
 
 
 def _worst(patients: Patients) -> float:
