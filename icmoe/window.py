@@ -100,6 +100,8 @@ class ValueCounts:
         rank = math.floor(at)
         below, above = (float(self._values[np.searchsorted(ends, place, side="right")]) for place in (rank, math.ceil(at)))
         part = at - rank
+        if not math.isfinite(above - below):  # a gap wider than a float64 holds
+            return below * (1.0 - part) + above * part
         return below + (above - below) * part if part < 0.5 else above - (above - below) * (1.0 - part)
 
 
@@ -143,5 +145,8 @@ def normalise(image_HW: npt.NDArray[Any], window: Window) -> npt.NDArray[np.floa
 
 
 def _scaled(values: npt.NDArray[Any], window: Window) -> npt.NDArray[np.float32]:
-    scaled = (values.astype(np.float64) - window.low) / (window.high - window.low)
+    values, low, high = values.astype(np.float64), window.low, window.high
+    if not math.isfinite(high - low):  # beyond what a float64 holds; of halves it is not, and the shares are the same
+        values, low, high = values / 2, low / 2, high / 2
+    scaled = (values - low) / (high - low)
     return np.clip(scaled, 0.0, 1.0).astype(np.float32)

@@ -122,9 +122,20 @@ def test_intensity_views_keep_pixels_in_place_and_range():
     assert (dark < square).all()
     assert (bright > square).all()
     assert float(bright.max()) <= 1.0
+    assert torch.allclose(dark, square**1.5)
+    assert torch.allclose(bright, square**0.67)
     assert torch.equal(apply_view(square, "identity"), square)
     areas = torch.rand(2, 4, 4)
     assert all(torch.equal(view_target(areas, view), areas) for view in ("identity", "dark", "bright"))
+
+
+def test_a_window_wider_than_any_number_leaves_no_hole():
+    """Fill values of either sign at the end of what a float64 holds."""
+    image = np.array([[-1.7e308, 0.0, 1.7e308, np.nan]])
+    assert normalise(image, Window(-1.7e308, 1.7e308)).tolist() == [[0.0, 0.5, 1.0, 0.0]]
+    # Of 102 pixels the upper percentile lies at 100.495, between the last two.
+    window = series_window([np.array([[-1.7e308] * 101 + [1.7e308]])])
+    assert (window.low, window.high) == (-1.7e308, pytest.approx(-1.7e308 * 0.505 + 1.7e308 * 0.495))
 
 
 def test_series_window_is_common_to_all_slices_and_robust():
