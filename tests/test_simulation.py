@@ -193,7 +193,7 @@ def test_the_mean_of_records_is_taken_number_by_number_and_null_stays_null() -> 
 
 def test_the_printed_answers_follow_from_the_numbers_whatever_they_show() -> None:
     def record(test: dict[str, object], **extra: object) -> dict[str, object]:
-        return {"test": test, "rounds": [{"usage_spread": 0.01}], "own_test": None, **extra}
+        return {"test": test, "rounds": [{"usage_spread": 0.5}, {"usage_spread": 0.01}], "own_test": None, **extra}
 
     methods = {
         "router-aware": {"1": record(evaluation(0.6, 0.7, 0.65)), "2": record(evaluation(0.6, 0.7, 0.67))},
@@ -211,6 +211,8 @@ def test_the_printed_answers_follow_from_the_numbers_whatever_they_show() -> Non
     summary = {name: summary_of(list(runs.values())) for name, runs in methods.items()}
     assert summary["router-aware"]["dice_pooled"] == pytest.approx(0.66)
     assert summary["router-aware"]["dice_std"] == pytest.approx(0.01414, abs=1e-4)
+    assert summary["router-aware"]["dice_mean"] == pytest.approx(0.65)
+    assert summary["router-aware"]["dice_worst_site"] == pytest.approx(0.6)
     found = comparisons(summary, methods)
     assert json.loads(json.dumps(found)) == found
     pooled, local, honest, *sites, usage = found
@@ -220,8 +222,23 @@ def test_the_printed_answers_follow_from_the_numbers_whatever_they_show() -> Non
     assert local["met"] is True
     assert honest["value"] == pytest.approx(0.66 - 0.63)  # without the site that is too small to test on
     assert [line["sentence"].split()[:2] for line in sites] == [["A", "loses"], ["B", "gains"]]
+    assert [line["value"] for line in sites] == pytest.approx([0.6 - 0.65, 0.7 - 0.6])
+    assert [line["bar"] for line in (pooled, local, honest)] == [0.95, 0.03, 0.03]
+    assert usage["sentence"].endswith("usage differs between sites by 0.010")  # in the last round
     assert usage["value"] == pytest.approx(0.0, abs=1e-9)
     assert "+0.0000" in usage["sentence"] or "-0.0000" in usage["sentence"]
+
+
+def test_a_sites_own_model_is_compared_with_its_local_one_at_the_site_that_gains_least() -> None:
+    def runs(a: float, b: float) -> dict[str, dict[str, object]]:
+        own = evaluation(a, b, (a + b) / 2)
+        return {"1": {"test": own, "own_test": own, "everywhere": {"A": a, "B": b, "Tiny": None}, "rounds": []}}
+
+    methods = {"personalised": runs(0.60, 0.75), "local": runs(0.62, 0.70)}
+    least, mean = comparisons({name: summary_of(list(by_seed.values())) for name, by_seed in methods.items()}, methods)
+    assert "gains least over its local model is A, -0.020 Dice" in least["sentence"]
+    assert (least["value"], least["bar"], least["met"]) == (pytest.approx(-0.02), -0.01, False)
+    assert (mean["value"], mean["bar"], mean["met"]) == (pytest.approx(0.015), 0.02, False)
 
 
 def test_the_printed_table_shows_a_spread_of_zero_and_marks_rows_of_some_sites_alone() -> None:
