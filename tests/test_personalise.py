@@ -62,6 +62,7 @@ def test_without_validation_patients_and_where_patients_disagree_the_default_sta
     assert choose({DEFAULT: [], OWN: []}, DEFAULT) == DEFAULT
     assert choose({DEFAULT: [0.5, 0.5], OWN: [0.9, 0.499]}, DEFAULT) == DEFAULT
     assert choose({DEFAULT: [0.5, 0.5], OWN: [0.505, 0.505]}, DEFAULT) == DEFAULT
+    assert choose({DEFAULT: [0.5, 0.5], OWN: [0.9, 0.5]}, DEFAULT) == DEFAULT  # better for each, not for some alone
     assert choose({DEFAULT: [0.5, 0.5], OWN: [0.6, 0.6], TUNED: [0.7, 0.6]}, DEFAULT) == TUNED
 
 
@@ -75,6 +76,8 @@ def test_a_mixture_is_the_weighted_mean_of_probabilities(weight: float, make_stu
     with torch.no_grad():
         a, b = (models[name](features).logits_BKhw.softmax(dim=1) for name in "ab")
         found = mixed(features).logits_BKhw.exp()
+        turned = Mixture(models, {"b": 1.0 - weight, "a": weight}).eval()(features).logits_BKhw.exp()
+    assert torch.equal(turned, found)  # a weight belongs to its member, whatever the order they are named in
     torch.testing.assert_close(found, weight * a + (1.0 - weight) * b)
 
 
@@ -130,6 +133,15 @@ def test_training_alone_goes_on_after_a_stop_with_the_same_bytes(data: OwnData, 
     assert sorted(kept) == [1, 2]
     resumed = train_alone(make_study(), data, state=kept[1], done=1)
     assert state_digest(resumed) == state_digest(kept[2]) == state_digest(states[OWN])
+
+
+def test_training_alone_is_the_sites_local_training_round_by_round(data: OwnData, states, make_study) -> None:
+    study = make_study()
+    model, slices = build_model(study, seed=derived_seed(study, "model")), TrainingSet(data.train, study, data.cache)
+    for number in (1, 2):
+        seed = derived_seed(study, "train", "Alder", number)
+        train_round(model, slices, study, round_number=number, seed=seed, device=CPU)
+    assert state_digest(global_state(model)) == state_digest(states[OWN])
 
 
 def test_the_chosen_model_has_the_scores_that_chose_it(data: OwnData, states, make_study) -> None:
