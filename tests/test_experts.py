@@ -106,6 +106,25 @@ def test_a_kind_says_itself_how_the_server_and_personal_mode_treat_it() -> None:
     assert [is_personal(name, shape) for name in [*tensors, "router.logits.weight"]] == [False, False, False, True, False, True]
 
 
+def test_a_semantic_expert_holds_four_prototypes_per_class() -> None:
+    shape = ModelShape(basic_experts=0, semantic_experts=1, adaptive_experts=0, bottleneck=b, top_k=1)
+    (expert,) = make_experts(shape, channels=C, classes=3)
+    assert expert.body.read.weight.shape == (12, b)
+
+
+@torch.no_grad()
+def test_the_router_scores_each_pixel_from_its_own_feature_through_one_hidden_layer(x_BCHW: torch.Tensor) -> None:
+    router = Router(C, 3, b, noise=0.5)
+    wanted = torch.stack([per_pixel(router.score, F.gelu(per_pixel(router.down, image))) for image in x_BCHW])
+    assert torch.allclose(router(x_BCHW), wanted, atol=1e-5)
+
+
+def test_each_logit_of_the_router_has_noise_of_its_own(x_BCHW: torch.Tensor) -> None:
+    router = Router(C, 3, b, noise=0.5)
+    noise = router(x_BCHW, torch.Generator().manual_seed(1)) - router(x_BCHW)
+    assert len(noise.detach().mul(1e4).round().unique()) > 0.95 * noise.numel()
+
+
 def test_the_router_is_noisy_in_training_only(x_BCHW: torch.Tensor) -> None:
     router = Router(C, 3, b, noise=0.5)
     quiet = router(x_BCHW)

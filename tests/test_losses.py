@@ -131,6 +131,9 @@ def test_router_z_and_anchor() -> None:
     g, r = other.softmax(1).flatten().tolist(), s.softmax(1).flatten().tolist()
     expected = sum(a * math.log(a / b) for a, b in zip(g, r, strict=True))
     assert losses.router_anchor(s, other).item() == pytest.approx(expected, abs=1e-6)
+    losses.router_anchor(s.requires_grad_(), other.requires_grad_()).sum().backward()
+    assert s.grad.abs().sum() > 0
+    assert other.grad is None  # the global router is a constant of the round
 
 
 def test_proximal_is_half_the_squared_distance() -> None:

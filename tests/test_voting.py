@@ -91,3 +91,14 @@ def test_two_sure_experts_that_oppose_each_other_disagree_by_the_entropy_of_thei
     votes = torch.eye(2)[None, :, :, None, None]
     found = disagreement(votes, torch.tensor(gates)[None, :, None, None])
     assert float(found) == pytest.approx(want, abs=1e-4)
+
+
+def test_disagreement_is_measured_against_the_number_of_classes_not_of_experts() -> None:
+    votes = torch.eye(4)[None, :3, :, None, None]  # three sure experts, each for another of four classes
+    found = disagreement(votes, torch.full((1, 3, 1, 1), 1 / 3))
+    assert float(found) == pytest.approx(math.log(3) / math.log(4), abs=1e-5)
+
+
+def test_gates_teach_the_router_and_the_votes_through_every_term() -> None:
+    logits, votes, bias = (tensor.double().requires_grad_() for tensor in drawn(2, 3, side=1))
+    assert torch.autograd.gradcheck(lambda *given: vote(*given, top_k=3, consensus=2.0), (logits, votes, bias))
