@@ -223,6 +223,18 @@ def test_the_median_is_asked_only_where_there_are_three_and_never_under_server_p
     assert run(private, answer).history[0]["faults"] == []
 
 
+def test_updates_of_nothing_are_no_measure_for_the_others(make_study) -> None:
+    """Two sites that trained nothing do not turn the third into the odd one."""
+
+    def answer(message: Message, site: str) -> Message | None:
+        reply = honest(message, site)
+        if site != "Cedar" and message.metadata.message_type == "train":
+            reply.content[UPDATE] = ArrayRecord({key: Array(0 * array.numpy()) for key, array in reply.content[UPDATE].items()})
+        return reply
+
+    assert run(make_study(rounds=1), answer).history[0]["faults"] == []
+
+
 @pytest.mark.parametrize("damage", ["edit", "remove", "swap", "garbage"])
 def test_the_audit_log_shows_what_was_done_to_it(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"

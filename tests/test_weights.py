@@ -207,6 +207,9 @@ def test_balance_bias_rests_at_even_use():
 def test_spread_of_usage():
     assert usage_spread(np.full((3, 2), 0.5)) == 0.0
     assert usage_spread(np.array([[1.0, 0.0], [0.0, 1.0]])) == pytest.approx(0.5)
+    # Equal sites have no spread, however unevenly they use their experts.
+    assert usage_spread(np.array([[0.9, 0.1], [0.9, 0.1]])) == 0.0
+    assert usage_spread(np.array([[0.8, 0.2], [0.4, 0.6], [0.6, 0.4]])) == pytest.approx((0.08 / 3) ** 0.5)
     assert usage_spread(np.zeros((3, 0))) == 0.0
 
 
