@@ -37,10 +37,12 @@ def slow_loss(z, frozen, label, prototypes, anchors: list[int]) -> float:
     return sum(losses) / len(losses)
 
 
-def test_the_loss_is_the_weighted_mean_over_anchors() -> None:
+@pytest.mark.parametrize(("per_class", "full"), [(4, True), (10, False)])
+def test_the_loss_is_the_weighted_mean_over_anchors(per_class: int, *, full: bool) -> None:
     z, frozen, label, wrong, prototypes = drawn()
-    found = semantic_contrast(z, frozen, label, wrong, prototypes, torch.Generator().manual_seed(4), per_class=4)
-    index, valid = draw_anchors(label, wrong, 2, torch.Generator().manual_seed(4), per_class=4)
+    found = semantic_contrast(z, frozen, label, wrong, prototypes, torch.Generator().manual_seed(4), per_class=per_class)
+    index, valid = draw_anchors(label, wrong, 2, torch.Generator().manual_seed(4), per_class=per_class)
+    assert bool(valid.all()) == full  # places that stay empty are no anchors
     for b in range(2):
         anchors = index[b][valid[b]].tolist()
         assert found[b].item() == pytest.approx(slow_loss(z[b], frozen[b], label[b], prototypes, anchors), rel=1e-4)

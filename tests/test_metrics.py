@@ -89,6 +89,17 @@ def test_one_slice_is_measured_in_its_plane():
     assert score.hd95_mm == pytest.approx(3.0, abs=1e-5)
 
 
+def test_two_slices_of_which_one_is_empty_are_a_volume():
+    truth = np.zeros((2, 12, 12), np.uint8)
+    truth[0, 1:11, 1:11] = 1
+    prediction = truth.copy()
+    prediction[0, 1:11, 8:11] = 0
+    (score,) = patient_scores(prediction, truth, 2, (5.0, 1.0, 1.0))
+    # Every pixel is surface: of truth's hundred, ten lie 3 mm from the prediction, none of the other seventy does.
+    assert score.hd95_mm == pytest.approx(3.0, abs=1e-5)
+    assert score.surface_dice == pytest.approx(160 / 170, abs=FLOAT32)
+
+
 @pytest.mark.parametrize("shape", [(1, 6, 7), (2, 5, 5), (4, 5, 6)])
 @pytest.mark.parametrize("seed", range(6))
 def test_equals_the_slow_reference(shape, seed):
