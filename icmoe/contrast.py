@@ -23,8 +23,8 @@ def draw_anchors(
 ) -> tuple[Tensor, Tensor]:
     """Return anchor pixels and which of them are real: indices B A and a mask B A.
 
-    Half of a class's places go to wrong pixels where there are enough; right ones fill the rest. A class with fewer
-    pixels than places leaves places empty (mask False).
+    Half of a class's places go to wrong pixels where there are enough; the rest is drawn among all others of the class,
+    right or wrong. A class with fewer pixels than places leaves places empty (mask False).
 
     Parameters
     ----------
