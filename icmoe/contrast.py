@@ -77,15 +77,16 @@ def semantic_contrast(
     frozen_BAC = frozen_BCN.gather(2, index_BA[:, None].expand(-1, frozen_BCN.shape[1], -1)).transpose(1, 2)
     class_BA = class_BN.gather(1, index_BA)
 
-    pair_BAA = z_BAD @ z_BAD.transpose(1, 2) / TEMPERATURE
-    proto_BAK = z_BAD @ prototypes_KD.T / TEMPERATURE
+    guide_BAC = F.normalize(frozen_BAC, dim=2)
+    with torch.autocast(z_BDN.device.type, enabled=False):  # bfloat16 would round what the temperature makes ten times as large
+        pair_BAA = z_BAD @ z_BAD.transpose(1, 2) / TEMPERATURE
+        proto_BAK = z_BAD @ prototypes_KD.T / TEMPERATURE
+        similar_BAA = (guide_BAC @ guide_BAC.transpose(1, 2)).clamp(min=0.0)
     itself_AA = torch.eye(index_BA.shape[1], dtype=torch.bool, device=z_BDN.device)
     usable_BAA = valid_BA[:, None] & ~itself_AA
     logits_BAX = torch.cat([pair_BAA.masked_fill(~usable_BAA, float("-inf")), proto_BAK], dim=2)
     log_share_BAX = logits_BAX - logits_BAX.logsumexp(dim=2, keepdim=True)
 
-    guide_BAC = F.normalize(frozen_BAC, dim=2)
-    similar_BAA = (guide_BAC @ guide_BAC.transpose(1, 2)).clamp(min=0.0)
     same_BAA = (class_BA[:, :, None] == class_BA[:, None]) & usable_BAA
     own_BAK = _one_hot(class_BA, classes).to(z_BDN.dtype)
     weight_BAX = torch.cat([similar_BAA * same_BAA, own_BAK], dim=2)
@@ -111,8 +112,9 @@ def prototype_pull(z_BDN: Tensor, class_BN: Tensor, prototypes_KD: Tensor) -> Te
     classes = prototypes_KD.shape[0]
     member_BKN = _one_hot(class_BN, classes).transpose(1, 2).to(z_BDN.dtype)
     count_BK1 = member_BKN.sum(dim=2, keepdim=True)
-    mean_BKD = (member_BKN / count_BK1.clamp(min=1)) @ z_BDN.detach().transpose(1, 2)
-    log_BKK = (F.normalize(mean_BKD, dim=2) @ prototypes_KD.T / TEMPERATURE).log_softmax(dim=2)
+    with torch.autocast(z_BDN.device.type, enabled=False):
+        mean_BKD = (member_BKN / count_BK1.clamp(min=1)) @ z_BDN.detach().transpose(1, 2)
+        log_BKK = (F.normalize(mean_BKD, dim=2) @ prototypes_KD.T / TEMPERATURE).log_softmax(dim=2)
     present_BK = count_BK1.squeeze(2) > 0
     return -(log_BKK.diagonal(dim1=1, dim2=2) * present_BK).sum(dim=1) / present_BK.sum(dim=1)
 

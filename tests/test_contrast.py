@@ -102,3 +102,13 @@ def test_the_pull_trains_the_prototypes_alone_and_skips_absent_classes() -> None
     mean = F.normalize(z[0].mean(dim=1), dim=0)
     log_share = (prototypes @ mean / TEMPERATURE).log_softmax(dim=0)
     assert loss[0].item() == pytest.approx(-log_share[0].item(), rel=1e-5)
+
+
+def test_mixed_precision_does_not_round_what_the_temperature_makes_larger() -> None:
+    z, frozen, label, wrong, prototypes = drawn()
+    losses = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            contrast = semantic_contrast(z, frozen, label, wrong, prototypes, torch.Generator().manual_seed(4))
+            losses.append(torch.stack([contrast, prototype_pull(z, label, prototypes)]))
+    assert torch.equal(*losses)
