@@ -18,7 +18,7 @@ from icmoe.model import ICMoE, build_model
 from icmoe.patient_batches import Sample
 from icmoe.patient_gradients import Objective, all_at_once, one_by_one
 from icmoe.privacy import only_trained, patient_faults, private_round, private_sum
-from icmoe.training import anchor_of, learning_rate
+from icmoe.training import anchor_of
 from tests.private_data import FeatureRows, changes, settled, whole
 
 CPU = torch.device("cpu")
@@ -228,42 +228,6 @@ def test_the_last_iterates_are_averaged(make_study, make_features, monkeypatch: 
         states[share, steps] = global_state(model)["vote_head.weight"]
     assert torch.allclose(states[0.67, 3], (states[0.0, 2] + states[0.0, 3]) / 2, atol=1e-7)
     assert torch.allclose(states[1.0, 3], (states[0.0, 1] + states[0.0, 2] + states[0.0, 3]) / 3, atol=1e-7)
-
-
-def by_ones(make_study, make_features, monkeypatch: pytest.MonkeyPatch, *, mu: float, number: int) -> tuple[float, list[float]]:
-    """Return how far one weight moves in a round whose every released gradient is 1, and the rates of its three steps."""
-    monkeypatch.setattr(privacy, "noised", lambda total, setting, sigma: torch.ones_like(total))
-    site = {**SITE, "optimizer": "sgd", "average_last": 0.0, "sample_rate": 0.5}
-    training = {"schedule": "cosine", "learning_rate": 0.1, "weight_decay": 0.0, "proximal_mu": mu}
-    study = make_study(privacy={"site": site}, training=training, loss={"contrast": 0.0})
-    model = settled(build_model(study, seed=1))
-    start = model.head.classify.bias[0].item()
-    private_round(model, FeatureRows(study, make_features, [1] * 4), study, round_number=number, device=CPU)
-    rates = [learning_rate(study, round_number=number, step=step, steps=3) for step in range(3)]
-    return model.head.classify.bias[0].item() - start, rates
-
-
-@pytest.mark.parametrize("mu", [0.0, 2.0])
-def test_the_rate_falls_over_the_rounds_and_the_proximal_term_pulls_back(
-    mu: float, make_study, make_features, monkeypatch
-) -> None:
-    moved = []
-    for number in (1, 2):
-        found, rates = by_ones(make_study, make_features, monkeypatch, mu=mu, number=number)
-        away, speed = 0.0, 0.0
-        for rate in rates:
-            speed = 0.9 * speed + 1.0 + mu * away
-            away -= rate * speed
-        assert found == pytest.approx(away, rel=1e-4)
-        moved.append(-found)
-    assert moved[1] < 0.6 * moved[0]
-
-
-def test_the_contrast_meets_the_prototypes_that_the_round_began_with(study, make_features) -> None:
-    model = settled(build_model(study, seed=1))
-    incoming = F.normalize(model.prototypes_KD.detach().clone(), dim=1)
-    private_round(model, FeatureRows(study, make_features, [1, 3, 6, 2]), study, round_number=1, device=CPU)
-    assert torch.equal(model.round_prototypes_KD, incoming)
 
 
 def test_what_is_not_trained_gets_no_noise(make_study, make_features) -> None:

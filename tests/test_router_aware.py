@@ -300,15 +300,6 @@ def test_combine_equals_a_slow_reference_and_leaves_its_inputs(shares: list[floa
     assert np.array_equal(tensor, kept)
 
 
-@pytest.mark.parametrize("size", [11, 12, 13])
-def test_a_tensor_that_is_added_in_pieces_is_added_whole(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fl_server.router_aware.PIECE", 4)
-    rng = np.random.default_rng(size)
-    tensor, *deltas = rng.normal(size=(3, size)).astype(np.float32)
-    found = combine(tensor, deltas, np.array([0.25, 0.75]), 0.5)
-    np.testing.assert_allclose(found, tensor + 0.125 * deltas[0] + 0.375 * deltas[1], atol=1e-6)
-
-
 @pytest.mark.parametrize(("name", "flower"), [("adam", FedAdam), ("yogi", FedYogi)])
 def test_server_optimisers_are_flowers(name: str, flower, make_study) -> None:
     study = make_study(aggregation={**PLAIN, "optimizer": name, "server_learning_rate": 0.05, "balance_step": 0.0})

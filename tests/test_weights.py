@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fl_server.router_aware import combine
 from fl_server.weights import balance_step, expert_weights, plain_share, step_sizes, usage_share, usage_spread, water_fill
 from icmoe.study import Aggregation
 
@@ -215,3 +216,12 @@ def test_spread_of_usage():
 
 def test_plain_share():
     np.testing.assert_allclose(plain_share(np.array([1.0, 3.0])), [0.25, 0.75])
+
+
+@pytest.mark.parametrize("size", [11, 12, 13])
+def test_a_tensor_that_is_added_in_pieces_is_added_whole(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fl_server.router_aware.PIECE", 4)
+    rng = np.random.default_rng(size)
+    tensor, *deltas = rng.normal(size=(3, size)).astype(np.float32)
+    found = combine(tensor, deltas, np.array([0.25, 0.75]), 0.5)
+    np.testing.assert_allclose(found, tensor + 0.125 * deltas[0] + 0.375 * deltas[1], atol=1e-6)
