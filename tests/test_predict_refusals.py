@@ -78,6 +78,8 @@ def test_what_is_used_does_not_go_with_a_former_prediction(model: Path, tmp_path
     own = Path(shutil.copy(model, out / "m.safetensors"))
     for used, source in ((model, inner), (model, inner / "z1"), (own, tmp_path / "export")):
         assert numbers(refusal(used, source, out, "png", force=True)) == [210]
+    (tmp_path / "way").symlink_to(tmp_path)
+    assert numbers(refusal(model, inner, tmp_path / "way" / "out", "png", force=True)) == [210]
     assert (own.is_file(), len(list(inner.iterdir()))) == (True, 5)
 
 
