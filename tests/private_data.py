@@ -14,6 +14,17 @@ from icmoe.privacy import private_sum
 from icmoe.study import Study
 from icmoe.study_privacy import SitePrivacy
 
+SITE = {
+    "noise_multiplier": 1.0,
+    "delta": 1e-2,
+    "patients": 6,
+    "sample_rate": 0.5,
+    "steps": 3,
+    "clip_norm": 0.5,
+    "slices_at_once": 4,
+}
+"""Privacy of a site in a study."""
+
 
 class FeatureRows:
     """Stands where a `TrainingSet` does: rows of patients, views, and reading."""

@@ -19,18 +19,9 @@ from icmoe.patient_batches import Sample
 from icmoe.patient_gradients import Objective, all_at_once, one_by_one
 from icmoe.privacy import only_trained, patient_faults, private_round, private_sum
 from icmoe.training import anchor_of
-from tests.private_data import FeatureRows, changes, settled, whole
+from tests.private_data import SITE, FeatureRows, changes, settled, whole
 
 CPU = torch.device("cpu")
-SITE = {
-    "noise_multiplier": 1.0,
-    "delta": 1e-2,
-    "patients": 6,
-    "sample_rate": 0.5,
-    "steps": 3,
-    "clip_norm": 0.5,
-    "slices_at_once": 4,
-}
 EVERY_TERM = {"loss": {"router_anchor": 0.1}}
 NO_NOISE = {"model": {"router_noise": 0.0}}
 

@@ -10,18 +10,9 @@ from icmoe import privacy
 from icmoe.model import build_model
 from icmoe.privacy import private_round
 from icmoe.training import learning_rate
-from tests.private_data import FeatureRows, settled
+from tests.private_data import SITE, FeatureRows, settled
 
 CPU = torch.device("cpu")
-SITE = {
-    "noise_multiplier": 1.0,
-    "delta": 1e-2,
-    "patients": 6,
-    "sample_rate": 0.5,
-    "steps": 3,
-    "clip_norm": 0.5,
-    "slices_at_once": 4,
-}
 
 
 def by_ones(make_study, make_features, monkeypatch: pytest.MonkeyPatch, *, mu: float, number: int) -> tuple[float, list[float]]:
