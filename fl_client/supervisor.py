@@ -17,7 +17,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from types import FrameType
 
 from fl_client.approval import approved_studies
 from fl_client.readiness import require_ready
@@ -25,7 +24,7 @@ from fl_client.screen import Form, Run, Say, screen
 from fl_client.site import ENVIRONMENT, SiteFile, read_named
 from icmoe.atomic import regular
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
-from icmoe.processes import flower_environment, free_port, next_delay, private_files
+from icmoe.processes import asked_to_stop, flower_environment, free_port, next_delay, private_files
 
 KEY_NOT_KNOWN = 3
 """Exit code of the child where the coordinator does not know the site's key."""
@@ -142,8 +141,8 @@ def supervise(start: Callable[[], subprocess.Popen[str]], hear: Say, say: Say) -
         Takes what the supervisor itself says.
     """
     delay_s = 0.0
-    with _asked_to_stop() as stop:
-        while not stop.is_set():
+    with asked_to_stop(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as stop:
+        while not stop.asked:
             born = time.monotonic()
             child = start()
             ears = threading.Thread(target=_listen, args=(child, hear), daemon=True)
@@ -152,7 +151,7 @@ def supervise(start: Callable[[], subprocess.Popen[str]], hear: Say, say: Say) -
                 pass
             end_group(child)
             ears.join(timeout=1.0)
-            if stop.is_set():
+            if stop.wait(0):
                 return
             delay_s = next_delay(delay_s, time.monotonic() - born)
             wait_s = delay_s * random.uniform(0.7, 1.3)  # noqa: S311  (spreads the hospitals, hides nothing)
@@ -253,22 +252,6 @@ def _group_lives(child: subprocess.Popen[str]) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[threading.Event]:
-    stop = threading.Event()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        stop.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    try:
-        yield stop
-    finally:
-        for number, action in before.items():
-            signal.signal(number, action)
 
 
 @contextmanager

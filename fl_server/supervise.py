@@ -10,10 +10,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event
 
 from icmoe.errors import Fault, print_faults
-from icmoe.processes import next_delay
+from icmoe.processes import asked_to_stop, next_delay
 
 POLL_S = 0.2
 GRACE_S = 10.0
@@ -62,17 +61,15 @@ class Child:
 
 def supervise(children: Sequence[Child]) -> None:
     """Keep `children` running until SIGTERM or SIGINT; then end them and whatever they started."""
-    stop = Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     # What a killed child leaves behind becomes a child of this process instead of an orphan.
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    while not stop.is_set():
-        for child in children:
-            child.look()
-        _reap_adopted(children)
-        stop.wait(POLL_S)
-    _end_all()
+    with asked_to_stop(signal.SIGTERM, signal.SIGINT) as stop:
+        while not stop.asked:
+            for child in children:
+                child.look()
+            _reap_adopted(children)
+            stop.wait(POLL_S)
+        _end_all()
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:

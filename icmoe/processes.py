@@ -5,15 +5,66 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
+import signal
 import socket
 import sysconfig
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from icmoe.atomic import regular
 
 FIRST_DELAY_S, LONGEST_DELAY_S, LONG_LIFE_S = 1.0, 15.0, 120.0
+LOOK_S = 0.1
+
+
+@dataclass(slots=True)
+class Stop:
+    """Whether this process has been asked to end.
+
+    No `threading.Event`: Python runs a signal's handler in the main thread wherever that is, so also while it holds the
+    event's lock inside `wait`, and `set` would then wait for that lock for ever.
+
+    Parameters
+    ----------
+    asked
+        Set by the signal's handler, never taken back.
+    """
+
+    asked: bool = False
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep for `seconds`, or `LOOK_S` more than until the process is asked to end; return whether it is."""
+        ends = time.monotonic() + seconds
+        while not self.asked and (left_s := ends - time.monotonic()) > 0:
+            time.sleep(min(left_s, LOOK_S))
+        return self.asked
+
+
+@contextmanager
+def asked_to_stop(*signals: signal.Signals) -> Iterator[Stop]:
+    """Hear these signals meanwhile, instead of ending by them.
+
+    Yields
+    ------
+    Stop
+        Tells whether one of them came.
+    """
+    stop = Stop()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        stop.asked = True
+
+    before = {number: signal.signal(number, ask) for number in signals}
+    try:
+        yield stop
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
 
 
 def program(name: str) -> str:
