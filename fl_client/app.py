@@ -218,7 +218,7 @@ def model_of(request: Request, start: State) -> ICMoE:
         As `load_state` and `with_personal`.
     """
     site, study, kind, round_number = request.site, request.study, request.kind, request.round_number
-    model = _model_to_fill(study)
+    model = _model_to_fill(study, site.torch_device())
     model.zero_grad(set_to_none=True)
     load_state(model, start)
     if site.records is not None:
@@ -226,13 +226,13 @@ def model_of(request: Request, start: State) -> ICMoE:
     if study.aggregation.personal:
         after_round = round_number if kind == "evaluate" else round_number - 1
         load_state(model, with_personal(start, site.state_folder, study, site.name, after_round))
-    return model.to(site.torch_device()).eval()
+    return model.eval()
 
 
 @lru_cache(maxsize=1)
-def _model_to_fill(study: Study) -> ICMoE:
+def _model_to_fill(study: Study, device: torch.device) -> ICMoE:
     """Return a model that each message fills anew: an actor of a rehearsal plays hundreds of sites."""
-    return build_model(study, seed=0)
+    return build_model(study, seed=0).to(device)
 
 
 def _answering(site_of: SiteOf, kind: str, handle: Handler) -> Callable[[Message, Context], Message]:
