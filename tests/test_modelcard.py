@@ -62,6 +62,12 @@ def test_a_site_that_only_tested_has_no_training_patients_on_the_card(model: Pat
     assert [found[name][0] for name in sites] == ["20", "10", "0"]
 
 
+@pytest.mark.parametrize(("count", "words"), [(1, ", 1 round, seed"), (2, ", 2 rounds, seed")])
+def test_a_single_round_is_no_plural(count: int, words: str, header: ModelHeader, model: Path):
+    card = write_card(model, header.model_copy(update={"round": count}), [], scored_on="test patients").read_text()
+    assert words in card
+
+
 def test_epsilon_stands_with_delta_unit_and_accountant_where_privacy_was_spent(header: ModelHeader, model: Path):
     spent = PrivacySpent(epsilon=3.14159, delta=1e-5, unit="patient", adjacency="add/remove", accountant="PRV")
     card = write_card(model, header, [], scored_on="test patients", privacy=[spent]).read_text()
