@@ -20,7 +20,7 @@ from icmoe.data.sources import read_sites
 from icmoe.errors import IcmoeError
 from simulations.evidence import dealing, sites
 from simulations.evidence.__main__ import app
-from simulations.evidence.bars import Bar, common_bars, dice_of, difference, unseen_bars
+from simulations.evidence.bars import Bar, common_bars, dice_of, difference, lacking, unseen_bars
 from simulations.evidence.dealing import SITES, hippocampus_splits, read_split, split_text
 from simulations.evidence.intervals import Interval, over_patients, over_seeds
 from simulations.evidence.plan import PLANS, SPLITS
@@ -132,6 +132,34 @@ def test_where_pooled_training_finds_nothing_there_is_no_share_of_it_and_the_oth
     assert [bar.question for bar in common_bars(rows, mean_gain=0.02)] == [words for words in questions if "share" not in words]
 
 
+def lack(rows: list[dict[str, Any]], method: str, seed: int, patients: str) -> list[dict[str, Any]]:
+    return [row for row in rows if (row["method"], row["seed"]) != (method, seed) or row["patient"] not in patients]
+
+
+@pytest.mark.parametrize("method", ["router-aware", "fedavg", "pooled", "local", "personalised"])
+@pytest.mark.parametrize("patients", ["abcd", "cd", "a"])
+def test_a_table_says_which_scores_are_missing_and_compares_nothing_then(method: str, patients: str, tmp_path: Path) -> None:
+    file = tmp_path / "lgg-base" / "patients.json"
+    file.parent.mkdir()
+    digests = {f"{name}_digest": "0" * 64 for name in ("study", "data", "backbone")}
+    record = {"commit": "c", **digests, "scores": lack(rows_of(0.0), method, 2, patients)}
+    file.write_text(json.dumps(record))
+    done = CliRunner().invoke(app, ["tables", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    table = (tmp_path / "evidence.md").read_text()
+    assert f"missing: {method} with seed 2 ({4 - len(patients)} of 4 test patients).\n" in table
+    assert "| question |" not in table
+    assert lacking(rows_of(0.0)) == []
+
+
+def test_a_seed_that_one_of_the_models_lacks_says_nothing_of_an_unseen_hospital() -> None:
+    base = [score("local", seed, "A", "a", 0.4, trained_at="B", split="train") for seed in (1, 2)]
+    rows = [score("router-aware", seed, "A", "a", 0.5, split="train") for seed in (1, 2)]
+    first = unseen_bars(lack(base, "local", 2, "a"), {"A": rows})
+    assert unseen_bars(base, {"A": [*lack(rows, "router-aware", 2, "a"), score("fedavg", 2, "A", "a", 0.5)]}) == first
+    assert [bar.seeds.mean for bar in first] == [pytest.approx(0.1)] * 2
+
+
 def test_a_bar_is_met_where_it_is_just_reached() -> None:
     assert Bar(question="", seeds=Interval(0.5, None, None), bar=0.5).met is True
 
@@ -230,7 +258,10 @@ def test_a_finished_run_of_other_seeds_or_another_recipe_is_not_taken_for_what_w
     assert not (tmp_path / "out" / "evidence.md").exists()
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"seeds": [1]}', "\udcff"])
+HEAD = '{"commit": "c", "study_digest": "", "data_digest": "", "backbone_digest": "", "scores": '
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"seeds": [1]}', "\udcff", HEAD + '["a"]}', HEAD + '[{"seed": "1"}]}'])
 @pytest.mark.parametrize("name", ["results.json", "patients.json"])
 def test_a_damaged_file_of_a_run_is_one_numbered_line(name: str, text: str, tmp_path: Path) -> None:
     file = tmp_path / "out" / "lgg-base" / name

@@ -91,13 +91,27 @@ def difference(rows: Rows, ours: Callable[[int], Patients], theirs: Callable[[in
     return over_seeds(means), over_patients(by_site(paired))
 
 
+def lacking(rows: Rows) -> list[str]:
+    """Return what keeps methods from being compared: seeds and patients that one of them lacks and another one has."""
+    found: list[str] = []
+    for names, own in (((PERSONAL, LOCAL), True), ((OURS, PLAIN, POOLED), False)):
+        scored = {(name, seed): set(dice_of(rows, name, seed, own=own)) for name in names for seed in seeds_of(rows)}
+        everybody = set().union(*scored.values())
+        found += [
+            f"{name} with seed {seed} ({len(patients)} of {len(everybody)} test patients)"
+            for (name, seed), patients in scored.items()
+            if not patients or patients != everybody
+        ]
+    return found
+
+
 def common_bars(rows: Rows, *, mean_gain: float) -> list[Bar]:
     """Return the bars of a set whose hospitals all took part.
 
     Parameters
     ----------
     rows
-        Scores of one rehearsal.
+        Scores of one rehearsal; `lacking` names nothing in them.
     mean_gain
         Dice by which the sites' own models shall beat local ones, mean of sites.
     """
@@ -152,9 +166,13 @@ def unseen_bars(base: Rows, held_out: Mapping[str, Rows]) -> list[Bar]:
         Scores of the rehearsals without one, by its name.
     """
     gains: dict[str, list[float]] = {}
-    seeds = set(seeds_of(base)).intersection(*map(seeds_of, held_out.values()))
+    seeds = [
+        seed
+        for seed in seeds_of(base)
+        if all(_unseen(rows, OURS, seed, name).get("") and _unseen(base, LOCAL, seed, name) for name, rows in held_out.items())
+    ]
     for name, rows in sorted(held_out.items()):
-        for seed in sorted(seeds):
+        for seed in seeds:
             ours = fmean(_unseen(rows, OURS, seed, name)[""].values())
             best = max(fmean(found.values()) for found in _unseen(base, LOCAL, seed, name).values())
             gains.setdefault(name, []).append(ours - best)

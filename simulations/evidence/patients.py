@@ -116,8 +116,13 @@ def read_record(path: Path, *needed: str) -> Record:
         record = None
     if isinstance(record, dict) and set(needed) <= set(record):
         return record
+    raise IcmoeError(damaged(path))
+
+
+def damaged(path: Path) -> Fault:
+    """Return what is said of a damaged file of a run."""
     did, todo = "No table was drawn.", "Remove it, then give the same command again."
-    raise IcmoeError(Fault(number=217, where=str(path), what="file of a run is damaged", did=did, todo=todo))
+    return Fault(number=217, where=str(path), what="file of a run is damaged", did=did, todo=todo)
 
 
 @dataclass(frozen=True, slots=True)

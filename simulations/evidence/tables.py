@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from icmoe.atomic import write_atomically
+from icmoe.errors import IcmoeError
 from simulations.evidence.bars import (
     LOCAL,
     OURS,
@@ -18,15 +22,17 @@ from simulations.evidence.bars import (
     Rows,
     common_bars,
     dice_of,
+    lacking,
     seeds_of,
     site_means,
     unseen_bars,
 )
 from simulations.evidence.intervals import over_seeds
-from simulations.evidence.patients import FILE, read_record
+from simulations.evidence.patients import FILE, Score, damaged, read_record
 from simulations.evidence.plan import PLANS, Plan
 
 EVIDENCE = "evidence.md"
+_SCORES = TypeAdapter(list[Score])
 SHOWN = {
     LOCAL: "each site alone",
     OURS: "router-aware, one model for all",
@@ -59,16 +65,26 @@ def section(plan: Plan, out: Path) -> list[str]:
         record = found[run.name]
         rows = record["scores"]
         lines += [f"### {run.name}", "", _stamp(record, rows), "", *score_table(rows), ""]
-        bars = common_bars(rows, mean_gain=plan.mean_gain) if plan.claims else []
+        if gaps := lacking(rows) if plan.claims else []:
+            lines += [f"Methods are not compared, since scores are missing: {'; '.join(gaps)}.", ""]
+        bars = common_bars(rows, mean_gain=plan.mean_gain) if plan.claims and not gaps else []
         if run is plan.runs[0]:
             held_out = {run.held_out: found[run.name]["scores"] for run in plan.runs if run.held_out and run.name in found}
             bars += unseen_bars(rows, held_out)
-        lines += [*bar_table(bars), ""] if bars else ["Too few patients for claims.", ""]
+        if bars or not plan.claims:
+            lines += [*bar_table(bars), ""] if bars else ["Too few patients for claims.", ""]
     return lines
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return read_record(path, "commit", "study_digest", "data_digest", "backbone_digest", "scores") if path.exists() else None
+    if not path.exists():
+        return None
+    record = read_record(path, "commit", "study_digest", "data_digest", "backbone_digest", "scores")
+    try:
+        _SCORES.validate_json(json.dumps(record["scores"]), strict=True)
+    except ValidationError:
+        raise IcmoeError(damaged(path)) from None
+    return record
 
 
 def _stamp(record: Mapping[str, Any], rows: Rows) -> str:
@@ -80,11 +96,13 @@ def score_table(rows: Rows) -> list[str]:
     """Return Dice by method and site, mean over seeds, with the t-interval of the mean of sites."""
     seeds = seeds_of(rows)
     present = [name for name in SHOWN if any(row["method"] == name for row in rows)]
-    means = {name: [site_means(dice_of(rows, name, seed, own=name in (LOCAL, PERSONAL))) for seed in seeds] for name in present}
-    sites = sorted({site for found in means.values() for one in found for site in one})
+    found = {name: [site_means(dice_of(rows, name, seed, own=name in (LOCAL, PERSONAL))) for seed in seeds] for name in present}
+    means = {name: kept for name, every in found.items() if (kept := [one for one in every if one])}
+    sites = sorted({site for every in means.values() for one in every for site in one})
     lines = _row("method", *sites, "mean of sites", "over seeds, 95%") + _row("---", *["---:"] * (len(sites) + 2))
-    for name in present:
-        cells = [f"{fmean(one[site] for one in means[name]):.3f}" for site in sites]
+    for name in means:
+        at = {site: [one[site] for one in means[name] if site in one] for site in sites}
+        cells = [f"{fmean(values):.3f}" if values else "-" for values in at.values()]
         whole = over_seeds([fmean(one.values()) for one in means[name]])
         spread = "-" if whole.low is None else f"{whole.low:.3f} to {whole.high:.3f}"
         lines += _row(SHOWN[name], *cells, f"{whole.mean:.3f}", spread)
