@@ -373,7 +373,13 @@ def test_results_of_two_data_sets_make_no_table(bench: Bench) -> None:
         table.read_rows(bench.folder, None)
 
 
-@pytest.mark.parametrize("words", [["--methods", "nnunet"], ["--regimes", "scaffold"], ["--seeds", "one"]])
+WRONG = (
+    *(("--methods", "nnunet"), ("--regimes", "scaffold"), ("--hours", "nan")),
+    *(("--seeds", seeds) for seeds in ("one", "1,1", "-1", "2147483648", "1,,2", "")),
+)
+
+
+@pytest.mark.parametrize("words", [[*pair] for pair in WRONG])
 def test_a_wrong_choice_is_one_numbered_line(words: list[str], tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["--data", str(tmp_path), "--out", str(tmp_path / "out"), *words])
     assert done.exit_code == 1

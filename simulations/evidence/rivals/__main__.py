@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,7 @@ from simulations.evidence.rivals.regimes import REGIMES
 from simulations.evidence.rivals.run import Job
 from simulations.evidence.rivals.table import read_rows, write_table
 from simulations.folder import RunFolder
-from simulations.scenario import chosen
+from simulations.scenario import Simulation, chosen
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -36,6 +37,8 @@ def rivals(
 ) -> None:
     """Train the chosen rivals from where they stopped, cheapest first, then write table and plot of all that is there."""
     with exit_on_fault():
+        if math.isnan(hours):  # neither below the least nor above it
+            raise IcmoeError(Fault(number=202, where="--hours", value="nan", limit="0 and more", did="Nothing was started."))
         names = chosen(methods, METHODS, "--methods")
         ways = chosen(regimes, REGIMES, "--regimes")
         jobs = [
@@ -56,9 +59,10 @@ def rivals(
 
 def _numbers(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        return list(Simulation(seeds=tuple(int(part) for part in text.split(","))).seeds)
     except ValueError:
-        raise IcmoeError(Fault(number=210, where="--seeds", value=text, limit="whole numbers, comma-separated")) from None
+        limit = "whole numbers of 0 to 2^31 - 1, comma-separated, each once"
+        raise IcmoeError(Fault(number=210, where="--seeds", value=text[:80], limit=limit)) from None
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from icmoe.study import Study, canonical_json, derived_seed, taught_alone
 from simulations.alone import POOLED
 from simulations.evidence.rivals.catalogue import METHODS, Weights, build
 from simulations.evidence.rivals.encoder import front, front_cache
+from simulations.evidence.rivals.records import read_rival
 from simulations.evidence.rivals.regimes import CPU, REGIMES, SHARED, Progress, Trainer, start
 from simulations.evidence.rivals.segmenter import frozen_digest, put_trained, trained_count
 from simulations.hospitals import Hospitals
@@ -168,7 +169,16 @@ def _read(path: Path) -> tuple[Record, dict[str, Tensor]]:
 
 
 def study_of(job: Job, base: Study) -> Study:
-    """Return `base` with the job's seed and rounds and the method's learning rate."""
+    """Return `base` with the job's seed and rounds and the method's learning rate.
+
+    Raises
+    ------
+    IcmoeError
+        202 where the job has more rounds than `base`: its table says that they are fewer.
+    """
+    if job.rounds is not None and job.rounds > base.rounds:
+        limit = f"1 to {base.rounds}, the study's"
+        raise IcmoeError(Fault(number=202, where="--rounds", value=str(job.rounds), limit=limit, did="Nothing was trained."))
     rate = base.training.learning_rate * METHODS[job.method].rate
     training = base.training.model_copy(update={"learning_rate": rate, "proximal_mu": 0.0})
     return base.model_copy(update={"seed": job.seed, "rounds": job.rounds or base.rounds, "training": training})
@@ -192,7 +202,7 @@ def run(job: Job, bench: Bench, *, until: Callable[[], bool] = lambda: False) ->
     """
     identity = identity_of(job, bench)
     if (path := bench.result_path(job)).exists():
-        record: Record = json.loads(path.read_bytes())
+        record = read_rival(path)
         if record["identity"] != identity:
             raise IcmoeError(
                 Fault(number=525, where=path.name, what="it was made with other settings or data", did="It was kept.")

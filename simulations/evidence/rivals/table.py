@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from icmoe.errors import Fault, IcmoeError
 from icmoe.model import build_model
 from icmoe.study import Study
 from simulations.evidence.rivals.catalogue import METHODS
+from simulations.evidence.rivals.records import read_ours, read_rival
 from simulations.evidence.rivals.regimes import REGIMES
 from simulations.evidence.rivals.segmenter import trained_count
 from simulations.results import summary_of
@@ -84,9 +84,10 @@ def read_rows(folder: Path, ours: Path | None) -> list[Row]:
     Raises
     ------
     IcmoeError
-        205 where `ours` is not there; 526 where the results were not made on one study and one set of data.
+        205 where `ours` is not there, 217 where it is damaged; 525 where a rival's record is; 526 where the results were not
+        made on one study and one set of data.
     """
-    records = [json.loads(path.read_bytes()) for path in sorted((folder / "results").glob("*.json"))]
+    records = [read_rival(path) for path in sorted((folder / "results").glob("*.json"))]
     _require_one_origin(records)
     rows = [] if ours is None else _rows_of_ours(ours)
     found: dict[tuple[str, str, int | None], list[Record]] = {}
@@ -135,9 +136,7 @@ def _dice(tests: Sequence[Record]) -> dict[str, Any]:
 
 
 def _rows_of_ours(path: Path) -> list[Row]:
-    if not path.is_file():
-        raise IcmoeError(Fault(number=205, where=str(path), did="No table was written."))
-    results = json.loads(path.read_bytes())
+    results = read_ours(path)
     study = parse(Study, results["configuration"]["study"], where=str(path))
     parameters = trained_count(build_model(study, seed=0))
     rows = []
