@@ -31,6 +31,7 @@ from icmoe.usage import OneCommand
 from simulations.federation import Job, require_cluster, run_jobs, write_sites
 from simulations.folder import RunFolder
 from simulations.hospitals import find_hospitals, make_sites
+from simulations.interruption import exit_on_interruption
 from simulations.rehearsal import engine_of, report_sites
 from simulations.scenario import Simulation, chosen, read_scenario
 from simulations.screen import Screen
@@ -76,7 +77,8 @@ def ablate(
         given = {key: value for key, value in options.items() if value is not None}
         study, simulation = read_scenario(scenario, {} if rounds is None else {"rounds": rounds}, given)
         folder = RunFolder(out)
-        with folder.claimed(resume=resume), Screen(Console()) as screen:
+        going_on = exit_on_interruption("Continue with --resume.")
+        with going_on, folder.claimed(resume=resume), Screen(Console()) as screen:
             engine = engine_of(simulation, available_device(simulation.device))
             require_cluster(simulation.address)
             hospitals = find_hospitals(simulation, study, folder.phantoms)

@@ -45,6 +45,8 @@ CLUSTER_TIMEOUT_S = 10.0
 END_S = 5.0
 """How long an interrupted rehearsal waits for the thread of its ServerApp."""
 POLL_S = 0.05
+SILENT = logging.CRITICAL + 1
+"""Above every level of a log."""
 # Flower's engine runs at most this many clients at once, and no more than cores of the driver's machine plus four.
 MOST_ACTORS = 32
 
@@ -197,7 +199,7 @@ def run_jobs(
     IcmoeError
         503 where the engine stops, 505 where the cluster cannot be reached, and whatever stops a study.
     """
-    quiet_libraries()
+    quiet_libraries(SILENT)  # an engine that does not start is told of in one line
     sites = _read_sites(sites_path)
     lanes = min(len(sites), LANES)
     finished: dict[tuple[str, int], RunState] = {}
@@ -211,6 +213,7 @@ def run_jobs(
             nodes = await_online(grid, lanes, deadline_s=jobs[0].study.deadline_s, poll_s=POLL_S)
             everybody = Lanes(grid, nodes, len(sites), Path(folder))
             roster = meet(everybody, len(sites), jobs[0].study, trust_answers=True, poll_s=POLL_S)
+            quiet_libraries()  # sites have answered
             if on_check is not None:
                 hospitals = {node: name for node, name in roster.sites.items() if name != POOLED}
                 on_check(check_data(everybody, hospitals, jobs[0].study, poll_s=POLL_S))
@@ -225,22 +228,35 @@ def run_jobs(
             num_supernodes=lanes,
             backend_config=engine.backend_config(),  # type: ignore[arg-type]
         )
-    except IcmoeError:
-        raise
     except (KeyboardInterrupt, SystemExit):
-        quiet_libraries(logging.CRITICAL + 1)  # of actors that ended with it
-        stopped.set()  # Flower leaves the thread of the ServerApp alone, which would wait for answers until its deadline
-        ended.wait(END_S)
-        ray.shutdown()
+        _leave(stopped, ended)
         raise KeyboardInterrupt from None  # Ray makes a SystemExit without a word of SIGTERM
-    except (ConnectionError, ValueError) as error:
-        if engine.address == "local":
-            raise
-        fault = Fault(number=505, where=engine.address, value=str(error).splitlines()[0], did="Nothing was trained.")
-        raise IcmoeError(fault) from error
+    except RuntimeError as error:
+        if ended.is_set():
+            raise  # of a study, not of the engine
+        _leave(stopped, ended)
+        raise IcmoeError(engine_fault(error, engine)) from error
     if len(finished) < len(jobs):
         raise IcmoeError(Fault(number=503, value=f"{len(finished)} of {len(jobs)} studies finished"))
     return finished
+
+
+def _leave(stopped: Event, ended: Event) -> None:
+    """End the thread of the ServerApp, which Flower leaves alone and which would wait until its deadline, and Ray."""
+    quiet_libraries(SILENT)  # of actors that ended with it
+    stopped.set()
+    ended.wait(END_S)
+    ray.shutdown()
+
+
+def engine_fault(error: BaseException, engine: Engine) -> Fault:
+    """Return what an engine says that did not start or broke down; Flower wraps the cause in errors of its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    value = (str(error).splitlines() or [type(error).__name__])[0]
+    if engine.address != "local" and isinstance(error, ConnectionError | ValueError):
+        return Fault(number=505, where=engine.address, value=value, did="Nothing was trained.")
+    return Fault(number=503, what="Ray did not start, or broke down", value=value, did="Finished rounds are kept.")
 
 
 def run_job(grid: Grid, job: Job, roster: Roster, on_event: Listener, on_scored: Scored = unheard) -> RunState:
@@ -307,6 +323,8 @@ def require_cluster(address: str) -> None:
     IcmoeError
         505 with what the connection said.
     """
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", address)  # as Ray does
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host:
         return  # one on this machine

@@ -5,22 +5,21 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from icmoe.backbones import BACKBONES, choices
-from icmoe.errors import Fault, IcmoeError, exit_on_fault, print_faults
+from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from icmoe.platform import require_supported_platform
 from icmoe.usage import OneCommand
+from simulations.interruption import exit_on_interruption
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 Option = typer.Option
-INTERRUPTED = 130
-"""Exit code, as of a shell whose command was interrupted."""
 
 
 @app.command(cls=OneCommand)
@@ -87,18 +86,8 @@ def rehearse_command(
             raise IcmoeError(
                 Fault(number=210, where="--track", value=str(track), limit="tensorboard, mlflow", did="Nothing was started.")
             )
-        try:
+        with exit_on_interruption("Continue with --resume."):
             _run(scenario, study_options, simulation_options, out, resume=resume, as_json=as_json, track=track)
-        except KeyboardInterrupt:
-            _end_interrupted()
-
-
-def _end_interrupted() -> NoReturn:
-    """Say how to go on and end at once: threads of Flower's engine wait for actors that are gone, for ever."""
-    print_faults([Fault(number=503, what="interrupted", did="Finished rounds are kept.", todo="Continue with --resume.")])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(INTERRUPTED)
 
 
 def _run(

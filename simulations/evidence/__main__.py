@@ -22,6 +22,7 @@ from simulations.evidence.plan import PLANS, SEEDS, Plan, Run
 from simulations.evidence.sites import made_sites
 from simulations.evidence.tables import section, write_tables
 from simulations.folder import RunFolder
+from simulations.interruption import exit_on_interruption
 from simulations.rehearsal import rehearse
 from simulations.scenario import chosen, read_scenario
 from simulations.screen import Screen
@@ -84,7 +85,7 @@ def splits(data: Data) -> None:
 
 def _table(name: str, data: Path, out: Path, seeds: int, only: str | None, scenario: Path | None) -> None:
     plan = PLANS[name]
-    with exit_on_fault():
+    with exit_on_fault(), exit_on_interruption("Give the same command again to go on."):
         names = chosen(only, [run.name for run in plan.runs], "--only")
         for run in (run for run in plan.runs if run.name in names):
             _rehearse(plan, run, data, out, seeds, scenario)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from fl_client.watchdog import end_with_parent
 from icmoe.backbone import load_backbone, weights_path
 from icmoe.cache_entries import default_cache_folder
 from icmoe.errors import Fault, IcmoeError
@@ -19,6 +22,7 @@ from simulations.evidence.patients import commit
 from simulations.evidence.rivals.regimes import CPU
 from simulations.evidence.rivals.run import Bench, Job, run
 from simulations.hospitals import find_hospitals
+from simulations.interruption import exit_on_interruption
 from simulations.scenario import read_scenario
 
 
@@ -55,7 +59,9 @@ def run_all(jobs: Sequence[Job], data: Path, out: Path, scenario: Path | None, e
         503 where a process was killed; otherwise as `run`.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as one_by_one:
+    pool = ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(os.getpid(),), max_tasks_per_child=1)
+    # Told inside of the pool, which would wait for the job's end, hours away.
+    with pool as one_by_one, exit_on_interruption("Start again to go on."):
         for job in jobs:
             try:
                 complete = one_by_one.submit(_run_one, job, data, out, scenario, end).result()
@@ -65,6 +71,12 @@ def run_all(jobs: Sequence[Job], data: Path, out: Path, scenario: Path | None, e
             if not complete:
                 print(f"{job.name} is not finished: the time is over. Start again to go on.", flush=True)
                 return
+
+
+def _begin(parent: int) -> None:
+    """Let a job's process leave an interruption to its parent, with which it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent(parent)
 
 
 def _run_one(job: Job, data: Path, out: Path, scenario: Path | None, end: float) -> bool:
