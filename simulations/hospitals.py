@@ -15,7 +15,7 @@ from icmoe.errors import Fault, IcmoeError
 from icmoe.features import FeatureCache
 from icmoe.study import Study
 from simulations.alone import POOLED
-from simulations.phantoms import write_phantoms
+from simulations.phantoms import require_drawn_alike, write_phantoms
 from simulations.scenario import Simulation
 from simulations.virtual_sites import choose_sites, dirichlet_sites, repeat_sites
 
@@ -73,11 +73,13 @@ def find_hospitals(simulation: Simulation, study: Study, phantom_root: Path, pro
     Raises
     ------
     IcmoeError
-        1xx where the data stop the run, 108 where no site can train, 210 where the virtual sites cannot be made.
+        1xx where the data stop the run, 108 where no site can train, 210 where the virtual sites cannot be made, 502 where
+        other phantoms are there.
     """
     root = phantom_root if simulation.data is None else Path(simulation.data)
-    if simulation.data is None and not root.exists():
-        write_phantoms(root, seed=simulation.phantom_seed, size_px=study.backbone.image_size)
+    if simulation.data is None:
+        draw = require_drawn_alike if root.exists() else write_phantoms
+        draw(root, seed=simulation.phantom_seed, size_px=study.backbone.image_size)
     sites = sources = read_sites(root, study.labels, progress=progress)
     if simulation.held_out:
         unseen = choose_sites(sites, simulation.held_out)

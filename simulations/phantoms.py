@@ -22,6 +22,7 @@ import numpy.typing as npt
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from icmoe.atomic import read_regular
 from icmoe.data.splits import COLUMNS, SPACING_COLUMNS
 from icmoe.errors import Fault, IcmoeError
 from simulations.anatomy import Head, Lesion
@@ -29,6 +30,7 @@ from simulations.anatomy import Head, Lesion
 Picture = npt.NDArray[np.uint8]
 
 SPLITS = ("train", "val", "test")
+ABOUT = "README.md"
 _NOT_WRITTEN = "Nothing was written."
 
 
@@ -187,8 +189,30 @@ def _fill(folder: Path, seed: int, sites: Sequence[PhantomSite], size_px: int) -
     (folder / "splits").mkdir()
     for split in SPLITS:
         _write_split(folder / "splits" / f"{split}.csv", rows[split])
-    text = f"# Phantom hospitals\n\nMade-up heads, seed {seed}; no patient stands behind them. Mask: 0 background, 255 lesion.\n"
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / ABOUT).write_text(_about(seed, size_px), encoding="utf-8")
+
+
+def _about(seed: int, size_px: int) -> str:
+    drawn = f"Made-up heads, seed {seed}, {size_px} x {size_px} pixels; no patient stands behind them."
+    return f"# Phantom hospitals\n\n{drawn} Mask: 0 background, 255 lesion.\n"
+
+
+def require_drawn_alike(root: Path, *, seed: int, size_px: int) -> None:
+    """Refuse phantoms that are there already but were drawn with another seed or size: a result would name what it is not of.
+
+    Raises
+    ------
+    IcmoeError
+        502 where they were.
+    """
+    try:
+        alike = read_regular(root / ABOUT) == _about(seed, size_px).encode()
+    except OSError:
+        alike = False
+    if not alike:
+        what, limit = "phantoms of another seed or size are there", f"seed {seed}, {size_px} pixels"
+        did, todo = "Nothing was started.", "Choose another --out, or remove that folder."
+        raise IcmoeError(Fault(number=502, where=str(root), what=what, limit=limit, did=did, todo=todo))
 
 
 def _write_split(path: Path, rows: Sequence[tuple[str, ...]]) -> None:

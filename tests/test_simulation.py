@@ -13,12 +13,12 @@ from icmoe.errors import Fault, IcmoeError
 from icmoe.profiles import merged
 from icmoe.study import derived_seed
 from simulations.folder import RunFolder
-from simulations.hospitals import Hospitals
+from simulations.hospitals import Hospitals, find_hospitals
 from simulations.methods import METHODS, study_for
 from simulations.rehearsal import report_sites
 from simulations.results import comparisons, summary_of
 from simulations.run_sim import _given, _seeds
-from simulations.scenario import read_scenario
+from simulations.scenario import Simulation, read_scenario
 from simulations.scoring import best_median_worst, mean_record, require_unchanged
 from simulations.screen import Screen, final_table
 
@@ -150,6 +150,17 @@ def test_a_refused_start_takes_its_own_phantoms_along_and_no_others(before: bool
         draw_and_refuse(folder)
     assert folder.phantoms.exists() == before
     assert not folder.work.exists()
+
+
+@pytest.mark.parametrize("other", [{"phantom_seed": 8}, {"image_size": 64}])
+def test_phantoms_of_another_seed_or_size_are_not_taken_for_what_was_asked(other: dict[str, int], make_study, tmp_path: Path):
+    root, backbone = tmp_path / "phantoms", make_study().backbone.model_dump()
+    study = make_study(backbone={**backbone, "image_size": 32})
+    before = find_hospitals(Simulation(phantom_seed=7), study, root).digest()
+    assert find_hospitals(Simulation(phantom_seed=7), study, root).digest() == before
+    study = make_study(backbone={**backbone, "image_size": other.get("image_size", 32)})
+    with pytest.raises(IcmoeError, match=r"ICM502 .*phantoms: phantoms of another seed or size are there"):
+        find_hospitals(Simulation(phantom_seed=other.get("phantom_seed", 7)), study, root)
 
 
 def test_results_appear_last(tmp_path: Path) -> None:
