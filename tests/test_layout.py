@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,12 @@ def test_inheritance_is_at_most_two_deep() -> None:
         return 1 + max((depth(base) for base in bases.get(name, ()) if base in bases), default=0)
 
     assert {name for name in bases if depth(name) > 2} == set()
+
+
+def test_every_package_is_installed() -> None:
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    found = {".".join(path.relative_to(ROOT).parent.parts) for path in SOURCES if path.name == "__init__.py"}
+    assert set(named) == found
 
 
 def tracked() -> list[Path]:
