@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from icmoe.ending import ENDS, undisturbed
 from icmoe.left_behind import locked, remove_left_behind
 
 FORMER = "icmoe-dry-run-"
 PREFIX = f"{FORMER}locked-"
 FORMER_S = 86400.0
 """Seconds that a dry run of a version without locks is left alone: whether it is running nobody can tell."""
-_ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 @contextmanager
@@ -31,16 +31,16 @@ def passing_folder() -> Iterator[Path]:
         In the folder of temporary files, locked as long as this process lives.
     """
     folder, lock = locked(lambda: Path(tempfile.mkdtemp(prefix=PREFIX)))
-    former = [signal.signal(end, _stop) for end in _ENDS]
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    heard = [end for end in ENDS if not (nohup and end == signal.SIGHUP)]
+    former = [signal.signal(end, _stop) for end in heard]
     try:
         yield folder
     finally:
-        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not stop the removal
-        for end in _ENDS:
-            signal.signal(end, signal.SIG_IGN)
-        shutil.rmtree(folder)
-        os.close(lock)
-        for end, action in zip((*_ENDS, signal.SIGINT), (*former, interrupt), strict=True):
+        with undisturbed():
+            shutil.rmtree(folder)
+            os.close(lock)
+        for end, action in zip(heard, former, strict=True):
             signal.signal(end, action)
 
 

@@ -6,7 +6,8 @@ import inspect
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
@@ -14,6 +15,7 @@ from typing import Any, NoReturn, get_type_hints
 import click
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
+from icmoe.ending import unwinding
 from icmoe.errors import Fault, IcmoeError, exit_on_fault, print_faults
 
 EXIT_CODE = 2
@@ -46,19 +48,54 @@ def _end_with(run: Callable[[], object]) -> NoReturn:
     """Run what the arguments ask for and end the process with its code, or with what is wrong about them."""
     open_closed_streams()
     escape_what_cannot_be_printed()
-    with exit_on_fault():
-        require_working_directory()
+    with unwinding(), output_written():
+        with exit_on_fault():
+            require_working_directory()
+        sys.exit(_code_of(run))
+
+
+def _code_of(run: Callable[[], object]) -> int:
     try:
-        code = run()
+        with exit_on_fault():  # of the help itself, which no command prints
+            code = run()
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
-        sys.exit(EXIT_CODE)
+        return EXIT_CODE
     except click.UsageError as error:
         print_faults([usage_fault(error)])
-        sys.exit(EXIT_CODE)
+        return EXIT_CODE
     except click.Abort:
-        sys.exit(1)
-    sys.exit(code if isinstance(code, int) else 0)
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def output_written() -> Iterator[None]:
+    """Write out at the end what was printed, and fail where that is lost; a reader that has gone is told nothing.
+
+    Yields
+    ------
+    None
+    """
+    try:
+        yield
+    except SystemExit as end:
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try, and complain, once more
+            if end.code:
+                raise end from None
+            if not isinstance(error, BrokenPipeError):
+                print_faults([_lost(error)])
+            sys.exit(1)
+        raise
+
+
+def _lost(error: OSError) -> Fault:
+    what, did = "what was printed is lost, in whole or in part", "What was done stands."
+    todo = "Lead the output to a place that takes it; look at what stands before the command is given again."
+    return Fault(number=205, where="standard output", what=what, value=error.strerror or "", did=did, todo=todo)
 
 
 def open_closed_streams() -> None:

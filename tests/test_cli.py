@@ -11,6 +11,7 @@ import pytest
 from predictions import write_random_model
 from typer.testing import CliRunner
 
+from fl_server.new_study import study_toml
 from icmoe.cli import _print_prediction, _print_scores, app
 from icmoe.errors import Fault, IcmoeError
 from simulations.phantoms import PhantomSite, write_phantoms
@@ -71,12 +72,20 @@ def test_a_weights_file_for_a_backbone_without_weights_is_refused(make_study, tm
         read_scenario(None, {"backbone": {"name": "sam-vit-test"}, "test_only": True}, {"checkpoint": str(weights)})
 
 
-def program(package: str, *words: str, environment: dict[str, str] | None = None, closed: int | None = None) -> tuple[int, str]:
+def program(
+    package: str,
+    *words: str,
+    environment: dict[str, str] | None = None,
+    closed: int | None = None,
+    output: int = subprocess.PIPE,
+    folder: Path | None = None,
+) -> tuple[int, str]:
     """Run a program in a process of its own and return its exit code and all that it printed."""
     script = f"import sys; from {package} import main; sys.argv[0] = 'it'; main()"
     command = ["/bin/sh", "-c", f'exec "$@" {closed}>&-' if closed else 'exec "$@"', "sh", sys.executable, "-c", script, *words]
-    done = subprocess.run(command, env={**os.environ, **(environment or {})}, capture_output=True, timeout=120, check=False)
-    return done.returncode, (done.stdout + done.stderr).decode()
+    settings = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **(environment or {})}
+    done = subprocess.run(command, cwd=folder, env=settings, stdout=output, stderr=subprocess.PIPE, timeout=120, check=False)
+    return done.returncode, ((done.stdout or b"") + done.stderr).decode()
 
 
 CLOSED = {
@@ -94,6 +103,35 @@ def test_a_closed_standard_output_is_no_fault(words: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("words", CLOSED.values(), ids=CLOSED)
 def test_with_a_closed_standard_error_a_fault_is_told_by_the_exit_code(words: tuple[str, ...]) -> None:
     assert program(words[0], "nosuch", closed=2) == (2, "")
+
+
+WRITTEN = {
+    **CLOSED,
+    "help": ("fl_client.cli", "--help"),
+    "json": ("fl_server.cli", "check", "study.toml", "--json"),
+    "table": ("fl_server.cli", "check", "study.toml"),
+}
+
+
+@pytest.mark.parametrize("words", WRITTEN.values(), ids=WRITTEN)
+def test_a_standard_output_without_room_is_one_numbered_sentence(words: tuple[str, ...], make_study, tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_text(study_toml(make_study()))
+    with Path("/dev/full").open("wb") as full:
+        code, printed = program(*words, folder=tmp_path, output=full.fileno())
+    assert (code, printed.count("\n")) == (1, 1), printed
+    assert printed.startswith("ICM205 ")
+    assert "No space left on device" in printed
+
+
+@pytest.mark.parametrize("words", WRITTEN.values(), ids=WRITTEN)
+def test_a_reader_that_has_gone_is_told_nothing(words: tuple[str, ...], make_study, tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_text(study_toml(make_study()))
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        assert program(*words, folder=tmp_path, output=writing) == (1, "")
+    finally:
+        os.close(writing)
 
 
 NEW_STUDY = ("--labels", "lesion=1", "--rounds", "2", "--quorum", "2", "--deadline-s", "60", "--seed", "1", "--name", "a")

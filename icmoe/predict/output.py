@@ -6,12 +6,13 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from glob import escape
 from pathlib import Path
 
+from icmoe.ending import undisturbed
 from icmoe.errors import Fault, IcmoeError, file_fault
 from icmoe.left_behind import locked, remove_left_behind
 
@@ -57,7 +58,7 @@ def require_free(out: Path, source: Path, others: Iterable[Path], *, force: bool
 def staged(out: Path) -> Iterator[Path]:
     """Give a new private folder that takes the place of `out` when the block ends well and vanishes otherwise.
 
-    What a prediction to the same place left when it was killed, which shows patients, goes first.
+    It shows patients: it vanishes too where a signal ends the command, and what a killed one left at the same place goes first.
 
     Yields
     ------
@@ -82,16 +83,23 @@ def staged(out: Path) -> Iterator[Path]:
         stage.rename(out)
         remove_left_behind(_beside(out, "old"))
     except OSError as error:
-        if os.path.exists(former) and not out.exists():  # noqa: PTH110  # also where the name is too long to look
-            former.rename(out)
         fault, inside = file_fault(error), str(error.filename or stage).startswith(str(stage))  # a name that nobody gave
         raise IcmoeError(replace(fault, where=str(out) if inside else fault.where, did="Nothing was written.")) from None
     finally:
-        if lock >= 0:
-            os.close(lock)
-        shutil.rmtree(stage, ignore_errors=True)
-        if out.exists():
-            shutil.rmtree(former, ignore_errors=True)
+        with undisturbed():
+            if lock >= 0:
+                os.close(lock)
+            shutil.rmtree(stage, ignore_errors=True)
+            _put_back(former, out)
+
+
+def _put_back(former: Path, out: Path) -> None:
+    """Put a former prediction back where no new one took its place; it goes otherwise."""
+    if os.path.exists(former) and not os.path.exists(out):  # noqa: PTH110  # also where the name is too long to look
+        with suppress(OSError):
+            former.rename(out)
+    else:
+        shutil.rmtree(former, ignore_errors=True)
 
 
 def _beside(out: Path, kind: str) -> Iterator[Path]:

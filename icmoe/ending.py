@@ -1,0 +1,78 @@
+"""How a command ends that is told to by a signal: as after any other fault, so that what is half made goes with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+"""What ends a process at once unless it says otherwise; an interrupt from the terminal is an exception already."""
+
+
+class Ended(SystemExit):
+    """A signal asked this process to end.
+
+    Parameters
+    ----------
+    number
+        Of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """Let a signal end the process by an exception, and in the end by itself: whoever sent it sees that it did.
+
+    One that is ignored, as under nohup, stays so.
+
+    Yields
+    ------
+    None
+    """
+    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+        yield
+        return
+    taken = [number for number in ENDS if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _end)
+    try:
+        yield
+    except Ended as ended:
+        signal.signal(ended.number, signal.SIG_DFL)
+        os.kill(os.getpid(), ended.number)
+        raise
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ignore signals that would end the process: what is half made is being removed, and a second one must not stop that.
+
+    Yields
+    ------
+    None
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (*ENDS, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    del frame
+    raise Ended(number)
