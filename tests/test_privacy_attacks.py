@@ -87,6 +87,27 @@ def test_features_are_read_back_from_a_plain_gradient_and_not_from_a_noised_one(
     assert all(one.cosine < 0.4 for one in read_back(private, 100))
 
 
+def test_of_several_guesses_the_one_that_fits_the_release_best_is_kept(plain) -> None:
+    def attacked(starts: int, numbers: list[int]):
+        data, model = seeded_rows(plain, [1, 1], seed=1), objective_of(plain).model
+        told = {"starts": starts, "on_start": numbers.append}
+        return invert_gradient(model, plain, data, sigma=0.0, iterations=20, seed=0, **told)
+
+    numbers: list[int] = []
+    tried = [attacked(starts, numbers) for starts in (1, 2, 3)]
+    assert numbers == [1, 1, 2, 1, 2, 3]
+    assert tried[0].mismatch >= tried[1].mismatch >= tried[2].mismatch
+    assert tried[0].mismatch > tried[2].mismatch  # a later guess was better
+    assert tried[0].random_cosine != tried[2].random_cosine
+    assert tried[2].starts == 3
+
+
+def test_noise_of_the_router_does_not_keep_the_attack_from_its_steps(plain) -> None:
+    noisy = plain.model_copy(update={"model": plain.model.model_copy(update={"router_noise": 5.0})})
+    data, model = seeded_rows(noisy, [1, 1], seed=1), objective_of(noisy).model
+    assert invert_gradient(model, noisy, data, sigma=0.0, iterations=40, seed=0).mismatch < 0.1
+
+
 def test_canaries_that_are_sampled_over_many_steps_keep_the_claim_and_show_less_noise() -> None:
     """Rate 1/4, 40 steps, noise 1.5: epsilon 5.08 at 1e-4 by PRV; half the noise shows in the bound, not above the claim."""
     privacy = SitePrivacy(noise_multiplier=1.5, delta=1e-4, patients=1000, sample_rate=0.25, steps=40)
@@ -120,6 +141,7 @@ def test_the_command_prints_claim_bound_and_attacks(private, plain, tmp_path, mo
     assert found["canaries"] == 1000
     assert found["steps"] == 4
     assert {"auc", "tpr_at_1_fpr"} <= answers["private"]["membership"].keys()
+    assert answers["plain"]["inversion"]["starts"] == 6  # as many as the test above lets an attacker have
     assert "consistent with the claim" in answers["private"]["meaning"]
     assert answers["plain"]["claim"] is answers["plain"]["canaries"] is None
     assert "promises a patient nothing" in answers["plain"]["meaning"]

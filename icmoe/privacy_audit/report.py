@@ -77,7 +77,8 @@ def _table(record: dict[str, Any]) -> Table:
     scope = f"{attack['models']} models, {attack['patients']} made-up patients, {attack['rounds']} round"
     table.add_row("membership AUC", f"{attack['auc']:.3f} (chance 0.5; {scope})")
     table.add_row("true positives at 1 % false positives", f"{attack['tpr_at_1_fpr']:.3f} (chance 0.01)")
-    table.add_row("gradient inversion, cosine", f"{inversion['cosine']:.3f} (random features {inversion['random_cosine']:.3f})")
+    began = f"random features {inversion['random_cosine']:.3f}; the attacker's best of {inversion['starts']} guesses"
+    table.add_row("gradient inversion, cosine", f"{inversion['cosine']:.3f} ({began})")
     table.add_row(
         "gradient inversion, PSNR", f"{inversion['psnr_db']:.1f} dB (random features {inversion['random_psnr_db']:.1f} dB)"
     )

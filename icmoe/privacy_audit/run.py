@@ -24,6 +24,7 @@ from icmoe.study_privacy import SitePrivacy
 _PATIENTS = 60
 _MODELS = 8
 _ITERATIONS = 300
+_STARTS = 6
 
 Say = Callable[[str], None]
 
@@ -143,8 +144,16 @@ def _attacks(model: ICMoE, study: Study, sigma: float, seed: int, say: Say) -> d
     data = seeded_rows(study, [1] * patients, seed=seed)
     say("membership")
     membership = membership_attack(model, study, data, models=_MODELS, rounds=1, seed=seed)
-    say("inversion")
-    inversion = invert_gradient(model, study, data, sigma=sigma, iterations=_ITERATIONS, seed=seed)
+    inversion = invert_gradient(
+        model,
+        study,
+        data,
+        sigma=sigma,
+        iterations=_ITERATIONS,
+        seed=seed,
+        starts=_STARTS,
+        on_start=lambda number: say(f"inversion, guess {number} of {_STARTS}"),
+    )
     return {"membership": asdict(membership), "inversion": asdict(inversion)}
 
 
