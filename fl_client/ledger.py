@@ -130,10 +130,11 @@ def read_ledger(state: Path, site: str, *, deadline_s: float = LOCK_S) -> Book:
     IcmoeError
         412 where it is damaged or was changed, 414 where it is another site's, 415 where it is locked for too long.
     """
-    if not (state / FILE).exists():
+    path = state / FILE
+    if not path.exists() and not path.is_symlink():  # a link to nothing, such as a disk that is not mounted, is no new ledger
         return Book()
     with _opened(state, site, deadline_s) as connection:
-        return _book(connection, state / FILE)
+        return _book(connection, path)
 
 
 def spend(state: Path, site: str, make: Callable[[Book], Entry], *, deadline_s: float = LOCK_S) -> Entry:
@@ -202,7 +203,7 @@ def _opened(state: Path, site: str, deadline_s: float) -> Iterator[sqlite3.Conne
     path = state / FILE
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.close(regular(path, os.O_RDWR | os.O_CREAT, 0o600))
+        os.close(regular(path, os.O_RDWR if path.is_symlink() else os.O_RDWR | os.O_CREAT, 0o600))
         with closing(sqlite3.connect(path, timeout=deadline_s, isolation_level=None)) as connection:
             connection.execute("PRAGMA synchronous = EXTRA")  # FULL may lose a commit's last step with the power
             connection.execute("BEGIN IMMEDIATE")

@@ -77,6 +77,17 @@ def test_records_that_are_pipes_are_refused_by_number(hospital: Hospital, name: 
     assert (code, "ICM205 " in output) == (1, True), output
 
 
+@pytest.mark.parametrize("words", ["status", "ledger", "audit verify", "withdraw tiny"])
+@pytest.mark.parametrize("target", ["nowhere", "ledger.sqlite"])
+def test_a_ledger_that_is_a_link_to_nothing_is_no_new_one(hospital: Hospital, target: str, words: str) -> None:
+    path = hospital.folder / "state/ledger.sqlite"
+    path.unlink()
+    path.symlink_to(target)
+    code, output = asked(hospital, *words.split())
+    assert (code, "ICM205 " in output) == (1, True), output
+    assert not path.exists()
+
+
 def test_a_site_does_not_wait_for_its_own_lock(tmp_path: Path) -> None:
     piped(tmp_path / "supervisor.lock")
     with pytest.raises(OSError, match=r"supervisor\.lock"), only_one(tmp_path):
