@@ -6,10 +6,12 @@ study's digest. A withdrawn approval stays as a record.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,6 +74,30 @@ def read_approvals(state: Path) -> tuple[Approval, ...]:
     if faults:
         raise IcmoeError(*faults)
     return tuple(sorted(found, key=lambda approval: (datetime.fromisoformat(approval.approved_at), approval.digest)))
+
+
+@contextmanager
+def one_at_a_time(state: Path) -> Iterator[None]:
+    """Hold the store: of an approval and a withdrawal at once, list and log would end differently.
+
+    Parameters
+    ----------
+    state
+        The site's state folder; where there is none, there is nothing to hold.
+
+    Yields
+    ------
+    None
+    """
+    held = -1
+    try:
+        with suppress(OSError):  # also a file system without locks
+            held = os.open(state, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        if held >= 0:
+            os.close(held)
 
 
 def approve(state: Path, study: Study, bundle: str, now: datetime) -> None:

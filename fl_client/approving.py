@@ -15,7 +15,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fl_client.approval import Approval, approving, changes, is_named, read_approvals, unrecorded, withdraw, withdrawal
+from fl_client.approval import (
+    Approval,
+    approving,
+    changes,
+    is_named,
+    one_at_a_time,
+    read_approvals,
+    unrecorded,
+    withdraw,
+    withdrawal,
+)
 from fl_client.audit import digests_of_round, read_log
 from fl_client.budget import budget_faults, prospect
 from fl_client.leaves import IN_INT8, LEAVES, RECORDS
@@ -53,7 +63,7 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
     settings = read_named(path, name)
     study = read_study(study_file)
     records = records_of(path, settings)
-    book, lines = records.agreement()
+    book, _ = records.agreement()
     if faults := [*study_faults(path, settings, study), *budget_faults(settings.budget, book, study, patients=1)]:
         raise IcmoeError(*faults)
     state = path.parent / settings.state
@@ -71,14 +81,15 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
         console.print("Nothing was approved.")
         sys.exit(1)
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for before in unrecorded(approvals, lines):
-        records.write("withdrawn", withdrawal(before))
-    with approving(state, study, bundle, datetime.now(UTC)):  # neither without the other, on a full disk either
-        head = records.add("approved", {"study": study.digest, "name": study.name, "bundle": bundle})
-    try:
-        records.keep(head)
-    finally:  # whatever is wrong with the ledger, it is approved
-        console.print(f"{study.name} {study.digest[:12]} is approved at {name}.", highlight=False)
+    with one_at_a_time(state):
+        for before in unrecorded(read_approvals(state), read_log(state)):
+            records.write("withdrawn", withdrawal(before))
+        with approving(state, study, bundle, datetime.now(UTC)):  # neither without the other, on a full disk either
+            head = records.add("approved", {"study": study.digest, "name": study.name, "bundle": bundle})
+        try:
+            records.keep(head)
+        finally:  # whatever is wrong with the ledger, it is approved
+            console.print(f"{study.name} {study.digest[:12]} is approved at {name}.", highlight=False)
     for fault in unread:
         told = replace(fault, did="The site cannot take part in it before.")
         console.print(str(told), highlight=False, markup=False, soft_wrap=True)
@@ -103,13 +114,14 @@ def _data(path: Path, settings: SiteFile, study: Study) -> tuple[SiteData | None
 def withdraw_study(path: Path, name: str, which: str) -> None:
     """Withdraw the approval of a study by name or digest and say which went."""
     records = records_of(path, read_named(path, name))
-    try:
-        gone = withdraw(records.state, which, datetime.now(UTC))
-    except IcmoeError:
-        if not (gone := _owed_lines(records, which)):
-            raise
-    # Written before it is told: a terminal may be gone.
-    faults = [fault for approval in gone for fault in _withdrawal_faults(records, approval)]
+    with one_at_a_time(records.state):
+        try:
+            gone = withdraw(records.state, which, datetime.now(UTC))
+        except IcmoeError:
+            if not (gone := _owed_lines(records, which)):
+                raise
+        # Written before it is told: a terminal may be gone.
+        faults = [fault for approval in gone for fault in _withdrawal_faults(records, approval)]
     for approval in gone:
         Console().print(f"{approval.study.name} {approval.digest[:12]} is withdrawn at {name}.", highlight=False)
     if faults:

@@ -30,6 +30,8 @@ from icmoe.data.ingest.shown import SHOWN, no_longer_shown, note_shown
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Study
 
+RUNNING = 130
+
 
 def ingest_site(path: Path, name: str, *, dry_run: bool) -> list[dict[str, Any]]:
     """Bring the index of every approved study up to date and return one quality record per study.
@@ -141,10 +143,23 @@ def forget_patient(path: Path, name: str, patient: str) -> tuple[int, int, list[
         used, state = images_of(folder, patient), path.parent / settings.state
         if used:
             forget_unsent(state)  # before, too: killed in between, the next one would find no image of the patient any more
-        frames = max(used, forget(folder, patient))  # an ingest that runs beside it may be the one that takes them out
+        with _begun_beside_ingest():
+            frames = max(used, forget(folder, patient))  # an ingest that runs beside it may be the one that takes them out
         if frames:
             forget_unsent(state)
         return frames, _drop_features(path, settings), others
+
+
+@contextmanager
+def _begun_beside_ingest() -> Iterator[None]:
+    """Say what is done and what is left to do where another ingest holds an index."""
+    try:
+        yield
+    except IcmoeError as error:
+        did = "The patient is noted and will not be read any more, but what is kept of them is not removed yet."
+        todo = "Wait for the other process, or stop it; then forget the patient again."
+        running = [replace(one, did=did, todo=todo) if one.number == RUNNING else one for one in error.faults]
+        raise IcmoeError(*running) from None
 
 
 def files_named(path: Path, name: str, wanted: str) -> list[str]:

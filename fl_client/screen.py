@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,7 +60,8 @@ def screen(path: Path, settings: SiteFile, form: Form, run: Run) -> Iterator[Say
     show = _json_lines(settings.name, run) if form == "json" else _sentences(settings.name, console)
 
     def say(sentence: str) -> None:
-        show(sentence)
+        with suppress(OSError):  # a log without room, or that nobody reads any more, is no reason to leave
+            show(sentence)
         note_said(state, sentence, run.number)
 
     if form != "live":

@@ -254,13 +254,21 @@ def _group_lives(child: subprocess.Popen[str]) -> bool:
     return True
 
 
+class _LogFile(RotatingFileHandler):
+    """Flower's own lines; one that finds no room is lost, and the site goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Print no traceback."""
+
+
 @contextmanager
 def _log_file(path: Path) -> Iterator[Say]:
-    handler = RotatingFileHandler(path, maxBytes=5_000_000, backupCount=3)
+    handler = _LogFile(path, maxBytes=5_000_000, backupCount=3)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log = logging.Logger("supernode")  # of its own: nothing else reaches the file, nothing of it the screen
     log.addHandler(handler)
     try:
         yield log.info
     finally:
-        handler.close()
+        with suppress(OSError):  # what it holds yet may find no room either
+            handler.close()

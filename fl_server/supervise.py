@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,7 +57,8 @@ class Child:
             self.delay_s = next_delay(self.delay_s, now - self.started_s)
             self.process, self.due_s = None, now + self.delay_s
             did = f"It is started again in {self.delay_s:.0f} s."
-            print_faults([Fault(number=328, where=self.name, value=f"exit code {code}", did=did)])
+            with suppress(OSError):  # a log without room is no reason to leave
+                print_faults([Fault(number=328, where=self.name, value=f"exit code {code}", did=did)])
 
 
 def supervise(children: Sequence[Child]) -> None:

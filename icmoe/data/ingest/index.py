@@ -9,7 +9,7 @@ import os
 import sqlite3
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -109,9 +109,9 @@ def claimed(folder: Path) -> Iterator[sqlite3.Connection]:
 
 @contextmanager
 def _connected(folder: Path) -> Iterator[sqlite3.Connection]:
-    connection = sqlite3.connect(folder / INDEX, timeout=30.0, isolation_level=None)
     try:
-        yield connection
+        with closing(sqlite3.connect(folder / INDEX, timeout=30.0, isolation_level=None)) as connection:
+            yield connection
     except sqlite3.OperationalError as error:  # the disk is full, or not to be written
         what, did = "index cannot be used", "What was kept so far stays."
         todo = "Put right what SQLite names, then run the command again."
@@ -119,8 +119,6 @@ def _connected(folder: Path) -> Iterator[sqlite3.Connection]:
     except sqlite3.DatabaseError as error:
         what = "index is damaged; move it away and run ingest again"
         raise IcmoeError(Fault(number=129, where=str(folder / INDEX), what=what, value=type(error).__name__)) from None
-    finally:
-        connection.close()
 
 
 @contextmanager

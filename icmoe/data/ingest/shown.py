@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from icmoe.atomic import regular
@@ -76,19 +76,17 @@ def _opened(folder: Path) -> Iterator[sqlite3.Connection]:
         os.close(regular(path, os.O_CREAT | os.O_RDWR, 0o600))
     except OSError as error:
         raise IcmoeError(_fault(path, "list of pictures cannot be used", error.strerror or "", "Put that right.")) from None
-    connection = sqlite3.connect(path, timeout=30.0, isolation_level=None)
     try:
-        connection.execute("pragma secure_delete = on")
-        connection.execute("create table if not exists picture (digest text primary key) strict, without rowid")
-        yield connection
+        with closing(sqlite3.connect(path, timeout=30.0, isolation_level=None)) as connection:
+            connection.execute("pragma secure_delete = on")
+            connection.execute("create table if not exists picture (digest text primary key) strict, without rowid")
+            yield connection
     except sqlite3.OperationalError as error:  # the disk is full, or not to be written
         todo = "Put right what SQLite names, then run the command again."
         raise IcmoeError(_fault(path, "list of pictures cannot be used", str(error), todo)) from None
     except sqlite3.DatabaseError as error:
         todo = "Remove it, empty the cache of features, then run ingest again."
         raise IcmoeError(_fault(path, "list of pictures or an index is damaged", type(error).__name__, todo)) from None
-    finally:
-        connection.close()
 
 
 def _attached(connection: sqlite3.Connection, stores: Sequence[Path]) -> Iterator[Path]:
