@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """What ends a process at once unless it says otherwise; an interrupt from the terminal is an exception already."""
+
+INTERRUPTED = 130
+"""Exit code after an interrupt."""
 
 
 class Ended(SystemExit):
@@ -31,7 +35,8 @@ class Ended(SystemExit):
 def unwinding() -> Iterator[None]:
     """Let a signal end the process by an exception, and in the end by itself: whoever sent it sees that it did.
 
-    One that is ignored, as under nohup, stays so.
+    One that is ignored, as under nohup, stays so. What a library makes of the exception, as pydantic does while it writes a
+    record, is no fault of its own, nor is it of an interrupt.
 
     Yields
     ------
@@ -40,18 +45,27 @@ def unwinding() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # where no signal arrives
         yield
         return
-    taken = [number for number in ENDS if signal.getsignal(number) is signal.SIG_DFL]
+    asked: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        del frame
+        asked.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else Ended(number)
+
+    before = {number: signal.getsignal(number) for number in (*ENDS, signal.SIGINT)}
+    taken = [number for number, action in before.items() if action in {signal.SIG_DFL, signal.default_int_handler}]
     for number in taken:
-        signal.signal(number, _end)
+        signal.signal(number, end)
     try:
         yield
-    except Ended as ended:
-        signal.signal(ended.number, signal.SIG_DFL)
-        os.kill(os.getpid(), ended.number)
+    except BaseException as error:
+        _end_as_asked(asked)
+        if asked and isinstance(error, Exception):
+            sys.exit(INTERRUPTED)
         raise
     finally:
         for number in taken:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, before[number])
 
 
 @contextmanager
@@ -73,6 +87,8 @@ def undisturbed() -> Iterator[None]:
             signal.signal(number, action)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    del frame
-    raise Ended(number)
+def _end_as_asked(asked: Sequence[int]) -> None:
+    for number in asked:
+        if number != signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)

@@ -86,6 +86,28 @@ def test_a_signal_ends_a_command_after_what_is_to_be_put_away(number: int) -> No
     assert (done.returncode, done.stdout) == (-number, b"put away\n")
 
 
+MADE_OF_IT = """
+import os, signal, sys
+from pydantic import BaseModel, model_serializer
+from icmoe.ending import unwinding
+number = int(sys.argv[1])
+signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+class Record(BaseModel):
+    @model_serializer
+    def written(self) -> str:
+        os.kill(os.getpid(), number)
+        return "whole"
+with unwinding():
+    Record().model_dump()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_what_a_library_makes_of_a_signal_is_no_fault_of_its_own(number: int, code: int) -> None:
+    done = subprocess.run([sys.executable, "-c", MADE_OF_IT, str(int(number))], timeout=60, check=False, capture_output=True)
+    assert (done.returncode, done.stderr) == (code, b"")
+
+
 UNDER = """
 import os, signal, sys
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
