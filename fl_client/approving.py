@@ -194,7 +194,7 @@ def print_audit(path: Path, name: str, round_number: int | None, study: str | No
 
 
 def _print_lines(rows: Sequence[Entry], whole: Sequence[Entry] | None) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     for row in rows:
         about = " ".join(f"{key}={row[key]}" for key in ("name", "kind", "round", "within_bounds") if key in row)
         console.print(f"{row['time'][:19]} {row['event']:9} {row.get('digest') or row.get('study', '')} {about}")

@@ -12,18 +12,64 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fl_client.signing import Signer, fingerprint_of, signature_holds
 from icmoe.chain import Entry, digest_of, placed
 from icmoe.chain_file import add_line, parsed, read_chain
 from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
+from icmoe.messages import DICE_KEY, LOSS_KEY, PATIENTS_KEY, SECONDS_KEY, STEPS_KEY
 from icmoe.receipts import EMPTY, Head
 
 LOG = "audit.jsonl"
 VERSION = 2
 _SIGNED_AFTER = ("signature",)
 """What is of a line's hash, and so no part of it."""
+
+
+class _Numbers(BaseModel):
+    """What a round's answer told, as far as a hospital is shown it again."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    val_dice: float | None = Field(default=None, alias=DICE_KEY)
+    patients: int | None = Field(default=None, alias=PATIENTS_KEY)
+    loss: float | None = Field(default=None, alias=LOSS_KEY)
+    steps: int | None = Field(default=None, alias=STEPS_KEY)
+    seconds: float | None = Field(default=None, alias=SECONDS_KEY)
+
+
+class _Line(BaseModel):
+    """What every reader of the log counts on; whoever forges a line can give it the right place in the chain."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    line: int
+    time: str
+    event: str
+    kind: str | None = None
+    study: str | None = None
+    name: str | None = None
+    run: str | None = None
+    round: int | None = None
+    digest: str | None = None
+    number: int | None = None
+    numbers: _Numbers | None = None
+    entry: Annotated[int, Field(ge=1)] | None = None
+    entry_hash: str | None = None
+    previous: str
+    hash: str
+
+    @model_validator(mode="after")
+    def _whole(self) -> _Line:
+        needed: tuple[object, ...] = (self.entry, self.entry_hash) if self.event == "spent" else ()
+        needed += (self.study,) if self.event in {"approved", "withdrawn"} else ()
+        needed += (self.study, self.name, self.round) if self.kind == "train" else ()
+        if None in needed:
+            raise ValueError("a part of the line is missing")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +159,10 @@ def read_log(state: Path) -> list[Entry]:
     IcmoeError
         321 with the first line that does not fit.
     """
-    return read_chain(state / LOG, partial(_broken, state), apart=_SIGNED_AFTER)
+    entries = read_chain(state / LOG, partial(_broken, state), apart=_SIGNED_AFTER)
+    for number, entry in enumerate(entries, start=1):
+        _require_form(entry, state, number)
+    return entries
 
 
 def digests_of_round(entries: list[Entry], round_number: int, study: str | None = None) -> list[Entry]:
@@ -183,7 +232,16 @@ def _next_line(last: Entry | None, event: str, values: Mapping[str, Any], signer
 
 
 def _parsed(line: bytes, state: Path, number: int) -> Entry:
-    return parsed(line, number, partial(_broken, state))
+    entry = parsed(line, number, partial(_broken, state))
+    _require_form(entry, state, number)
+    return entry
+
+
+def _require_form(entry: Entry, state: Path, number: int) -> None:
+    try:
+        _Line.model_validate(entry)
+    except ValidationError:
+        raise IcmoeError(_broken(state, number)) from None
 
 
 def _broken(state: Path, number: int, what: str = "audit log was changed or is damaged") -> Fault:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fl_client.audit import read_log
@@ -75,7 +76,7 @@ def _table(rows: Sequence[Row], name: str) -> Table:
     for title in ("time (UTC)", "study", "round", "outcome", "val Dice", "loss", "steps", "s"):
         table.add_column(title, overflow="fold", no_wrap=title not in {"study", "outcome"})
     for row in rows:
-        table.add_row(row["time"][5:16].replace("T", " "), row["study"], *cells(row)[2:])
+        table.add_row(row["time"][5:16].replace("T", " "), escape(row["study"]), *map(escape, cells(row)[2:]))
     return table
 
 

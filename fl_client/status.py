@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fl_client.accounts import account_of
 from fl_client.approval import read_approvals, standing
@@ -89,7 +90,7 @@ def table_of(status: Status) -> Table:
     """Return a status as a table of two columns."""
     table = Table(title=f"Site {status['site']}", title_justify="left", show_header=False)
     for key, value in _lines(status).items():
-        table.add_row(key, value)
+        table.add_row(key, Text(value))  # it may quote what stands in a file
     return table
 
 

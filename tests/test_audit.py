@@ -22,7 +22,7 @@ from fl_client.audit import LOG, digests_of_round, read_log, record
 from fl_client.incoming import LARGEST_RMS, STEPS, bound_faults
 from fl_client.participant import Participant
 from fl_server.weights import balance_step
-from icmoe.chain import START
+from icmoe.chain import START, linked
 from icmoe.errors import IcmoeError
 from icmoe.exchange import State, global_state, state_digest
 from icmoe.kinds import BALANCE_BIAS
@@ -218,3 +218,40 @@ def test_an_empty_log_is_no_error(tmp_path: Path) -> None:
     assert read_log(tmp_path) == []
     with pytest.raises(IcmoeError, match="ICM210"):
         digests_of_round([], 1)
+
+
+ROUND = {"version": 2, "time": "2026-03-01T12:00:00+00:00", "kind": "train", "study": "b" * 64, "name": "[/x]", "round": 1}
+FORGED = {
+    "without its time": {"event": "received", "kind": "train"},
+    "a time that is none": {**ROUND, "event": "received", "time": None},
+    "an event that is a list": {**ROUND, "event": ["sent"]},
+    "a round that is a text": {**ROUND, "event": "received", "round": "x"},
+    "spent without its entry": {**ROUND, "event": "spent"},
+    "spent, entry a text": {**ROUND, "event": "spent", "entry": "x", "entry_hash": "y"},
+    "spent, entry below 1": {**ROUND, "event": "spent", "entry": -5, "entry_hash": "y"},
+    "numbers that are a list": {**ROUND, "event": "sent", "numbers": [1]},
+    "a loss that is a list": {**ROUND, "event": "sent", "numbers": {"loss": [1]}},
+    "approved without a study": {"time": "x", "event": "approved"},
+}
+
+
+@pytest.mark.parametrize("values", FORGED.values(), ids=FORGED)
+def test_a_line_of_another_form_is_refused_though_its_place_in_the_chain_is_right(values: dict, hospital: Path, tmp_path) -> None:
+    path, state = write_site_file(tmp_path, hospital), tmp_path / "state"
+    record(state, "sent", {"round": 0})
+    with (state / LOG).open("a") as log:
+        log.write(json.dumps(linked(values, read_log(state)[-1])) + "\n")
+    for words in ("status", "history", "audit", "audit verify", "report"):
+        done = command(path, *words.split())
+        assert (done.exit_code, "ICM321" in done.stderr) == (1, True), words
+    with pytest.raises(IcmoeError, match="ICM321"):
+        record(state, "sent", {"round": 1})
+
+
+def test_names_in_the_log_are_printed_as_they_are(hospital: Path, tmp_path: Path) -> None:
+    path, state = write_site_file(tmp_path, hospital), tmp_path / "state"
+    record(state, "received", {key: value for key, value in ROUND.items() if key not in {"version", "time"}})
+    (state / "said.json").write_text('{"says": "[/bold]", "since": 0, "run": null}')
+    for words, shown in (("status", "[/bold]"), ("history", "[/x]"), ("audit", "[/x]"), ("report", "")):
+        done = command(path, *words.split())
+        assert (done.exit_code, shown in done.output) == (0, True), words
