@@ -148,7 +148,7 @@ def require_room(budget: Budget | None, book: Book, study: Study, kind: str, rou
 def budget_faults(budget: Budget | None, book: Book, study: Study, *, patients: int) -> list[Fault]:
     """Return why the budget does not allow the next round of a study, nothing where it does."""
     try:
-        require_room(budget, book, study, "train", min(_last_round(book, study) + 1, study.rounds), patients=patients)
+        require_room(budget, book, study, "train", 1, patients=patients)  # the number counts before the first round alone
     except IcmoeError as error:
         return list(error.faults)
     return []

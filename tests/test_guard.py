@@ -22,7 +22,7 @@ from fl_server.round_strategy import unheard
 from fl_server.rounds import run_rounds
 from fl_server.run_state import RunState
 from icmoe.errors import Fault, IcmoeError
-from icmoe.messages import CONFIG, ROUND_KEY, UPDATE
+from icmoe.messages import CONFIG, NUMBERS, ROUND_KEY, UPDATE
 from icmoe.study import Study
 
 # Few enough rounds that the attacker is still asked in the last one.
@@ -73,6 +73,21 @@ def test_a_poisoned_update_does_not_move_the_model_by_a_bit(kind: str, make_stud
     assert [(line["event"], line["site"], line["number"], line["round"]) for line in noted] == [
         ("refused", "Cedar", number, number_) for number_ in (1, 2)
     ]
+
+
+@pytest.mark.parametrize(("size", "refused"), [(20, []), (21, [(504, "21", "at most 20")])])
+def test_a_site_counts_for_at_most_twice_what_it_announced(size: int, refused: list[tuple[int, str, str]], make_study) -> None:
+    """A site that claims more data than it has would draw the model to itself."""
+
+    def answer(message: Message, site: str) -> Message | None:
+        reply = honest(message, site)
+        if site == "Cedar" and message.metadata.message_type == "train":
+            reply.content[NUMBERS]["slices"] = size  # 10 were announced
+        return reply
+
+    (record,) = run(make_study(rounds=1), answer).history
+    assert [(fault["number"], fault["value"], fault["limit"]) for fault in record["faults"]] == refused
+    assert ("Cedar" in record["sites"]) == (not refused)
 
 
 def test_a_replayed_update_is_used_once(make_study) -> None:
@@ -221,6 +236,14 @@ def test_the_median_is_asked_only_where_there_are_three_and_never_under_server_p
     server = {"noise_multiplier": 1.0, "delta": 0.01, "sites": 3, "divisor": 1.0}
     private = make_study(rounds=1, aggregation=plain, privacy={"server": server})
     assert run(private, answer).history[0]["faults"] == []
+
+
+def test_updates_that_are_all_too_large_do_not_make_each_other_fit(make_study) -> None:
+    """The median of three lifts no site above the study's own bound."""
+    with pytest.raises(IcmoeError) as caught:
+        run(make_study(rounds=1, retries=0, guard={"largest_norm": 1e-3}), honest)
+    refused = [(fault.where, fault.limit) for fault in caught.value.faults if fault.number == 511]
+    assert refused == [(site, "at most 0.001") for site in SITES.values()]
 
 
 def test_updates_of_nothing_are_no_measure_for_the_others(make_study) -> None:

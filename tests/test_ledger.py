@@ -116,6 +116,16 @@ def test_who_approves_again_is_not_told_that_rounds_are_spent_twice(records: Rec
     assert prospect(budget, records.book(), study).split(" spent, ")[1] != whole, "a round that was tried twice"
 
 
+def test_a_study_that_was_changed_must_fit_whole_like_any_other(records: Records, private: Study, make_study) -> None:
+    changed = make_study(seed=9, rounds=5, privacy={"site": PRIVACY})
+    assert (changed.name, changed.digest != private.digest) == (private.name, True)
+    budget = budget_of(epsilon([Spending(2.0, 0.2, 25)], delta=1e-3, accountant="rdp"))
+    pay(records, private, 1, budget=budget)
+    assert number_of(records, changed, 1, budget=budget)[0] == 411
+    whole = epsilon([Spending(2.0, 0.2, 5 + 25)], delta=1e-3, accountant="rdp")
+    assert f"{whole:.3g} after this study" in prospect(budget, records.book(), changed), "none of its rounds is done"
+
+
 @settings(max_examples=30, deadline=None)
 @given(limit=st.floats(0.1, 4.0), spent=st.lists(st.integers(1, 30), max_size=3), most=st.integers(1, 40))
 def test_one_round_more_than_fit_would_cross(make_study, limit: float, spent: list[int], most: int) -> None:

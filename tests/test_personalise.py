@@ -144,6 +144,14 @@ def test_training_alone_is_the_sites_local_training_round_by_round(data: OwnData
     assert state_digest(global_state(model)) == state_digest(states[OWN])
 
 
+def test_training_alone_takes_what_no_slice_shows_for_background_whatever_the_study_says(data: OwnData, make_study) -> None:
+    """Nobody else teaches the class there, and to leave it open would let it spread over the site's own images."""
+    labels = [*make_study().model_dump(mode="json")["labels"], {"name": "vessel", "values": [7]}]
+    wide = [make_study(labels=labels, rounds=1, training={"untaught": says}) for says in ("unknown", "background")]
+    unknown, background = (state_digest(train_alone(study, data)) for study in wide)
+    assert unknown == background
+
+
 def test_the_chosen_model_has_the_scores_that_chose_it(data: OwnData, states, make_study) -> None:
     study = make_study()
     found = personalise(study, states, data)

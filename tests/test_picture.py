@@ -87,6 +87,21 @@ def test_a_window_of_counts_is_that_of_all_pixels(greys: list[npt.NDArray[np.gen
         assert (counts.window().low, counts.window().high) == pytest.approx((low, high), rel=1e-9, abs=1e-300)
 
 
+def test_more_values_than_are_kept_join_their_lower_neighbours_with_their_counts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ValueCounts, "MAX_VALUES", 4)
+    counts = ValueCounts()
+    counts.add(np.array([[0.5, 1.5, 2.5, 3.5]]))
+    assert (counts.window().low, counts.window().high) == pytest.approx((0.515, 3.485)), "as many as are kept are exact"
+    counts.add(np.array([[4.5, 5.5, 6.5, 7.5]]))
+    assert counts.window() == Window(0.5, 6.5)  # two of 0.5, of 2.5, of 4.5 and of 6.5
+
+
+def test_the_values_of_an_image_of_floats_are_all_kept():
+    grey = np.random.default_rng(5).random((600, 700))
+    window = series_window([grey])
+    assert (window.low, window.high) == pytest.approx(tuple(np.percentile(grey, [0.5, 99.5])), rel=1e-9)
+
+
 def test_values_on_the_scale_of_the_series_are_those_of_the_pixels():
     window = Window(100.0, 3000.0)
     picture = picture_of(GREY)

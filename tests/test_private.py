@@ -201,6 +201,20 @@ def test_c_follows_the_quantile_as_published() -> None:
     assert next_clip_norm(1.0, -100.0, settings_) == pytest.approx(math.exp(0.2 * 0.7))
 
 
+def test_c_follows_a_noised_count_and_a_run_that_goes_on_takes_it_up(make_study, tmp_path: Path) -> None:
+    study, off = private_study(make_study, rounds=40, clip_norm=1e5, clip_quantile=0.5, count_noise=4.0), []
+    strategy, replies = configured(study)
+    for number in range(1, 41):
+        before = strategy.clip_norm
+        strategy.aggregate_train(number, replies)
+        off.append(math.log(before / strategy.clip_norm) / 0.2 * 3 - 1.5)  # all three updates are left whole
+    assert np.std(off) == pytest.approx(4.0, rel=5 / math.sqrt(2 * 40))
+    RunState(study.digest, start_state(study).arrays, extra=strategy.state()).commit(tmp_path / "s")
+    again, _ = configured(study)
+    again.load_state(RunState.load(tmp_path / "s", study).extra)
+    assert (again.releases, again.clip_norm) == (40, strategy.clip_norm)
+
+
 def test_sum_and_count_together_cost_what_is_charged(make_study) -> None:
     server = private_study(make_study, clip_quantile=0.5, count_noise=2.0, noise_multiplier=1.3).privacy.server
     noise = noise_of(server, 3)

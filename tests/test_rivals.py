@@ -281,6 +281,16 @@ def test_every_round_and_site_draws_the_batches_of_the_rehearsal(bench: Bench, m
     assert seeds == [derived_seed(bench.study, "train", site, number) for number in (1, 2) for site in ("Alder", "Birch")]
 
 
+@pytest.mark.parametrize(("regime", "unknown"), [("local", ()), ("pooled", ()), ("fedavg", (2,))])
+def test_who_trains_alone_takes_what_nobody_shows_for_background(regime: str, unknown: tuple[int, ...], bench: Bench) -> None:
+    vessel = bench.study.labels[1].model_copy(update={"name": "vessel", "values": (7,)})
+    wide = bench.study.model_copy(update={"labels": (*bench.study.labels, vessel)})
+    model = build("mask-head", wide, bench.backbone, None, seed=1)
+    job = Job(method="mask-head", regime=regime, seed=1)
+    trainer = make_trainer(job, wide, bench.hospitals, prepared_cache(job.method, bench), model)
+    assert {data.unknown for data in trainer.sites.values()} == {unknown}
+
+
 def test_the_learning_rate_is_the_method_s_share_of_the_study_s(study: Study) -> None:
     rates = {name: study_of(Job(method=name, regime="fedavg", seed=1), study).training.learning_rate for name in METHODS}
     tenth = {name for name, rate in rates.items() if rate == pytest.approx(0.1 * study.training.learning_rate)}
