@@ -19,8 +19,9 @@ from safetensors.torch import save
 from test_client import ask, command, hospital, number_of, request, site, write_site_file
 
 from fl_client.audit import LOG, digests_of_round, read_log, record
-from fl_client.incoming import LARGEST_RMS, STEPS, bound_faults
+from fl_client.incoming import LARGEST_RMS, STEPS, accept, bound_faults
 from fl_client.participant import Participant
+from fl_client.records import Records
 from fl_server.weights import balance_step
 from icmoe.chain import START, linked
 from icmoe.errors import IcmoeError
@@ -102,6 +103,28 @@ def test_the_bound_on_change_grows_with_the_rounds_between(make_study) -> None:
     assert bound_faults(study, far, start, rounds=3) == []
     assert bound_faults(study, far, None, rounds=1) == []
     assert bound_faults(study, start, start, rounds=1) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "between"),
+    [
+        (("train", 5), ("train", 6), 1),
+        (("train", 5), ("train", 8), 3),
+        (("train", 5), ("evaluate", 5), 1),
+        (("train", 5), ("evaluate", 6), 2),  # what is trained in a round has not had it yet, what is scored has
+        (("evaluate", 5), ("train", 6), 1),
+        (("evaluate", 5), ("train", 7), 1),
+    ],
+)
+def test_only_the_rounds_since_the_last_model_let_the_next_one_change(
+    first: tuple[str, int], then: tuple[str, int], between: int, make_study, tmp_path: Path
+) -> None:
+    study, records = make_study(rounds=9), Records(state=tmp_path, site="Alder")
+    start, step = global_state(build_model(study, seed=1)), STEPS * study.training.learning_rate
+    accept(records, study, {"kind": first[0], "round": first[1]}, start)
+    with pytest.raises(IcmoeError, match="ICM322"):
+        accept(records, study, {"kind": then[0], "round": then[1]}, {n: x + (between + 0.1) * step for n, x in start.items()})
+    accept(records, study, {"kind": then[0], "round": then[1]}, {n: x + (between - 0.1) * step for n, x in start.items()})
 
 
 def test_the_balance_bias_may_move_as_the_study_says_however_small_its_learning_rate(make_study) -> None:

@@ -97,6 +97,22 @@ def test_an_expert_is_combined_from_the_sites_that_used_it(make_study) -> None:
     np.testing.assert_allclose(robust_mean(few, study)[name], everyone, rtol=1e-6)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_an_expert_that_too_few_sites_used_for_the_rule_is_combined_from_all(rule: str, make_study) -> None:
+    by_size = {"robust": rule, "usage_exponent": 0.0, "min_contributors": 1}
+    study = make_study(quorum=7, aggregation=by_size)
+    enough = study.aggregation.least_sites
+
+    def combined(users: int) -> np.ndarray:
+        updates = updates_of(study, [[0.4, 0.3, 0.3]] * users + [[0.5, 0.5, 0.0]] * (8 - users))
+        found = robust_mean(updates, study)
+        return found[min(name for name in found if is_usage_weighted(name, study.model) and expert_of(name) == 2)]
+
+    everyone = combined(8)
+    assert np.array_equal(combined(enough - 1), everyone)
+    assert not np.array_equal(combined(enough), everyone)
+
+
 @pytest.mark.parametrize(("rule", "needed"), [("trimmed-mean", 3), ("median", 3), ("multi-krum", 5), ("bulyan", 7)])
 def test_a_rule_without_its_sites_is_refused_before_anything_runs(rule: str, needed: int, make_study) -> None:
     robust_study(make_study, rule, quorum=needed)
