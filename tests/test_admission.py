@@ -120,6 +120,19 @@ def test_requests_that_do_not_belong_are_refused_before_flower_is_asked(tmp_path
     assert "ICM205" in serve("admit", good, "--home", tmp_path / "nowhere")[1]
 
 
+def test_a_key_that_a_site_has_or_had_is_admitted_for_no_other_site(tmp_path: Path) -> None:
+    make(tmp_path, port=closed_port())
+    out, request = tmp_path / "out", request_of(tmp_path, "Alder")
+    birch, key = out / "sites" / "Birch", json.loads(request.read_text())["public_key"]
+    (birch / "node.pub").write_text(key)
+    code, output = serve("admit", request, "--home", out)
+    assert (code, output[:7], "key is admitted for another site" in output) == (1, "ICM314 ", True)
+    (birch / "revoked").mkdir()
+    (birch / "node.pub").replace(birch / "revoked" / "old.pub")
+    code, output = serve("admit", request, "--home", out)
+    assert (code, output[:7], "key has been revoked" in output) == (1, "ICM314 ", True)
+
+
 def test_without_a_superlink_nothing_is_admitted_or_revoked(tmp_path: Path) -> None:
     make(tmp_path, port=closed_port())
     out, request = tmp_path / "out", request_of(tmp_path, "Alder")

@@ -222,6 +222,13 @@ def asked(site: Participant, kind: str = "train") -> Request:
     return Request(site=site, study=study, kind=kind, round_number=1, message=message)
 
 
+def test_the_norm_that_a_site_allows_holds_for_what_it_trained(audited: Participant) -> None:
+    strict = replace(audited, policy=Policy(largest_update_norm=1e-6))
+    assert number_of(ask(strict, request(audited.studies[0]))) == 416
+    held = next(line for line in read_log(audited.state_folder) if line["event"] == "held back")
+    assert held["why"] == ["norm of the update is above 1e-06"]
+
+
 def test_what_is_held_back_is_in_the_log_without_its_value(audited: Participant) -> None:
     secret = "Mustermann-1970"
     whole = with_number(usual(audited.studies[0]), secret, 1.0)

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_client.budget import epsilon_of_history, history_of, prospect, rounds_left_spending, rounds_that_fit
-from fl_client.ledger import FILE, read_ledger
+from fl_client.ledger import FILE, keep_audit_head, new_entry, read_ledger, spend
 from fl_client.records import Records
 from icmoe.accounting import Spending, epsilon
 from icmoe.errors import IcmoeError
@@ -226,6 +226,19 @@ def test_an_older_ledger_put_back_is_noticed_by_the_audit_log(records: Records, 
     assert (number, "1 entries (allowed: at least 2)" in sentence) == (413, True)
 
 
+def test_an_older_ledger_is_noticed_though_two_processes_wrote_their_lines_the_other_way_round(
+    records: Records, private: Study
+) -> None:
+    first = spend(records.state, "Alder", lambda _: new_entry(private, "train", 1, "0" * 64, None))
+    old = (records.state / FILE).read_bytes()
+    second = spend(records.state, "Alder", lambda _: new_entry(private, "train", 2, "0" * 64, None))
+    for entry in (second, first):
+        records.write("spent", {"entry": entry.count, "entry_hash": entry.hash})
+    records.require(None)
+    (records.state / FILE).write_bytes(old)
+    assert number_of(records, private, 3, budget=ROOMY)[0] == 413
+
+
 def test_an_older_folder_put_back_is_noticed_by_the_receipt(records: Records, private: Study, tmp_path: Path) -> None:
     pay(records, private, 1, budget=ROOMY)
     shutil.copytree(records.state, tmp_path / "backup")
@@ -239,6 +252,12 @@ def test_an_older_folder_put_back_is_noticed_by_the_receipt(records: Records, pr
     number, sentence = number_of(records, private, 3, budget=ROOMY, receipt=receipt)
     assert number == 413  # as long as before, but another history
     assert "does not go on from what the site has sent" in sentence
+
+
+def test_the_ledger_never_takes_another_line_for_one_that_it_knows(records: Records) -> None:
+    for head in (Head(2, "b" * 64), Head(2, "c" * 64), Head(1, "a" * 64)):
+        keep_audit_head(records.state, "Alder", head)
+        assert records.book().audit == Head(2, "b" * 64)
 
 
 def test_a_quota_that_is_used_up_does_not_pass_for_a_damaged_ledger(records: Records, private: Study) -> None:
