@@ -53,6 +53,11 @@ def test_a_site_that_claims_all_the_patients_counts_for_half(make_study, tmp_pat
     assert state.history[0]["val_dice"] == pytest.approx(0.45)
 
 
+def test_the_loss_of_a_round_counts_each_site_by_its_size(make_study, tmp_path: Path) -> None:
+    state = run(make_study(rounds=1), tmp_path / "s", told(loss=2.0))
+    assert state.history[0]["loss"] == pytest.approx((30 * 0.5 + 20 * 0.5 + 10 * 2.0) / 60)
+
+
 @pytest.mark.parametrize("size", [True, 0, -3, 10**9, 2.0])
 def test_a_size_that_is_none_keeps_a_site_out(size: object, make_study) -> None:
     def answer(message: Message, site: str) -> Message:

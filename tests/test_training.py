@@ -107,6 +107,7 @@ def _smaller(item: Slice) -> Slice:
 UNEVEN = {
     "a slice was left out": lambda rows: rows[:2] + rows[3:],
     "two series": lambda rows: [*rows[:2], replace(rows[2], index=1), *rows[3:]],
+    "all in one place": lambda rows: [replace(item, index=1) for item in rows],
     "other pixels": lambda rows: [*rows[:4], replace(rows[4], spacing_mm=(5.0, 0.5, 0.5))],
     "unknown in part": lambda rows: [*rows[:4], replace(rows[4], spacing_mm=None)],
     "another size": lambda rows: [*rows[:4], _smaller(rows[4])],
