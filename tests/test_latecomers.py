@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import pytest
 from flwr.app import Error, Message
-from test_rounds import SITES, Wire, honest, registered
+from test_rounds import ROSTER, SITES, Wire, honest, registered
 
 from fl_server.app import make_strategy, run_study, start_state
 from fl_server.new_study import study_toml
@@ -14,6 +15,7 @@ from fl_server.roster import meet, welcome
 from fl_server.round_log import RoundRecord
 from fl_server.rounds import run_rounds
 from fl_server.run_state import RunState, latest_state
+from icmoe.errors import IcmoeError
 from icmoe.study import Study, read_study
 
 
@@ -43,6 +45,14 @@ def test_a_late_site_takes_part_from_the_next_round_on(make_study, tmp_path: Pat
     ]
     assert [line for line in said if "joined" in line] == ["round 2 of 3: joined by Cedar"]
     assert all(record["faults"] == [] for record in state.history)
+
+
+def test_no_site_trains_before_a_quorum_is_connected(make_study) -> None:
+    study, wire = make_study(rounds=1, quorum=2, deadline_s=0.2), Wire(honest, [registered(11, "Alder")])
+    with pytest.raises(IcmoeError) as caught:
+        run_rounds(wire, make_strategy(study, ROSTER), study, start_state(study), sites=SITES, commit=print, poll_s=0.01)
+    assert [(fault.number, fault.value, fault.limit) for fault in caught.value.faults] == [(501, "1", "at least 2")]
+    assert wire.asked == []
 
 
 def test_a_late_site_that_cannot_take_part_is_named_and_asked_once(make_study, tmp_path: Path, capsys) -> None:

@@ -359,6 +359,16 @@ def test_a_site_bears_the_noise_that_the_study_says_however_small_its_learning_r
     assert {fault.number for fault in bound_faults(study, far, last, rounds=1)} == {322}
 
 
+def test_the_noise_that_a_site_bears_grows_with_the_root_of_the_rounds(make_study) -> None:
+    study = private_study(make_study, rounds=16, noise_multiplier=1.0, clip_norm=0.5, divisor=2.0)
+    study = study.model_copy(update={"training": study.training.model_copy(update={"learning_rate": 1e-6})})
+    start = {name: torch.from_numpy(one) for name, one in start_state(study).arrays.items()}
+    for rounds, deviation in ((1, 0.25), (4, 0.5), (9, 0.75)):
+        near, far = ({name: one + 8.0 * share * deviation for name, one in start.items()} for share in (0.95, 1.05))
+        assert bound_faults(study, near, start, rounds=rounds) == []
+        assert {fault.where for fault in bound_faults(study, far, start, rounds=rounds)} == set(start)
+
+
 def test_an_optimiser_takes_the_noised_mean(make_study, tmp_path: Path) -> None:
     study = private_study(make_study, aggregation={"optimizer": "adam"})
     state = play(study, tmp_path / "s")

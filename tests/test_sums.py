@@ -126,3 +126,10 @@ def test_the_study_chooses_the_form(make_study) -> None:
     study = make_study(aggregation={"form": "sums", "cap": 1.0, "starved": "keep"})
     assert isinstance(make_strategy(study, roster).inner, FromSums)
     assert not isinstance(make_strategy(make_study(), roster).inner, FromSums)
+
+
+def test_usage_at_the_threshold_is_no_contribution_in_the_sums_either(make_study) -> None:
+    study = make_study()
+    least, layout = study.aggregation.min_usage, SumLayout({}, study.model)
+    usage_M = np.array([least, np.nextafter(least, 1.0), 1.0 - 2.0 * least])
+    assert unpacked(layout, own_vector(layout, {}, 10, usage_M, study.aggregation)).contributors_M.tolist() == [0, 1, 1]
