@@ -20,6 +20,7 @@ from fl_client.personal import personal_path
 from fl_client.site import ENVIRONMENT
 from icmoe.data.folder import read_folder
 from icmoe.errors import CATALOGUE, IcmoeError
+from icmoe.evaluation import score_slices
 from icmoe.exchange import global_state, update_of
 from icmoe.features import FeatureCache
 from icmoe.kinds import is_personal
@@ -115,6 +116,20 @@ def test_each_round_draws_anew_from_study_site_and_round(site: Participant, monk
         content[CONFIG][ROUND_KEY] = number
         assert ask(site, content).has_content()
     assert seeds == [derived_seed(study, "train", "Alder", number) for number in (1, 2, 1)]
+
+
+def test_a_site_takes_the_steps_that_it_is_told_and_scores_each_patient_alike(site: Participant) -> None:
+    study, two = site.studies[0], replace(site, val=site.train, steps_per_round=5)
+    model = build_model(study, seed=1).eval()
+    with torch.no_grad():
+        model.head.classify.bias[1] += 3.0  # lesion nearly everywhere
+    content = request(study)
+    content[ARRAYS] = ArrayRecord({name: Array(tensor.numpy()) for name, tensor in global_state(model).items()})
+    numbers = ask(two, content).content[NUMBERS]
+    assert numbers["steps"] == 5 != ask(site, content).content[NUMBERS]["steps"]
+    scores = score_slices(model, two.val, study.labels, two.cache(study), torch.device("cpu"), surfaces=False)
+    assert (len(scores), numbers["val-patients"]) == (2, 2)
+    assert 0.0 < numbers["val-dice"] == pytest.approx((scores[0].dice + scores[1].dice) / 2)  # as it came, before its training
 
 
 def test_personal_parts_stay_at_the_site_and_continue_from_round_to_round(site: Participant) -> None:
