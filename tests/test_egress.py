@@ -222,6 +222,13 @@ def asked(site: Participant, kind: str = "train") -> Request:
     return Request(site=site, study=study, kind=kind, round_number=1, message=message)
 
 
+def test_the_exact_number_of_images_leaves_a_simulation_only(audited: Participant) -> None:
+    exact = with_number(usual(audited.studies[0]), "slices", 6)
+    with pytest.raises(IcmoeError, match="slices is not a whole number from 10 to "):
+        release(asked(audited), exact)
+    assert release(asked(replace(audited, exact_counts=True)), exact).content[NUMBERS]["slices"] == 6
+
+
 def test_the_norm_that_a_site_allows_holds_for_what_it_trained(audited: Participant) -> None:
     strict = replace(audited, policy=Policy(largest_update_norm=1e-6))
     assert number_of(ask(strict, request(audited.studies[0]))) == 416
