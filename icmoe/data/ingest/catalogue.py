@@ -20,7 +20,7 @@ from icmoe.data.ingest.forms import MASKS
 from icmoe.data.ingest.index import LeftOut, transaction
 from icmoe.data.ingest.persons import UNDECIDED, Persons
 from icmoe.data.ingest.pseudonyms import Pseudonyms
-from icmoe.data.ingest.records import FileRecord, Patch, is_image
+from icmoe.data.ingest.records import FileRecord, Patch, is_image, whose
 from icmoe.data.ingest.refusals import Refusal
 from icmoe.data.ingest.walking import bare, case, case_names, person, stem, told
 
@@ -29,10 +29,13 @@ if TYPE_CHECKING:
 
 FORMS = (*MASKS, "volume", "picture")
 """Kinds of masks, the one that says most about its image first."""
+STRAY = "it names no patient or another one than the other files of its series"
 KEPT = 1024
 """Records that are held in memory."""
 SCHEMA = """
-create table run.image (path blob primary key, uid, series, patient, space, folder blob, name blob, bare blob) without rowid;
+create table run.image (path blob primary key, uid, series, patient, owner, study, space, folder blob, name blob, bare blob)
+    without rowid;
+create table run.link (shared, patient, primary key (shared, patient)) without rowid;
 create table run.mask (path blob primary key) without rowid;
 create table run.use (path blob, frame integer, form integer, mask blob, classes integer, said text);
 create table run.refusal (path blob primary key, number integer, why text) without rowid;
@@ -66,6 +69,14 @@ create index run.image_name on image (name);
 create index run.image_bare on image (bare);
 create index run.use_frame on use (path, frame);
 """
+STRAYS = """
+with named as (select series, owner, count(*) files from run.image group by series, owner),
+    most as (select series, max(files) files, sum(files) total from named group by series having count(*) > 1)
+select path, study, owner from run.image join most using (series) join named using (series, owner)
+    where named.files < most.files and total - most.files <= max(1, total / 10) and most.files > total - most.files
+    and (uid = '' or not exists (select 1 from run.image other where other.uid = image.uid and other.path <> image.path))
+"""
+"""Files of a series of which nearly all others name one patient; where one claims to be another's instance too, nobody knows."""
 PREFER = """
 delete from run.use where classes = 0 and exists
     (select 1 from run.use other where other.path = use.path and other.frame = use.frame and other.classes <> 0);
@@ -191,11 +202,24 @@ class Catalogue:
             elif is_image(record):
                 folder, single = os.fsencode(PurePosixPath(name).parent), len(record.frames) == 1
                 called = [os.fsencode(of(name)) if single else None for of in (stem, bare)]
-                row = record.image, record.series, record.patient, record.space, folder, *called
-                self._run.execute("insert into run.image values (?, ?, ?, ?, ?, ?, ?, ?)", (path, *row))
+                row = record.image, record.series, record.patient, whose(record), record.study, record.space, folder, *called
+                self._run.execute("insert into run.image values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (path, *row))
+                self._link(whose(record), record.others)
             else:
                 self._run.execute("insert into run.mask values (?)", (path,))
         self._run.executescript(INDEXES)
+        self._set_strays_aside()
+
+    def _set_strays_aside(self) -> None:
+        """Refuse single files of a series that name another patient than all the others; who they are of may be that patient."""
+        for path, study, owner in self._run.execute(STRAYS).fetchall():
+            self._run.execute("delete from run.image where path = ?", (path,))
+            self.refuse(os.fsdecode(path), Refusal(117, STRAY))
+            self._link(owner, [study] if study else [])
+
+    def _link(self, patient: str, shared: Iterable[str]) -> None:
+        """Note what tells that a patient may be one person with others: a study, or a further number."""
+        self._run.executemany("insert or ignore into run.link values (?, ?)", [(one, patient) for one in shared])
 
     def _name_persons(self, hashes: Pseudonyms, pattern: str | None, cases: Mapping[str, str]) -> None:
         """Note in the records of images whose they are, where all folders of the export together say other than their own."""

@@ -14,9 +14,10 @@ COMMON = 5
 class Copies:
     """Which frames are not used because of equal pictures, told in the order in which frames are published.
 
-    Patients who share a picture or a study (which is of one person, PS3.3 A.1.2) count as one person, and so do those whom a
-    third one links. Where such a person stands in several splits, only the patients of the best one stay, test before val
-    before train: otherwise pictures of a person in the test would be trained on. Of equal pictures the first is used.
+    Patients who share a picture, a study (which is of one person, PS3.3 A.1.2) or a number (OtherPatientIDs) count as one
+    person, and so do those whom a third one links. Where such a person stands in several splits, only the patients of the best
+    one stay, test before val before train: otherwise pictures of a person in the test would be trained on. Of equal pictures
+    the first is used.
 
     Parameters
     ----------
@@ -25,7 +26,7 @@ class Copies:
     repeated
         Picture and patient of every frame whose picture occurs more than once.
     studies
-        Study and patient of every series.
+        Study and patient of every series; further numbers that files give a patient, and each patient who has one of them.
     contradicted
         Pictures whose copies are marked differently: nobody knows which of them is right.
     """
@@ -51,7 +52,7 @@ class Copies:
     def reason(self, patient: str, picture: str) -> Refusal | None:
         """Return why the next frame is not used, None where it is."""
         if SPLITS.index(self._splits[patient]) < self._best[self._persons.get(patient, patient)]:
-            return Refusal(127, "it shares pictures or a study with a patient of another split")
+            return Refusal(127, "it shares pictures, a study or a number with a patient of another split")
         owners = self._owners.get(picture)
         if owners is None:
             return None

@@ -44,7 +44,7 @@ NO_PICTURE = {
     "1.2.840.10008.5.1.4.1.1.66.5": "a surface segmentation, not on a pixel grid",
 }
 
-PERSON = ["PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate"]
+PERSON = ["PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate", "OtherPatientIDs", "OtherPatientIDsSequence"]
 BELONGING = ["StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"]
 PICTURE = ["Modality", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BurnedInAnnotation"]
 WRITING = ["RecognizableVisualFeatures", "ConversionType", "ImageType"]

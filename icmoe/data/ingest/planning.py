@@ -92,7 +92,7 @@ def _series(series: str, members: list[tuple[str, FileRecord]], files: Catalogue
     patients = {whose(record) for _, record in members}
     owner, first = patients.pop() if len(patients) == 1 else "", members[0][1]
     held = next((record.held for _, record in members if record.held), "")
-    names = {owner, first.number, *(record.patient for _, record in members)}
+    names = {owner, first.number, *(name for _, record in members for name in (record.patient, *record.others))}
     fault = _whole(owner, names, held if series not in site.allow else "", site)
     owner = owner.replace(UNDECIDED, "")
     total = sum(len(record.frames) for _, record in members)

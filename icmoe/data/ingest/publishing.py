@@ -122,9 +122,12 @@ class Publication:
         studies = (
             "select distinct study, patient from run.planned where study <> '' and patient in (select patient from run.shown)"
         )
+        numbers = """select shared, patient from run.link union select shared, planned.patient from run.link
+            join run.planned on shared in (planned.patient, planned.number)"""
+        linked = self._connection.execute(f"{studies} union {numbers}")
         marked = "select picture from run.shown group by picture having count(distinct marks) > 1"
         contradicted = {picture for (picture,) in self._connection.execute(marked)}
-        copies = Copies(patients, self._connection.execute(query), self._connection.execute(studies), contradicted)
+        copies = Copies(patients, self._connection.execute(query), linked, contradicted)
         for series in self._series():
             kept = []
             for place, (_, result) in enumerate(series.usable):

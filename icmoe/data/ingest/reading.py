@@ -8,10 +8,11 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
+from pydicom.dataset import Dataset
 
 from icmoe.data.images import DEEP_COLOUR, read_grey
 from icmoe.data.ingest.forms import MASKS, VOLUMES, mask_of, module_of
-from icmoe.data.ingest.headers import image_record, read_header, text
+from icmoe.data.ingest.headers import image_record, read_header, sequence, terms, text
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.opening import Refusal, content_of, refusing
 from icmoe.data.ingest.pixels import plain_pixels_of
@@ -85,7 +86,8 @@ class Reader:
             marks: FileRecord = module_of(MASKS[form]).record(path, header, self.names, self.hashes)
             return marks
         record = image_record(header, self.hashes)
-        return record.model_copy(update=plain_pixels_of(path, header))
+        others = tuple(sorted({self.hashes.patient(number) for number in _further_numbers(header)}))
+        return record.model_copy(update={**plain_pixels_of(path, header), "others": others})
 
     def _owner(self, relative: str) -> dict[str, str]:
         """Return whose a file without identity is: the pattern's group, else the folder that is not named for its kind.
@@ -100,6 +102,12 @@ class Reader:
 
 
 def picture_record(path: Path) -> FileRecord:
+def _further_numbers(header: Dataset) -> frozenset[str]:
+    """Return the numbers that a file gives its patient besides PatientID, as after a merger of clinics (PS3.3 C.7.1.1)."""
+    items = sequence(header, "OtherPatientIDsSequence")
+    return terms(header, "OtherPatientIDs") | {text(item, "PatientID") for item in items} - {""}
+
+
     """Return the record of a PNG file.
 
     Raises

@@ -11,7 +11,7 @@ Plane = tuple[float, float, float, float, float, float, float, float, float, flo
 """Position of the first pixel's centre (3), direction along a row (3), along a column (3), distance of rows and of
 columns, in mm and in DICOM's axes (x to the left, y to the back, z to the head)."""
 
-RECIPE_VERSION = "14"
+RECIPE_VERSION = "15"
 """Raised whenever equal files give other records or frames; every file is read and every series decoded again then."""
 SAFE_MODALITIES = frozenset({"CT", "MR", "PT", "NM", "CR", "DX", "MG"})
 """Scanners that do not write into the picture; from any other source an image is held back."""
@@ -79,6 +79,8 @@ class FileRecord(Record):
     """Of a DICOM object: whether it names nobody, so that its study stands for its patient."""
     number: Shared = ""
     """Where the file names who gave the patient's number: keyed hash of the number alone, which others may have given too."""
+    others: tuple[Shared, ...] = ()
+    """Of a DICOM image: keyed hashes of further numbers that it gives its patient, whoever gave them."""
     pattern: Shared = ""
     """Keyed hash of the patient's number with its digits left out: whether a name is made in the same way."""
     study: Shared = ""

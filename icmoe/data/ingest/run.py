@@ -263,7 +263,7 @@ def _of_patient(connection: sqlite3.Connection, name: str) -> tuple[set[str], se
     """Return a patient's pseudonyms and series, those too that an ingest that was stopped has not published."""
     names, series = {name}, set[str]()
     for _, record in index.records(connection):
-        if name in {record.patient, record.person, record.number}:
+        if name in {record.patient, record.person, record.number, *record.others}:
             names.add(whose(record))
             series.add(f"S-{record.series}")
     return names, series

@@ -1,0 +1,98 @@
+"""Whose a slice is where its file says another than its series, and persons who have several numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from dicom_builders import MASKS, VOLUME, item, numbers, put, segmentation, used, volume
+from exports import export_of, taken
+from pydicom.dataset import Dataset
+
+from icmoe.data.ingest.catalogue import STRAY
+from icmoe.data.ingest.finding import files_of
+from icmoe.data.ingest.run import forget
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+NOBODY = {"PatientID": "", "PatientName": ""}
+OTHER = {"PatientID": "Roe 7", "PatientName": "Roe^Al"}
+
+
+def marked(shift: int = 0, **elements: Any) -> list[Dataset]:
+    """Return a series of five slices and its masks."""
+    sources = volume(np.roll(VOLUME, shift, axis=2), **elements)
+    return [*sources, segmentation(sources, MASKS, "BINARY")]
+
+
+def change(data: Dataset, **elements: Any) -> None:
+    for name, value in elements.items():
+        setattr(data, name, value)
+
+
+@pytest.mark.parametrize("named", [NOBODY, {**NOBODY, "StudyInstanceUID": ""}, {"PatientID": ""}, OTHER])
+def test_a_slice_of_nobody_or_of_another_costs_itself_and_not_its_series(tmp_path: Path, named: dict[str, str]):
+    objects = marked()
+    change(objects[2], **named)
+    put(tmp_path, objects)
+    pictures, classes, data = used(tmp_path)
+    assert [bool(marks.any()) for marks in classes] == [False, True, True, False]
+    assert {item.patient for item in data.slices} == {data.slices[0].patient}
+    ((why, subject),) = [(fault.what, fault.where) for fault in data.exclusions if fault.number == 117]
+    assert why == STRAY
+    export = export_of(tmp_path / "export", tmp_path / "kept")
+    assert files_of(export, subject.removeprefix("Elm/")) == ["z4"]
+    assert all(one.spacing_mm is None for one in data.slices), "where a slice is lost, the stack is uneven"
+    assert len(pictures) == 4
+
+
+@pytest.mark.parametrize("others", [2, 3])
+def test_a_series_of_two_patients_is_nobodys(tmp_path: Path, others: int):
+    objects = marked()
+    for data in objects[:others]:
+        change(data, **OTHER)
+    put(tmp_path, objects)
+    data = used(tmp_path)[2]
+    assert not data.slices
+    assert "its files name no patient, or several" in {fault.what for fault in data.exclusions}
+
+
+def test_two_files_that_claim_to_be_one_slice_of_two_patients_are_not_decided_between(tmp_path: Path):
+    objects = marked()
+    other = Dataset()
+    other.update(objects[2])
+    other.file_meta = objects[2].file_meta
+    change(other, **OTHER)
+    put(tmp_path, [*objects, other])
+    assert not used(tmp_path)[2].slices
+
+
+@pytest.mark.parametrize("form", ["sequence", "list", "third"])
+def test_a_person_of_two_numbers_stands_in_one_split(tmp_path: Path, form: str):
+    """Where a file says that its patient has another number too, the two are one person."""
+    further: dict[str, Any] = {
+        "sequence": {"OtherPatientIDsSequence": [item(PatientID=" two", TypeOfPatientID="TEXT")]},
+        "list": {"OtherPatientIDs": ["x", "TWO"]},
+        "third": {"OtherPatientIDs": "three"},
+    }[form]
+    put(tmp_path, marked(PatientID="one", **further), "a{}")
+    put(tmp_path, marked(1, PatientID="two", **({"OtherPatientIDs": "three"} if form == "third" else {})), "b{}")
+    put(tmp_path, marked(2, PatientID="four"), "c{}")
+    (tmp_path / "split.csv").write_text("patient,split\none,train\ntwo,test\nfour,train\n")
+    export = replace(export_of(tmp_path / "export", tmp_path / "kept"), split_file=tmp_path / "split.csv")
+    data = taken(export)
+    assert {split: len(data.of(split)) for split in ("train", "val", "test")} == {"train": 5, "val": 0, "test": 5}
+    assert numbers(data) == [127] * 5
+    assert "a number with a patient of another split" in data.exclusions[0].what
+    (tmp_path / "split.csv").write_text("patient,split\none,test\ntwo,test\nfour,train\n")
+    assert len(taken(export).of("test")) == 10
+
+
+def test_a_patient_is_forgotten_under_every_number_that_its_files_give(tmp_path: Path):
+    put(tmp_path, marked(PatientID="one", OtherPatientIDs="old"), "a{}")
+    put(tmp_path, marked(1, PatientID="two"), "b{}")
+    assert len(used(tmp_path)[2].slices) == 10
+    assert forget(tmp_path / "kept", "old") == 5
+    assert len(used(tmp_path)[2].slices) == 5
