@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -148,3 +149,32 @@ def test_a_mask_that_changed_after_reading_is_refused(root: Path, make_study, sh
     Image.fromarray(np.zeros(shape, np.uint8)).save(root / "A/masks/train_2.png")
     with pytest.raises(IcmoeError, match=r"ICM104 A/train_2\.png: mask changed since the folder was read"):
         TrainingSet(slices, study, cache)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_are_one_however_their_letters_are_composed(root: Path, form: str):
+    """A macOS disk writes "ü" as "u" and two dots, a spreadsheet as one character."""
+    for split in ("train", "val", "test"):
+        text = (root / f"splits/{split}.csv").read_text().replace("A", "Süd").replace("of train", "Jürgen")
+        (root / f"splits/{split}.csv").write_text(unicodedata.normalize(form, text))
+    (root / "A").rename(root / unicodedata.normalize("NFD" if form == "NFC" else "NFC", "Süd"))
+    (site,) = read_sites(root, LABELS).values()
+    assert (site.name, site.images_used, site.unlisted) == (unicodedata.normalize("NFC", "Süd"), 6, 0)
+    assert {item.patient for item in site.of("train")} == {"Jürgen"}
+    assert load_image(site.of("train")[0]).shape == (20, 24)
+
+
+def test_a_patient_in_two_splits_is_found_however_its_letters_are_composed(root: Path):
+    for split, form in (("train", "NFC"), ("val", "NFD")):
+        path = root / f"splits/{split}.csv"
+        path.write_text(path.read_text().replace(f"of {split}", unicodedata.normalize(form, "Jürgen")))
+    assert "ICM107 A" in refusal(root)
+
+
+def test_one_file_under_two_ways_of_writing_is_one_image(root: Path):
+    (root / "A/images/train_1.png").rename(root / "A/images" / unicodedata.normalize("NFD", "ü.png"))
+    rows = [[text.replace("A/images/train_1.png", "A/images/ü.png") for text in row] for row in train(root)]
+    write(root, "train", [*rows, [text.replace("ü", unicodedata.normalize("NFD", "ü")) for text in rows[1]]])
+    site = read_sites(root, LABELS)["A"]
+    assert (len(site.of("train")), [fault.number for fault in site.exclusions]) == (2, [112])
+

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from icmoe.data.images import LEFT_OUT, read_classes, read_grey
+from icmoe.data.ingest.folding import composed
 from icmoe.data.picture import Picture, marks_digest, picture_digest, picture_of, ranks_digest
 from icmoe.data.slices import SiteData, Slice
-from icmoe.data.splits import Row, patients_in_two_splits, read_rows, spacing_mm
+from icmoe.data.splits import Row, patients_in_two_splits, place_of, read_rows, spacing_mm
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Label
 from icmoe.window import ValueCounts, Window
@@ -117,9 +118,9 @@ def _read_sites(
     *,
     count_unlisted: bool = True,
 ) -> dict[str, SiteData]:
-    first, twice = _twice(rows)
+    first, twice = _twice(root, rows)
     slices, faults = _read_patients(root, first, labels, progress)
-    listed = {row.image for row in rows}
+    listed = {composed(row.image) for row in rows}
     return {
         name: SiteData(
             name=name,
@@ -132,12 +133,12 @@ def _read_sites(
     }
 
 
-def _twice(rows: Sequence[Row]) -> tuple[list[Row], dict[str, list[Fault]]]:
+def _twice(root: Path, rows: Sequence[Row]) -> tuple[list[Row], dict[str, list[Fault]]]:
     """Return the first row of every image, and a fault 112 per further row by site."""
-    first: dict[str, Row] = {}
+    first: dict[Path, Row] = {}
     twice: dict[str, list[Fault]] = {}
     for row in rows:
-        if first.setdefault(row.image, row) is not row:
+        if first.setdefault(place_of(root, row.image), row) is not row:
             twice.setdefault(row.site, []).append(Fault(number=112, where=row.image, did="The first row was used."))
     return list(first.values()), twice
 
@@ -197,8 +198,8 @@ def _checked(root: Path, row: Row, labels: Sequence[Label]) -> _Checked:
     IcmoeError
         101-106 or 113, the first that applies.
     """
-    pixels = read_grey(root / row.image, where=row.image)
-    classes = read_classes(root / row.mask, labels, where=row.mask)
+    pixels = read_grey(place_of(root, row.image), where=row.image)
+    classes = read_classes(place_of(root, row.mask), labels, where=row.mask)
     if pixels.shape != classes.shape:
         sizes = [f"{shape[1]} x {shape[0]}" for shape in (classes.shape, pixels.shape)]
         raise IcmoeError(Fault(number=105, where=row.mask, value=sizes[0], limit=sizes[1], did=LEFT_OUT))
@@ -214,8 +215,8 @@ def _slice(root: Path, row: Row, checked: _Checked, spacing: tuple[float, float,
         patient=row.patient,
         index=row.index,
         split=row.split,
-        image=root / row.image,
-        mask=root / row.mask,
+        image=place_of(root, row.image),
+        mask=place_of(root, row.mask),
         image_digest=picture_digest(ranks_digest(picture.ranks_HW), picture.values_V, window),
         shape=(picture.ranks_HW.shape[0], picture.ranks_HW.shape[1]),
         window=window,
@@ -242,11 +243,12 @@ def _with_108(site: SiteData) -> SiteData:
 
 
 def _site_folders(root: Path) -> set[str]:
-    return {path.name for path in _entries(root) if not path.name.startswith(".") and _is(Path.is_dir, path / "images")}
+    return {composed(path.name) for path in _entries(root) if not path.name.startswith(".") and _is(Path.is_dir, path / "images")}
 
 
 def _image_files(root: Path, site: str) -> set[str]:
-    return {f"{site}/images/{path.name}" for path in _entries(root / site / "images") if path.suffix.lower() == ".png"}
+    folder = place_of(root, f"{site}/images")
+    return {composed(f"{site}/images/{path.name}") for path in _entries(folder) if path.suffix.lower() == ".png"}
 
 
 def _entries(folder: Path) -> Iterable[Path]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from icmoe.atomic import read_regular
 from icmoe.config import in_utf16
+from icmoe.data.ingest.folding import composed
 from icmoe.errors import Fault, IcmoeError
 
 COLUMNS = ("split", "site", "patient", "slice", "image", "mask")
@@ -127,6 +130,17 @@ def spacing_mm(row: Row, *, did: str) -> tuple[float, float, float] | None:
     return (along_slices, along_rows, along_columns)
 
 
+def place_of(root: Path, relative: str) -> Path:
+    """Return where a file or folder lies, whichever way its name's letters are composed; as written where it is not there."""
+    if relative.isascii():
+        return root / relative
+    path = root
+    for part in PurePosixPath(relative).parts:
+        forms = (path / name for name in (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD"))))
+        path = next(filter(os.path.lexists, forms), path / part)
+    return path
+
+
 def _text(path: Path, where: str) -> str:
     try:
         return read_regular(path).decode("utf-8-sig")
@@ -168,6 +182,7 @@ def _row(fields: Mapping[str | None, str | Sequence[str] | None], split: str, wh
     if None in fields or any(fields[column] is None for column in COLUMNS):
         raise IcmoeError(_fault(where, "number of fields differs from the header"))
     texts = {column: str(fields.get(column) or "").strip() for column in (*COLUMNS, *SPACING_COLUMNS)}
+    texts |= {column: composed(texts[column]) for column in ("site", "patient")}  # else one patient would be two
     faults = [_fault(where, *problem) for problem in _problems(texts, split if same_split else None)]
     if faults:
         raise IcmoeError(*faults)

@@ -6,12 +6,17 @@ import re
 import unicodedata
 
 
+def composed(name: str) -> str:
+    """Return a name with its letters in one way of writing: "ü" as one character, where a macOS disk has "u" and two dots."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
 def folded(name: str) -> str:
     """Return a name without regard to case, to blanks around it and to how its letters are composed.
 
     Systems write one letter as one character or as two (a macOS disk takes names apart, most others do not).
     """
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name.strip()).casefold())
+    return composed(composed(name.strip()).casefold())
 
 
 def unnumbered(name: str) -> str:

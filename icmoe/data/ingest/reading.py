@@ -11,6 +11,7 @@ from PIL import Image
 from pydicom.dataset import Dataset
 
 from icmoe.data.images import DEEP_COLOUR, read_grey
+from icmoe.data.ingest.folding import composed
 from icmoe.data.ingest.forms import MASKS, VOLUMES, mask_of, module_of
 from icmoe.data.ingest.headers import image_record, read_header, sequence, terms, text
 from icmoe.data.ingest.labels import LabelNames
@@ -72,7 +73,7 @@ class Reader:
                 record = picture_record(path)
                 owner = self._owner(relative)
                 mask = (record.mask or called_mask(relative)) and not called_image(relative)
-                series = f"{PurePosixPath(relative).parent}\0{owner['patient']}"
+                series = f"{PurePosixPath(composed(relative)).parent}\0{owner['patient']}"
                 called, at = self.names.said_by(relative)
                 patches = (Patch(number=0, label=called),) if mask and called and at else ()
                 update = {**owner, "mask": mask, "patches": patches, "called_at": at}
@@ -101,13 +102,13 @@ class Reader:
         return {"patient": self.hashes.patient(told(relative, self.patient_pattern) or named)}
 
 
-def picture_record(path: Path) -> FileRecord:
 def _further_numbers(header: Dataset) -> frozenset[str]:
     """Return the numbers that a file gives its patient besides PatientID, as after a merger of clinics (PS3.3 C.7.1.1)."""
     items = sequence(header, "OtherPatientIDsSequence")
     return terms(header, "OtherPatientIDs") | {text(item, "PatientID") for item in items} - {""}
 
 
+def picture_record(path: Path) -> FileRecord:
     """Return the record of a PNG file.
 
     Raises

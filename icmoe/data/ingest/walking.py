@@ -9,7 +9,7 @@ import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from icmoe.data.ingest.folding import folded
+from icmoe.data.ingest.folding import composed, folded
 from icmoe.data.ingest.forms import VOLUMES
 from icmoe.errors import Fault, IcmoeError
 
@@ -97,7 +97,7 @@ def walk(root: Path, exclude: Sequence[str]) -> Iterator[tuple[str, int, int]]:
 
 def _matches(relative: str, patterns: Sequence[str]) -> bool:
     """Return whether a path is one of those that are passed over; a folder may be named with a slash at its end."""
-    return any(fnmatch.fnmatchcase(relative, pattern.rstrip("/")) for pattern in patterns)
+    return any(fnmatch.fnmatchcase(composed(relative), composed(pattern.rstrip("/"))) for pattern in patterns)
 
 
 def _require_open(root: Path, shut: Sequence[OSError]) -> None:
@@ -154,7 +154,7 @@ def person(name: str) -> str:
 
 def told(relative: str, pattern: str | None) -> str:
     """Return whose a path says that its file is, by the site's pattern or else as BIDS names people; empty where it does not."""
-    found = re.search(pattern or BIDS, relative)
+    found = re.search(composed(pattern or BIDS), composed(relative))
     return (found.group(1) or "") if found else ""
 
 
@@ -237,7 +237,7 @@ def called_mask(relative: str) -> bool:
 
 def own_folders(relative: str) -> list[str]:
     """Return the folders of a file that may be named for whose it is."""
-    return [part for part in PurePosixPath(relative).parent.parts if not GENERIC.fullmatch(part)]
+    return [part for part in PurePosixPath(composed(relative)).parent.parts if not GENERIC.fullmatch(part)]
 
 
 def closest(path: str, targets: Mapping[str, str]) -> list[str]:
@@ -245,13 +245,13 @@ def closest(path: str, targets: Mapping[str, str]) -> list[str]:
 
     Several are returned where they are equally close.
     """
-    folders = PurePosixPath(path).parent.parts
+    folders = PurePosixPath(composed(path)).parent.parts
 
     def shared(one: Sequence[str], other: Sequence[str]) -> int:
         return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
     def depth(target: str) -> tuple[int, int]:
-        other = PurePosixPath(target).parent.parts
+        other = PurePosixPath(composed(target)).parent.parts
         return shared(folders, other), shared(folders[::-1], other[::-1])
 
     depths = {name: depth(target) for name, target in targets.items()}
