@@ -16,6 +16,15 @@ MARKED = MASKS[2]
 NOTHING, EVERYTHING = np.zeros_like(MARKED), np.ones_like(MARKED)
 
 
+def test_pictures_lie_in_the_order_in_which_people_number_them(tmp_path: Path):
+    (tmp_path / "export/Doe").mkdir(parents=True)
+    numbers = [1, 2, 9, 10, 11]
+    for number, grey in zip(numbers, VOLUME, strict=True):
+        Image.fromarray(grey).save(tmp_path / f"export/Doe/slice_{number}.png")
+        Image.fromarray(MARKED).save(tmp_path / f"export/Doe/slice_{number}_mask.png")
+    assert same(used(tmp_path)[0], scaled(VOLUME))
+
+
 def masked(place: Path, mask: Image.Image) -> tuple[list[np.ndarray], str]:
     """Return the classes of an image with this mask of its name, and why it has none."""
     save(volume(VOLUME[:1])[0], place / "export" / "Doe" / "a.dcm")

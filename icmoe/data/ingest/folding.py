@@ -19,6 +19,11 @@ def folded(name: str) -> str:
     return composed(composed(name.strip()).casefold())
 
 
+def counted(name: str) -> tuple[str | int, ...]:
+    """Return what names are sorted by as people count: slice_2 before slice_10."""
+    return tuple(int(part) if at % 2 else part for at, part in enumerate(re.split(r"(\d+)", folded(name))))
+
+
 def unnumbered(name: str) -> str:
     """Return a `folded` name with 0 for each digit, to see whether two are numbers of one row; empty where it has no digit."""
     return re.sub(r"\d", "0", folded(name)) if re.search(r"\d", name) else ""

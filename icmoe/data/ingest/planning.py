@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icmoe.data.ingest.catalogue import Catalogue, Key, Use
+from icmoe.data.ingest.folding import counted
 from icmoe.data.ingest.geometry import height_mm, is_one_grid, normal, parallel, slice_distance_mm, upright
 from icmoe.data.ingest.index import LeftOut
 from icmoe.data.ingest.jobs import SeriesJob, Wanted, file_state
@@ -164,17 +165,20 @@ def _whole(owner: str, names: set[str], held: str, site: Site) -> Refusal | None
 
 
 def ordered(frames: list[tuple[str, int, FramePlace]]) -> list[tuple[str, int, FramePlace]]:
-    """Return frames along the normal of their planes, then in time; without known planes in the order of acquisition."""
+    """Return frames along the normal of their planes, then in time; without known planes in the order of acquisition.
+
+    Pictures know neither: they lie in the order in which people number files.
+    """
     first = next((place.plane for _, _, place in frames if place.plane is not None), None)
 
     def key(frame: tuple[str, int, FramePlace]) -> tuple[object, ...]:
         path, number, place = frame
         plane = place.plane
         if first is None or plane is None:
-            return (1, 0.0, place.order, path, number)
+            return (1, 0.0, place.order, counted(path), path, number)
         group = 0 if parallel(first, plane) else 1
         sign = 1.0 if _points_up(first) else -1.0
-        return (group, round(sign * height_mm((*plane[:3], *first[3:11])), 2), place.order, path, number)
+        return (group, round(sign * height_mm((*plane[:3], *first[3:11])), 2), place.order, counted(path), path, number)
 
     return sorted(frames, key=key)
 
