@@ -23,6 +23,7 @@ from icmoe.dataset import TrainingSet
 from icmoe.errors import IcmoeError
 from icmoe.features import FeatureCache
 from icmoe.study import Label
+from icmoe.window import normalise, series_window
 
 LABELS = (Label(name="background", values=(0,)), Label(name="lesion", values=(255,)))
 HEADER = ["split", "site", "patient", "slice", "image", "mask"]
@@ -178,3 +179,13 @@ def test_one_file_under_two_ways_of_writing_is_one_image(root: Path):
     site = read_sites(root, LABELS)["A"]
     assert (len(site.of("train")), [fault.number for fault in site.exclusions]) == (2, [112])
 
+
+def test_images_of_8_and_of_16_bits_of_one_patient_are_each_on_their_own_scale(root: Path):
+    path = root / "A/images/train_2.png"
+    flat = np.asarray(Image.open(path))
+    Image.fromarray(flat.astype(np.uint16) * 200).save(path)
+    one, deep = read_sites(root, LABELS)["A"].of("train")
+    other = load_image(one)
+    assert deep.window.high > 100 * one.window.high
+    assert other.mean() > 0.3
+    assert np.allclose(load_image(deep), normalise(flat, series_window([flat])), atol=1e-5)

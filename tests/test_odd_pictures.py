@@ -16,6 +16,17 @@ MARKED = MASKS[2]
 NOTHING, EVERYTHING = np.zeros_like(MARKED), np.ones_like(MARKED)
 
 
+def test_pictures_of_8_and_of_16_bits_of_one_patient_are_each_on_their_own_scale(tmp_path: Path):
+    """With one window for both, those of 8 bits would be nearly black."""
+    deep = [grey * np.uint16(20) for grey in VOLUME[:2]]
+    flat = [(grey >> 4).astype(np.uint8) for grey in VOLUME[2:4]]
+    (tmp_path / "export/Doe").mkdir(parents=True)
+    for number, grey in enumerate([*deep, *flat]):
+        Image.fromarray(grey).save(tmp_path / f"export/Doe/{number}.png")
+        Image.fromarray(MARKED).save(tmp_path / f"export/Doe/{number}_mask.png")
+    assert same(used(tmp_path)[0], [*scaled(deep), *scaled(flat)])
+
+
 def test_pictures_lie_in_the_order_in_which_people_number_them(tmp_path: Path):
     (tmp_path / "export/Doe").mkdir(parents=True)
     numbers = [1, 2, 9, 10, 11]

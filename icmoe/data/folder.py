@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from icmoe.data.images import LEFT_OUT, read_classes, read_grey
+from icmoe.data.images import LEFT_OUT, is_deep, read_classes, read_grey
 from icmoe.data.ingest.folding import composed
 from icmoe.data.picture import Picture, marks_digest, picture_digest, picture_of, ranks_digest
 from icmoe.data.slices import SiteData, Slice
@@ -177,15 +177,17 @@ def _read_patient(root: Path, rows: Sequence[Row], labels: Sequence[Label]) -> t
             faults.extend(error.faults)
     if not usable:
         return [], faults
-    counts = ValueCounts()
+    counts: dict[bool, ValueCounts] = {}
     for _, checked, _ in usable:
-        counts.add_counts(checked.picture.values_V, checked.picture.counts_V)
-    window = counts.window()
-    return [_slice(root, row, checked, spacing, window) for row, checked, spacing in usable], faults
+        counts.setdefault(checked.is_deep, ValueCounts()).add_counts(checked.picture.values_V, checked.picture.counts_V)
+    windows = {depth: found.window() for depth, found in counts.items()}
+    return [_slice(root, row, checked, spacing, windows[checked.is_deep]) for row, checked, spacing in usable], faults
 
 
 class _Checked(NamedTuple):
     picture: Picture
+    is_deep: bool
+    """Whether it has 16 bits: those of 8 beside it are on another scale, and have a window of their own."""
     classes: tuple[int, ...]
     marks: str
 
@@ -205,7 +207,8 @@ def _checked(root: Path, row: Row, labels: Sequence[Label]) -> _Checked:
         raise IcmoeError(Fault(number=105, where=row.mask, value=sizes[0], limit=sizes[1], did=LEFT_OUT))
     if pixels.min() == pixels.max():
         raise IcmoeError(Fault(number=113, where=row.image, value=f"every pixel is {pixels.flat[0]}", did=LEFT_OUT))
-    return _Checked(picture_of(pixels), tuple(np.flatnonzero(np.bincount(classes.ravel())).tolist()), marks_digest(classes))
+    found = tuple(np.flatnonzero(np.bincount(classes.ravel())).tolist())
+    return _Checked(picture_of(pixels), is_deep(place_of(root, row.image)), found, marks_digest(classes))
 
 
 def _slice(root: Path, row: Row, checked: _Checked, spacing: tuple[float, float, float] | None, window: Window) -> Slice:

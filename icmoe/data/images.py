@@ -79,6 +79,15 @@ def read_grey(path: Path, *, where: str) -> npt.NDArray[Any]:
     return np.asarray(pixels.astype(np.float32) @ np.asarray(LUMINANCE, dtype=np.float32))
 
 
+def is_deep(path: Path) -> bool:
+    """Return whether a PNG file has more than 8 bits per channel: its values are on another scale than those of 8 bits."""
+    try:
+        with path.open("rb") as file:
+            return file.read(25)[24:] > b"\x08"
+    except OSError:  # what reads the pixels tells of it
+        return False
+
+
 def read_classes(path: Path, labels: Sequence[Label], *, where: str, called: int = 0) -> npt.NDArray[np.uint8]:
     """Return a mask as class indices.
 

@@ -24,7 +24,7 @@ from rich.progress import Progress
 from icmoe.atomic import write_atomically
 from icmoe.backbone import Backbone, load_backbone, require_taken
 from icmoe.backbones import file_digest
-from icmoe.data.ingest.decoding import frames_of
+from icmoe.data.ingest.decoding import frames_of, on_deep_scale
 from icmoe.data.ingest.geometry import slice_distance_mm, upright
 from icmoe.data.ingest.pixels import Shown
 from icmoe.data.ingest.refusals import Refusal
@@ -86,13 +86,13 @@ class Prediction:
     def segment(self, series: Series, out: Path) -> None:
         """Segment the stacks of a series, each into a folder of its own below `out`; what cannot be is named."""
         shown = Shown()
-        window, refusals, blank = self._first_pass(series, shown)
+        windows, refusals, blank = self._first_pass(series, shown)
         for stack in series.stacks:
             folder = out / f"{len(self.stacks) + 1:03d}"
             try:
                 self._require(series, stack, refusals, blank)
                 # `shown` again: inverted frames are turned about the value about which those that made the window were.
-                self.stacks.append(self._stack(series, stack, window, blank, folder, shown))
+                self.stacks.append(self._stack(series, stack, windows, blank, folder, shown))
             except IcmoeError as error:
                 self.faults += error.faults
             except Refusal as refusal:
@@ -102,9 +102,9 @@ class Prediction:
 
     def _first_pass(
         self, series: Series, shown: Shown
-    ) -> tuple[Window | None, dict[tuple[str, int], Refusal], set[tuple[str, int]]]:
-        """Return the window of a series, the frames that cannot be decoded, and those of one grey value."""
-        counts = ValueCounts()
+    ) -> tuple[dict[str, Window], dict[tuple[str, int], Refusal], set[tuple[str, int]]]:
+        """Return the window of each file of a series, the frames that cannot be decoded, and those of one grey value."""
+        counts, deep = dict[bool, ValueCounts](), dict[str, bool]()
         refusals, blank = dict[tuple[str, int], Refusal](), set[tuple[str, int]]()
         bar = self.progress.add_task("decode", total=sum(len(stack.frames) for stack in series.stacks))
         frames = [frame for stack in series.stacks for frame in stack.frames]
@@ -114,10 +114,11 @@ class Prediction:
             elif np.count_nonzero(picture.finite_V) < 2:
                 blank.add(key)
             else:
-                counts.add_counts(picture.values_V, picture.counts_V)
+                depth = deep.setdefault(key[0], on_deep_scale(self.root / key[0], series.files[key[0]].kind))
+                counts.setdefault(depth, ValueCounts()).add_counts(picture.values_V, picture.counts_V)
             self.progress.advance(bar)
-        window = shown.bound(counts.window()) if len(refusals) + len(blank) < len(frames) else None
-        return window, refusals, blank
+        windows = {depth: shown.bound(found.window()) for depth, found in counts.items()}
+        return {path: windows[depth] for path, depth in deep.items()}, refusals, blank
 
     def _pictures(
         self, series: Series, frames: Iterable[Frame], shown: Shown
@@ -162,7 +163,7 @@ class Prediction:
             nifti.affine_of(series, stack)
 
     def _stack(
-        self, series: Series, stack: Stack, window: Window | None, blank: set[tuple[str, int]], folder: Path, shown: Shown
+        self, series: Series, stack: Stack, windows: dict[str, Window], blank: set[tuple[str, int]], folder: Path, shown: Shown
     ) -> dict[str, Any]:
         classes_DHW = np.zeros((len(stack.frames), *stack.shape), np.uint8)
         places = {(frame.path, frame.number): place for place, frame in enumerate(stack.frames)}
@@ -171,7 +172,7 @@ class Prediction:
             place = places[key]
             if isinstance(picture, Refusal):
                 raise picture  # the file changed since the first pass
-            if key not in blank and window is not None:
+            if key not in blank and (window := windows.get(key[0])) is not None:
                 turn = upright(stack.frames[place].plane)
                 grey_HW = normalise(picture.values_V, window).take(picture.ranks_HW)
                 maps = maps_of(self.model, self.backbone, turn.turn(grey_HW), self.views)

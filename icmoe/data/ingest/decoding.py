@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from icmoe.data.images import OWN_WORDS, read_classes, read_grey
+from icmoe.data.images import OWN_WORDS, is_deep, read_classes, read_grey
 from icmoe.data.ingest.burned_in import holds_text
 from icmoe.data.ingest.catalogue import Use
 from icmoe.data.ingest.forms import MASKS, module_of
@@ -39,20 +39,28 @@ def decode_series(job: SeriesJob) -> list[FrameResult]:
     Of a written frame only the values that occur in it are kept until the window is known, `MAX_KEPT` in all; those beyond
     are read again, so that memory stays that of one frame.
     """
-    counts, results, kept = ValueCounts(), dict[tuple[str, int], FrameResult](), _Kept()
+    results, kept = dict[tuple[str, int], FrameResult](), _Kept()
+    deep = {frame.path: on_deep_scale(job.root / frame.path, job.kinds[frame.path]) for frame in job.frames}
+    counts = {depth: ValueCounts() for depth in deep.values()}
     wanted = {(frame.path, frame.number): frame for frame in job.frames}
     masks, shown = _Masks(job), Shown()
     for key, picture in _pictures(job, shown):
-        results[key] = _first_pass(job, wanted[key], picture, masks, counts, kept)
+        results[key] = _first_pass(job, wanted[key], picture, masks, counts[deep[key[0]]], kept)
     if not all(_is_as_it_was(job.root / path, state) for path, state in job.states):  # it may be another patient's now
         return [FrameResult(fault=118, why=CHANGED)] * len(wanted)
     stacked = [result for (path, _), result in results.items() if job.kinds[path] != "picture"]  # those are a folder's
     doubt = next((result for result in stacked if result.why in {TWO_READINGS, ACROSS}), None)
     if doubt:  # where two readings agree by chance nobody knows either which is right, nor which slices a contour runs across
         return [doubt] * len(wanted)
-    window = shown.bound(counts.window()) if any(not result.fault for result in results.values()) else None
+    usable = {deep[path] for (path, _), result in results.items() if not result.fault}
+    windows = {depth: shown.bound(counts[depth].window()) for depth in usable}
     missing = FrameResult(fault=118, why="the file holds fewer frames than its header says")
-    return [_second_pass(job, results.get(key, missing), window, kept) for key in wanted]
+    return [_second_pass(job, results.get(key, missing), windows.get(deep[key[0]]), kept) for key in wanted]
+
+
+def on_deep_scale(path: Path, kind: Kind) -> bool:
+    """Return whether a file is a picture of 16 bits; those of 8 beside it are on another scale, and have their own window."""
+    return kind == "picture" and is_deep(path)
 
 
 def _is_as_it_was(path: Path, state: str) -> bool:
