@@ -81,12 +81,17 @@ def test_blanks_and_case_of_a_patient_number_make_no_second_patient(tmp_path: Pa
     assert len({one.patient for one in data.slices}) == 1
 
 
-def test_a_series_of_two_patients_is_left_out(tmp_path: Path):
+@pytest.mark.parametrize(("others", "left", "reasons"), [(1, 4, [117]), (2, 0, [108, 117])])
+def test_a_series_of_two_patients_is_left_out_and_one_slice_of_another_alone(
+    others: int, left: int, reasons: list[int], tmp_path: Path
+):
     sources = volume(VOLUME)
-    sources[2].PatientID = "Roe 2"
+    for one in sources[2 : 2 + others]:
+        one.PatientID = "Roe 2"
     groups = [item(DerivationImageSequence=[derived(one)]) for one in sources]
     put(tmp_path, [*sources, plain_segmentation(MASKS, groups, PatientID=None)])
-    assert numbers(used(tmp_path)[2]) == [108, 117]
+    data = used(tmp_path)[2]
+    assert (len(data.slices), numbers(data)) == (left, reasons)
 
 
 @given(names=st.lists(st.text(min_size=1, max_size=9), min_size=1, unique=True), secret=st.binary(min_size=32, max_size=32))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from dicom_builders import MASKS, VOLUME, same, save, scaled, used, volume
+from exports import BACKGROUND, LESION
 from PIL import Image
 
 from icmoe.data.images import LUMINANCE
+from icmoe.study import Label
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 MARKED = MASKS[2]
@@ -94,3 +98,47 @@ def test_an_index_of_a_palette_is_the_value_where_the_ground_is_not_a_colour_bes
     mask.putpalette(palette)
     masks, why = masked(tmp_path, mask)
     assert np.array_equal(masks[0], MARKED), why
+
+
+def packed(values: np.ndarray, bits: int) -> bytes:
+    """Return a grey PNG file of 1, 2 or 4 bits, which Pillow does not write."""
+    rows = [b"\0" + np.packbits(np.unpackbits(row[:, None], axis=1)[:, 8 - bits :]).tobytes() for row in values]
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(b"".join(rows))), (b"IEND", b""))
+    chunks = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+ONE = (BACKGROUND, Label(name="lesion", values=(1,)))
+BOTH = (*ONE, Label(name="other", values=(85,)))
+SHOWN = (BACKGROUND, Label(name="lesion", values=(170,)))
+
+
+@pytest.mark.parametrize(
+    ("bits", "stored", "labels", "told"),
+    [
+        *((bits, 1, ONE, "") for bits in (1, 2, 4)),
+        (2, 2, SHOWN, ""),  # as an optimiser packs what was written with 8 bits
+        (4, 15, LESION, ""),
+        (2, 2, ONE, "ICM106"),
+        (2, 1, BOTH, "both as stored and as shown"),
+    ],
+)
+def test_few_bits_of_grey_mean_what_the_labels_say(bits: int, stored: int, labels: tuple[Label, ...], told: str, tmp_path: Path):
+    save(volume(VOLUME[:1])[0], tmp_path / "export/Doe/a.dcm")
+    (tmp_path / "export/Doe/a_mask.png").write_bytes(packed(MARKED * np.uint8(stored), bits))
+    _, masks, data = used(tmp_path, labels)
+    why = " ".join(map(str, data.exclusions))
+    assert told in why
+    assert bool(told) != bool(masks), why
+    assert all(np.array_equal(mask, MARKED) for mask in masks)
+
+
+@pytest.mark.parametrize("folder", ["masks/20220101", "masks/visit_2", "labels/2022-01-01_CT"])
+def test_a_mask_with_soft_edges_in_a_folder_of_a_date_for_masks_is_no_image(folder: str, tmp_path: Path):
+    for name, pixels in (("images", (VOLUME[0] >> 4).astype(np.uint8)), (folder, (VOLUME[1] >> 4).astype(np.uint8) * MARKED)):
+        (tmp_path / "export/Doe" / name).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / "export/Doe" / name / "a.png")
+    data = used(tmp_path)[2]
+    assert data.images_found == 1
+    assert [fault.number for fault in data.exclusions] == [106, 108]

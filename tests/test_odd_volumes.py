@@ -7,7 +7,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from dicom_builders import MASKS, VOLUME, numbers, put, same, used, volume
+from dicom_builders import MASKS, VOLUME, numbers, put, same, scaled, used, volume
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 AXES = np.diag([-1.5, -1.0, 5.0, 1.0])
@@ -86,3 +86,45 @@ def test_a_mask_of_a_part_of_a_series_with_a_gap_marks_that_part(drawn: slice, t
     _, masks, data = used(tmp_path)
     assert same(masks, MASKS[[number for number in left if drawn.start <= number < drawn.stop]])
     assert numbers(data) == [124]
+
+
+def test_a_file_of_two_axes_is_one_slice(tmp_path: Path):
+    grey, marks = VOLUME[2].astype(np.int16), MASKS[2]
+    for name, voxels in (("a.nii.gz", grey), ("a_seg.nii", marks)):
+        (tmp_path / "export/Doe").mkdir(parents=True, exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(voxels, np.diag([-2.0, -1.0, 1.0, 1.0])), tmp_path / "export/Doe" / name)
+    (picture,), (mask,), _ = used(tmp_path)
+    assert int(mask.sum()) == int(marks.sum())
+    assert sorted(picture.shape) == sorted(grey.shape)
+    assert np.array_equal(np.sort(picture[mask > 0]), np.sort(scaled([grey])[0][marks > 0]))
+
+
+@pytest.mark.parametrize("black", ["imagesTs/P1_0001.nii.gz", "P1/flair.nii.gz", "P1/P1_flair.nii.gz"])
+def test_a_black_channel_is_no_mask_that_says_there_is_nothing(black: str, tmp_path: Path):
+    nifti(tmp_path, black.replace("0001", "0000").replace("flair", "t1"), VOXELS)
+    nifti(tmp_path, black, np.zeros_like(VOXELS))
+    data = used(tmp_path)[2]
+    assert not data.slices
+    assert {fault.number for fault in data.exclusions} == {124, 108}
+
+
+@pytest.mark.parametrize("mask", ["P1/lesion.nii.gz", "P1/t1_seg.nii.gz", "masks/P1/t1.nii.gz"])
+def test_a_mask_without_a_mark_still_says_that_there_is_nothing(mask: str, tmp_path: Path):
+    nifti(tmp_path, "P1/t1.nii.gz", VOXELS)
+    nifti(tmp_path, mask, np.zeros_like(CLASSES))
+    assert len(used(tmp_path)[2].slices) == len(VOLUME)
+
+
+@pytest.mark.parametrize(
+    ("head", "form"), [(b"ObjectType = Image\nNDims = 3\n", "MetaImage"), (b"NRRD0005\ntype: short\n", "NRRD")]
+)
+def test_a_volume_in_a_form_that_is_not_read_is_named(head: bytes, form: str, tmp_path: Path):
+    nifti(tmp_path, "P1/t1.nii.gz", VOXELS)
+    nifti(tmp_path, "P1/t1_seg.nii.gz", CLASSES)
+    (tmp_path / "export/P1/t2").write_bytes(head + bytes(2000))
+    data = used(tmp_path)[2]
+    assert len(data.slices) == len(VOLUME)
+    ((number, why),) = [(fault.number, fault.what) for fault in data.exclusions]
+    assert number == 116
+    assert why.startswith(f"a file in {form}")
+    assert why.endswith("save it as NIfTI")

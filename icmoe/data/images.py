@@ -25,8 +25,9 @@ DEEP_COLOUR = "colour or alpha with 16 bits, of which Pillow would keep 8; save 
 
 ALPHA_DRAWS = "its alpha differs where its values are equal, so that it shows other marks than they are; save it without alpha"
 ZERO_NOT_BLACK = "its palette shows 0 in colour and another value black: a program numbered the colours anew; save it as grey"
+TWO_READINGS = "grey of 2 or 4 bits, whose values are classes both as stored and as shown; save it with 8 bits"
 COLOUR = "colour instead of one channel"
-OWN_WORDS = frozenset({DEEP_COLOUR, ALPHA_DRAWS, ZERO_NOT_BLACK, COLOUR})
+OWN_WORDS = frozenset({DEEP_COLOUR, ALPHA_DRAWS, ZERO_NOT_BLACK, TWO_READINGS, COLOUR})
 """What is said of a file in words of ours; all else is a library's, and may repeat what the file holds."""
 
 LEFT_OUT = "The image was left out."
@@ -94,7 +95,8 @@ def read_classes(path: Path, labels: Sequence[Label], *, where: str, called: int
     Parameters
     ----------
     path
-        PNG file with one channel (or equal ones); one bit counts as 0 and 255, a palette's indices are the values.
+        PNG file with one channel (or equal ones); a palette's indices are the values. Grey of 1, 2 or 4 bits is shown spread to
+        0 to 255, and counts so where labels name all of that; else the numbers that are stored count.
     labels
         Classes of the study; the position is the class index.
     where
@@ -115,15 +117,31 @@ def read_classes(path: Path, labels: Sequence[Label], *, where: str, called: int
     values_HW = _decode(path, where, missing=103, unreadable=104, palette_is_colour=False)
     if values_HW.ndim != 2:
         raise _fault(104, where, COLOUR)
-    if called and {*np.unique(values_HW).tolist()} - {0} in (set(), {1}, {255}):
+    step = _shown_step(path)
+    if called and {*np.unique(values_HW).tolist()} - {0} in (set(), {1}, {255}, {step}):
         return (values_HW > 0).astype(np.uint8) * np.uint8(called)
     table = np.full(65536, _UNKNOWN, dtype=np.uint8)
     for index, label in enumerate(labels):
         table[list(label.values)] = index
     classes_HW: npt.NDArray[np.uint8] = table[values_HW]
+    if step and (stored_HW := table[values_HW // step]).max() != _UNKNOWN:
+        if (classes_HW == _UNKNOWN).any():
+            return stored_HW
+        if step < 255 and not np.array_equal(stored_HW, classes_HW):
+            raise _fault(104, where, TWO_READINGS)
     if (classes_HW == _UNKNOWN).any():
         raise _fault(106, where, _some(np.unique(values_HW[classes_HW == _UNKNOWN])), limit=_named(labels))
     return classes_HW
+
+
+def _shown_step(path: Path) -> int:
+    """Return by how much the values of a grey PNG file of 1, 2 or 4 bits differ when they are shown, 0 of others."""
+    try:
+        with path.open("rb") as file:
+            depth, colour = file.read(26)[24:]
+    except (OSError, ValueError):
+        return 0
+    return 255 // (2**depth - 1) if colour == 0 and depth in {1, 2, 4} else 0
 
 
 def _decode(path: Path, where: str, *, missing: int, unreadable: int, palette_is_colour: bool) -> npt.NDArray[Any]:

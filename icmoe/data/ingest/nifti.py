@@ -30,7 +30,7 @@ def is_one(head: bytes) -> bool:
 
 
 def read(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
-    """Return the voxels, three axes, and the 4 x 4 matrix from voxel index to DICOM's axes, mm.
+    """Return the voxels, three axes, and the 4 x 4 matrix from voxel index to DICOM's axes, mm; a file of two axes is one slice.
 
     Raises
     ------
@@ -43,7 +43,7 @@ def read(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
         stream = _stream(raw)
         image = _image(stream)
         mm = MM.get(int(image.header["xyzt_units"]) & 7, 1.0)
-        shape = image.shape
+        shape = _three_axes(image)
         if len(shape) < 3 or any(extent != 1 for extent in shape[3:]) or min(shape) < 1 or int(np.prod(shape)) > MAX_VOXELS:
             raise Refusal(119, f"a NIfTI file of {len(shape)} axes; one volume of at most {MAX_VOXELS} voxels is needed")
         voxels = np.asanyarray(image.dataobj).reshape(shape[:3])
@@ -70,6 +70,11 @@ def is_placed(path: Path) -> bool:
         return int(header["qform_code"]) > 0 or int(header["sform_code"]) > 0
 
 
+def _three_axes(image: Any) -> tuple[int, ...]:  # noqa: ANN401  # nibabel carries no types
+    """Return the shape of an image; those of a slice are its rows and columns, and 1."""
+    return (*image.shape, 1) if len(image.shape) == 2 else image.shape
+
+
 def _stream(raw: BinaryIO) -> BinaryIO | gzip.GzipFile:
     """Return the content of a file that may be gzipped."""
     compressed = raw.read(2) == b"\x1f\x8b"
@@ -92,7 +97,9 @@ def _apart_voxels(image: Any) -> float:  # noqa: ANN401  # nibabel carries no ty
     (qform, in_q), (sform, in_s) = (of(coded=True) for of in (image.header.get_qform, image.header.get_sform))
     if in_q < 1 or in_s < 1:
         return 0.0
-    corners_84 = np.asarray(list(itertools.product(*([0, extent - 1] for extent in image.shape[:3]), [1])), dtype=np.float64)
+    corners_84 = np.asarray(
+        list(itertools.product(*([0, extent - 1] for extent in _three_axes(image)[:3]), [1])), dtype=np.float64
+    )
     return float(np.abs(corners_84 @ (np.linalg.inv(sform) @ qform - np.eye(4)).T).max())
 
 

@@ -36,6 +36,9 @@ HEAD_BYTES = 352
 PACKED_HEAD_BYTES = 2**16
 """Bytes of a gzip file that are read for them: it may begin with a name and a comment, and have several members."""
 
+FOREIGN = {b"ObjectType": "MetaImage (.mha, .mhd)", b"NRRD000": "NRRD (.nrrd, .nhdr)"}
+"""How volumes begin that people export beside those of `VOLUMES`, and that nothing here reads."""
+
 IDENTITY = (Tag("SOPClassUID"), Tag("SOPInstanceUID"))
 
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
@@ -69,6 +72,13 @@ def content_of(path: Path) -> str:
     # DICOM without preamble starts with an element of group 2 or 8, in either byte order.
     plain = "dicom" if head[:2] in {b"\x02\x00", b"\x08\x00", b"\x00\x08"} else "other"
     return volume_of(head) or plain
+
+
+def foreign_form(path: Path) -> str:
+    """Return what form a file has that nothing here reads, empty where that is not known."""
+    with refusing(117, "file cannot be opened"), path.open("rb") as file:
+        head = file.read(HEAD_BYTES).lstrip()
+    return next((form for start, form in FOREIGN.items() if head.startswith(start)), "")
 
 
 def _unpacked_head(packed: bytes) -> bytes:
@@ -177,4 +187,4 @@ def _complete_syntax(data: FileDataset) -> None:
     data.file_meta.TransferSyntaxUID = plain if little in {True, None} else ExplicitVRBigEndian
 
 
-__all__ = ["Dataset", "Refusal", "content_of", "open_dicom", "pictureless", "refusing"]
+__all__ = ["Dataset", "Refusal", "content_of", "foreign_form", "open_dicom", "pictureless", "refusing"]

@@ -15,12 +15,12 @@ from icmoe.data.ingest.folding import composed
 from icmoe.data.ingest.forms import MASKS, VOLUMES, mask_of, module_of
 from icmoe.data.ingest.headers import image_record, read_header, sequence, terms, text
 from icmoe.data.ingest.labels import LabelNames
-from icmoe.data.ingest.opening import Refusal, content_of, refusing
+from icmoe.data.ingest.opening import Refusal, content_of, foreign_form, refusing
 from icmoe.data.ingest.pixels import plain_pixels_of
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, FramePlace, Patch, refused
 from icmoe.data.ingest.volumes import MASK_VALUES, looks_like_classes, volume_record
-from icmoe.data.ingest.walking import called_image, called_mask, owner, person, stem, told
+from icmoe.data.ingest.walking import called_image, called_mask, called_scan, owner, person, stem, told
 from icmoe.errors import IcmoeError
 
 
@@ -64,7 +64,7 @@ class Reader:
                 return self._dicom(path)
             case content if content in VOLUMES:
                 called, at = self.names.said_by(relative)
-                record = volume_record(path, called, self.names.values)
+                record = volume_record(path, called, self.names.values, is_scan=called_scan(relative))
                 if called == 0 and at < 1 and record.mask and record.single:
                     raise Refusal(120, "it is called like the background, and what it does not mark may be anything")
                 update = {**self._owner(relative), "called_at": at}
@@ -79,6 +79,8 @@ class Reader:
                 update = {**owner, "mask": mask, "patches": patches, "called_at": at}
                 return record.model_copy(update={**update, "series": self.hashes.of("folder", series)})
             case _:
+                if form := foreign_form(path):
+                    raise Refusal(116, f"a file in {form}, a form that is not read; save it as NIfTI")
                 raise Refusal(116, f"file is neither DICOM, {', '.join(form.title for form in VOLUMES.values())} nor PNG")
 
     def _dicom(self, path: Path) -> FileRecord:

@@ -42,7 +42,7 @@ def read_volume(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
     return found
 
 
-def volume_record(path: Path, called: int | None = None, named: Collection[int] = ()) -> FileRecord:
+def volume_record(path: Path, called: int | None = None, named: Collection[int] = (), *, is_scan: bool = False) -> FileRecord:
     """Return the record of a volume, whether it looks like a mask or an image.
 
     Parameters
@@ -54,6 +54,8 @@ def volume_record(path: Path, called: int | None = None, named: Collection[int] 
         each class, and 1 in all of them.
     named
         Values that mean a class.
+    is_scan
+        Whether its path says that it is an image: wholly black, it is no mask without a mark.
 
     Raises
     ------
@@ -64,9 +66,10 @@ def volume_record(path: Path, called: int | None = None, named: Collection[int] 
     axis = through_axis(matrix, voxels.shape)
     rows, columns = (extent for index, extent in enumerate(voxels.shape) if index != axis)
     few = looks_like_classes(voxels)
-    mask = few or looks_like_parcels(voxels)
+    black = few and is_scan and called is None and len(_distinct(voxels)) == 1
+    mask = not black and (few or looks_like_parcels(voxels))
     values = _distinct(voxels) if mask else np.empty(0)
-    single = few and {*np.rint(values).tolist()} in ({0}, {0, 1}, {0, 255})
+    single = mask and few and {*np.rint(values).tolist()} in ({0}, {0, 1}, {0, 255})
     frames = tuple(
         FramePlace(plane=slice_plane(matrix, axis, number), order=(float(number),)) for number in range(voxels.shape[axis])
     )

@@ -17,10 +17,10 @@ SEQUENCES = "flair|t1|t1w|t1n|t1c|t1ce|t1gd|t2|t2w|t2f|pd|dwi|adc|hbv|dce|swi|ct
 YEAR_LAST = r"\d\d-\d\d-(19|20)\d\d"
 DATE = rf"(\d{{4}}(?P<gap>[-_.]?)(0[1-9]|1[0-2])(?P=gap)([0-2]\d|3[01])|{YEAR_LAST})"
 TIMES = r"visit|session|timepoint|tp|baseline|follow[-_ ]?up|day|week|month|year"
+WHEN = rf"ses-[a-z0-9]+|pre|post|({TIMES}|exam|study|series|scan)[-_ ]?\d*|{DATE}([-_ ]({SEQUENCES}))*|{YEAR_LAST}-.*"
 GENERIC = re.compile(
     r"(image|img|mask|label|seg|segmentation|png|nifti|nii|dicom|scan|train|val|test|data)s?(tr|ts)?"
-    rf"|{SEQUENCES}|anat|ses-[a-z0-9]+|pre|post"
-    rf"|({TIMES}|exam|study|series|scan)[-_ ]?\d*|{DATE}([-_ ]({SEQUENCES}))*|{YEAR_LAST}-.*",
+    rf"|{SEQUENCES}|anat|{WHEN}",
     re.I,
 )
 """Folder names that say what lies in them or when it was taken, not whose it is: visits of one patient stay together."""
@@ -46,6 +46,9 @@ LOOK = re.compile(
 IMAGES = re.compile(r"(image|img)s?(tr|ts)?", re.I)
 MASK = re.compile(r"mask|label|seg|annot|contour|truth|(?<![a-z])(gt|roi)(?![a-z])", re.I)
 MASKS = re.compile(r"(mask|label|annotation|gt|ground[-_ ]?truth)s?(tr|ts)?", re.I)
+VISIT = re.compile(WHEN, re.I)
+SCAN = re.compile(rf"(.*[_-])?({SEQUENCES})")
+"""Name of a volume that is called like a sequence."""
 MASKED = re.compile(r"[_-](mask|seg|segmentation|label|labels|gt)$")
 KINDS = "images?|imgs?|im|scan|slice|frame|volume|vol|masks?|seg|segmentation|labels?|gt|annotation"
 NOBODYS = re.compile(rf"({KINDS}|{SEQUENCES}|case|patient|pat|subject|subj|sub|person|exam|study|series|anon\w*|unknown)?")
@@ -231,8 +234,19 @@ def called_image(relative: str) -> bool:
 
 
 def called_mask(relative: str) -> bool:
-    """Return whether a picture is called a mask, or lies in a folder for them: one with soft edges has many values."""
-    return bool(MASKS.fullmatch(PurePosixPath(relative).parent.name) or MASKED.search(_without_ending(relative)))
+    """Return whether a picture is called a mask, or lies in a folder for them: one with soft edges has many values.
+
+    The folder may have others for visits and dates in it.
+    """
+    folders = reversed(PurePosixPath(relative).parent.parts)
+    kind = next((name for name in folders if not VISIT.fullmatch(name)), "")
+    return bool(MASKS.fullmatch(kind) or MASKED.search(_without_ending(relative)))
+
+
+def called_scan(relative: str) -> bool:
+    """Return whether a volume lies in a folder called images, or is called like a sequence: it is one where it is black, too."""
+    parts = PurePosixPath(relative).parts
+    return called_image(relative) or (bool(SCAN.fullmatch(stem(relative))) and not any(map(MASK.search, parts)))
 
 
 def own_folders(relative: str) -> list[str]:
