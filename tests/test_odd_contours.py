@@ -298,3 +298,14 @@ def test_two_regions_of_one_number_cost_their_file(first: str, tmp_path: Path):
     put(tmp_path, [*sources, made])
     _, masks, data = used(tmp_path)
     assert (masks, numbers(data)) == ([], [108, 117, 124])
+
+
+@pytest.mark.parametrize("offset", [[0, 0, 0], [0, 0, 2.5]])
+def test_a_contour_that_lies_beside_what_it_marks_is_not_drawn_in_its_plane(offset: list[float], tmp_path: Path):
+    sources = volume(VOLUME)
+    drawn_on = contour(square(sources[1], *BOX), sources[1])
+    drawn_on.ContourOffsetVector = offset
+    put(tmp_path, [*sources, drawn(sources, drawn_on)])
+    _, masks, data = used(tmp_path)
+    assert len(masks) == (0 if any(offset) else len(sources))
+    assert numbers(data) == ([108, 121, 124] if any(offset) else [])

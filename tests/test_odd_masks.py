@@ -29,7 +29,7 @@ from dicom_builders import (
 )
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames
-from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 from test_ingest_masks import as_nifti, referring, square
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -327,3 +327,14 @@ def test_a_nifti_file_that_says_of_two_places_that_it_lies_there_is_refused(
     _, classes, data = used(tmp_path)
     assert same(classes, MASKS if fits else [])
     assert any("qform and sform" in str(fault) for fault in data.exclusions) != fits
+
+
+@pytest.mark.parametrize("kind", ["OW", "OB"])
+def test_single_bits_in_big_endian_words_mark_where_they_were_drawn(kind: str, tmp_path: Path):
+    sources = volume(VOLUME[:, :19, :23])
+    made = plain_segmentation(MASKS[:, :19, :23], [item(DerivationImageSequence=[derived(one)]) for one in sources])
+    if kind == "OW":
+        made.PixelData = np.frombuffer(made.PixelData, "<u2").astype(">u2").tobytes()
+    made["PixelData"].VR, made.file_meta.TransferSyntaxUID = kind, ExplicitVRBigEndian
+    put(tmp_path, [*sources, made])
+    assert same(used(tmp_path)[1], list(MASKS[:, :19, :23]))

@@ -240,6 +240,10 @@ def test_frames_of_single_bits_need_not_begin_with_a_byte(
     data["PixelData"].VR = "OB"
     read = dict(read_frames(save(data, tmp_path / "x"), range(9)))
     assert all(np.array_equal(read[number], bits[number]) for number in range(9))
+    data.PixelData = np.frombuffer(data.PixelData, "<u2").astype(">u2").tobytes()
+    data["PixelData"].VR, data.file_meta.TransferSyntaxUID = "OW", ExplicitVRBigEndian  # words of 16 bits, the higher byte first
+    read = dict(read_frames(save(data, tmp_path / "y"), range(9)))
+    assert all(np.array_equal(read[number], bits[number]) for number in range(9))
 
 
 @pytest.mark.parametrize("syntax", [JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLosslessSV1, JPEGLSLossless])

@@ -13,7 +13,7 @@ from pydicom.tag import Tag
 
 from icmoe.data.ingest.filling import ON_OUTLINE_PX, Filled, joined, marked_by, on_image, run_through
 from icmoe.data.ingest.geometry import OFF_PLANE_MM, Grid, plane_matrix
-from icmoe.data.ingest.headers import identity, integer, named_patient, referenced_frames, sequence, text
+from icmoe.data.ingest.headers import all_numbers, identity, integer, named_patient, referenced_frames, sequence, text
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pseudonyms import Pseudonyms
@@ -22,6 +22,7 @@ from icmoe.data.ingest.refusals import ACROSS
 
 NO_POINTS = "a contour has no usable points"
 OPEN = "a region is drawn there with points or open lines alone, which enclose nothing"
+OFFSET = "a contour says that what it marks lies beside its plane (ContourOffsetVector)"
 THIN = "a contour encloses no pixel's centre: it is thinner than a pixel, or has fewer than 3 points"
 XOR = "CLOSEDPLANAR_XOR"
 CLOSED = frozenset({"CLOSED_PLANAR", XOR})
@@ -53,7 +54,8 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
     Raises
     ------
     Refusal
-        120 where no region names a class of the study; 117 where the contours cannot be parsed, or enclose nothing.
+        120 where no region names a class of the study; 117 where the contours cannot be parsed, or enclose nothing; 121 where
+        they lie beside what they mark.
     """
     del path
     with refusing(117, "contours cannot be parsed"):
@@ -79,6 +81,8 @@ def _drawn(header: Dataset, labels: Mapping[int, int | None], hashes: Pseudonyms
         if _is_bare(item):
             bare.add(region)
             continue
+        if any(all_numbers(item, "ContourOffsetVector")):  # of a slab, in earlier editions of the standard
+            raise Refusal(121, OFFSET)
         patches += _patches(number, label, region, item, hashes)
         if _kind(item) in CLOSED:
             closed.add(region)

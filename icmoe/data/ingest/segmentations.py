@@ -33,7 +33,7 @@ from icmoe.data.ingest.opening import Refusal, open_dicom, refusing
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.refusals import OFF_IMAGE
-from icmoe.data.ingest.stored import sized, unpacked
+from icmoe.data.ingest.stored import is_swapped, sized, unpacked
 
 BROKEN = "segmentation object does not follow the standard"
 KIND = "SegmentedPropertyTypeCodeSequence"
@@ -187,7 +187,7 @@ def _frame(seg: Dataset, number: int) -> npt.NDArray[Any]:
             return pixel_array(seg, index=number)
         source, at = _inflated(encoded, seg), 0
     if integer(seg, "BitsAllocated") == 1:
-        return unpacked(seg, source, at).view(np.bool_)
+        return unpacked(seg, source, at, swapped=is_plain and is_swapped(seg, seg["PixelData"].VR)).view(np.bool_)
     if is_plain:
         return pixel_array(seg, index=number)
     return np.frombuffer(source, f"<u{integer(seg, 'BitsAllocated') // 8}").reshape(integer(seg, "Rows"), -1)

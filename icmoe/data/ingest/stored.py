@@ -21,6 +21,7 @@ from pydicom.uid import (
     JPEG2000,
     UID,
     DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     JPEG2000TransferSyntaxes,
     JPEGLossless,
@@ -104,7 +105,8 @@ def _reading(header: Dataset, file: BinaryIO | None) -> Callable[[int], Frame]:
     if length // 2 >= max(2, get_expected_length(header)):  # a single byte is padded to two
         raise Refusal(118, "pixels are at least twice as long as the header says")
     if integer(header, "BitsAllocated") == 1:
-        return lambda number: Frame(unpacked(header, source, number))
+        swapped = is_swapped(header, kind)
+        return lambda number: Frame(unpacked(header, source, number, swapped=swapped))
     decoder, is_deep = get_decoder(syntax), _is_deep(header)
     return lambda number: Frame(_brightness(decoder.as_array(source, index=number, raw=is_deep, **options)[0], is_deep))
 
@@ -222,7 +224,12 @@ def sized(encoded: bytes, header: Dataset) -> Codestream | None:
     return stream
 
 
-def unpacked(header: Dataset, source: bytes | BinaryIO, number: int) -> npt.NDArray[np.uint8]:
+def is_swapped(header: Dataset, kind: str) -> bool:
+    """Return whether pixels of at most 8 bits are stored as words whose first byte comes second, by the VR of their element."""
+    return bool(header.file_meta.TransferSyntaxUID == ExplicitVRBigEndian and kind == "OW")
+
+
+def unpacked(header: Dataset, source: bytes | BinaryIO, number: int, *, swapped: bool = False) -> npt.NDArray[np.uint8]:
     """Return one frame of single bits, which need not begin with a byte.
 
     Parameters
@@ -233,19 +240,23 @@ def unpacked(header: Dataset, source: bytes | BinaryIO, number: int) -> npt.NDAr
         The pixels, or a file at the first of them, where it is again afterwards.
     number
         Frame number from 0.
+    swapped
+        As `is_swapped` says.
     """
     shape = integer(header, "Rows"), integer(header, "Columns")
     size = shape[0] * shape[1]
-    first, bit = divmod(number * size, 8)
-    count = (bit + size + 7) // 8
+    first, bit = divmod(number * size, 16)
+    count = 2 * ((bit + size + 15) // 16)  # whole words, the last of which a padding byte may complete
     if isinstance(source, bytes):
-        packed = source[first : first + count]
+        packed = source[2 * first : 2 * first + count]
     else:
         start = source.tell()
-        source.seek(first, io.SEEK_CUR)
+        source.seek(2 * first, io.SEEK_CUR)
         packed = source.read(count)
         source.seek(start)
-    bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
+    stored = np.frombuffer(packed, np.uint8)
+    stored = stored[: len(stored) // 2 * 2].reshape(-1, 2)[:, ::-1].ravel() if swapped else stored
+    bits = np.unpackbits(stored, bitorder="little")
     return bits[bit : bit + size].reshape(shape)
 
 
