@@ -12,7 +12,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
-from dicom_builders import AXIAL, common, enhanced, place, put, save, segmentation, used, volume
+from dicom_builders import AXIAL, common, enhanced, place, put, save, scaled, segmentation, used, volume
 from PIL import Image
 from predictions import (
     BLOBS,
@@ -221,6 +221,22 @@ def test_png_masks_hold_the_values_of_the_study(make_study, tmp_path: Path):
     assert record["stacks"][0]["frames"] == 5
     values = {int(v) for path in (tmp_path / "out/001/mask").iterdir() for v in np.unique(np.asarray(Image.open(path)))}
     assert values == {7, 200}
+
+
+def test_pictures_of_8_and_of_16_bits_are_each_segmented_on_their_own_scale(model: Path, tmp_path: Path):
+    """In the order in which people number them: 8, 9, 10."""
+    noisy = BLOBS + np.random.default_rng(9).integers(0, 900, BLOBS.shape).astype(np.uint16)  # more values than masks have
+    greys = [*(noisy[:2] >> 4).astype(np.uint8), *noisy[2:]]
+    (tmp_path / "in").mkdir()
+    for number, grey in enumerate(greys, start=8):
+        Image.fromarray(grey).save(tmp_path / f"in/{number}.png")
+    record, faults = predicted(model, tmp_path / "in", tmp_path / "out", "png")
+    assert not faults
+    assert [path for path, _ in record["stacks"][0]["sources"]] == [f"{number}.png" for number in range(8, 13)]
+    masks = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "out/001/mask").iterdir())]
+    arrays = [array_prediction(*loaded(model), picture) for picture in (*scaled(greys[:2]), *scaled(greys[2:]))]
+    assert any(array.any() for array in arrays[:2])
+    assert all(np.array_equal(mask > 0, array > 0) for mask, array in zip(masks, arrays, strict=True))
 
 
 def test_maps_are_written_on_the_pixels_of_the_source_for_the_owner_alone(model: Path, tmp_path: Path):

@@ -124,7 +124,8 @@ def read_classes(path: Path, labels: Sequence[Label], *, where: str, called: int
     for index, label in enumerate(labels):
         table[list(label.values)] = index
     classes_HW: npt.NDArray[np.uint8] = table[values_HW]
-    if step and (stored_HW := table[values_HW // step]).max() != _UNKNOWN:
+    stored_HW: npt.NDArray[np.uint8] = table[values_HW // step] if step else classes_HW
+    if step and not (stored_HW == _UNKNOWN).any():
         if (classes_HW == _UNKNOWN).any():
             return stored_HW
         if step < 255 and not np.array_equal(stored_HW, classes_HW):
