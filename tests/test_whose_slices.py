@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dicom_builders import MASKS, VOLUME, item, numbers, put, segmentation, used, volume
+from dicom_builders import MASKS, VOLUME, item, numbers, put, scaled, segmentation, used, volume
 from exports import export_of, taken
 from pydicom.dataset import Dataset
 
@@ -96,3 +96,19 @@ def test_a_patient_is_forgotten_under_every_number_that_its_files_give(tmp_path:
     assert len(used(tmp_path)[2].slices) == 10
     assert forget(tmp_path / "kept", "old") == 5
     assert len(used(tmp_path)[2].slices) == 5
+
+
+@pytest.mark.parametrize("number", [3, None])
+def test_slices_without_the_uid_of_their_series_are_one_by_its_number(tmp_path: Path, number: int | None):
+    """Else each would have a window of its own, and be no stack."""
+    for seed, patient in enumerate(("one", "two")):
+        objects = marked(seed, PatientID=patient, StudyInstanceUID="1.2.3", SeriesNumber=number)
+        for data in objects[:5]:
+            del data.SeriesInstanceUID
+        put(tmp_path, objects, f"{patient}{{}}")
+    pictures, _, data = used(tmp_path)
+    assert len(data.slices) == 10
+    assert {item.spacing_mm for item in data.slices} == {(5.0, 1.0, 1.5) if number else None}
+    both = [*scaled(VOLUME), *scaled(np.roll(VOLUME, 1, axis=2))]
+    found = sorted(float(picture.mean()) for picture in pictures)
+    assert np.allclose(found, sorted(float(picture.mean()) for picture in both), atol=1e-6) == bool(number)

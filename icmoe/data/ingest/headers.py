@@ -45,7 +45,7 @@ NO_PICTURE = {
 }
 
 PERSON = ["PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate", "OtherPatientIDs", "OtherPatientIDsSequence"]
-BELONGING = ["StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"]
+BELONGING = ["StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "FrameOfReferenceUID"]
 PICTURE = ["Modality", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BurnedInAnnotation"]
 WRITING = ["RecognizableVisualFeatures", "ConversionType", "ImageType"]
 PLACE = ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "ImagerPixelSpacing"]

@@ -90,7 +90,8 @@ class Reader:
             return marks
         record = image_record(header, self.hashes)
         others = tuple(sorted({self.hashes.patient(number) for number in _further_numbers(header)}))
-        return record.model_copy(update={**plain_pixels_of(path, header), "others": others})
+        series = _series_by_number(header, self.hashes)
+        return record.model_copy(update={**plain_pixels_of(path, header), **series, "others": others})
 
     def _owner(self, relative: str) -> dict[str, str]:
         """Return whose a file without identity is: the pattern's group, else the folder that is not named for its kind.
@@ -102,6 +103,15 @@ class Reader:
         volume = path.name.lower().endswith(tuple(ending for form in VOLUMES.values() for ending in form.endings))
         named = owner(relative) or (person(stem(relative)) if volume else ".")
         return {"patient": self.hashes.patient(told(relative, self.patient_pattern) or named)}
+
+
+def _series_by_number(header: Dataset, hashes: Pseudonyms) -> dict[str, str]:
+    """Return the series of a file that names it by its number within a study alone: its slices are on one scale."""
+    study, number = text(header, "StudyInstanceUID"), text(header, "SeriesNumber")
+    if text(header, "SeriesInstanceUID") or not (study and number):
+        return {}
+    names = ("PatientID", "FrameOfReferenceUID", "Modality")
+    return {"series": hashes.of("uid", "\0".join((study, number, *(text(header, name) for name in names))))}
 
 
 def _further_numbers(header: Dataset) -> frozenset[str]:
