@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import struct
 import zlib
@@ -94,6 +95,18 @@ def test_a_broken_contour_of_a_region_that_nobody_asks_for_costs_nothing(points:
     made.ROIContourSequence.insert(0, item(ReferencedROINumber=2, ContourSequence=[broken]))
     put(tmp_path, [*sources, made])
     assert same(used(tmp_path)[1], [EMPTY, FILLED, EMPTY, EMPTY, EMPTY])
+
+
+@pytest.mark.parametrize("first", ["lesion", "edema"])
+def test_two_segments_of_one_number_cost_their_file(first: str, tmp_path: Path):
+    sources = volume(VOLUME)
+    made = segmentation(sources, MASKS, "BINARY", names=(first,))
+    other = copy.deepcopy(made.SegmentSequence[0])
+    other.SegmentLabel = "edema" if first == "lesion" else "lesion"
+    made.SegmentSequence.append(other)
+    put(tmp_path, [*sources, made])
+    _, masks, data = used(tmp_path)
+    assert (masks, numbers(data)) == ([], [108, 117, 124])
 
 
 @pytest.mark.parametrize("harm", ["no frames", "fewer frames", "no segment", "another segment"])

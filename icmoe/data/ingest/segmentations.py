@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset
-from pydicom.encaps import get_frame
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import pixel_array
 from pydicom.uid import UncompressedTransferSyntaxes
 
+from icmoe.data.ingest.encapsulated import encoded_frames, right_offsets
 from icmoe.data.ingest.geometry import Grid, share_within
 from icmoe.data.ingest.headers import (
     EMPTY,
@@ -63,7 +64,8 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
     Raises
     ------
     Refusal
-        116 or 117, also where frames do not say which segment they show; 120 where no segment names a class of the study.
+        116 or 117, also where frames do not say which segment they show, or two have one number; 120 where none names a class
+        of the study.
     """
     del header
     seg = open_dicom(path, pixels=False)
@@ -72,6 +74,8 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
             if not is_plain(item):
                 _check(item)
         numbered = [(int(item.SegmentNumber), item) for item in seg.SegmentSequence]
+        if len(dict(numbered)) < len(numbered):
+            raise Refusal(117, "two segments have one number: whose marks are whose, nobody knows")
         labels = {number: names.index(_names_of(item)) for number, item in numbered if number}
         if not any(label is not None for label in labels.values()):
             raise Refusal(120, f"no segment is called like a class of the study (it has {len(labels)})")
@@ -96,12 +100,27 @@ def opened(path: Path) -> Dataset:
     Raises
     ------
     Refusal
-        116 or 117; 118 where its pixels are of another depth than it says, or each frame of bits begins with a byte of its own.
+        116 or 117; 118 where its pixels are of another depth than it says, each frame of bits begins with a byte of its own, or
+        a wrong table of offsets leaves open where compressed ones begin.
     """
     seg = open_dicom(path, pixels=True)
     if seg.file_meta.TransferSyntaxUID in UncompressedTransferSyntaxes:
         _require_length(seg)
+    else:
+        with refusing(118, "frames of the segmentation cannot be told apart"):
+            _mend_table(seg)
     return seg
+
+
+def _mend_table(seg: Dataset) -> None:
+    """Replace a table of offsets that names places where no frame begins: marks would lie on other slices."""
+    count, told = integer(seg, "NumberOfFrames") or 1, None
+    if "ExtendedOffsetTable" in seg and "ExtendedOffsetTableLengths" in seg:
+        told = seg.ExtendedOffsetTable, seg.ExtendedOffsetTableLengths
+    if right_offsets(seg.PixelData, count, told):
+        seg.PixelData = encapsulate([*encoded_frames(seg.PixelData, count, told)])
+        if told:
+            del seg.ExtendedOffsetTable, seg.ExtendedOffsetTableLengths
 
 
 def _require_length(seg: Dataset) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from pydicom.datadict import keyword_for_tag
 from pydicom.dataset import Dataset
-from pydicom.encaps import encapsulate, generate_frames
+from pydicom.encaps import encapsulate
 from pydicom.pixels import get_decoder
 from pydicom.pixels.utils import as_pixel_options, get_expected_length
 from pydicom.tag import Tag
@@ -29,6 +29,7 @@ from pydicom.uid import (
 )
 
 from icmoe.data.ingest.codestreams import Codestream, codestream_of
+from icmoe.data.ingest.encapsulated import encoded_frames
 from icmoe.data.ingest.headers import Header, integer, named, numbers, text
 from icmoe.data.ingest.opening import open_dicom
 from icmoe.data.ingest.refusals import Refusal, refusing
@@ -147,9 +148,7 @@ def _lying(header: Dataset, file: BinaryIO) -> tuple[BinaryIO, int, str, str]:
 def _compressed(header: Dataset, source: bytes | BinaryIO, options: dict[str, Any]) -> Callable[[int], Frame]:
     """Return what decodes the compressed frames of an object; each has to be of the size that the header says."""
     syntax, tables, is_deep = header.file_meta.TransferSyntaxUID, options.pop("extended_offsets", None), _is_deep(header)
-    if tables and len(tables[0]) != len(tables[1]):
-        tables = None
-    frames = enumerate(generate_frames(source, number_of_frames=options["number_of_frames"], extended_offsets=tables))
+    frames = enumerate(encoded_frames(source, options["number_of_frames"], tables))
     options["number_of_frames"] = 1
 
     def read(number: int) -> Frame:
