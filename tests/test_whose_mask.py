@@ -59,6 +59,32 @@ def test_copies_of_the_files_of_a_series_are_no_phases(tmp_path: Path):
     assert same(used(tmp_path)[1], MASKS)
 
 
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("form", ["seg", "contours"])
+def test_a_mask_that_names_a_series_and_no_image_of_it_is_of_that_series(form: str, there: bool, tmp_path: Path):
+    sources = volume(VOLUME)
+    one = sources[0]
+    other = volume(ANOTHER, **{name: one[name].value for name in ("FrameOfReferenceUID", "StudyInstanceUID")})
+    if form == "seg":
+        made = segmentation(sources, MASKS, "BINARY", omit_empty_frames=False)
+        made.ReferencedSeriesSequence[0].ReferencedInstanceSequence = []
+        for own in made.PerFrameFunctionalGroupsSequence:
+            del own.DerivationImageSequence
+        want = list(zip(VOLUME, MASKS, strict=True))
+    else:
+        made = structures([contour(square(sources[1], 2.4, 3.4, 12.6, 15.6))], listed=sources, space=one.FrameOfReferenceUID)
+        (study,) = made.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence
+        study.RTReferencedSeriesSequence[0].ContourImageSequence = []
+        marked = np.zeros(VOLUME.shape[1:], np.uint8)
+        marked[3:13, 4:16] = 1
+        want = [(VOLUME[1], marked)]
+    put(tmp_path, [*(sources if there else []), *other, made])
+    greys, classes, data = used(tmp_path)
+    assert same(classes, [mask for _, mask in want] if there else [])
+    assert all(np.corrcoef(grey.ravel(), own.ravel())[0, 1] > 0.999 for grey, (own, _) in zip(greys, want, strict=False))
+    assert (123 in numbers(data)) is not there
+
+
 def require_own_patient(place: Path, wrong: str, right: str) -> None:
     """Require that a volume of marks is refused under one name and used under another."""
     data = used(place)[2]

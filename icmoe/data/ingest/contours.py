@@ -62,10 +62,12 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
         labels = {number: names.index(called) for number, called in _regions(header).items()}
         if not any(label is not None for label in labels.values()):
             raise Refusal(120, f"no region is called like a class of the study (it has {len(labels)})")
+        listed, series = _listed(header)
         return FileRecord(
             kind="contours",
             patches=tuple(_drawn(header, labels, hashes)),
-            listed=tuple(sorted({hashes.of("uid", uid) for uid in _listed(header)})),
+            listed=tuple(sorted(hashes.of("uid", uid) for uid in listed)),
+            listed_series=() if listed else tuple(sorted(hashes.of("uid", uid) for uid in series)),
             **(identity(header, hashes) | named_patient(header, hashes) | {"space": _space(header, labels, hashes)}),
         )
 
@@ -269,9 +271,12 @@ def _space(data: Dataset, labels: Mapping[int, int | None], hashes: Pseudonyms) 
     return hashes.of("uid", found.pop()) if len(found) == 1 else ""
 
 
-def _listed(data: Dataset) -> Iterable[str]:
+def _listed(data: Dataset) -> tuple[set[str], set[str]]:
+    """Return the instances and the series that the object lists."""
+    instances, listed = set[str](), set[str]()
     for space in sequence(data, "ReferencedFrameOfReferenceSequence"):
         for study in sequence(space, "RTReferencedStudySequence"):
             for series in sequence(study, "RTReferencedSeriesSequence"):
-                for item in sequence(series, "ContourImageSequence"):
-                    yield text(item, "ReferencedSOPInstanceUID")
+                listed.add(text(series, "SeriesInstanceUID"))
+                instances |= {text(item, "ReferencedSOPInstanceUID") for item in sequence(series, "ContourImageSequence")}
+    return instances, listed - {""}

@@ -101,6 +101,8 @@ def _by_space(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     folders = {name: target for name, target in folders.items() if name not in off}
     visit = {name: target for name, target in folders.items() if record.study and images[target].study == record.study}
     best = closest(path, visit or folders)
+    if not best and record.listed_series:
+        raise Refusal(123, "the series that it refers to is not in the folder, or has no image in its planes")
     if not best:
         raise Refusal(123, "it refers to no image, and no image shares its frame of reference and planes")
     if len(best) > 1:
@@ -112,9 +114,10 @@ def _by_space(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
 
 
 def _in_plane(record: FileRecord, images: Images) -> Iterator[tuple[Patch, str, int]]:
-    """Yield the frames of the same frame of reference on which the parts of a mask lie."""
+    """Yield the frames of the same frame of reference, of the series that it may name, on which the parts of a mask lie."""
     close: list[list[tuple[Patch, str, int]]] = [[] for _ in record.patches]
-    for target in images.by_space(record.space) if record.space else []:
+    near = images.by_space(record.space) if record.space else []
+    for target in (one for one in near if not record.listed_series or images[one].series in record.listed_series):
         for frame, place in enumerate(images[target].frames):
             for patch, parts in zip(record.patches, close, strict=True):
                 if place.plane is not None and patch.plane is not None and same_plane(record, patch.plane, place.plane):

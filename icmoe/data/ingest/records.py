@@ -126,6 +126,8 @@ class FileRecord(Record):
     """Of a SEG object: distance of its frames, else their thickness; 0 where unknown."""
     listed: tuple[str, ...] = ()
     """Keyed hashes of the instances that a mask says it was drawn on: without a patch they are background."""
+    listed_series: tuple[str, ...] = ()
+    """Of the series that it says so of, where it names none of their instances."""
 
 
 def whose(record: FileRecord) -> str:

@@ -82,13 +82,15 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
         known = {number: label for number, label in labels.items() if label is not None}
         groups, shared = _groups(seg)
         _require_described(seg, groups, shared, {number for number, _ in numbered})
+        listed = tuple(sorted(set(listed_instances(seg, hashes))))
         return FileRecord(
             kind="seg",
             modality="SEG",
             rows=int(seg.Rows),
             columns=int(seg.Columns),
             patches=tuple(_patches(seg, groups, shared, known, hashes)),
-            listed=tuple(sorted(set(listed_instances(seg, hashes)))),
+            listed=listed,
+            listed_series=() if listed else tuple(sorted(hashes.of("uid", uid) for uid in _listed_series(seg))),
             step_mm=_step_mm(groups, shared),
             **(identity(seg, hashes) | named_patient(seg, hashes)),
         )
@@ -242,11 +244,20 @@ def _require_known(frame_HW: npt.NDArray[Any], seg: Dataset) -> None:
 
 
 def listed_instances(data: Dataset, hashes: Pseudonyms) -> Iterable[str]:
-    """Yield the hashes of the instances that a mask names as its images; those of another study have a sequence of their own."""
-    others = sequence(data, "StudiesContainingOtherReferencedInstancesSequence")  # PS3.3 C.12.2
-    for series in (one for place in (data, *others) for one in sequence(place, "ReferencedSeriesSequence")):
+    """Yield the hashes of the instances that a mask names as its images."""
+    for series in _referenced_series(data):
         for item in sequence(series, "ReferencedInstanceSequence"):
             yield hashes.of("uid", text(item, "ReferencedSOPInstanceUID"))
+
+
+def _listed_series(data: Dataset) -> set[str]:
+    return {text(series, "SeriesInstanceUID") for series in _referenced_series(data)} - {""}
+
+
+def _referenced_series(data: Dataset) -> Iterable[Dataset]:
+    """Yield the series that a mask refers to; those of another study have a sequence of their own (PS3.3 C.12.2)."""
+    for place in (data, *sequence(data, "StudiesContainingOtherReferencedInstancesSequence")):
+        yield from sequence(place, "ReferencedSeriesSequence")
 
 
 def is_plain(segment: Dataset) -> bool:
