@@ -246,6 +246,13 @@ def test_frames_of_single_bits_need_not_begin_with_a_byte(
     assert all(np.array_equal(read[number], bits[number]) for number in range(9))
 
 
+@pytest.mark.parametrize("kind", ["HSV", "YBR_PARTIAL_422", "MONOCHROME2", "PALETTE COLOR"])
+def test_three_values_of_a_pixel_that_are_not_said_to_be_colours_are_no_grey(kind: str, tmp_path: Path):
+    data = image(U8, PhotometricInterpretation=kind, SamplesPerPixel=3, PlanarConfiguration=0)
+    data.PixelData = np.stack([U8, U8 // 2, U8 // 3], axis=-1).tobytes()
+    assert "several values per pixel" in reason(data, tmp_path)
+
+
 @pytest.mark.parametrize("syntax", [JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLosslessSV1, JPEGLSLossless])
 @pytest.mark.parametrize("values", [U12, S12])
 def test_jpeg_2000_under_the_name_of_jpeg_gives_its_own_values(syntax: str, values: np.ndarray, tmp_path: Path):

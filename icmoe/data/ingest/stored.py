@@ -39,6 +39,9 @@ UNNAMED = "pixels are compressed, and the transfer syntax is missing or one of p
 WHOLE_BYTES = 2**26
 """Largest file that is read in one go."""
 NO_PIXELS = "the file holds no pixels, as in an export of headers alone"
+NO_COLOURS = "it has several values per pixel, and its header does not say that they are colours of a kind that is read"
+COLOURS = frozenset({"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"})
+"""Kinds of three values per pixel; retired ones (HSV, CMYK, YBR_PARTIAL_422) would pass for red, green and blue."""
 UNDEFINED = 2**32 - 1
 PLAIN_ITEMS = UID("1.2.840.10008.1.2.1.98")
 """Transfer syntax of plain pixels with each frame in an item of its own, so that an object may be larger than 4 GiB."""
@@ -119,6 +122,8 @@ def _described(header: Dataset, keyword: str) -> str:
     lacking += [] if kind else ["PhotometricInterpretation"]
     if lacking:
         raise Refusal(118, f"its header lacks {', '.join(lacking)}, without which no pixel can be read")
+    if integer(header, "SamplesPerPixel") > 1 and kind not in COLOURS:
+        raise Refusal(118, NO_COLOURS)
     return kind
 
 
