@@ -77,6 +77,29 @@ def test_a_listed_image_in_whose_place_something_is_marked_is_no_background(form
     assert numbers(data) == [124]
 
 
+def two_regions(lesion: Sequence[Dataset], edema: Sequence[Dataset]) -> Dataset:
+    """Return contours of a lesion on slices 1 and 2 of one series and of an edema on 2 and 3 of another."""
+    made = drawn(lesion, 1, 2, listed=[*lesion, *edema])
+    below = [contour(square(edema[number], 14.6, 5.6, 17.4, 9.4), edema[number]) for number in (2, 3)]
+    made.StructureSetROISequence.append(item(ROINumber=2, ROIName="edema"))
+    made.ROIContourSequence.append(item(ReferencedROINumber=2, ContourSequence=below))
+    return made
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_image_that_one_class_is_drawn_on_is_no_background_of_one_drawn_on_an_image_that_is_not_there(
+    there: bool, tmp_path: Path
+):
+    sources = volume(VOLUME)
+    lesion = sources if there else registered(sources)
+    put(tmp_path, [*sources, two_regions(lesion, sources)])
+    edema = np.zeros_like(FILLED)
+    edema[15:18, 6:10] = 2
+    empty = np.zeros_like(FILLED)
+    want = [empty, FILLED, np.maximum(FILLED, edema), edema, empty]
+    assert same(used(tmp_path, TWO)[1], want if there else [want[n] for n in (0, 3, 4)])
+
+
 @pytest.mark.parametrize("number", ["Doe 01", ""])
 def test_patients_of_one_study_are_one_person(number: str, tmp_path: Path):
     sources = volume(VOLUME)

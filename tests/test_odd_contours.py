@@ -309,3 +309,16 @@ def test_a_contour_that_lies_beside_what_it_marks_is_not_drawn_in_its_plane(offs
     _, masks, data = used(tmp_path)
     assert len(masks) == (0 if any(offset) else len(sources))
     assert numbers(data) == ([108, 121, 124] if any(offset) else [])
+
+
+@pytest.mark.parametrize("region", [2, 0, None])
+def test_contours_of_a_region_that_is_not_described_cost_their_file(region: int | None, tmp_path: Path):
+    sources = volume(VOLUME)
+    made = drawn(sources, contour(square(sources[1], *BOX), sources[1]))
+    more = item(ContourSequence=[contour(square(sources[3], *BOX), sources[3])])
+    if region is not None:
+        more.ReferencedROINumber = region
+    made.ROIContourSequence.append(more)
+    put(tmp_path, [*sources, made])
+    _, masks, data = used(tmp_path)
+    assert (masks, numbers(data)) == ([], [108, 117, 124])

@@ -97,6 +97,16 @@ def test_a_broken_contour_of_a_region_that_nobody_asks_for_costs_nothing(points:
     assert same(used(tmp_path)[1], [EMPTY, FILLED, EMPTY, EMPTY, EMPTY])
 
 
+@pytest.mark.parametrize("side", ["Rows", "Columns"])
+def test_frames_that_are_larger_than_the_pixels_that_are_there_are_refused(side: str, tmp_path: Path):
+    sources = volume(VOLUME)
+    made = segmentation(sources, MASKS, "BINARY", omit_empty_frames=False)
+    setattr(made, side, made[side].value + 1)
+    put(tmp_path, [*sources, made])
+    _, masks, data = used(tmp_path)
+    assert (masks, set(numbers(data))) == ([], {108, 118})
+
+
 @pytest.mark.parametrize("first", ["lesion", "edema"])
 def test_two_segments_of_one_number_cost_their_file(first: str, tmp_path: Path):
     sources = volume(VOLUME)

@@ -76,6 +76,8 @@ def _drawn(header: Dataset, labels: Mapping[int, int | None], hashes: Pseudonyms
     """Return the parts of the regions that have a label; of a contour that has no points there is none."""
     patches, closed, bare, written = list[Patch](), set[int](), set[int](), False
     for number, (region, item) in enumerate(_contours(header)):
+        if region not in labels and not _is_bare(item):
+            raise Refusal(117, "contours name no region, or one that is not described: what they enclose, nobody knows")
         label = labels.get(region)
         written |= label is not None
         if label is None:

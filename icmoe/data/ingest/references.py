@@ -27,7 +27,7 @@ def by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Use
     found: Found = {
         (target, frame): [] for target in listed if _is_stack(images[target]) for frame in range(len(images[target].frames))
     }
-    placed, off, apart = False, False, dict[str, Refusal]()
+    placed, off, apart, astray = False, False, dict[str, Refusal](), list[Patch]()
     for patches in marks(record.patches):
         alone = patches[0].plane is None and len(record.listed) == 1
         sure = (bool(patches[0].image) or alone) and len(patches) == 1
@@ -44,6 +44,7 @@ def by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Use
                     raise
                 apart[images[target].series] = refusal
         placed, off = placed or bool(marked), off or bool(targets and not marked)
+        astray += [] if marked else patches[:1]
     if not off and not (any(found.values()) if record.patches else found):  # of marks elsewhere no image here is background
         raise Refusal(123, "none of the images that it refers to is in the folder")
     if off and not placed:
@@ -51,9 +52,23 @@ def by_reference(path: str, record: FileRecord, images: Images) -> dict[Key, Use
     found = _on_its_grid(found, apart, images)
     found = _of_one_look(record, found, images)
     same_patient(record, images, found)
-    places = {(path, n): images[path].frames[n].plane for (path, n), parts in found.items() if not parts}
-    silent = not_background(record, {key: plane for key, plane in places.items() if images[key[0]].space == record.space != ""})
+    silent = _silent(record, found, astray, images)
     return {key: use_of(path, record, parts) for key, parts in found.items() if key not in silent}
+
+
+def _silent(record: FileRecord, found: Found, astray: Sequence[Patch], images: Images) -> set[Key]:
+    """Return the frames that are no background, or not where a class is marked on an image that is not there (`astray`).
+
+    As where one region was drawn on the CT and another on the MR beside it, which was not exported.
+    """
+    near = {key: parts for key, parts in found.items() if images[key[0]].space == record.space != ""}
+    places = {key: images[key[0]].frames[key[1]].plane for key in near}
+    silent = not_background(record, {key: places[key] for key, parts in near.items() if not parts})
+    for label in {patch.label for patch in astray}:
+        own = record.model_copy(update={"patches": tuple(patch for patch in astray if patch.label == label)})
+        without = {key: places[key] for key, parts in near.items() if parts and all(patch.label != label for patch, _ in parts)}
+        silent |= not_background(own, without)
+    return silent
 
 
 def _require_one_place(planes: Sequence[Plane | None]) -> None:

@@ -126,10 +126,15 @@ def _mend_table(seg: Dataset) -> None:
 
 
 def _require_length(seg: Dataset) -> None:
-    """Refuse plain pixels whose length tells that frames lie elsewhere than in the standard; later ones would be shifted."""
+    """Refuse plain pixels whose length tells that frames lie elsewhere than in the standard; later ones would be shifted.
+
+    Where pixels are too few, rows or columns may be wrong as well as the end be lost.
+    """
     count, depth = integer(seg, "NumberOfFrames") or 1, integer(seg, "BitsAllocated")
     bits, found = integer(seg, "Rows") * integer(seg, "Columns") * depth, len(seg.get("PixelData") or b"")
     want, apart = (count * bits + 7) // 8, count * ((bits + 7) // 8)
+    if found < want:
+        raise Refusal(118, f"pixels of the segmentation are shorter than the {want} bytes that its header says")
     if found >= 2 * max(2, want):  # a single byte is padded to two
         raise Refusal(118, "pixels of the segmentation are at least twice as long as its header says")
     if found == apart + apart % 2 > want + want % 2:
