@@ -97,6 +97,17 @@ def test_a_broken_contour_of_a_region_that_nobody_asks_for_costs_nothing(points:
     assert same(used(tmp_path)[1], [EMPTY, FILLED, EMPTY, EMPTY, EMPTY])
 
 
+@pytest.mark.parametrize("kind", ["", "BINARY", "labelmap", None])
+def test_a_label_map_is_one_whatever_type_it_says(kind: str | None, tmp_path: Path):
+    sources = volume(VOLUME)
+    made = segmentation(sources, MASKS, "LABELMAP", omit_empty_frames=False)
+    made.SegmentationType = kind
+    if kind is None:
+        del made.SegmentationType
+    put(tmp_path, [*sources, made])
+    assert same(used(tmp_path)[1], MASKS)
+
+
 @pytest.mark.parametrize("side", ["Rows", "Columns"])
 def test_frames_that_are_larger_than_the_pixels_that_are_there_are_refused(side: str, tmp_path: Path):
     sources = volume(VOLUME)

@@ -42,6 +42,7 @@ REQUIRED = frozenset({"SegmentNumber", "SegmentLabel", "SegmentAlgorithmType", "
 """Of every segment."""
 CODES = REQUIRED | {"AnatomicRegionSequence", "PrimaryAnatomicStructureSequence"}
 """Where a plain segment has codes, if anywhere."""
+LABEL_MAP = "1.2.840.10008.5.1.4.1.1.66.7"
 DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
 """Deflated Image Frame Compression, which no library here knows; the standard has it for segmentations above all."""
 CODE_VALUES = frozenset({"CodeValue", "LongCodeValue", "URNCodeValue"})
@@ -305,7 +306,7 @@ def _names_of(segment: Dataset) -> list[str]:
 def _patches(
     seg: Dataset, groups: Sequence[Dataset], shared: Dataset, labels: dict[int, int], hashes: Pseudonyms
 ) -> Iterable[Patch]:
-    whole = text(seg, "SegmentationType") == "LABELMAP"
+    whole = _kind(seg) == "LABELMAP"
     for number, own in enumerate(groups):
         segments = labels if whole else {_segment(own, shared): labels.get(_segment(own, shared))}
         plane = group_plane(own, shared)
@@ -327,11 +328,16 @@ def _require_described(seg: Dataset, groups: Sequence[Dataset], shared: Dataset,
     frames = integer(seg, "NumberOfFrames") or 1  # one frame of several may have been cut out with the groups of all
     if len(groups) < frames:
         raise Refusal(117, f"segmentation of {frames} frames describes {len(groups)}")
-    kind = text(seg, "SegmentationType")
+    kind = _kind(seg)
     if kind == "FRACTIONAL" and integer(seg, "BitsAllocated") > 1 and integer(seg, "MaximumFractionalValue") < 1:
         raise Refusal(117, "a fractional segmentation does not say which value is the whole")
-    if not (kind == "LABELMAP" or all(_segment(own, shared) in described for own in groups)):
+    if not (kind == "LABELMAP" or all(_segment(own, shared) in described - {0} for own in groups)):
         raise Refusal(117, "frames of the segmentation name no segment, or one that it does not describe")
+
+
+def _kind(seg: Dataset) -> str:
+    """Return the type of a segmentation; that of a label map its class says too."""
+    return "LABELMAP" if text(seg, "SOPClassUID") == LABEL_MAP else text(seg, "SegmentationType").upper()
 
 
 def _groups(seg: Dataset) -> tuple[Sequence[Dataset], Dataset]:
