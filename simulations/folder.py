@@ -83,7 +83,7 @@ class RunFolder:
                 raise IcmoeError(Fault(number=502, where=str(self.root), what="another process writes here")) from None
             try:
                 yield
-            except IcmoeError:
+            except (IcmoeError, OSError):
                 self._leave_as_found(had_phantoms=had_phantoms)
                 raise
 

@@ -135,19 +135,20 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path) -> None:
                 folder.check_identity({"data": "x", "studies": "y"})
 
 
-def draw_and_refuse(folder: RunFolder) -> None:
+def draw_and_refuse(folder: RunFolder, refusal: Exception) -> None:
     with folder.claimed(resume=False):
         folder.phantoms.mkdir(exist_ok=True)
-        raise IcmoeError(Fault(number=202))
+        raise refusal
 
 
+@pytest.mark.parametrize("refusal", [IcmoeError(Fault(number=202)), OSError("ICM202, the cache's disk is full")])
 @pytest.mark.parametrize("before", [False, True])
-def test_a_refused_start_takes_its_own_phantoms_along_and_no_others(before: bool, tmp_path: Path) -> None:
+def test_a_refused_start_takes_its_own_phantoms_along_and_no_others(before: bool, refusal: Exception, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "out")
     if before:
         folder.phantoms.mkdir(parents=True)
-    with pytest.raises(IcmoeError, match="ICM202"):
-        draw_and_refuse(folder)
+    with pytest.raises(type(refusal), match="ICM202"):
+        draw_and_refuse(folder, refusal)
     assert folder.phantoms.exists() == before
     assert not folder.work.exists()
 
