@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import signal
 import socket
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -199,7 +202,7 @@ def run_jobs(
     IcmoeError
         503 where the engine stops, 505 where the cluster cannot be reached, and whatever stops a study.
     """
-    quiet_libraries(SILENT)  # an engine that does not start is told of in one line
+    quiet_libraries(SILENT)  # an engine that breaks down before any site has answered is told of in one line
     sites = _read_sites(sites_path)
     lanes = min(len(sites), LANES)
     finished: dict[tuple[str, int], RunState] = {}
@@ -221,6 +224,9 @@ def run_jobs(
                 finished[job.method, job.study.seed] = run_job(everybody, job, roster, on_event, on_scored)
 
     server_app.main()(rehearse)
+    for left in sites_path.parent.glob("replies-*"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    start_ray(engine)
     try:
         run_simulation(
             server_app=server_app,
@@ -230,7 +236,7 @@ def run_jobs(
         )
     except (KeyboardInterrupt, SystemExit):
         _leave(stopped, ended)
-        raise KeyboardInterrupt from None  # Ray makes a SystemExit without a word of SIGTERM
+        raise KeyboardInterrupt from None
     except RuntimeError as error:
         if ended.is_set():
             raise  # of a study, not of the engine
@@ -239,6 +245,27 @@ def run_jobs(
     if len(finished) < len(jobs):
         raise IcmoeError(Fault(number=503, value=f"{len(finished)} of {len(jobs)} studies finished"))
     return finished
+
+
+def start_ray(engine: Engine) -> None:
+    """Start or join Ray, which Flower would do otherwise, after the thread of the ServerApp has begun to wait for it.
+
+    Raises
+    ------
+    IcmoeError
+        503 or 505 with what Ray says.
+    """
+    if ray.is_initialized():
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    path = os.pathsep.join(sys.path)  # as Flower does: its processes know this one's environment alone
+    try:
+        ray.init(runtime_env={"env_vars": {"PYTHONPATH": path}}, **engine.backend_config()["init_args"])
+    except Exception as error:  # Ray has none of its own for this
+        ray.shutdown()
+        raise IcmoeError(engine_fault(error, engine)) from error
+    # Ray's own answer to SIGTERM aborts the process three seconds later, whatever it is about.
+    signal.signal(signal.SIGTERM, before)
 
 
 def _leave(stopped: Event, ended: Event) -> None:
@@ -250,7 +277,7 @@ def _leave(stopped: Event, ended: Event) -> None:
 
 
 def engine_fault(error: BaseException, engine: Engine) -> Fault:
-    """Return what an engine says that did not start or broke down; Flower wraps the cause in errors of its own."""
+    """Return what Ray says that did not start or broke down; Flower wraps the cause in errors of its own."""
     while error.__cause__ is not None:
         error = error.__cause__
     value = (str(error).splitlines() or [type(error).__name__])[0]

@@ -35,7 +35,7 @@ def exit_on_interruption(todo: str) -> Iterator[None]:
     except KeyboardInterrupt:
         _end(todo)
     except SystemExit as end:
-        if end.code == signal.SIGTERM:  # Ray puts a handler of its own in the place of ours
+        if end.code == signal.SIGTERM:  # as Ray has it while it starts
             _end(todo)
         raise
     finally:

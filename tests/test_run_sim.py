@@ -203,6 +203,7 @@ def test_same_seed_gives_the_same_bytes_and_resume_after_a_kill_too(
 
     resumed = run([*command, "--resume"], environment)
     assert resumed.returncode == 0, resumed.stderr
+    assert not list((out / ".work").glob("replies-*")), "what the killed run left"
     undisturbed, again = models_of(rehearsed[0]), models_of(out)
     assert again.keys() <= undisturbed.keys()
     assert all(undisturbed[name] == data for name, data in again.items())
