@@ -311,10 +311,11 @@ def test_a_contour_that_lies_beside_what_it_marks_is_not_drawn_in_its_plane(offs
     assert numbers(data) == ([108, 121, 124] if any(offset) else [])
 
 
-@pytest.mark.parametrize("region", [2, 0, None])
+@pytest.mark.parametrize("region", [2, 0, None, 3])
 def test_contours_of_a_region_that_is_not_described_cost_their_file(region: int | None, tmp_path: Path):
     sources = volume(VOLUME)
     made = drawn(sources, contour(square(sources[1], *BOX), sources[1]))
+    made.StructureSetROISequence.append(item(ROINumber=3, ROIName=""))
     more = item(ContourSequence=[contour(square(sources[3], *BOX), sources[3])])
     if region is not None:
         more.ReferencedROINumber = region

@@ -59,7 +59,7 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
     """
     del path
     with refusing(117, "contours cannot be parsed"):
-        labels = {number: names.index(called) for number, called in _regions(header).items()}
+        labels = {number: names.index(called) for number, called in _regions(header).items() if called}
         if not any(label is not None for label in labels.values()):
             raise Refusal(120, f"no region is called like a class of the study (it has {len(labels)})")
         listed, series = _listed(header)
@@ -77,7 +77,7 @@ def _drawn(header: Dataset, labels: Mapping[int, int | None], hashes: Pseudonyms
     patches, closed, bare, written = list[Patch](), set[int](), set[int](), False
     for number, (region, item) in enumerate(_contours(header)):
         if region not in labels and not _is_bare(item):
-            raise Refusal(117, "contours name no region, or one that is not described: what they enclose, nobody knows")
+            raise Refusal(117, "contours name no region, or one without name and description: what they enclose, nobody knows")
         label = labels.get(region)
         written |= label is not None
         if label is None:
