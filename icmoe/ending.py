@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """What ends a process at once unless it says otherwise; an interrupt from the terminal is an exception already."""
-
-INTERRUPTED = 130
-"""Exit code after an interrupt."""
 
 
 class Ended(SystemExit):
@@ -36,7 +32,7 @@ def unwinding() -> Iterator[None]:
     """Let a signal end the process by an exception, and in the end by itself: whoever sent it sees that it did.
 
     One that is ignored, as under nohup, stays so. What a library makes of the exception, as pydantic does while it writes a
-    record, is no fault of its own, nor is it of an interrupt.
+    record, is no fault of its own. An interrupt stays Python's: libraries look for its own way of taking it.
 
     Yields
     ------
@@ -50,22 +46,21 @@ def unwinding() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         del frame
         asked.append(number)
-        raise KeyboardInterrupt if number == signal.SIGINT else Ended(number)
+        raise Ended(number)
 
-    before = {number: signal.getsignal(number) for number in (*ENDS, signal.SIGINT)}
-    taken = [number for number, action in before.items() if action in {signal.SIG_DFL, signal.default_int_handler}]
+    taken = [number for number in ENDS if signal.getsignal(number) is signal.SIG_DFL]
     for number in taken:
         signal.signal(number, end)
     try:
         yield
-    except BaseException as error:
-        _end_as_asked(asked)
-        if asked and isinstance(error, Exception):
-            sys.exit(INTERRUPTED)
+    except BaseException:
+        for number in asked[:1]:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         raise
     finally:
         for number in taken:
-            signal.signal(number, before[number])
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager
@@ -85,10 +80,3 @@ def undisturbed() -> Iterator[None]:
     finally:
         for number, action in before.items():
             signal.signal(number, action)
-
-
-def _end_as_asked(asked: Sequence[int]) -> None:
-    for number in asked:
-        if number != signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
