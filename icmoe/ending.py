@@ -54,9 +54,9 @@ def unwinding() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for number in asked[:1]:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        for sent in asked[:1]:
+            signal.signal(sent, signal.SIG_DFL)
+            os.kill(os.getpid(), sent)
         raise
     finally:
         for number in taken:
