@@ -146,6 +146,7 @@ def test_without_a_budget_no_private_study_and_with_one_no_other(records: Record
 def test_a_delta_above_one_in_the_patients_is_no_budget(records: Records, private: Study) -> None:
     number, sentence = number_of(records, private, budget=budget_of(8.0, delta=0.06))
     assert (number, "1 / 20" in sentence) == (202, True)
+    pay(records, private, budget=budget_of(8.0, delta=1.0 / 20))
 
 
 CELLS = {

@@ -157,6 +157,17 @@ def test_no_byte_of_a_signed_log_can_be_changed(records: Records, at: int, new: 
         (records.state / LOG).write_bytes(whole)
 
 
+def test_a_last_line_that_was_never_signed_is_known_to_the_ledger(tmp_path: Path) -> None:
+    plain = Records(state=tmp_path / "plain", site="Alder")
+    for number in (1, 2):
+        plain.write("sent", {"round": number})
+    put(plain, chained_anew(edited(lines_of(plain), 1, round=7)))
+    with pytest.raises(IcmoeError, match="ICM321"):
+        plain.agreement()
+    with pytest.raises(IcmoeError, match="ICM321"):
+        plain.write("sent", {"round": 3})
+
+
 def test_a_shortened_log_stops_the_next_round(records: Records, make_study) -> None:
     put(records, lines_of(records)[:-1])
     with pytest.raises(IcmoeError, match=r"ICM321 .*5 lines.*at least 6"):
