@@ -124,10 +124,12 @@ def test_only_the_rounds_since_the_last_model_let_the_next_one_change(
 ) -> None:
     study, records = make_study(rounds=9), Records(state=tmp_path, site="Alder")
     start, step = global_state(build_model(study, seed=1)), STEPS * study.training.learning_rate
-    accept(records, study, {"kind": first[0], "round": first[1]}, start)
+    asked = {"study": study.digest, "name": study.name, "run": "1"}
+    accept(records, study, {**asked, "kind": first[0], "round": first[1]}, start)
+    about = {**asked, "kind": then[0], "round": then[1]}
     with pytest.raises(IcmoeError, match="ICM322"):
-        accept(records, study, {"kind": then[0], "round": then[1]}, {n: x + (between + 0.1) * step for n, x in start.items()})
-    accept(records, study, {"kind": then[0], "round": then[1]}, {n: x + (between - 0.1) * step for n, x in start.items()})
+        accept(records, study, about, {name: tensor + (between + 0.1) * step for name, tensor in start.items()})
+    accept(records, study, about, {name: tensor + (between - 0.1) * step for name, tensor in start.items()})
 
 
 def test_the_balance_bias_may_move_as_the_study_says_however_small_its_learning_rate(make_study) -> None:
