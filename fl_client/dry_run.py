@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from icmoe.ending import ENDS, undisturbed
+from icmoe.ending import ENDS, answered, undisturbed
 from icmoe.left_behind import locked, remove_left_behind
 
 FORMER = "icmoe-dry-run-"
@@ -33,15 +33,13 @@ def passing_folder() -> Iterator[Path]:
     folder, lock = locked(lambda: Path(tempfile.mkdtemp(prefix=PREFIX)))
     nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     heard = [end for end in ENDS if not (nohup and end == signal.SIGHUP)]
-    former = [signal.signal(end, _stop) for end in heard]
-    try:
-        yield folder
-    finally:
-        with undisturbed():
-            shutil.rmtree(folder)
-            os.close(lock)
-        for end, action in zip(heard, former, strict=True):
-            signal.signal(end, action)
+    with answered(heard, _stop):
+        try:
+            yield folder
+        finally:
+            with undisturbed():
+                shutil.rmtree(folder)
+                os.close(lock)
 
 
 def remove_killed() -> None:

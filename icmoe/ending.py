@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -25,6 +25,24 @@ class Ended(SystemExit):
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.number = number
+
+
+@contextmanager
+def answered(
+    signals: Iterable[signal.Signals], answer: Callable[[int, FrameType | None], object] | signal.Handlers
+) -> Iterator[None]:
+    """Let `answer` take these signals meanwhile; afterwards they are what they were. For the main thread alone.
+
+    Yields
+    ------
+    None
+    """
+    before = {number: signal.signal(number, answer) for number in signals}
+    try:
+        yield
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
 
 
 @contextmanager
@@ -49,18 +67,14 @@ def unwinding() -> Iterator[None]:
         raise Ended(number)
 
     taken = [number for number in ENDS if signal.getsignal(number) is signal.SIG_DFL]
-    for number in taken:
-        signal.signal(number, end)
-    try:
-        yield
-    except BaseException:
-        for sent in asked[:1]:
-            signal.signal(sent, signal.SIG_DFL)
-            os.kill(os.getpid(), sent)
-        raise
-    finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
+    with answered(taken, end):
+        try:
+            yield
+        except BaseException:
+            for sent in asked[:1]:
+                signal.signal(sent, signal.SIG_DFL)
+                os.kill(os.getpid(), sent)
+            raise
 
 
 @contextmanager
@@ -74,9 +88,5 @@ def undisturbed() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (*ENDS, signal.SIGINT)}
-    try:
+    with answered((*ENDS, signal.SIGINT), signal.SIG_IGN):
         yield
-    finally:
-        for number, action in before.items():
-            signal.signal(number, action)

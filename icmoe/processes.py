@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from icmoe.atomic import regular
+from icmoe.ending import answered
 
 FIRST_DELAY_S, LONGEST_DELAY_S, LONG_LIFE_S = 1.0, 15.0, 120.0
 LOOK_S = 0.1
@@ -59,12 +60,8 @@ def asked_to_stop(*signals: signal.Signals) -> Iterator[Stop]:
         del number, frame
         stop.asked = True
 
-    before = {number: signal.signal(number, ask) for number in signals}
-    try:
+    with answered(signals, ask):
         yield stop
-    finally:
-        for number, action in before.items():
-            signal.signal(number, action)
 
 
 def program(name: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
+from icmoe.ending import answered
 from icmoe.errors import Fault, print_faults
 
 INTERRUPTED = 130
@@ -29,18 +30,15 @@ def exit_on_interruption(todo: str) -> Iterator[None]:
     ------
     None
     """
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    except KeyboardInterrupt:
-        _end(todo)
-    except SystemExit as end:
-        if end.code == signal.SIGTERM:  # as Ray has it while it starts
+    with answered((signal.SIGINT, signal.SIGTERM), _interrupt):
+        try:
+            yield
+        except KeyboardInterrupt:
             _end(todo)
-        raise
-    finally:
-        for number, action in before.items():
-            signal.signal(number, action)
+        except SystemExit as end:
+            if end.code == signal.SIGTERM:  # as Ray has it while it starts
+                _end(todo)
+            raise
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
