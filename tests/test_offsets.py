@@ -14,6 +14,7 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, encapsulate_extended, generate_frames
 from pydicom.uid import RLELossless
 
+from icmoe.data.ingest.encapsulated import right_offsets
 from icmoe.data.ingest.refusals import Refusal
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -109,3 +110,21 @@ def test_a_segmentation_whose_items_are_told_in_another_order_marks_nothing(tmp_
     put(tmp_path, [*sources, made])
     _, masks, data = used(tmp_path)
     assert (masks, set(numbers(data))) == ([], {108, 118})
+
+
+def test_a_table_that_leaves_out_the_first_item_is_wrong_though_items_begin_where_it_says():
+    pixels = encapsulate([b"12345678", b"87654321"], fragments_per_frame=2)
+    assert right_offsets(pixels, 2, None) is None
+    with pytest.raises(Refusal, match="table of offsets"):
+        right_offsets(with_table(pixels, lambda offsets: [at + 12 for at in offsets]), 2, None)  # an item of 4 bytes and its head
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_a_frame_may_be_a_byte_shorter_than_its_item_and_no_more(padding: int):
+    pixels, table, lengths = encapsulate_extended([b"12345678", b"87654321"])
+    told = table, struct.pack("<2Q", *(size - padding for size in struct.unpack("<2Q", lengths)))
+    if padding < 2:
+        assert right_offsets(pixels, 2, told) is None
+    else:
+        with pytest.raises(Refusal, match="table of offsets"):
+            right_offsets(pixels, 2, told)

@@ -17,12 +17,14 @@ from simulations.evidence.rivals.run import Bench, Job, run
 __all__ = ["backbone", "bench", "hospitals", "study"]
 
 
-@pytest.mark.parametrize("harm", ["", "[]", "{", "no score", "a score of text", "no rounds"])
+@pytest.mark.parametrize("harm", ["", "[]", "{", "no score", "a score of text", "a score of NaN", "no rounds"])
 def test_a_damaged_record_makes_no_table_and_is_not_taken_for_finished(harm: str, bench: Bench) -> None:
     job = Job(method="mask-head", regime="fedavg", seed=1)
     record, path = run(job, bench), bench.result_path(job)
     kept = {key: value for key, value in record.items() if key != harm.removeprefix("no ")}
-    other = {"no score": {"test": None, "own_test": None}, "a score of text": {"test": {**record["test"], "mean": {"dice": "1"}}}}
+    wrong = {"a score of text": "1", "a score of NaN": float("nan")}
+    other = {name: {"test": {**record["test"], "mean": {"dice": dice}}} for name, dice in wrong.items()}
+    other["no score"] = {"test": None, "own_test": None}
     path.write_text(json.dumps({**kept, **other.get(harm, {})}) if " " in harm else harm)
     with pytest.raises(IcmoeError, match=f"ICM525 {path.name}: it is damaged"):
         table.read_rows(bench.folder, None)
