@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fl_client.manifest import Outgoing, manifest_of
 from fl_client.participant import Participant
-from icmoe.errors import CATALOGUE, Fault, IcmoeError
+from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import state_digest
-from icmoe.messages import CONFIG, NUMBERS, UPDATE
+from icmoe.messages import CONFIG, ERROR_CODE, NUMBERS, UPDATE, error_reason
 from icmoe.packing import PACKED, pack
 from icmoe.quantise import EXPONENT
 from icmoe.receipts import Head
@@ -25,7 +25,6 @@ from icmoe.study import Study
 
 log = logging.getLogger("fl_client")
 
-ERROR_CODE = 1000
 MANTISSA_BITS = 23
 
 
@@ -109,7 +108,7 @@ def decline(number: int, message: Message, request: Request | None) -> Message:
             request.site.records.write("declined", {**request.about(), "number": number})
         except (IcmoeError, OSError) as error:
             log.error("%s", error)  # the number leaves all the same: without it the coordinator would wait
-    return Message(Error(ERROR_CODE + number, f"ICM{number} {CATALOGUE[number].title}"), reply_to=message)
+    return Message(Error(ERROR_CODE + number, error_reason(number)), reply_to=message)
 
 
 def rounded_to(tensor: Tensor, bits: int) -> Tensor:

@@ -44,13 +44,14 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.run import Run
 from flwr.supernode import start_client_internal
 
+from icmoe.atomic import write_atomically
 from icmoe.bundle import differences
 from icmoe.errors import CATALOGUE, Fault
+from icmoe.messages import ERROR_CODE, error_reason
 from icmoe.processes import sweep_often
 
 log = logging.getLogger("fl_client")
 
-ERROR_CODE = 1000
 LARGEST_BYTES = 50_000_000
 """Bytes that a shipped bundle may unpack to; Flower packs at most 10 MB."""
 
@@ -178,7 +179,7 @@ def _send_error(
 ) -> tuple[set[str], str]:
     """Send an error reply as a number and its title, whatever text Flower gave it."""
     number = _number_of(message.error.reason or "")
-    clean = make_message(copy(message.metadata), error=Error(ERROR_CODE + number, f"ICM{number} {CATALOGUE[number].title}"))
+    clean = make_message(copy(message.metadata), error=Error(ERROR_CODE + number, error_reason(number)))
     clean.metadata.__dict__["_message_id"] = clean.object_id
     wanted, session = send(clean, get_object_tree(clean), runtime_s)
     if clean.object_id in wanted:
@@ -187,7 +188,7 @@ def _send_error(
 
 
 def _number_of(reason: str) -> int:
-    known = {f"ICM{number} {entry.title}": number for number, entry in CATALOGUE.items()}
+    known = {error_reason(number): number for number in CATALOGUE}
     return {**known, **_FLOWERS_OWN}.get(reason, 304)
 
 
@@ -196,7 +197,7 @@ def _write_entities(home: Path) -> Path:
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     key = Ed25519PrivateKey.generate().public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
     path = home / "trusted-entities.yaml"
-    path.write_text(f"fpk_icmoe: '{key}'\n")
+    write_atomically(path, f"fpk_icmoe: '{key}'\n".encode(), durable=False)
     return path
 
 

@@ -18,12 +18,11 @@ from flwr.serverapp import Grid
 
 from fl_server.grid import InFront
 from icmoe.atomic import regular, write_atomically
-from icmoe.errors import CATALOGUE, Fault, print_faults
-from icmoe.messages import CONFIG, NUMBERS, ROUND_KEY
+from icmoe.errors import Fault, print_faults
+from icmoe.messages import CONFIG, ERROR_CODE, NUMBERS, ROUND_KEY, error_reason
 from icmoe.receipts import EMPTY, LEDGER_KEY, RECEIPT_KEY, Head, head_of, receipt_of, receipt_text
 
 _WENT_BACK = 418
-_ERROR_CODE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +95,8 @@ class Receipted(InFront):
         if asked is not None and behind(head, asked.receipt):
             value = f"{head.count} entries" if head is not None else "no ledger"
             did = "Its answer was refused."
-            print_faults([Fault(number=418, where=site, value=value, limit=f"at least {asked.receipt.count}", did=did)])
-            return Message(
-                Error(_ERROR_CODE + _WENT_BACK, f"ICM{_WENT_BACK} {CATALOGUE[_WENT_BACK].title}"), reply_to=asked.message
-            )
+            print_faults([Fault(number=_WENT_BACK, where=site, value=value, limit=f"at least {asked.receipt.count}", did=did)])
+            return Message(Error(ERROR_CODE + _WENT_BACK, error_reason(_WENT_BACK)), reply_to=asked.message)
         if head is not None:
             keep_receipt(self._folder, site, head)
         return reply
