@@ -1,4 +1,4 @@
-"""Differential privacy at the server: every site's whole update is clipped, the sum gets noise (design section 8).
+"""Differential privacy at the server: every site's whole update is clipped, the sum gets noise.
 
     y_k   = [w_ke clip(delta_k, C)_e for each part e]       clip scales the whole update to a norm of at most C
     Delta = (sum_k y_k + N(0, (z_delta S)^2)) / W           S = C w_max, twice that where a site may be replaced
@@ -36,7 +36,7 @@ from fl_server.round_strategy import RoundReport, RoundStrategy, State
 from fl_server.wrapping import Wrapping
 from icmoe.errors import Fault, IcmoeError
 from icmoe.gaussian import ACCOUNTANT, epsilon_of
-from icmoe.kinds import expert_of, is_usage_weighted
+from icmoe.kinds import weighing_expert
 from icmoe.os_random import gaussian
 from icmoe.server_noise import Noise, noise_of, sensitivity_of
 from icmoe.server_privacy import ServerPrivacy
@@ -106,9 +106,8 @@ def contribution(update: Update, study: Study, clip_norm: float) -> Values:
     scale = min(1.0, clip_norm / norm) if norm > 0.0 else 1.0
     found: Values = {}
     for name, tensor in update.tensors.items():
-        expert = expert_of(name)
-        weight = weights[expert if expert is not None and is_usage_weighted(name, study.model) else -1]
-        found[name] = (scale * weight) * tensor.astype(np.float64)
+        expert = weighing_expert(name, study.model)
+        found[name] = (scale * weights[-1 if expert is None else expert]) * tensor.astype(np.float64)
     return found
 
 

@@ -21,7 +21,7 @@ from fl_server.aggregate import flower_reply, in_one_reply
 from fl_server.replies import Update, parse_replies
 from fl_server.round_strategy import RoundReport, RoundStrategy
 from fl_server.wrapping import Wrapping
-from icmoe.kinds import expert_of, is_usage_weighted
+from icmoe.kinds import weighing_expert
 from icmoe.study import Aggregation, Study
 
 WEIGHT = "weight"
@@ -56,7 +56,7 @@ def robust_mean(updates: Sequence[Update], study: Study) -> Values:
     updates = [update.loaded() for update in updates]
     parts: dict[int | None, list[str]] = {}
     for name in sorted(updates[0].tensors):
-        parts.setdefault(expert_of(name) if is_usage_weighted(name, study.model) else None, []).append(name)
+        parts.setdefault(weighing_expert(name, study.model), []).append(name)
     found: Values = {}
     for expert, names in parts.items():
         found |= _combined(names, _contributors(updates, expert, study.aggregation), expert, study.aggregation)

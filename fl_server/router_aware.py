@@ -1,4 +1,4 @@
-"""Router-aware FedAvg as a Flower strategy (design section 7).
+"""Router-aware FedAvg as a Flower strategy.
 
     theta_e += s_e sum_k p_ke delta_ke    for semantic and adaptive experts, weights from `fl_server.weights`
     theta   += sum_k n_k / N delta_k      for everything else
@@ -22,7 +22,7 @@ from fl_server.replies import PIECE, Form, InReply, Update, is_finite, mean_loss
 from fl_server.round_strategy import RoundReport, State, Tensors, record_of
 from fl_server.scores import mean_score, score_of
 from fl_server.weights import balance_step, expert_weights, plain_share
-from icmoe.kinds import BALANCE_BIAS, expert_of, is_usage_weighted
+from icmoe.kinds import BALANCE_BIAS, weighing_expert
 from icmoe.messages import ARRAYS, CONFIG, DICE_KEY, LOSS_KEY, PATIENTS_KEY, ROUND_KEY, STUDY_KEY
 from icmoe.study import Aggregation, Study
 
@@ -143,7 +143,7 @@ class RouterAware(Strategy):
 
     def _weighed_by(self, name: str) -> int | None:
         """Return the expert whose use weighs a tensor, None where size alone does."""
-        return expert_of(name) if self.report.weights is not None and is_usage_weighted(name, self.study.model) else None
+        return None if self.report.weights is None else weighing_expert(name, self.study.model)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the validation Dice over the patients of all sites, None where no site has any."""

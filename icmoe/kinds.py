@@ -67,6 +67,11 @@ def is_usage_weighted(name: str, shape: ModelShape) -> bool:
     return kind is not None and kind.usage_weighted
 
 
+def weighing_expert(name: str, shape: ModelShape) -> int | None:
+    """Return the expert whose use weighs this tensor, None where size alone does."""
+    return expert_of(name) if is_usage_weighted(name, shape) else None
+
+
 def is_personal(name: str, shape: ModelShape) -> bool:
     """Return whether personal mode keeps this tensor at the site: adaptive experts and router."""
     kind = kind_of(name, shape)

@@ -1,4 +1,4 @@
-"""The update as one flat vector whose sum over the sites is all that an aggregate needs (design section 7).
+"""The update as one flat vector whose sum over the sites is all that an aggregate needs.
 
     v_k  = [w_ke delta_ke for semantic and adaptive e | w_k0 delta_k0 | w_k1 .. w_kM | w_k0 | 1(u_k1 > g) .. 1(u_kM > g)]
     w_ke = (n_k / n_max) ((1 - eta) u_ke^t + eta M^-t)          w_k0 = n_k / n_max        0: everything else
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from icmoe.kinds import expert_of, is_usage_weighted
+from icmoe.kinds import is_usage_weighted, weighing_expert
 from icmoe.study import Aggregation, ModelShape
 
 Vector = npt.NDArray[np.float32]
@@ -67,8 +67,8 @@ class SumLayout:
             start = end
 
     def _weight_of(self, name: str) -> int:
-        expert = expert_of(name)
-        return expert if expert is not None and is_usage_weighted(name, self.model) else self.model.experts
+        expert = weighing_expert(name, self.model)
+        return self.model.experts if expert is None else expert
 
 
 def own_weights(size: int, usage_M: Numbers, settings: Aggregation) -> Numbers:
