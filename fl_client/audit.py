@@ -209,11 +209,6 @@ def check_signatures(state: Path, entries: list[Entry]) -> Signatures:
     return Signatures(keys[0][0] - 1 if keys else len(entries), tuple(keys))
 
 
-def head_of_log(entries: list[Entry]) -> Head:
-    """Return number and hash of the last line."""
-    return Head(entries[-1]["line"], entries[-1]["hash"]) if entries else EMPTY
-
-
 def _next_line(last: Entry | None, event: str, values: Mapping[str, Any], signer: Signer | None) -> Entry:
     """Return the line after `last`; a line names the key that signs it where the line before was signed by another."""
     entry = placed({"version": VERSION, "time": datetime.now(UTC).isoformat(), "event": event, **values}, last)

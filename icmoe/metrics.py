@@ -145,7 +145,7 @@ class Summary:
 
 
 class CountsImages(Protocol):
-    """What the record needs to know about a site's images; `icmoe.data.folder.SiteData` fits."""
+    """What the record needs to know about a site's images; `icmoe.data.slices.SiteData` fits."""
 
     @property
     def images_found(self) -> int:
@@ -154,22 +154,6 @@ class CountsImages(Protocol):
     @property
     def images_used(self) -> int:
         """Images that could be read."""
-
-
-@dataclass(frozen=True, slots=True)
-class ImageCounts:
-    """Images of a site where no `SiteData` is at hand.
-
-    Parameters
-    ----------
-    images_found
-        Images that the split names, >= `images_used`.
-    images_used
-        Images that could be read.
-    """
-
-    images_found: int
-    images_used: int
 
 
 def patient_scores(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +52,6 @@ class ValueCounts:
         self._values = np.empty(0, dtype=np.float64)
         self._counts = np.empty(0, dtype=np.int64)
 
-    def add(self, image_HW: npt.NDArray[Any]) -> None:
-        """Count the finite pixels of one image, any real dtype and size."""
-        self.add_counts(*np.unique(image_HW, return_counts=True))
-
     def add_counts(self, values_V: npt.NDArray[Any], counts_V: npt.NDArray[np.int64]) -> None:
         """Count distinct values, each as often as it occurs; those that are not finite are left out."""
         if values_V.dtype.kind in "iu" and values_V.size and int(values_V.min()) >= -WHOLE and int(values_V.max()) < WHOLE:
@@ -103,20 +98,6 @@ class ValueCounts:
         if not math.isfinite(above - below):  # a gap wider than a float64 holds
             return below * (1.0 - part) + above * part
         return below + (above - below) * part if part < 0.5 else above - (above - below) * (1.0 - part)
-
-
-def series_window(images: Sequence[npt.NDArray[Any]]) -> Window:
-    """Return the window of the images of one series, H x W each, as `ValueCounts.window` does.
-
-    Raises
-    ------
-    ValueError
-        Where there is no finite pixel.
-    """
-    counts = ValueCounts()
-    for image in images:
-        counts.add(image)
-    return counts.window()
 
 
 def normalise(image_HW: npt.NDArray[Any], window: Window) -> npt.NDArray[np.float32]:

@@ -15,7 +15,7 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
 from icmoe.data.slices import SiteData, load_image, load_mask
 from icmoe.study import Label
-from icmoe.window import Window, normalise, series_window
+from icmoe.window import ValueCounts, Window, normalise
 
 RNG = np.random.default_rng(6)
 VOLUME = RNG.integers(0, 3000, (5, 20, 24)).astype(np.uint16)
@@ -265,6 +265,13 @@ def used(place: Path, labels: tuple[Label, ...] = LESION, **settings: Any) -> tu
 
 def numbers(data: SiteData) -> list[int]:
     return sorted(one.number for one in data.exclusions)
+
+
+def series_window(images_HW: Sequence[np.ndarray]) -> Window:
+    counts = ValueCounts()
+    for image_HW in images_HW:
+        counts.add_counts(*np.unique(image_HW, return_counts=True))
+    return counts.window()
 
 
 def scaled(greys: Sequence[np.ndarray], low: float = -np.inf, high: float = np.inf) -> list[np.ndarray]:

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from hypothesis import strategies as st
 
 from icmoe.metrics import (
     ClassScore,
-    ImageCounts,
     PatientScore,
     evaluation_record,
     patient_scores,
@@ -23,6 +23,13 @@ from icmoe.metrics import (
 )
 
 FLOAT32 = 1e-6  # MONAI divides in float32
+
+
+class ImageCounts(NamedTuple):
+    images_found: int
+    images_used: int
+
+
 masks = st.integers(0, 2**32 - 1).map(lambda seed: np.random.default_rng(seed))
 
 

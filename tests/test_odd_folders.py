@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dicom_builders import series_window
 from PIL import Image
 from predictions import write_random_model
 from typer.testing import CliRunner
@@ -23,7 +24,7 @@ from icmoe.dataset import TrainingSet
 from icmoe.errors import IcmoeError
 from icmoe.features import FeatureCache
 from icmoe.study import Label
-from icmoe.window import normalise, series_window
+from icmoe.window import normalise
 
 LABELS = (Label(name="background", values=(0,)), Label(name="lesion", values=(255,)))
 HEADER = ["split", "site", "patient", "slice", "image", "mask"]

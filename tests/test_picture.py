@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 import pytest
-from dicom_builders import image, save
+from dicom_builders import image, save, series_window
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
@@ -17,7 +17,7 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from icmoe.data.ingest.headers import read_header
 from icmoe.data.ingest.pixels import plain_pixels_of, read_pictures
 from icmoe.data.picture import Picture, picture_digest, picture_of, ranks_digest
-from icmoe.window import ValueCounts, Window, normalise, series_window
+from icmoe.window import ValueCounts, Window, normalise
 
 SHAPES = array_shapes(min_dims=2, max_dims=2, max_side=9)
 WHOLE = st.sampled_from(["u1", "i1", "<u2", "<i2", ">u2", ">i2", "<i4", "<i8"]).flatmap(lambda kind: arrays(kind, SHAPES))
@@ -89,10 +89,10 @@ def test_a_window_of_counts_is_that_of_all_pixels(greys: list[npt.NDArray[np.gen
 
 def test_more_values_than_are_kept_join_their_lower_neighbours_with_their_counts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ValueCounts, "MAX_VALUES", 4)
-    counts = ValueCounts()
-    counts.add(np.array([[0.5, 1.5, 2.5, 3.5]]))
+    counts, ones = ValueCounts(), np.ones(4, np.int64)
+    counts.add_counts(np.array([0.5, 1.5, 2.5, 3.5]), ones)
     assert (counts.window().low, counts.window().high) == pytest.approx((0.515, 3.485)), "as many as are kept are exact"
-    counts.add(np.array([[4.5, 5.5, 6.5, 7.5]]))
+    counts.add_counts(np.array([4.5, 5.5, 6.5, 7.5]), ones)
     assert counts.window() == Window(0.5, 6.5)  # two of 0.5, of 2.5, of 4.5 and of 6.5
 
 

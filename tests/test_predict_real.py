@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from dicom_builders import series_window
 from exports import DATA
 from PIL import Image
 from predictions import array_prediction, loaded, planes_of, predicted, read_back, write_random_model
 
-from icmoe.window import normalise, series_window
+from icmoe.window import normalise
 
 pytestmark = [pytest.mark.real, pytest.mark.skipif(not DATA.exists(), reason="the real hospital images are not here")]
 LGG = DATA / "lgg-dicom"

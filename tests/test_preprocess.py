@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from dicom_builders import series_window
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
 from icmoe.preprocess import apply_view, prepare, restore, target, view_target
-from icmoe.window import Window, normalise, series_window
+from icmoe.window import Window, normalise
 
 sides = st.integers(1, 70)
 quick = settings(max_examples=40)
