@@ -1,7 +1,7 @@
 """The finished update of a round, kept until the next rounds: asked for again, a site sends the same bytes for nothing more.
 
 It is known by study, round and incoming global model. It is on the disk before it leaves, so that a process killed between
-the two neither trains nor spends again (design section 10). One that is damaged is trained anew, and spent for anew, and so
+the two neither trains nor spends again. One that is damaged is trained anew, and spent for anew, and so
 is one that was made with a patient who was forgotten since.
 """
 

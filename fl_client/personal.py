@@ -1,4 +1,4 @@
-"""The personal parts of a site, adaptive experts and router, kept at the site between rounds (design section 10)."""
+"""The personal parts of a site, adaptive experts and router, kept at the site between rounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weights of router-aware FedAvg, as pure functions (design section 7).
+"""The weights of router-aware FedAvg, as pure functions.
 
     p_ke  = n_k u_ke^t / sum_j n_j u_je^t ;  p_ke <- max(p_ke, eta n_k / N), normalised ;  capped at c by water-filling
     s_e   = min(1, sum_k n_k u_ke / (0.05 N / M))

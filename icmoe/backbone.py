@@ -1,4 +1,4 @@
-"""The frozen backbones (design section 4): one interface, known by the SHA-256 of their weights.
+"""The frozen backbones: one interface, known by the SHA-256 of their weights.
 
 A block's features are reduced to 128 channels by a fixed random projection, seeded by the backbone's name: it is part
 of the preprocessing, equal at every site, and never trained. Blocks on a finer grid are folded (space to depth) before

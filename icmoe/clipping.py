@@ -1,4 +1,4 @@
-"""The algebra of a private step: clip each patient, add, add noise, divide by a public number (design section 8).
+"""The algebra of a private step: clip each patient, add, add noise, divide by a public number.
 
     v_p = [ clip(g_p, C_g), clip(lambda u_p, C_u) ] ;  noisy = (sum_p v_p + sigma C N(0, 1)) / (q n) ;  C^2 = C_g^2 + C_u^2
 

@@ -2,7 +2,7 @@
 
 Anchors are drawn per class and image, half of them pixels that the vote gets wrong. Everything stays within one
 image, and the class prototypes it meets are those of the round's global model, constant within the round: the term
-is a sum over images, as differential privacy at patient level needs (design section 6).
+is a sum over images, as differential privacy at patient level needs.
 
 InfoNCE: van den Oord et al., arXiv 1807.03748; over pixels with class labels: Wang et al., arXiv 2101.11939.
 Shapes: B images, K classes, A = K * per_class anchors, D width of the projection, C of the embedding, N pixels.

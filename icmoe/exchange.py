@@ -1,4 +1,4 @@
-"""What leaves a site and what comes in: named tensors, sorted, checked (design section 7).
+"""What leaves a site and what comes in: named tensors, sorted, checked.
 
 A tensor belongs to one expert, to the router, or to the shared rest; personal mode keeps adaptive experts and router
 at the site. Features, routing maps, per-image values and optimiser state have no place here and so cannot leave.

@@ -1,4 +1,4 @@
-"""The three kinds of experts of IC-MoE (design section 6).
+"""The three kinds of experts of IC-MoE.
 
 Shapes: B images, C channels of the embedding, b bottleneck, H x W grid, N = H W pixels, P prototypes.
 

@@ -1,4 +1,4 @@
-"""The loss of IC-MoE, term by term (design section 6).
+"""The loss of IC-MoE, term by term.
 
 Every term is one value per image, so that the loss is a sum over patients and clipping per patient means something.
 Targets are area fractions ("soft labels"): shape B K H W, summing to 1 over K. Shapes: M experts, N = H W pixels.

@@ -1,4 +1,4 @@
-"""The trained part of IC-MoE around a frozen backbone (design section 6).
+"""The trained part of IC-MoE around a frozen backbone.
 
     x = E + sum_l sigmoid(a_l) Conv1x1_l(F_l) ;  xn = GroupNorm(x)
     D_e = up_e(body_e(xn)) ;  v_e = softmax_K(Vote(x + D_e)) ;  g = voting(Router(xn), v)

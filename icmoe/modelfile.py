@@ -1,4 +1,4 @@
-"""Model files: safetensors with the study in the header (design section 12). Nothing is ever unpickled."""
+"""Model files: safetensors with the study in the header. Nothing is ever unpickled."""
 
 from __future__ import annotations
 

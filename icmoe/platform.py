@@ -1,4 +1,4 @@
-"""Where the product runs: Linux on x86-64, Python 3.11 or newer (design section 12)."""
+"""Where the product runs: Linux on x86-64, Python 3.11 or newer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DP-SGD with the patient as unit: a round of local training whose result is differentially private (design section 8).
+"""DP-SGD with the patient as unit: a round of local training whose result is differentially private.
 
 Each step draws patients by Poisson sampling, clips what each adds, adds noise and divides by a public constant; an empty
 draw is a step of noise alone. The released tensors and the usage are functions of the noised sums, so they cost what

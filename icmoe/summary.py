@@ -1,4 +1,4 @@
-"""A site's summary of its training images: the whole list of what a site may tell about its data (design section 7).
+"""A site's summary of its training images: the whole list of what a site may tell about its data.
 
 The rules are those of statistical disclosure control: counts in tens, nothing about a group of at most ten patients, no
 end of a range that fewer than three patients reach. They hide the single patient in one summary; they are no

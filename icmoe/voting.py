@@ -1,4 +1,4 @@
-"""Pixel-probability adaptive voting: which experts decide a pixel, and with what weight (design section 6).
+"""Pixel-probability adaptive voting: which experts decide a pixel, and with what weight.
 
     r_e = softmax_e s_e ;  vbar = sum_e r_e v_e ;  k_e = sum_c vbar_c v_ec
     a_e = log r_e + beta k_e + b_e ;  T = top-k(a) ;  g = softmax over T of a
