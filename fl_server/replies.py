@@ -152,10 +152,10 @@ class Refusal(Exception):
         super().__init__(reason)
         self.value, self.limit = value, limit
 
-    def fault(self, site: str, number: int = 504) -> Fault:
+    def fault(self, site: str) -> Fault:
         """Return the refusal as a fault of a site."""
         did = "The round went on without it."
-        return Fault(number=number, where=site, what=f"update was refused, {self}", value=self.value, limit=self.limit, did=did)
+        return Fault(number=504, where=site, what=f"update was refused, {self}", value=self.value, limit=self.limit, did=did)
 
 
 def parse_replies(

@@ -33,7 +33,6 @@ def predict_slices(
     cache: FeatureCache,
     device: torch.device,
     *,
-    batch_size: int = EVALUATION_BATCH,
     views: Sequence[View] = ALONE,
 ) -> Iterator[ClassMap]:
     """Yield the class map of each slice, H W on its own pixel grid, in the order given.
@@ -48,13 +47,11 @@ def predict_slices(
         Where the features are.
     device
         CPU or CUDA.
-    batch_size
-        Slices per forward pass.
     views
         Views of each image whose class probabilities are averaged.
     """
-    for at in range(0, len(slices), batch_size):
-        chunk = slices[at : at + batch_size]
+    for at in range(0, len(slices), EVALUATION_BATCH):
+        chunk = slices[at : at + EVALUATION_BATCH]
         logits_BKhw = mean_logits([_log_probabilities(model, chunk, cache, device, view) for view in views])
         for item, logits_Khw in zip(chunk, logits_BKhw.cpu(), strict=True):
             yield restore(logits_Khw, item.shape).argmax(dim=0).to(torch.uint8).numpy()

@@ -56,6 +56,11 @@ class Objective(nn.Module):
             return loss_B, loss_B.new_zeros(len(loss_B), 0)
         return loss_B, output.experts.gates_BMHW.detach().mean(dim=(2, 3))
 
+    @property
+    def coordinates(self) -> int:
+        """Number D of trained coordinates."""
+        return sum(parameter.numel() for parameter in self.trained().values())
+
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the parameters that get a gradient, in the order of the coordinates."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}

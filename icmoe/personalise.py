@@ -159,8 +159,8 @@ def train_alone(
     return global_state(model)
 
 
-def choose(val_dice: Mapping[str, Sequence[float]], default: str, margin: float = MARGIN) -> str:
-    """Return the candidate to use: the default, or the best of those that beat it for every patient and by the margin.
+def choose(val_dice: Mapping[str, Sequence[float]], default: str) -> str:
+    """Return the candidate to use: the default, or the best of those that beat it for every patient and by `MARGIN`.
 
     Parameters
     ----------
@@ -168,14 +168,12 @@ def choose(val_dice: Mapping[str, Sequence[float]], default: str, margin: float 
         Dice of the same validation patients by candidate, possibly none.
     default
         A key of it.
-    margin
-        Mean gain that is needed.
     """
     base = val_dice[default]
     better = {
         name: fmean(dice)
         for name, dice in val_dice.items()
-        if dice and all(mine > theirs for mine, theirs in zip(dice, base, strict=True)) and fmean(dice) >= fmean(base) + margin
+        if dice and all(mine > theirs for mine, theirs in zip(dice, base, strict=True)) and fmean(dice) >= fmean(base) + MARGIN
     }
     return max(better, key=lambda name: better[name]) if better else default
 

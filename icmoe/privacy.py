@@ -39,7 +39,6 @@ def private_round(
     *,
     round_number: int,
     device: torch.device,
-    back_end: BackEnd | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> RoundResult:
     """Train `model` in place for one round under the study's privacy at the site; there is no seed to repeat it with.
@@ -56,8 +55,6 @@ def private_round(
         From 1; places the round in the learning-rate schedule.
     device
         CPU or CUDA, always in float32.
-    back_end
-        How gradients per patient are computed; the device's faster one where None.
     on_step
         Called with (steps done, steps in all).
 
@@ -81,7 +78,7 @@ def private_round(
         usage_M = torch.zeros(study.model.experts, dtype=torch.float64, device=device)
         parts = Parts(privacy.slices_at_once)
         for step in range(privacy.steps):
-            mean = private_mean(objective, data, privacy, sigma, device, back_end or back_end_for(device), parts)
+            mean = private_mean(objective, data, privacy, sigma, device, back_end_for(device), parts)
             usage_M += mean[descent.size :]
             rate = learning_rate(study, round_number=round_number, step=step, steps=privacy.steps)
             descent.step(mean[: descent.size], rate, last=privacy.steps - step)
@@ -144,8 +141,7 @@ def private_sum(
 
     One patient more or less changes it by at most `privacy.sensitivity`.
     """
-    size = sum(parameter.numel() for parameter in objective.trained().values())
-    total = torch.zeros(size + objective.model.shape.experts, device=device)
+    total = torch.zeros(objective.coordinates + objective.model.shape.experts, device=device)
     for group in grouped(samples, privacy.slices_at_once):
         rows = [row for sample in group for row in sample.rows]
         views = [view for sample in group for view in sample.views]

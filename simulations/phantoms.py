@@ -23,13 +23,12 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from icmoe.atomic import read_regular
-from icmoe.data.splits import COLUMNS, SPACING_COLUMNS
+from icmoe.data.splits import COLUMNS, SPACING_COLUMNS, SPLITS
 from icmoe.errors import Fault, IcmoeError
 from simulations.anatomy import Head, Lesion
 
 Picture = npt.NDArray[np.uint8]
 
-SPLITS = ("train", "val", "test")
 ABOUT = "README.md"
 _NOT_WRITTEN = "Nothing was written."
 

@@ -21,6 +21,7 @@ from fl_server.run_state import RunState
 from icmoe.atomic import write_atomically
 from icmoe.backbone import Backbone, load_backbone
 from icmoe.cache_entries import default_cache_folder
+from icmoe.data.splits import SPLITS
 from icmoe.device import available_device
 from icmoe.exchange import State
 from icmoe.features import FeatureCache
@@ -176,7 +177,7 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
 def _encoded(hospitals: Hospitals, study: Study, backbone: Backbone, screen: Screen) -> FeatureCache:
     """Return the user's feature cache, with every slice of every split in it."""
     cache = FeatureCache.of(default_cache_folder(), study)
-    everything = [item for split in ("train", "val", "test") for item in hospitals.slices(split)]
+    everything = [item for split in SPLITS for item in hospitals.slices(split)]
     encode_slices(everything, study, backbone, cache, on_progress=lambda done, total: screen.progress("encode", done, total))
     return cache
 

@@ -13,6 +13,7 @@ import torch
 from icmoe import __version__
 from icmoe.accounting import study_epsilon, training_spending
 from icmoe.data.slices import SiteData
+from icmoe.data.splits import SPLITS
 from icmoe.kinds import names_of
 from icmoe.study import Study
 from simulations.cross_site import cross_site
@@ -25,7 +26,7 @@ Record = dict[str, Any]
 
 def site_record(site: SiteData) -> Record:
     """Return what was found and used of a site."""
-    splits = {name: site.of(name) for name in ("train", "val", "test")}
+    splits = {name: site.of(name) for name in SPLITS}
     return {
         "images_found": site.images_found,
         "images_used": site.images_used,

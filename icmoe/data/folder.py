@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from icmoe.data.images import LEFT_OUT, is_deep, read_classes, read_grey
 from icmoe.data.ingest.folding import composed
 from icmoe.data.picture import Picture, marks_digest, picture_digest, picture_of, ranks_digest
 from icmoe.data.slices import SiteData, Slice
-from icmoe.data.splits import Row, patients_in_two_splits, place_of, read_rows, spacing_mm
+from icmoe.data.splits import SPLITS, Row, patients_in_two_splits, place_of, read_rows, spacing_mm
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Label
 from icmoe.window import ValueCounts, Window
@@ -28,9 +29,7 @@ Progress = Callable[[int, int], None]
 _NOT_STARTED = "Nothing was started."
 
 
-def read_folder(
-    root: Path, labels: Sequence[Label], *, splits: Sequence[str] = ("train", "val", "test"), progress: Progress | None = None
-) -> dict[str, SiteData]:
+def read_folder(root: Path, labels: Sequence[Label], *, progress: Progress | None = None) -> dict[str, SiteData]:
     """Return every site of a data folder, sorted by name.
 
     A site without a usable training slice stays in the answer with a fault 108 among its exclusions.
@@ -38,11 +37,9 @@ def read_folder(
     Parameters
     ----------
     root
-        The data folder.
+        The data folder; each split needs its file DIR/splits/NAME.csv.
     labels
         Classes of the study.
-    splits
-        Splits to read; each needs its file DIR/splits/NAME.csv.
     progress
         Told after each patient how many images were read.
 
@@ -54,7 +51,7 @@ def read_folder(
     _check_root(root)
     rows: list[Row] = []
     faults: list[Fault] = []
-    for name in splits:
+    for name in SPLITS:
         try:
             rows += read_rows(root / "splits" / f"{name}.csv", name, where=f"splits/{name}.csv", same_split=True)
         except IcmoeError as error:
@@ -66,7 +63,7 @@ def read_folder(
     if not names:
         raise IcmoeError(Fault(number=109, where=root.name, what="no site and no image is listed", did=_NOT_STARTED))
     sites = _read_sites(root, rows, names, labels, progress)
-    return {name: _with_108(site) for name, site in sites.items()} if "train" in splits else sites
+    return {name: _with_108(site) for name, site in sites.items()}
 
 
 def read_split(root: Path, name: str, labels: Sequence[Label], *, progress: Progress | None = None) -> dict[str, SiteData]:
@@ -236,13 +233,7 @@ def _with_108(site: SiteData) -> SiteData:
     fault = Fault(
         number=108, where=site.name, what="site has no usable training image", value=found, did="It takes no part in training."
     )
-    return SiteData(
-        name=site.name,
-        slices=site.slices,
-        images_found=site.images_found,
-        exclusions=(*site.exclusions, fault),
-        unlisted=site.unlisted,
-    )
+    return replace(site, exclusions=(*site.exclusions, fault))
 
 
 def _site_folders(root: Path) -> set[str]:

@@ -17,6 +17,7 @@ from icmoe.config import in_utf16
 from icmoe.data.ingest.folding import composed
 from icmoe.errors import Fault, IcmoeError
 
+SPLITS = ("train", "val", "test")
 COLUMNS = ("split", "site", "patient", "slice", "image", "mask")
 SPACING_COLUMNS = ("spacing_slice_mm", "spacing_row_mm", "spacing_col_mm")
 MAX_SPACING_MM = 1000.0

@@ -88,8 +88,7 @@ def audit_canaries(
     taken_m = rng.random(canaries) < 0.5
     privacy = privacy.model_copy(update={"slices_at_once": _AT_ONCE})
     objective = objective_of(seeded_study(privacy), experts_only=True)
-    size = sum(parameter.numel() for parameter in objective.trained().values())
-    groups = np.array_split(taken_m, -(-canaries // size))
+    groups = np.array_split(taken_m, -(-canaries // objective.coordinates))
     scores = [_scores(objective, privacy, group, sigma, steps, int(rng.integers(2**31))) for group in groups]
     guesses = planned_guesses(canaries, epsilon=claimed_epsilon, delta=privacy.delta)
     correct = correct_guesses(np.concatenate(scores), taken_m, guesses)
@@ -165,7 +164,6 @@ def _marked_gradients(
     slices, canaries = len(batch.target_BKhw), len(batch.coordinates)
     if slices:
         yield from back_end_for(_CPU)(objective, batch, counts[: len(counts) - canaries], slices_at_once)
-    size = sum(parameter.numel() for parameter in objective.trained().values())
-    gradient_PD = torch.zeros(canaries, size)
+    gradient_PD = torch.zeros(canaries, objective.coordinates)
     gradient_PD[torch.arange(canaries), list(batch.coordinates)] = length
     yield gradient_PD, torch.zeros(canaries, objective.model.shape.experts)

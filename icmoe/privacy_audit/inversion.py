@@ -130,8 +130,7 @@ def _release(objective: Objective, study: Study, victim: SeededRows, sigma: floa
     if privacy is None:
         return _gradient(objective, victim.batch).detach()
     total = private_sum(objective, victim, each_patient(victim), privacy, _CPU, back_end_for(_CPU))
-    size = sum(parameter.numel() for parameter in objective.trained().values())
-    return noised(total, privacy, sigma)[:size]
+    return noised(total, privacy, sigma)[: objective.coordinates]
 
 
 def _match(objective: Objective, guess: Features, target_BKhw: Tensor, seen_D: Tensor, iterations: int) -> float:

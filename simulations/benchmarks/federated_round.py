@@ -243,10 +243,13 @@ def both(folder: Path) -> Iterator[Bench]:
         yield bench
 
 
-def ratio_interval(ours: Sequence[float], other: Sequence[float], resamples: int = 4000) -> tuple[float, float, float]:
+RESAMPLES = 4000
+
+
+def ratio_interval(ours: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
     """Return the ratio of the medians and its 95 % percentile bootstrap interval."""
     rng = np.random.default_rng(0)
-    sample = [np.median(rng.choice(side, (resamples, len(side))), axis=1) for side in (np.asarray(ours), np.asarray(other))]
+    sample = [np.median(rng.choice(side, (RESAMPLES, len(side))), axis=1) for side in (np.asarray(ours), np.asarray(other))]
     low, high = np.quantile(sample[0] / sample[1], [0.025, 0.975])
     return float(np.median(ours) / np.median(other)), float(low), float(high)
 

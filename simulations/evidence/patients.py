@@ -20,6 +20,7 @@ from icmoe.backbone import load_backbone
 from icmoe.cache_entries import default_cache_folder
 from icmoe.data.slices import SiteData
 from icmoe.data.sources import read_sites
+from icmoe.data.splits import SPLITS
 from icmoe.errors import Fault, IcmoeError
 from icmoe.evaluation import score_slices
 from icmoe.exchange import global_state
@@ -167,7 +168,7 @@ class Bench:
         """Yield the score of each patient of the sites named."""
         seen = {trained_at} if trained_at else set(self.training)
         for name in sites:
-            for split in ("test",) if name in seen else ("train", "val", "test"):
+            for split in ("test",) if name in seen else SPLITS:
                 rows = self.sites[name].of(split)
                 for found in score_slices(model, rows, self.study.labels, self.cache, CPU, surfaces=False):
                     yield Score(
@@ -183,7 +184,7 @@ class Bench:
 
 def _require_same(results: Record, sites: dict[str, SiteData], training: tuple[str, ...]) -> None:
     for name in training:
-        found = {split: len(sites[name].of(split)) for split in ("train", "val", "test")} if name in sites else {}
+        found = {split: len(sites[name].of(split)) for split in SPLITS} if name in sites else {}
         if found != results["sites"][name]["slices"]:
             value, limit = f"{name}: {found}", str(results["sites"][name]["slices"])
             raise IcmoeError(Fault(number=520, where=results["study_digest"][:12], value=value, limit=limit))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from icmoe.study import Label
+from simulations.methods import DEFAULT_METHODS
 
-METHODS = ("router-aware", "fedavg", "local", "pooled")
 SEEDS = 3
 BACKGROUND = Label(name="background", values=(0,))
 LESION = (BACKGROUND, Label(name="lesion", values=(1, 255)))
@@ -33,7 +33,7 @@ class Run:
     """
 
     name: str
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = DEFAULT_METHODS
     held_out: str = ""
     split: str = ""
 
@@ -46,8 +46,6 @@ class Plan:
     ----------
     title
         Of its section.
-    data
-        Name of its folder below --data's parent, for people.
     labels
         Of the study.
     runs
@@ -59,7 +57,6 @@ class Plan:
     """
 
     title: str
-    data: str
     labels: tuple[Label, ...]
     runs: tuple[Run, ...]
     mean_gain: float = 0.0
@@ -69,7 +66,6 @@ class Plan:
 PLANS = {
     "lgg": Plan(
         title="lgg-multisite: low-grade glioma, four real hospitals",
-        data="lgg-multisite",
         labels=LESION,
         runs=(
             Run(name="lgg-base"),
@@ -79,13 +75,11 @@ PLANS = {
     ),
     "hippocampus": Plan(
         title="hippocampus-nifti: two classes, four made-up sites",
-        data="hippocampus-nifti",
         labels=HIPPOCAMPUS,
         runs=tuple(Run(name=f"hippocampus-{split}", split=f"hippocampus-{split}") for split in SPLITS),
     ),
     "sunnybrook": Plan(
         title="sunnybrook-lv-dicom: left ventricle, transfer and prediction only",
-        data="sunnybrook-lv-dicom",
         labels=CAVITY,
         runs=(Run(name="sunnybrook", split="sunnybrook"),),
         claims=False,

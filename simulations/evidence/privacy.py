@@ -51,14 +51,13 @@ from icmoe.profiles import merged, spelled_out
 from icmoe.study import Label, Study, derived_seed
 from icmoe.training import train_round
 from simulations.phantoms import DEFAULT_SITES, write_phantoms
-from simulations.scenario import chosen
+from simulations.scenario import DEFAULT_LABELS, chosen
 
 CPU = torch.device("cpu")
 TEST_PATIENTS = 60
 FULL_SHARE = 100  # patients up to which a step takes half of them
 ROUNDS = 5
 PHANTOM_SEED = 11
-LABELS = [{"name": "background", "values": [0]}, {"name": "lesion", "values": [1, 255]}]
 HOSPITALS = len(DEFAULT_SITES)
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
@@ -155,7 +154,7 @@ def study_of(cohort: Cohort, target: float | None, variant: str, seed: int) -> S
         "seed": seed,
         "rounds": ROUNDS,
         "profile": "lite",
-        "labels": LABELS,
+        "labels": DEFAULT_LABELS,
         "backbone": {"digest": DEFAULT_WEIGHTS.digest},
         "training": {"views": ["identity"], "local_epochs": math.ceil(4 * fewer)},
     }
@@ -174,7 +173,7 @@ def study_of(cohort: Cohort, target: float | None, variant: str, seed: int) -> S
     return parse(Study, spelled_out(values, where="evidence"), where="evidence")
 
 
-def phantoms_of(patients: int, out: Path, *, seed: int = 11) -> Cohort:
+def phantoms_of(patients: int, out: Path, *, seed: int = PHANTOM_SEED) -> Cohort:
     """Return four hospitals with so many training patients in all, one slice each."""
     root = out / (f"phantoms-{patients}" if seed == PHANTOM_SEED else f"phantoms-{patients}-{seed}")
     if not root.exists():
@@ -204,7 +203,7 @@ def _training_patients(site: SiteData) -> int:
 
 
 def _labels() -> tuple[Label, ...]:
-    return tuple(parse(Label, label, where="evidence") for label in LABELS)
+    return tuple(parse(Label, label, where="evidence") for label in DEFAULT_LABELS)
 
 
 def encoded(cohort: Cohort, study: Study) -> FeatureCache:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from icmoe.tinyvit import WindowAttention
 
 RANK = 4
+"""R."""
 
 
 class LowRank(nn.Module):
@@ -23,16 +24,14 @@ class LowRank(nn.Module):
     ----------
     base
         The layer.
-    rank
-        R.
     """
 
-    def __init__(self, base: nn.Linear, rank: int = RANK) -> None:
+    def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base = base.requires_grad_(requires_grad=False)
         bound = 1 / math.sqrt(base.in_features)
-        self.down_RC = nn.Parameter(torch.empty(rank, base.in_features).uniform_(-bound, bound))
-        self.up_OR = nn.Parameter(torch.zeros(base.out_features, rank))
+        self.down_RC = nn.Parameter(torch.empty(RANK, base.in_features).uniform_(-bound, bound))
+        self.up_OR = nn.Parameter(torch.zeros(base.out_features, RANK))
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         """Return B L O."""
