@@ -20,7 +20,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from icmoe.atomic import prepared, read_regular
 from icmoe.chain import Entry
-from icmoe.config import Section
+from icmoe.config import Section, flat
 from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.study import Study, canonical, canonical_json
 
@@ -231,7 +231,7 @@ def approved_study(state: Path, site: str, digest: str, bundle: str) -> Study:
 
 def changes(old: Study, new: Study) -> list[tuple[str, str, str]]:
     """Return (setting, old value, new value) for every setting that differs, sorted by setting."""
-    before, after = (dict(_flat(study.model_dump(mode="json"))) for study in (old, new))
+    before, after = (_settings(study) for study in (old, new))
     differing = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
     return [(key, before.get(key, "-"), after.get(key, "-")) for key in differing]
 
@@ -241,11 +241,8 @@ def _digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(values).encode()).hexdigest()
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for key, value in values.items():
-        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, json.dumps(value))]
-    return rows
+def _settings(study: Study) -> dict[str, str]:
+    return {key: json.dumps(value) for key, value in flat(study.model_dump(mode="json"))}
 
 
 def _file_of(state: Path, approval: Approval) -> Path:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from icmoe.atomic import read_regular
+from icmoe.config import flat
 from icmoe.errors import Fault, IcmoeError
 
 FILE = "results.json"
@@ -137,7 +138,7 @@ def read_results(path: Path, *, did: str = "Nothing was compared.") -> Results:
 
 def compare(a: Results, b: Results) -> Comparison:
     """Return two rehearsals side by side, b against a."""
-    left, right = dict(_flat(a.configuration)), dict(_flat(b.configuration))
+    left, right = dict(flat(a.configuration)), dict(flat(b.configuration))
     settings = {key: (left.get(key), right.get(key)) for key in sorted({*left, *right}) if left.get(key) != right.get(key)}
     return Comparison(
         settings=settings,
@@ -175,14 +176,6 @@ def _scores(test: _Test) -> dict[str, float | None]:
 def _mean(runs: Mapping[str, Mapping[str, float | None]], name: str) -> float | None:
     known = [value for run in runs.values() if (value := run.get(name)) is not None]
     return fmean(known) if known else None
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
 
 
 def shown(value: object) -> str:

@@ -111,6 +111,15 @@ def in_utf16(data: bytes) -> dict[str, str]:
     return {"what": "file is text in UTF-16, as Windows writes it, not in UTF-8", "todo": todo}
 
 
+def flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested settings as dotted keys with their values; an empty table is a value."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
+
+
 def _dates(values: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dt.date | dt.time]]:
     """Yield the path and value of each date and time, which TOML makes of what a person forgot to quote."""
     if isinstance(values, dt.date | dt.time):

@@ -13,6 +13,8 @@ from markupsafe import Markup
 
 from icmoe.atomic import write_atomically
 from icmoe.backbones import BACKBONES
+from icmoe.config import flat
+from icmoe.data.splits import SPLITS
 from simulations.cross_site import matrix_rows
 from simulations.expert_use import use_tables
 from simulations.findings import (
@@ -131,15 +133,9 @@ def _pictures(drawn: Sequence[Plot]) -> list[tuple[Plot, Markup]]:
     return [(plot, Markup(plot.svg)) for plot in drawn]  # noqa: S704 - our own plots; Matplotlib escapes names
 
 
-def flattened(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def flattened(table: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return nested settings as dotted keys with their values as text."""
-    lines: list[tuple[str, str]] = []
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            lines += flattened(value, f"{prefix}{key}.")
-        else:
-            lines.append((f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, default=str)))
-    return lines
+    return [(key, value if isinstance(value, str) else json.dumps(value, default=str)) for key, value in flat(table)]
 
 
 def final_table(results: Results) -> list[Row]:
@@ -210,7 +206,7 @@ def _site_rows(results: Results) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name in sites(results):
         site = results["sites"][name]
-        counts = [[str(site.get(key, {}).get(split, 0)) for split in ("train", "val", "test")] for key in ("patients", "slices")]
+        counts = [[str(site.get(key, {}).get(split, 0)) for split in SPLITS] for key in ("patients", "slices")]
         found = f"{site.get('images_found', '?')} / {site.get('images_used', '?')}"
         rows.append((name, found, " / ".join(counts[0]), " / ".join(counts[1])))
     return rows
