@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from fl_client.ledger import Book, Entry, Releases
-from icmoe.accounting import Spending, epsilon, score_spending, training_spending
+from icmoe.accounting import Spending, epsilon, merged, score_spending, training_spending
 from icmoe.config import Section
 from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.study import Study
@@ -41,11 +41,7 @@ def epsilon_of_history(budget: Budget, history: Sequence[Spending]) -> float:
 
 def history_of(entries: Sequence[Entry]) -> list[Spending]:
     """Return what the entries with differential privacy spent, equal releases added up."""
-    steps: dict[tuple[float, float], int] = {}
-    for entry in entries:
-        for sigma, rate, count in entry.releases or ():
-            steps[sigma, rate] = steps.get((sigma, rate), 0) + count
-    return [Spending(sigma, rate, count) for (sigma, rate), count in sorted(steps.items())]
+    return list(merged([Spending(*release) for entry in entries for release in entry.releases or ()]))
 
 
 def round_spending(study: Study, kind: str) -> tuple[Spending, ...] | None:

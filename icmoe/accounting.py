@@ -63,7 +63,7 @@ def epsilon(history: Sequence[Spending], *, delta: float, accountant: Accountant
     IcmoeError
         213 where Opacus is not installed.
     """
-    return _epsilon(_merged(history), delta, accountant)
+    return _epsilon(merged(history), delta, accountant)
 
 
 def noise_multiplier(
@@ -117,7 +117,7 @@ def _least(kept: Callable[[float], bool], low: float, high: float, target: float
     return high
 
 
-def _merged(history: Sequence[Spending]) -> tuple[Spending, ...]:
+def merged(history: Sequence[Spending]) -> tuple[Spending, ...]:
     """Return the history with equal releases added up: composition does not depend on their order."""
     steps: dict[tuple[float, float], int] = {}
     for one in history:
