@@ -9,8 +9,7 @@ from fl_client.connection import proxy_of
 from fl_client.credentials import Coordinator
 from fl_client.flower_private import AHEAD_S, BEHIND_S
 from fl_client.leaves import LEAVES
-from fl_client.site import SiteFile, cache_folder_of
-from icmoe.config import parse, read_toml
+from fl_client.site import SiteFile, cache_folder_of, read_site_file, require_name
 from icmoe.errors import Fault, IcmoeError
 from icmoe.joining import split_address
 
@@ -77,10 +76,8 @@ def sheet(path: Path, site: str) -> str:
         201-205 for the site file, 203 where it has no section [coordinator], 210 where it is another site's.
     """
     path = path.absolute()
-    settings = parse(SiteFile, read_toml(path), where=str(path))
-    if settings.name != site:
-        what = "--site and the site file differ"
-        raise IcmoeError(Fault(number=210, where=str(path), what=what, value=site, limit=settings.name))
+    settings = read_site_file(path)
+    require_name(path, settings, site)
     if settings.coordinator is None:
         raise IcmoeError(Fault(number=203, where=str(path), value="[coordinator]", did="Nothing was printed."))
     leaves = fill(LEAVES[0].upper() + LEAVES[1:], width=120)

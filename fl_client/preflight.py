@@ -25,7 +25,9 @@ from fl_client.site import (
     NOT_INGESTED,
     SiteFile,
     cache_folder_of,
+    read_site_file,
     records_of,
+    require_name,
     run_ingest,
     site_export,
     site_slices,
@@ -33,7 +35,6 @@ from fl_client.site import (
 )
 from icmoe.backbone import backbone_digest, grid_of, weights_path, widths
 from icmoe.backbones import BACKBONES
-from icmoe.config import parse, read_toml
 from icmoe.data.ingest.run import is_as_set
 from icmoe.data.slices import Slice
 from icmoe.device import available_device
@@ -64,10 +65,10 @@ def run_preflight(path: Path, *, site: str | None = None) -> list[Check]:
         Name that the command gives; must be the file's.
     """
     try:
-        settings = parse(SiteFile, read_toml(path), where=str(path))
+        settings = read_site_file(path)
     except IcmoeError as error:
         return [Check("site file", ok=False, fault=_with_known_sites(fault, path)) for fault in error.faults]
-    checks = [_site_file(path, settings, site or settings.name)]
+    checks = attempt("site file", lambda: _site_file(path, settings, site or settings.name))
     if settings.coordinator is not None:
         checks += check_coordinator(settings.coordinator, path.parent)
     checks += check_studies(path, settings)
@@ -165,11 +166,9 @@ def _state(check: Check) -> tuple[str, str]:
     return ("warning", "yellow") if check.ok else ("FAULT", "bold red")
 
 
-def _site_file(path: Path, settings: SiteFile, site: str) -> Check:
-    if settings.name != site:
-        what = "--site and the site file differ"
-        return Check("site file", ok=False, fault=Fault(number=210, where=str(path), what=what, value=site, limit=settings.name))
-    return Check("site file", ok=True, note=str(path) if settings.coordinator else f"{path}, without [coordinator]")
+def _site_file(path: Path, settings: SiteFile, site: str) -> str:
+    require_name(path, settings, site)
+    return str(path) if settings.coordinator else f"{path}, without [coordinator]"
 
 
 def _with_known_sites(fault: Fault, path: Path) -> Fault:

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from fl_client.doing import doing_now, note_said
 from fl_client.site import SiteFile
+from fl_client.status import now_line, stamp_of, status_of, table_of
 from icmoe.errors import IcmoeError
 
 Form = Literal["live", "plain", "json"]
@@ -90,8 +91,6 @@ class Panel:
 
     def render(self) -> RenderableType:
         """Return what is shown at this moment."""
-        from fl_client.status import now_line, stamp_of, table_of  # loads PyTorch, which a service's log does not need
-
         if (stamp := stamp_of(self.state)) != self.stamp:
             self.stamp = stamp
             self._read()
@@ -106,8 +105,6 @@ class Panel:
         return Group(table_of({**self.status, "doing": now}), bar)
 
     def _read(self) -> None:
-        from fl_client.status import status_of
-
         try:
             self.status, self.trouble = status_of(self.path, self.settings), ""
         except (IcmoeError, OSError) as error:

@@ -89,11 +89,16 @@ def read_named(path: Path, name: str) -> SiteFile:
         As `read_site_file`; 210 where the file is of another site, 205 where its state cannot be looked into.
     """
     settings = read_site_file(path)
+    require_name(path, settings, name)
+    _require_state(path.parent / settings.state)
+    return settings
+
+
+def require_name(path: Path, settings: SiteFile, name: str) -> None:
+    """Refuse a site file that is of another site than the command names, by 210."""
     if settings.name != name:
         what = "--site and the site file differ"
         raise IcmoeError(Fault(number=210, where=str(path), what=what, value=name, limit=settings.name))
-    _require_state(path.parent / settings.state)
-    return settings
 
 
 def _require_state(state: Path) -> None:

@@ -26,6 +26,9 @@ from icmoe.processes import is_locked
 
 Status = dict[str, Any]
 
+LOCK = "supervisor.lock"
+"""Held in the state folder while the site runs."""
+
 
 def status_of(path: Path, settings: SiteFile) -> Status:
     """Return where the site stands, as plain values.
@@ -51,7 +54,7 @@ def status_of(path: Path, settings: SiteFile) -> Status:
     state = path.parent / settings.state
     book, lines = records_of(path, settings).agreement()
     account, rounds = account_of(settings, book), rounds_of(lines)
-    running, doing = is_locked(state / "supervisor.lock"), doing_now(state)
+    running, doing = is_locked(state / LOCK), doing_now(state)
     return {
         "site": settings.name,
         "running": running,

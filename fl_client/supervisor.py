@@ -22,6 +22,7 @@ from fl_client.approval import approved_studies
 from fl_client.readiness import require_ready
 from fl_client.screen import Form, Run, Say, screen
 from fl_client.site import ENVIRONMENT, SiteFile, read_named
+from fl_client.status import LOCK
 from icmoe.atomic import regular
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from icmoe.processes import asked_to_stop, flower_environment, free_port, next_delay, private_files
@@ -187,7 +188,7 @@ def only_one(state: Path) -> Iterator[None]:
         325 where another process holds it.
     """
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(state / "supervisor.lock", "w", opener=regular) as lock:
+    with open(state / LOCK, "w", opener=regular) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -133,7 +133,7 @@ def summarise(slices: Iterable[Slice], classes: int) -> SiteSummary:
         images=images,
         patients=tens(len(groups)),
         labels=tuple(_label(groups, index) for index in range(1, classes)),
-        modalities=tuple(sorted(term for term in MODALITIES if _having(groups, lambda item, term=term: item.modality == term))),  # type: ignore[misc]
+        modalities=tuple(sorted(term for term in MODALITIES if _many_have(groups, term))),
         in_plane_mm=_range(groups, lambda item: item.spacing_mm and max(item.spacing_mm[1:]), IN_PLANE_STEP_MM, MOST_MM),
         between_mm=_range(groups, lambda item: item.spacing_mm and item.spacing_mm[0], BETWEEN_STEP_MM, MOST_MM),
         side_px=_sides(groups),
@@ -145,9 +145,9 @@ def _label(groups: Sequence[Sequence[Slice]], index: int) -> LabelSummary:
     return LabelSummary(patients=tens(len(counts)), images=tens(sum(counts)) if len(counts) > TENS else None)
 
 
-def _having(groups: Sequence[Sequence[Slice]], holds: Callable[[Slice], bool]) -> bool:
-    """Return whether more than ten patients have such an image."""
-    return sum(any(map(holds, group)) for group in groups) > TENS
+def _many_have(groups: Sequence[Sequence[Slice]], modality: str) -> bool:
+    """Return whether more than ten patients have an image of the modality."""
+    return sum(any(item.modality == modality for item in group) for group in groups) > TENS
 
 
 def _range(
