@@ -5,7 +5,8 @@
     y = x + sum_e g_e D_e ;  logits = Head(y) ;  z = normalise(Proj(y))
 
 Without experts y = x and the model is the plain frozen backbone with a mask head.
-Shapes: B images, C channels of the embedding, M experts, b bottleneck, K classes, H x W grid of the backbone.
+Shapes: B images, C channels of the embedding, D of any other map, M experts, b bottleneck, K classes, H x W grid of the
+backbone, h x w twice that.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ class Lateral(nn.Module):
 
     def forward(self, blocks: tuple[Tensor, ...]) -> Tensor:
         """Return the sum over blocks, B C H W."""
-        gates = self.gate_L.sigmoid().unbind()
-        return torch.stack([gate * conv(block) for gate, conv, block in zip(gates, self.convs, blocks, strict=True)]).sum(dim=0)
+        gated = zip(self.gate_L.sigmoid().unbind(), self.convs, blocks, strict=True)
+        return torch.stack([gate * conv(block_BDHW) for gate, conv, block_BDHW in gated]).sum(dim=0)
 
 
 class MaskHead(nn.Module):
@@ -120,10 +121,10 @@ class MaskHead(nn.Module):
 
     def forward(self, y_BCHW: Tensor) -> Tensor:
         """Return logits, B K 2H 2W."""
-        h = F.gelu(self.norm(self.down(y_BCHW)))
-        h = F.interpolate(h, scale_factor=2.0, mode="bilinear", align_corners=False)
-        logits: Tensor = self.classify(F.gelu(self.refine(h)))
-        return logits
+        narrow_BDHW = F.gelu(self.norm(self.down(y_BCHW)))
+        narrow_BDhw = F.interpolate(narrow_BDHW, scale_factor=2.0, mode="bilinear", align_corners=False)
+        logits_BKhw: Tensor = self.classify(F.gelu(self.refine(narrow_BDhw)))
+        return logits_BKhw
 
 
 class ICMoE(nn.Module):

@@ -4,7 +4,8 @@ TinyViT: Wu et al., arXiv 2207.10666; distilled from MedSAM (Ma et al., Nature C
 LiteMedSAM. Parameter names are those of the published weights, so that they load strictly. The token grid follows the
 input: 256 px give 64 x 64, 128 px give 32 x 32 with the same weights.
 
-Shapes: B images, C channels, H x W grid of the stage, L = H W tokens, w side of an attention window.
+Shapes: B images, C channels, H x W grid of the stage, L = H W tokens, S side of the image; h heads of d channels; w side of
+an attention window, X = B R Q windows in R rows and Q columns.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
         """Return B 64 S S."""
-        x: Tensor = self.seq(images_B3SS)
-        return x
+        x_BCSS: Tensor = self.seq(images_B3SS)
+        return x_BCSS
 
 
 class InvertedBottleneck(nn.Module):
@@ -74,8 +75,8 @@ class Merge(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return B out_channels H/stride W/stride."""
-        merged: Tensor = self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(x_BCHW)))))
-        return merged
+        merged_BCHW: Tensor = self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(x_BCHW)))))
+        return merged_BCHW
 
 
 class WindowAttention(nn.Module):
@@ -97,11 +98,11 @@ class WindowAttention(nn.Module):
     def forward(self, x_BLC: Tensor) -> Tensor:
         """Return B L C; the batch here counts windows."""
         # Per head, the channels of query, key and value lie side by side in the weights.
-        q, k, v = self.qkv(self.norm(x_BLC)).unflatten(2, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4).unbind()
-        bias_HLL = self.attention_biases[:, self.bias_index_LL]
-        mixed_BHLd = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_HLL)
-        attended: Tensor = self.proj(mixed_BHLd.transpose(1, 2).flatten(2))
-        return attended
+        q_BhLd, k_BhLd, v_BhLd = self.qkv(self.norm(x_BLC)).unflatten(2, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4).unbind()
+        bias_hLL = self.attention_biases[:, self.bias_index_LL]
+        mixed_BhLd = F.scaled_dot_product_attention(q_BhLd, k_BhLd, v_BhLd, attn_mask=bias_hLL)
+        attended_BLC: Tensor = self.proj(mixed_BhLd.transpose(1, 2).flatten(2))
+        return attended_BLC
 
 
 class Mlp(nn.Module):
@@ -115,8 +116,8 @@ class Mlp(nn.Module):
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         """Return B L C."""
-        y: Tensor = self.fc2(F.gelu(self.fc1(self.norm(x_BLC))))
-        return y
+        y_BLC: Tensor = self.fc2(F.gelu(self.fc1(self.norm(x_BLC))))
+        return y_BLC
 
 
 class AttentionBlock(nn.Module):
@@ -142,11 +143,11 @@ class AttentionBlock(nn.Module):
         w, (B, H, W, C) = self.window, x_BHWC.shape
         if (w, w) == (H, W):
             return self.attn(x_BHWC.reshape(B, w * w, C)).view(B, H, W, C)  # type: ignore[no-any-return]
-        padded = F.pad(x_BHWC, (0, 0, 0, -W % w, 0, -H % w))
-        rows, columns = padded.shape[1] // w, padded.shape[2] // w
-        windows = padded.view(B, rows, w, columns, w, C).transpose(2, 3).reshape(-1, w * w, C)
-        mixed = self.attn(windows).view(B, rows, columns, w, w, C).transpose(2, 3)
-        return mixed.reshape(B, rows * w, columns * w, C)[:, :H, :W]  # type: ignore[no-any-return]
+        padded_BHWC = F.pad(x_BHWC, (0, 0, 0, -W % w, 0, -H % w))
+        rows, columns = padded_BHWC.shape[1] // w, padded_BHWC.shape[2] // w
+        window_XLC = padded_BHWC.view(B, rows, w, columns, w, C).transpose(2, 3).reshape(-1, w * w, C)
+        mixed_BRwQwC = self.attn(window_XLC).view(B, rows, columns, w, w, C).transpose(2, 3)
+        return mixed_BRwQwC.reshape(B, rows * w, columns * w, C)[:, :H, :W]  # type: ignore[no-any-return]
 
 
 class Stage(nn.Module):
@@ -218,12 +219,12 @@ class TinyViT(nn.Module):
         images_B3SS
             In [0, 1]; S a multiple of 32.
         """
-        x = self.patch_embed(images_B3SS)
+        x_BCHW = self.patch_embed(images_B3SS)
         outputs = []
         for stage in self.layers:
-            x = stage(x)
-            outputs.append(x)
-        return Encoded(self.neck(x), (outputs[0], outputs[1]))
+            x_BCHW = stage(x_BCHW)
+            outputs.append(x_BCHW)
+        return Encoded(self.neck(x_BCHW), (outputs[0], outputs[1]))
 
 
 def architecture(name: str) -> Architecture:

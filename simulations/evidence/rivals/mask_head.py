@@ -35,5 +35,5 @@ class PlainHead(nn.Module):
             x_BCHW = x_BCHW + self.lateral(features.blocks)
         if self.adapter is not None:
             x_BCHW = x_BCHW + self.adapter(x_BCHW)
-        logits: Tensor = self.head(x_BCHW)
-        return logits
+        logits_BKhw: Tensor = self.head(x_BCHW)
+        return logits_BKhw

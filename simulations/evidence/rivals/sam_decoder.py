@@ -68,8 +68,8 @@ class SamDecoder(nn.Module):
             image_BCHW, self.positions_1CHW.expand(B, -1, -1, -1), tokens_TC.expand(B, -1, -1)
         )
         upscaled_Bchw = self.sam.output_upscaling(mixed_BNC.transpose(1, 2).view(B, C, H, W))
-        hyper = [mlp(hidden_BTC[:, 1 + index]) for index, mlp in enumerate(self.sam.output_hypernetworks_mlps)]
-        return torch.einsum("bkc,bchw->bkhw", torch.stack(hyper, dim=1), upscaled_Bchw)
+        hyper_Bc = [mlp(hidden_BTC[:, 1 + index]) for index, mlp in enumerate(self.sam.output_hypernetworks_mlps)]
+        return torch.einsum("bkc,bchw->bkhw", torch.stack(hyper_Bc, dim=1), upscaled_Bchw)
 
 
 def _for_classes(weights: Mapping[str, Tensor], classes: int) -> dict[str, Tensor]:

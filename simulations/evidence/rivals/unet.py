@@ -38,5 +38,5 @@ class UNet(nn.Module):
         features
             Images B 1 S S in place of an embedding.
         """
-        logits: Tensor = self.net(features.embedding_BCHW)
-        return logits
+        logits_BKSS: Tensor = self.net(features.embedding_BCHW)
+        return logits_BKSS
