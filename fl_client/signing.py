@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,8 +76,6 @@ def signature_holds(public: str, digest: str, signature: object) -> bool:
 
 def fingerprint_of(public: str) -> str:
     """Return the fingerprint of a public key in OpenSSH format, as `ssh-keygen -l` prints it."""
-    import hashlib
-
     words = public.split()
     data = base64.b64decode(words[1]) if len(words) > 1 else b""
     return "SHA256:" + base64.b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")

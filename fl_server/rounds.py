@@ -25,7 +25,6 @@ from fl_server.scores import mean_score, score_of
 from fl_server.waiting import Watch, begun
 from icmoe.errors import Fault, IcmoeError
 from icmoe.kinds import names_of
-from icmoe.messages import LOSS_KEY
 from icmoe.study import Study
 
 # A site that answers at once that it cannot now is not asked again at once.
@@ -300,7 +299,7 @@ def round_record(number: int, report: RoundReport, study: Study, outcome: Outcom
     return {
         "round": number,
         "sites": sites,
-        LOSS_KEY: mean_loss(report.updates),
+        "loss": mean_loss(report.updates),
         "val_dice": None,
         "usage_spread": report.spread,
         "expert_weights": shares,

@@ -32,5 +32,5 @@ def mean_score(scores: Collection[tuple[float, int]]) -> float | None:
     capped = len(scores) >= LEAST_CAPPED
     weighed = [(dice, min(patients, total - patients) if capped else patients) for dice, patients in scores]
     weights = sum(weight for _, weight in weighed)
-    # the sum rounded once: the order in which sites answer must not show in the last digit
+    # The sum rounded once: the order in which sites answer must not show in the last digit
     return math.fsum(dice * weight for dice, weight in weighed) / weights if weights else None

@@ -139,10 +139,14 @@ def folder_of(home: Home, study: Study) -> StudyFolder:
     return StudyFolder(home.runs / f"{study.name}-{study.digest[:12]}")
 
 
+def study_folders(home: Home) -> list[StudyFolder]:
+    """Return the folders of all studies, sorted by name."""
+    return [StudyFolder(path) for path in sorted(home.runs.glob("*")) if (path / "study.toml").is_file()]
+
+
 def folders(home: Home) -> dict[str, StudyFolder]:
     """Return the folder of each study by the numbers of its runs."""
-    found = [StudyFolder(path) for path in sorted(home.runs.glob("*")) if (path / "study.toml").is_file()]
-    return {run_id: folder for folder in found for run_id in (*folder.earlier, folder.run_id) if run_id}
+    return {run_id: folder for folder in study_folders(home) for run_id in (*folder.earlier, folder.run_id) if run_id}
 
 
 def start(home: Home, path: Path, *, resume: bool = False) -> tuple[Study, StudyFolder]:

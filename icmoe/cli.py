@@ -221,7 +221,3 @@ def _millilitres(volume: float | None) -> str:
 def main() -> None:
     """Run the command."""
     app()
-
-
-if __name__ == "__main__":
-    main()

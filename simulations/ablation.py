@@ -10,13 +10,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from icmoe.atomic import write_atomically
-from icmoe.backbone import load_backbone
 from icmoe.cache_entries import default_cache_folder
 from icmoe.config import parse
 from icmoe.device import available_device
@@ -32,7 +30,7 @@ from simulations.federation import Job, require_cluster, run_jobs, write_sites
 from simulations.folder import RunFolder
 from simulations.hospitals import find_hospitals, make_sites
 from simulations.interruption import exit_on_interruption
-from simulations.rehearsal import engine_of, report_sites
+from simulations.rehearsal import backbone_of, engine_of, report_sites
 from simulations.scenario import Simulation, chosen, read_scenario
 from simulations.screen import Screen
 
@@ -119,13 +117,7 @@ def ablate(
 
 
 def _encode(study: Study, slices: list[Any], simulation: Simulation, screen: Screen) -> None:
-    backbone = load_backbone(
-        study.backbone.name,
-        image_size=study.backbone.image_size,
-        checkpoint=Path(simulation.checkpoint) if simulation.checkpoint else None,
-        expected_digest=study.backbone.digest,
-        device=torch.device("cpu"),
-    )
+    backbone = backbone_of(study, simulation, available_device(simulation.device))
     cache = FeatureCache.of(default_cache_folder(), study)
     encode_slices(slices, study, backbone, cache, on_progress=lambda done, total: screen.progress("encode", done, total))
 

@@ -360,6 +360,3 @@ def require_cluster(address: str) -> None:
     except (OSError, ValueError) as error:
         value = error.strerror or str(error) if isinstance(error, OSError) else "not HOST:PORT"
         raise IcmoeError(Fault(number=505, where=address, value=value, did="Nothing was started.")) from None
-
-
-__all__ = ["POOLED", "Engine", "Job", "SitesOnDisk", "quiet_libraries", "require_cluster", "run_jobs", "write_sites"]

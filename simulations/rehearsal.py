@@ -135,7 +135,7 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
         hospitals = find_hospitals(simulation, study, folder.phantoms, lambda done, total: screen.progress("read", done, total))
     report_sites(hospitals, screen)
     with clock.phase("encode"):
-        backbone = _backbone(study, simulation, device)
+        backbone = backbone_of(study, simulation, device)
         before = backbone.weights_digest()
         cache = _encoded(hospitals, study, backbone, screen)
     jobs = make_jobs(study, simulation, hospitals, folder)
@@ -189,7 +189,8 @@ def _write_results(results: Record, shown: list[Overlay], staged: Path) -> None:
     write_atomically(staged / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
 
 
-def _backbone(study: Study, simulation: Simulation, device: torch.device) -> Backbone:
+def backbone_of(study: Study, simulation: Simulation, device: torch.device) -> Backbone:
+    """Return the study's frozen backbone, from the weights that the simulation names."""
     return load_backbone(
         study.backbone.name,
         image_size=study.backbone.image_size,

@@ -42,8 +42,6 @@ from simulations.plots import Plot, plots
 from simulations.results import CHECK_COLUMNS, check_rows
 from simulations.site_plots import check_plots, cross_plots, usage_plots
 
-__all__ = ["Overlay", "Row", "final_table", "flattened", "render", "write_report"]
-
 METHOD_MEANINGS = {
     "router-aware": "each expert averaged by how much each site's router used it",
     "fedavg": "all parts averaged by training slices",

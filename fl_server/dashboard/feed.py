@@ -21,7 +21,7 @@ from fl_server.dashboard.told import refused_rows, stopping, told
 from fl_server.home import Home
 from fl_server.round_log import RoundRecord
 from fl_server.run_state import RunState, newest_readable
-from fl_server.submit import StudyFolder, sitting_out
+from fl_server.submit import StudyFolder, sitting_out, study_folders
 from fl_server.waiting import Wait, read_wait, wait_path
 from icmoe.errors import Fault, IcmoeError, file_fault
 from icmoe.kinds import names_of
@@ -32,12 +32,6 @@ MOST_REFUSED = 100
 """Refusals that the page shows; the audit log has all."""
 
 T = TypeVar("T")
-
-
-def study_folders(home: Home) -> list[StudyFolder]:
-    """Return the folders of all studies, the one that was written to last first."""
-    found = [StudyFolder(path) for path in home.runs.glob("*") if (path / "study.toml").is_file()]
-    return sorted(found, key=lambda folder: (max(_stamps(folder)), folder.path.name), reverse=True)
 
 
 def _stamps(folder: StudyFolder) -> tuple[int, ...]:
@@ -76,8 +70,9 @@ class Feed:
     _known: dict[str, tuple[tuple[object, ...], Snapshot]] = field(default_factory=dict)
 
     def folders(self) -> list[StudyFolder]:
-        """Return the studies that may be shown, the newest first."""
-        return [folder for folder in study_folders(self.home) if self.only in {None, *_names(folder)}]
+        """Return the studies that may be shown, the one that was written to last first."""
+        shown = (folder for folder in study_folders(self.home) if self.only in {None, *_names(folder)})
+        return sorted(shown, key=lambda folder: (max(_stamps(folder)), folder.path.name), reverse=True)
 
     def current(self, name: str = "") -> Snapshot:
         """Return the snapshot of the study in a folder of this name, of the newest where it is empty.
