@@ -11,17 +11,19 @@ keeps those of the ledger's entries, so that neither of the two files can be sho
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import secrets
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from icmoe.atomic import regular
+from icmoe.atomic import regular, write_atomically
 from icmoe.chain import digest_of
 from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.receipts import EMPTY, Head
@@ -42,6 +44,7 @@ _SCHEMA = (
     "CREATE TABLE audit (count INTEGER NOT NULL, digest TEXT NOT NULL) STRICT",
 )
 
+_READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 _PLACE = {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_IOERR}
 """Errors of SQLite's that say nothing against the file: it cannot be written to, its disk fails, or a quota is used up."""
 
@@ -116,6 +119,8 @@ class Book:
 def read_ledger(state: Path, site: str, *, deadline_s: float = LOCK_S) -> Book:
     """Return a site's ledger after checking its chain; an empty one where there is none yet.
 
+    Who may only read it, as on a disk that is mounted so, reads it all the same.
+
     Parameters
     ----------
     state
@@ -133,7 +138,7 @@ def read_ledger(state: Path, site: str, *, deadline_s: float = LOCK_S) -> Book:
     path = state / FILE
     if not path.exists() and not path.is_symlink():  # a link to nothing, such as a disk that is not mounted, is no new ledger
         return Book()
-    with _opened(state, site, deadline_s) as connection:
+    with _opened(state, site, deadline_s, reads=True) as connection:
         return _book(connection, path)
 
 
@@ -198,15 +203,17 @@ def _chained(entry: Entry, head: Head) -> Entry:
 
 
 @contextmanager
-def _opened(state: Path, site: str, deadline_s: float) -> Iterator[sqlite3.Connection]:
-    """Yield the site's ledger with its write lock held; it is rolled back unless committed."""
+def _opened(state: Path, site: str, deadline_s: float, *, reads: bool = False) -> Iterator[sqlite3.Connection]:
+    """Yield the site's ledger with its write lock, or a reader's where only that can be had; rolled back unless committed."""
     path = state / FILE
     try:
-        state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.close(regular(path, os.O_RDWR if path.is_symlink() else os.O_RDWR | os.O_CREAT, 0o600))
-        with closing(sqlite3.connect(path, timeout=deadline_s, isolation_level=None)) as connection:
+        if not os.path.lexists(path):  # a link to nothing is no new ledger either
+            _make(path, site)
+        only_read = _only_read(path, reads=reads)
+        address = f"{path.absolute().as_uri()}?mode=ro" if only_read else path
+        with closing(sqlite3.connect(address, timeout=deadline_s, isolation_level=None, uri=only_read)) as connection:
             connection.execute("PRAGMA synchronous = EXTRA")  # FULL may lose a commit's last step with the power
-            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("BEGIN" if only_read else "BEGIN IMMEDIATE")  # either way the whole of one commit is seen
             _require_own(connection, path, site)
             yield connection
     except sqlite3.OperationalError as error:
@@ -220,16 +227,56 @@ def _opened(state: Path, site: str, deadline_s: float) -> Iterator[sqlite3.Conne
     except sqlite3.DatabaseError as error:
         raise _damaged(path, str(error)) from None
     except OSError as error:
-        raise IcmoeError(Fault(number=205, where=str(path), value=error.strerror or "", did=NOTHING_SENT)) from None
+        number = 315 if error.errno in {errno.ENOSPC, errno.EDQUOT} else 205
+        raise IcmoeError(Fault(number=number, where=str(path), value=error.strerror or "", did=NOTHING_SENT)) from None
+
+
+def _only_read(path: Path, *, reads: bool) -> bool:
+    """Return whether the ledger, a regular file, may only be read; for whoever does more than that it is an error."""
+    try:
+        os.close(regular(path, os.O_RDWR))
+    except OSError as error:
+        if not reads or error.errno not in _READ_ONLY:
+            raise
+        os.close(regular(path, os.O_RDONLY))
+        return True
+    return False
+
+
+def _make(path: Path, site: str) -> None:
+    """Put a new ledger in its place, whole or not at all: an empty file was cut off, and must not pass for a new one."""
+    with closing(sqlite3.connect(":memory:")) as new:
+        for line in _SCHEMA:
+            new.execute(line)
+        new.executemany("INSERT INTO about VALUES (?, ?)", [("version", _VERSION), ("site", site)])
+        new.execute("INSERT INTO audit VALUES (?, ?)", (EMPTY.count, EMPTY.digest))
+        new.commit()
+        content = new.serialize()
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        write_atomically(fresh, content, private=True)
+        with suppress(FileExistsError):  # another process was first, and may have spent already
+            _put(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _put(fresh: Path, path: Path) -> None:
+    """Give a file the name `path`, which must be free."""
+    try:
+        os.link(fresh, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without second names
+        with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(fresh.read_bytes())
 
 
 def _require_own(connection: sqlite3.Connection, path: Path, site: str) -> None:
-    """Make the tables of a new ledger; refuse one of another version or site."""
+    """Refuse a ledger without tables, and one of another version or site."""
     if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-        for line in _SCHEMA:
-            connection.execute(line)
-        connection.executemany("INSERT INTO about VALUES (?, ?)", [("version", _VERSION), ("site", site)])
-        connection.execute("INSERT INTO audit VALUES (?, ?)", (EMPTY.count, EMPTY.digest))
+        raise _damaged(path, "it was emptied")
     about = dict(connection.execute("SELECT key, value FROM about"))
     if about.get("version") != _VERSION:
         raise _damaged(path, f"version {about.get('version')}")

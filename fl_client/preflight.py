@@ -17,10 +17,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fl_client.approval import approved_studies
+from fl_client.audit import LOG
 from fl_client.budget import budget_faults
 from fl_client.check import Check, attempt
 from fl_client.connection import check_connection, check_health
 from fl_client.credentials import Coordinator, parse_ca, read_node_key
+from fl_client.ledger import FILE as LEDGER
 from fl_client.site import (
     NOT_INGESTED,
     SiteFile,
@@ -117,6 +119,15 @@ def _of_one_study(check: Check) -> Check:
     return replace(check, ok=True, fault=replace(check.fault, did="The site cannot take part in it before; others go on."))
 
 
+def _require_writable(state: Path) -> None:
+    """Refuse records that may only be read: it is enough to look at them, and too little to take part."""
+    there = [path for path in (state, state / LOG, state / LEDGER) if path.exists()]
+    if faults := [
+        Fault(number=205, where=str(path), what="it may only be read") for path in there if not os.access(path, os.W_OK)
+    ]:
+        raise IcmoeError(*faults[:1])
+
+
 def check_records(path: Path, settings: SiteFile) -> list[Check]:
     """Look at ledger and audit log: both whole, in agreement, signed. A key that was replaced since is only a warning."""
     records, found = records_of(path, settings), []
@@ -124,6 +135,7 @@ def check_records(path: Path, settings: SiteFile) -> list[Check]:
     def look() -> str:
         book, lines, signatures = records.verify()
         found.append(signatures)
+        _require_writable(records.state)
         return f"{book.head.count} entries, {len(lines)} lines" + (f", {signatures.sentence()}" if signatures.keys else "")
 
     checks = attempt("records", look)

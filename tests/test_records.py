@@ -332,7 +332,7 @@ def test_a_log_that_is_no_file_is_one_numbered_sentence(words: tuple[str, ...], 
 def test_a_ledger_that_cannot_be_written_to_is_not_called_damaged(records: Records, monkeypatch) -> None:
     connect = sqlite3.connect
     monkeypatch.setattr(
-        "fl_client.ledger.sqlite3.connect", lambda path, **settings: connect(f"file:{path}?mode=ro", uri=True, **settings)
+        "fl_client.ledger.sqlite3.connect", lambda path, **settings: connect(f"file:{path}?mode=ro", **settings | {"uri": True})
     )
     with pytest.raises(IcmoeError, match=r"ICM205 .*readonly database"):
         records.write("sent", {"round": 3})
