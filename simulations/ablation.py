@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from icmoe.atomic import write_atomically
@@ -75,8 +76,10 @@ def ablate(
         given = {key: value for key, value in options.items() if value is not None}
         study, simulation = read_scenario(scenario, {} if rounds is None else {"rounds": rounds}, given)
         folder = RunFolder(out)
-        going_on = exit_on_interruption("Continue with --resume.")
+        told, going_on = folder.new_though(resume=resume), exit_on_interruption("Continue with --resume.")
         with going_on, folder.claimed(resume=resume), Screen(Console()) as screen:
+            if told:
+                screen.say(escape(told))
             engine = engine_of(simulation, available_device(simulation.device))
             require_cluster(simulation.address)
             hospitals = find_hospitals(simulation, study, folder.phantoms)
@@ -106,12 +109,8 @@ def ablate(
             write_sites(folder.work / "sites.json", sites)
             states = run_jobs(jobs, folder.work / "sites.json", engine, screen.on_event, on_scored=screen.on_scored)
         rows = {name: [float(states[name, seed].history[-1]["val_dice"]) for seed in simulation.seeds] for name in names}
-        record = {
-            "rounds": study.rounds,
-            "seeds": list(simulation.seeds),
-            "val_dice": rows,
-            "study": study.model_dump(mode="json"),
-        }
+        whole = study.model_dump(mode="json")
+        record = {"rounds": study.rounds, "seeds": list(simulation.seeds), "val_dice": rows, "study": whole}
         write_atomically(folder.root / "ablation.json", (json.dumps(record, indent=1) + "\n").encode())
         Console().print(_table(rows, study))
 

@@ -47,6 +47,11 @@ class RunFolder:
         name = f"{method}-{site}-seed{seed}" if site else f"{method}-seed{seed}"
         return self.root / "models" / f"{name}.safetensors"
 
+    def new_though(self, *, resume: bool) -> str:
+        """Return what to say where a run shall be continued and there is none: another --out may be meant."""
+        kept = self.results.exists() or (self.work.is_dir() and any(path.name != "lock" for path in self.work.iterdir()))
+        return f"{self.root} holds no run to continue: a new one begins." if resume and not kept else ""
+
     @contextmanager
     def claimed(self, *, resume: bool) -> Iterator[None]:
         """Hold the folder for this process; a start that is refused before anything is committed leaves no trace.

@@ -50,6 +50,8 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 
 def _end(todo: str) -> NoReturn:
     """Say how to go on and end at once: threads of Flower's engine wait for actors that are gone, for ever."""
+    for again in (signal.SIGINT, signal.SIGTERM):  # from whoever cannot wait; this takes no longer
+        signal.signal(again, signal.SIG_IGN)
     with suppress(OSError):  # the terminal may be gone
         print_faults([Fault(number=503, what="interrupted", did="Finished rounds are kept.", todo=todo)])
         sys.stdout.flush()

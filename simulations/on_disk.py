@@ -8,6 +8,8 @@ from uuid import uuid4
 
 from flwr.app import Array, ArrayRecord, Message
 
+from icmoe.atomic import write_atomically
+
 SMALL_BYTES = 65536
 """Below this a file costs more than it saves."""
 
@@ -26,7 +28,7 @@ class OnDisk(Array):
     def __init__(self, array: Array, folder: Path) -> None:
         self.dtype, self.shape, self.stype = array.dtype, array.shape, array.stype
         self._path = folder / uuid4().hex
-        self._path.write_bytes(array.data)
+        write_atomically(self._path, array.data, durable=False)  # a disk without room is named, and nothing stays on it
         weakref.finalize(self, self._path.unlink, missing_ok=True)
 
     @property

@@ -112,7 +112,10 @@ def _run(
     console = Console(stderr=as_json)
     name = Path(os.path.realpath(simulation.data)).name if simulation.data else "phantoms"
     folder = RunFolder(out or Path("runs") / f"{name}-{study.digest[:8]}")
+    told = folder.new_though(resume=resume)
     with folder.claimed(resume=resume), tracking(track, folder.root) as heard, Screen(console, *heard) as screen:
+        if told:
+            screen.say(escape(told))
         if resume and folder.results.exists():
             results = folder.finished(study, simulation)
             screen.say(escape(f"{folder.root} is complete; nothing was left to do."))

@@ -38,6 +38,28 @@ def test_an_interrupted_command_says_how_to_go_on(sent: signal.Signals) -> None:
     assert (process.returncode, said) == (130, "ICM503 interrupted. Finished rounds are kept. Go on so.\n")
 
 
+IMPATIENT = """
+import os, signal, sys, time
+from simulations.interruption import exit_on_interruption
+class Again:
+    def __init__(self, stream): self.stream = stream
+    def __getattr__(self, name): return getattr(self.stream, name)
+    def write(self, text):
+        os.kill(os.getpid(), {sent})
+        return self.stream.write(text)
+sys.stderr = Again(sys.stderr)
+with exit_on_interruption("Go on so."):
+    os.kill(os.getpid(), {sent})
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_who_interrupts_again_while_it_ends_takes_nothing_from_what_is_said(sent: signal.Signals) -> None:
+    words = [sys.executable, "-c", IMPATIENT.format(sent=int(sent))]
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (130, "ICM503 interrupted. Finished rounds are kept. Go on so.\n")
+
+
 @pytest.mark.parametrize(("code", "expected"), [(int(signal.SIGTERM), 130), (1, 1)])
 def test_rays_own_word_of_a_signal_is_an_interruption_and_another_exit_is_none(code: int, expected: int) -> None:
     words = [sys.executable, "-c", WAITING.format(work=f"sys.exit({code})")]

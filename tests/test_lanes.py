@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import resource
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -88,6 +89,17 @@ def test_large_tensors_wait_in_files_that_go_with_the_reply(tmp_path: Path) -> N
     assert all(array.numpy().shape == (SMALL_BYTES,) for array in kept)
     found.clear()
     kept.clear()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_for_answers_is_named_and_nothing_stays_on_it(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_BYTES, hard))
+    try:
+        with pytest.raises(OSError, match=str(tmp_path)):
+            OnDisk(Array(np.zeros(SMALL_BYTES, np.float32)), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
 
 

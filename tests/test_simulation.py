@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from icmoe.data.slices import SiteData
 from icmoe.errors import Fault, IcmoeError
 from icmoe.profiles import merged
 from icmoe.study import derived_seed
+from simulations import run_sim
 from simulations.folder import RunFolder
 from simulations.hospitals import Hospitals, find_hospitals
 from simulations.methods import METHODS, study_for
@@ -133,6 +136,22 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path) -> None:
             (folder.work / "run.json").write_text(damaged)
             with pytest.raises(IcmoeError, match=r"ICM502.*run\.json"):
                 folder.check_identity({"data": "x", "studies": "y"})
+
+
+def test_who_continues_where_there_is_no_run_is_told_that_one_begins(tmp_path: Path) -> None:
+    words = ["--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"), "--resume"]
+    done = CliRunner().invoke(run_sim.app, words, env={"COLUMNS": "500"})
+    assert f"{tmp_path / 'out'} holds no run to continue: a new one begins.\n" in done.output
+    assert (done.exit_code, "ICM109" in done.output) == (1, True)
+    folder = RunFolder(tmp_path / "out")
+    with folder.claimed(resume=True):
+        assert folder.new_though(resume=True) != ""
+        folder.check_identity({"data": "x"})
+        assert folder.new_though(resume=True) == ""
+    shutil.rmtree(folder.work)
+    assert (folder.new_though(resume=True) == "", folder.new_though(resume=False)) == (False, "")
+    folder.results.touch()
+    assert folder.new_though(resume=True) == ""
 
 
 def draw_and_refuse(folder: RunFolder, refusal: Exception) -> None:
