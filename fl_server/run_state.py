@@ -101,7 +101,7 @@ class RunState:
             digest, done, closed = (header[key] for key in ("study", "round", "closed"))
             history = RoundLog.opened(_log_path(newest or path), header["settled"], header["last"])
         except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise IcmoeError(Fault(number=502, where=path.name, what="committed state is damaged", value=str(error))) from None
+            raise IcmoeError(_damaged(path, study, str(error))) from None
         if digest != study.digest:
             value, limit = str(digest)[:12], study.digest[:12]
             raise IcmoeError(
@@ -110,6 +110,13 @@ class RunState:
         arrays = {name.removeprefix("global."): value for name, value in tensors.items() if name.startswith("global.")}
         extra = {name: value for name, value in tensors.items() if not name.startswith("global.")}
         return RunState(digest, arrays, done, history, extra, closed)
+
+
+def _damaged(path: Path, study: Study, value: str) -> Fault:
+    """Return what to do about a commit that cannot be read; what the server spent of a budget is nowhere else."""
+    anew = " Once it is removed, training begins anew." if study.privacy.server is None else ""
+    todo = f"Restore it from a backup.{anew}"
+    return Fault(number=502, where=str(path), what="committed state is damaged", value=value, todo=todo)
 
 
 def latest_state(path: Path, study: Study) -> RunState | None:

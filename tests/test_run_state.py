@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from test_checking import SERVER, UNCOUPLED
 from test_rounds import run
 
 from fl_server.run_state import RunState
@@ -45,3 +46,24 @@ def test_a_damaged_or_foreign_state_is_refused(damage: str, make_study, tmp_path
     with pytest.raises(IcmoeError) as caught:
         RunState.load(path, study)
     assert caught.value.faults[0].number == 502
+
+
+def test_who_removes_a_damaged_state_begins_anew_as_he_was_told(make_study, tmp_path: Path) -> None:
+    study, path = make_study(rounds=2), tmp_path / "s"
+    run(study, path)
+    rounds = RunState.load(path, study).history[:]
+    path.write_bytes(b"")
+    told = r"ICM502 .*/s: committed state is damaged: .* from a backup\. Once it is removed, training begins anew\.$"
+    with pytest.raises(IcmoeError, match=told):
+        run(study, path)
+    path.unlink()
+    run(study, path)
+    assert [row["round"] for row in RunState.load(path, study).history] == [row["round"] for row in rounds]
+
+
+def test_of_a_study_with_privacy_at_the_server_nothing_is_begun_anew(make_study, tmp_path: Path) -> None:
+    study = make_study(privacy={"server": SERVER | {"epsilon": 8.0}}, aggregation=UNCOUPLED)
+    path = tmp_path / "s"
+    path.write_bytes(b"")
+    with pytest.raises(IcmoeError, match=r"Restore it from a backup\.$"):
+        RunState.load(path, study)
