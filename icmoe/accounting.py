@@ -140,7 +140,7 @@ def _epsilon(history: tuple[Spending, ...], delta: float, accountant: Accountant
         warnings.simplefilter("ignore")  # orders of RDP that do not matter; logarithms of 0 that are masked
         rdp = RDPAccountant()
         rdp.history = entries
-        bound = float(rdp.get_epsilon(delta))
+        bound = max(0.0, float(rdp.get_epsilon(delta)))  # below 0 where delta alone covers the loss
         if accountant == "rdp" or bound > _PRV_LIMIT:
             return bound
         prv = PRVAccountant()

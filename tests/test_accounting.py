@@ -57,6 +57,7 @@ def test_nothing_spent_is_nothing() -> None:
     for accountant in ("prv", "rdp"):
         assert epsilon([], delta=1e-5, accountant=accountant) == 0.0
         assert epsilon([Spending(1.0, 0.1, 0)], delta=1e-5, accountant=accountant) == 0.0
+        assert epsilon([Spending(200.0, 1.0, 1)], delta=0.04, accountant=accountant) == 0.0  # delta covers it alone
 
 
 @settings(max_examples=25, deadline=None)
