@@ -68,7 +68,7 @@ def require_affordable(study: Study, noise: Noise, releases: int, *, done: int =
     settings = study.privacy.server
     assert settings is not None
     spent = partial(epsilon_of, noise_multiplier=noise.whole, delta=settings.delta)
-    if settings.epsilon is not None and spent(releases) > settings.epsilon * (1.0 + 1e-6):
+    if settings.epsilon is not None and spent(releases) > settings.epsilon:
         fitting = next(count for count in range(releases, -1, -1) if spent(count) <= settings.epsilon)
         value, todo = f"{spent(releases):.3f} after {releases} rounds", f"{fitting} rounds fit; or allow more noise."
         did = f"{done} rounds were done, none is begun."

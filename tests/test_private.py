@@ -225,8 +225,8 @@ def test_sum_and_count_together_cost_what_is_charged(make_study) -> None:
     assert (replaced.update**-2 + (replaced.count / 1.0) ** -2) ** -0.5 == pytest.approx(1.3)
     assert noise_of(private_study(make_study, clip_quantile=0.5, sites=60).privacy.server, 3).count == 60 / 20
     with pytest.raises(IcmoeError) as caught:
-        noise_of(private_study(make_study, clip_quantile=0.5, count_noise=0.6, noise_multiplier=1.3).privacy.server, 3)
-    assert caught.value.faults[0].number == 421
+        noise_of(private_study(make_study, clip_quantile=0.5, count_noise=0.65, noise_multiplier=1.3).privacy.server, 3)
+    assert caught.value.faults[0].number == 421  # at half of it already
 
 
 @pytest.mark.parametrize(("releases", "z"), [(1, 1.0), (10, 2.0), (100, 5.0), (100, 0.7)])
@@ -239,6 +239,12 @@ def test_epsilon_is_that_of_the_gaussian_mechanism(releases: int, z: float) -> N
     assert hockey == pytest.approx(1e-5, rel=1e-3)
     assert delta_of(epsilon, releases, z) <= 1e-5
     assert noise_for(epsilon, 1e-5, releases) == pytest.approx(z, rel=1e-6)
+
+
+def test_hardly_any_noise_has_a_finite_epsilon_until_none_is_worth_a_number() -> None:
+    mu = math.sqrt(100) / 0.01
+    assert epsilon_of(100, 0.01, 1e-5) == pytest.approx(mu**2 / 2 + mu * stats.norm.isf(1e-5), rel=1e-3)
+    assert epsilon_of(100, 1e-4, 1e-5) == math.inf
 
 
 def test_epsilon_equals_opacus_to_a_percent() -> None:
@@ -280,6 +286,10 @@ def test_a_study_whose_rounds_would_cross_its_epsilon_does_not_start(make_study)
     fitting = max(count for count in range(50) if epsilon_of(count, 1.0, 1e-3) <= 8.0)
     assert (fault.number, fault.limit) == (420, "8")
     assert f"{fitting} rounds fit" in str(fault)
+    least = epsilon_of(50, 1.0, 1e-3)
+    make_strategy(private_study(make_study, rounds=50, epsilon=least), ROSTER)
+    with pytest.raises(IcmoeError, match="49 rounds fit"):
+        make_strategy(private_study(make_study, rounds=50, epsilon=least * (1 - 1e-7)), ROSTER)
 
 
 def test_a_run_stops_before_the_round_that_would_cross_its_epsilon(make_study) -> None:
