@@ -23,7 +23,8 @@ from icmoe.features import FeatureCache
 from icmoe.model import ICMoE, build_model
 from icmoe.prepare import encode_slices
 from icmoe.preprocess import target
-from simulations.expert_use import BANDS, Seen, _Shares, border_distance, expert_use, use_tables
+from icmoe.voting import agreement
+from simulations.expert_use import BANDS, Seen, _Bins, _Shares, border_distance, expert_use, use_tables
 from simulations.overlays import EXPERT_COLOURS, Overlay, panels
 from simulations.phantoms import PhantomSite, write_phantoms
 
@@ -100,13 +101,17 @@ def test_errors_are_the_cells_where_the_model_is_wrong_and_removal_is_dice_lost(
     use = expert_use(model, slices, study, cache, CPU)
     assert use is not None
     side = grid_of(study.backbone)
-    wrong = []
+    wrong, agreed = [], []
     for item in slices:
-        logits_BKhw = model(cache.load([cache.key(item.image_digest, "identity")])).logits_BKhw
-        guess_HW = torch.nn.functional.avg_pool2d(logits_BKhw.softmax(dim=1), 2)[0].argmax(dim=0)
+        output = model(cache.load([cache.key(item.image_digest, "identity")]))
+        votes = output.experts
+        agreed_BMHW = agreement(votes.router_logits_BMHW, votes.log_votes_BMKHW.exp())
+        agreed.append((votes.gates_BMHW * agreed_BMHW).sum(dim=1).mean().item())  # of those that decide, each by its gate
+        guess_HW = torch.nn.functional.avg_pool2d(output.logits_BKhw.softmax(dim=1), 2)[0].argmax(dim=0)
         wrong.append(guess_HW != target(load_mask(item.mask, study.labels), study.classes, side).argmax(dim=0))
     error = sum(row["share"] * row["error"] for row in use["reliability"])
     assert error == pytest.approx(torch.stack(wrong).float().mean().item())
+    assert sum(row["share"] * row["agreement"] for row in use["reliability"]) == pytest.approx(fmean(agreed))
 
     def dice() -> float:
         return fmean(score.dice for score in score_slices(model, slices, study.labels, cache, CPU))
@@ -114,6 +119,14 @@ def test_errors_are_the_cells_where_the_model_is_wrong_and_removal_is_dice_lost(
     whole = dice()
     model.balance_bias_M[2] = -1e4
     assert use["removed"][model.expert_names[2]] == pytest.approx(dice() - whole)
+
+
+def test_cells_of_like_agreement_are_told_together_with_their_mean_and_their_errors() -> None:
+    bins = _Bins()
+    bins.add(torch.tensor([[[0.04, 0.11, 0.19, 1.0]]]), torch.tensor([[[1.0, 0.0, 1.0, 0.0]]]))
+    bins.add(torch.tensor([[[0.0, 0.15]]]), torch.tensor([[[1.0, 0.0]]]))
+    found = [(row["share"], row["agreement"], row["error"]) for row in bins.record()]
+    assert found == [pytest.approx(row) for row in [(1 / 3, 0.02, 1.0), (1 / 2, 0.15, 1 / 3), (1 / 6, 1.0, 0.0)]]
 
 
 def test_experts_that_say_nothing_are_not_missed_and_a_model_without_experts_has_no_use(seen, make_study) -> None:

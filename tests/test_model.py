@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from icmoe.contrast import ANCHORS_PER_CLASS
+from icmoe.contrast import ANCHORS_PER_CLASS, prototype_pull, semantic_contrast
 from icmoe.exchange import global_state
+from icmoe.losses import cross_entropy, halve, label_consistency
 from icmoe.model import build_model, total_loss
 from icmoe.study import Study
+from icmoe.voting import top_k_gates
 
 ABLATIONS = {
     "full": {},
@@ -97,6 +100,44 @@ def test_each_ablation_is_a_configuration_that_learns(name: str, make_study, mak
     assert output.logits_BKhw.shape == target.shape
     off = {term for term in terms if getattr(study.loss, term) == 0.0}
     assert not off
+
+
+def test_a_class_that_the_site_does_not_show_is_background_in_each_term_of_the_votes(make_study, make_features) -> None:
+    study = make_study(**ABLATIONS["three classes"], model={"router_noise": 0.0})
+    features, target = make_features(study)
+    target = torch.stack([target[:, 0] + target[:, 2], target[:, 1], 0 * target[:, 2]], dim=1)
+    model = randomised(build_model(study, seed=1))
+    terms, output = model.losses(features, target, study.loss, torch.Generator().manual_seed(1), unknown=[2])
+    half, votes = halve(target)[:, :2], output.experts.log_votes_BMKHW.exp()
+    seen = torch.stack([votes[:, :, 0] + votes[:, :, 2], votes[:, :, 1]], dim=2)
+    fused = (output.experts.gates_BMHW.unsqueeze(2) * seen).sum(dim=1)
+    assert torch.allclose(terms["vote"], cross_entropy(fused.log(), half), atol=1e-5)
+    wanted = label_consistency(output.experts.router_logits_BMHW, seen.log(), half)
+    assert torch.allclose(terms["label_consistency"], wanted, atol=1e-5)
+
+
+def test_without_voting_the_gates_are_the_routers_alone(make_study, make_features) -> None:
+    study = make_study(model={"voting": False, "consensus": 2.0})
+    model = randomised(build_model(study, seed=1))
+    votes = model(make_features(study)[0]).experts
+    assert torch.allclose(votes.gates_BMHW, top_k_gates(votes.router_logits_BMHW, study.model.top_k), atol=1e-6)
+
+
+def test_without_experts_the_contrast_prefers_what_the_mask_head_gets_wrong(make_study, make_features) -> None:
+    # A grid of 16 x 16 has more pixels than anchors, so that the preference shows.
+    study = make_study(**{**ABLATIONS["mask head alone"], "backbone": {"image_size": 256}})
+    features, target = make_features(study)
+    model = randomised(build_model(study, seed=1))
+    model.start_round()
+    terms, output = model.losses(features, target, study.loss, torch.Generator().manual_seed(4))
+    z_BDN = F.normalize(model.project(output.fused_BCHW), dim=1).flatten(2)
+    class_BN = halve(target).argmax(dim=1).flatten(1)
+    wrong_BN = halve(output.logits_BKhw).argmax(dim=1).flatten(1) != class_BN
+    assert wrong_BN.any()
+    assert not wrong_BN.all()
+    now_KD, frozen_BCN = model.round_prototypes_KD, features.embedding_BCHW.flatten(2)
+    wanted = semantic_contrast(z_BDN, frozen_BCN, class_BN, wrong_BN, now_KD, torch.Generator().manual_seed(4))
+    assert torch.allclose(terms["contrast"], wanted + prototype_pull(z_BDN, class_BN, now_KD), atol=1e-5)
 
 
 def test_gradients_reach_every_trained_tensor_and_no_frozen_one(make_study, make_features) -> None:

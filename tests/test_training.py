@@ -122,6 +122,8 @@ def test_distances_are_measured_only_where_the_slices_are_one_even_stack(change:
     (whole,) = score_slices(model, even, study.labels, cache, CPU)
     assert whole.hd95_mm is not None
     assert common_spacing(even[::2]) == common_spacing(even) == (5.0, 1.0, 1.0)
+    assert common_spacing([*even[:4], replace(even[4], spacing_mm=(5.0, 1.0005, 1.0))]) == (5.0, 1.0, 1.0)  # rounded otherwise
+    assert score_slices(model, [even[2], *even[3:], *even[:2]], study.labels, cache, CPU) == [whole]
     (part,) = score_slices(model, UNEVEN[change](even), study.labels, cache, CPU)
     assert (part.hd95_mm, part.surface_dice) == (None, None)
 
@@ -144,6 +146,7 @@ def test_every_slice_is_seen_once_per_epoch_and_never_twice_in_a_batch(prepared)
     rows = [row for batch, _ in draws for row in batch]
     assert set(rows) == set(range(10))
     assert all(len(set(batch)) == len(batch) for batch, _ in draws[:3])
+    assert {view for _, views in draws for view in views} == set(range(len(study.training.views)))
     assert data._draws(5, 4) == data._draws(5, 4) != data._draws(5, 5)
     tiny = TrainingSet(site.of("train")[:2], study, cache)
     assert all(len(set(batch)) == 2 for batch, _ in tiny._draws(6, 1))  # a one-patient hospital
@@ -213,8 +216,8 @@ def test_a_loss_that_is_not_finite_is_refused_by_number(prepared) -> None:
 
 def test_the_proximal_term_keeps_the_update_small(prepared, make_study) -> None:
     study, site, cache, _ = prepared
-    values = {"training": {**study.training.model_dump(), "views": list(study.training.views)}}
-    near = make_study(**{**values, "training": {**values["training"], "proximal_mu": 50.0}})
+    values = {**study.training.model_dump(), "views": list(study.training.views)}
+    mild, near = (make_study(training={**values, "proximal_mu": mu}) for mu in (1.0, 50.0))
 
     def moved(chosen: Study) -> float:
         model = build_model(chosen, seed=1)
@@ -223,6 +226,50 @@ def test_the_proximal_term_keeps_the_update_small(prepared, make_study) -> None:
         return sum((tensor - start[name]).square().sum().item() for name, tensor in global_state(model).items())
 
     assert moved(near) < 0.5 * moved(study)
+    assert moved(near) < 0.9 * moved(mild)
+
+
+@pytest.fixture
+def one_picture(prepared, make_study):
+    """A site with one slice and one view, so that seeds neither order nor turn anything."""
+    _, site, cache, _ = prepared
+
+    def make(noise: float = 0.0, loss: dict[str, float] | None = None, **training: object) -> tuple[Study, TrainingSet]:
+        chosen = {"views": ["identity"], "learning_rate": 5e-3, **training}
+        study = make_study(model={"router_noise": noise}, loss={"contrast": 0.0, **(loss or {})}, training=chosen)
+        return study, TrainingSet(site.of("train")[:1], study, cache)
+
+    return make
+
+
+def test_the_routers_noise_in_training_follows_the_seed(one_picture) -> None:
+    first, again, other = (trained(*one_picture(noise=0.5), seed=seed)[0] for seed in (9, 9, 10))
+    assert first == again != other
+    quiet = [trained(*one_picture(), seed=seed)[0] for seed in (9, 10)]
+    assert quiet[0] == quiet[1]
+
+
+def test_the_anchor_is_the_router_that_the_round_began_with(one_picture) -> None:
+    study, data = one_picture(loss={"router_anchor": 0.1})
+    model = build_model(study, seed=1)
+    terms = [train_round(model, data, study, round_number=1, seed=1, device=CPU, steps=steps).terms for steps in (1, 4)]
+    assert terms[0]["router_anchor"] == pytest.approx(0.0, abs=1e-6)  # a round begins at its anchor
+    assert terms[1]["router_anchor"] > 1e-6
+    assert all(parameter.requires_grad for parameter in model.router.parameters())
+
+
+def test_the_loss_that_is_told_is_the_mean_of_the_steps(one_picture) -> None:
+    study, data = one_picture(learning_rate=1e-12)  # every step meets the same model
+    told = [
+        train_round(build_model(study, seed=1), data, study, round_number=1, seed=1, device=CPU, steps=steps) for steps in (1, 3)
+    ]
+    weights = study.loss.model_dump()
+    assert (
+        told[1].loss
+        == pytest.approx(told[0].loss)
+        == pytest.approx(sum(weights[key] * one for key, one in told[0].terms.items()))
+    )
+    assert told[1].terms == pytest.approx(told[0].terms)
 
 
 def recorded(prepared, make_study, monkeypatch: pytest.MonkeyPatch, **training: object):
