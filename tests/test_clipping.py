@@ -146,6 +146,7 @@ def test_a_score_is_noised_and_stays_in_range() -> None:
     assert len({dice for dice, _ in found}) > 50
     quiet = loud.model_copy(update={"score_noise": 1e-6})
     assert noised_score([0.9, 0.7], quiet) == (pytest.approx(0.8, abs=1e-3), 2)
+    assert noised_score([7.0, 0.0], quiet) == (pytest.approx(0.5, abs=1e-3), 2)  # one patient counts for no more than 1
     assert noised_score([], quiet) == (pytest.approx(0.5, abs=1e-3), 1)
 
 

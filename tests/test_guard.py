@@ -252,10 +252,24 @@ def test_updates_of_nothing_are_no_measure_for_the_others(make_study) -> None:
     def answer(message: Message, site: str) -> Message | None:
         reply = honest(message, site)
         if site != "Cedar" and message.metadata.message_type == "train":
-            reply.content[UPDATE] = ArrayRecord({key: Array(0 * array.numpy()) for key, array in reply.content[UPDATE].items()})
+            nothing = {key: Array(np.zeros_like(array.numpy())) for key, array in reply.content[UPDATE].items()}
+            reply.content[UPDATE] = ArrayRecord(nothing)
         return reply
 
-    assert run(make_study(rounds=1), answer).history[0]["faults"] == []
+    rounds = run(make_study(rounds=2), answer).history
+    assert [record["faults"] for record in rounds] == [[], []]  # nor is nothing, twice, a replay
+
+
+def test_a_norm_at_the_bound_is_within_it(make_study) -> None:
+    def answer(message: Message, site: str) -> Message | None:
+        reply = honest(message, site)
+        if message.metadata.message_type == "train":
+            arrays = {key: np.zeros_like(array.numpy()) for key, array in reply.content[UPDATE].items()}
+            next(iter(arrays.values())).flat[0] = 0.5
+            reply.content[UPDATE] = ArrayRecord({key: Array(array) for key, array in arrays.items()})
+        return reply
+
+    assert run(make_study(rounds=1, guard={"largest_norm": 0.5}), answer).history[0]["faults"] == []
 
 
 @pytest.mark.parametrize("damage", ["edit", "remove", "swap", "garbage"])

@@ -96,6 +96,29 @@ def test_a_study_must_have_room_for_its_closing_evaluation_too(records: Records,
     pay(records, study, budget=budget_of(1.001 * whole))
 
 
+def test_a_site_that_comes_late_needs_room_for_the_rounds_that_are_left_alone(records: Records, private: Study) -> None:
+    budget = budget_of(epsilon([Spending(2.0, 0.2, 10)], delta=1e-3, accountant="rdp"))
+    assert "2 of 3 rounds still fit" in number_of(records, private, 3, budget=budget)[1]
+    pay(records, private, 4, budget=budget)
+
+
+def test_who_scores_without_having_trained_needs_room_for_the_score_alone(records: Records, make_study) -> None:
+    study = make_study(rounds=5, privacy={"site": {**PRIVACY, "scores": "noised"}})
+    budget = budget_of(epsilon([Spending(10.0, 1.0, 1)], delta=1e-3, accountant="rdp"))
+    assert number_of(records, study, budget=budget)[0] == 411
+    pay(records, study, 5, kind="evaluate", budget=budget)
+    assert number_of(records, study, 5, kind="evaluate", budget=budget)[0] == 411
+
+
+def test_an_entry_that_skips_a_place_is_noticed_though_its_own_digest_fits(records: Records, private: Study) -> None:
+    for number in (1, 2):
+        pay(records, private, number, budget=ROOMY)
+    placed = replace(read_ledger(records.state, "Alder").entries[-1], count=3)
+    sql(records, "UPDATE entries SET count = 3, hash = ? WHERE count = 2", placed.digest())
+    with pytest.raises(IcmoeError, match="ICM412"):
+        read_ledger(records.state, "Alder")
+
+
 def test_a_study_that_began_may_use_what_is_left_round_by_round(records: Records, private: Study, make_study) -> None:
     other = make_study(name="other", rounds=1, privacy={"site": PRIVACY})
     budget = budget_of(epsilon([Spending(2.0, 0.2, 25)], delta=1e-3, accountant="rdp"))

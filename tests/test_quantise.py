@@ -79,6 +79,11 @@ def test_the_step_is_the_least_that_reaches_the_largest_value(value: float, step
     assert (steps.tolist(), exponents.tolist()) == ([step, -step], [exponent])
 
 
+def test_what_no_row_reaches_is_cut_off_and_keeps_its_sign() -> None:
+    steps, exponents = quantised(np.array([3e38, -3e38, 2.0**120], dtype=np.float32))
+    assert (steps.tolist(), exponents.tolist()) == ([LARGEST, -LARGEST, 1], [HIGHEST_EXPONENT])
+
+
 def test_an_update_is_read_one_tensor_at_a_time() -> None:
     rng = np.random.default_rng(1)
     update = {name: rng.normal(size=shape).astype(np.float32) for name, shape in (("a", (3, 4)), ("b", (5,)))}

@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from fl_client import cli
+from fl_client.accounts import account_of
 from fl_client.audit import LOG
 from fl_client.credentials import make_node_key, read_node_key
 from fl_client.ledger import FILE
 from fl_client.records import Records
 from fl_client.signing import Signer, fingerprint_of, signature_holds
+from fl_client.site import SiteFile
 from icmoe.chain import START, digest_of
 from icmoe.errors import IcmoeError
 
@@ -261,6 +263,17 @@ def test_the_ledger_is_shown_as_table_json_and_page(records: Records, tmp_path: 
     for words in ("What is promised", "patient", account["head"], study["digest"][:16], "0.001"):
         assert words in text
     assert page.stat().st_mode & 0o077 == 0
+
+
+def test_a_lowered_budget_leaves_nothing_rather_than_less_and_scores_are_no_rounds(records: Records, make_study) -> None:
+    study = make_study(name="scored", rounds=5, privacy={"site": {**PRIVACY, "scores": "noised"}})
+    pay(records, study, 1, budget=BUDGET)
+    pay(records, study, 2, kind="evaluate", budget=BUDGET)  # of a round that the site missed
+    account = account_of(SiteFile(name="Alder", data="nowhere", budget=budget_of(0.01)), records.book())
+    assert account["epsilon_spent"] > 0.01
+    assert account["epsilon_left"] == 0.0
+    (row,) = [row for row in account["studies"] if row["study"] == "scored"]
+    assert (row["rounds"], row["entries"]) == (1, 2)
 
 
 def test_a_site_without_budget_or_rounds_says_that_nothing_is_promised(records: Records, tmp_path: Path) -> None:

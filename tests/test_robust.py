@@ -13,7 +13,7 @@ from test_rounds import honest as answer_of_rounds
 
 from fl_server.app import make_strategy, start_state
 from fl_server.replies import Update
-from fl_server.robust import robust_mean
+from fl_server.robust import robust_mean, rule_of
 from fl_server.roster import Roster
 from fl_server.round_strategy import unheard
 from fl_server.rounds import run_rounds
@@ -95,6 +95,34 @@ def test_an_expert_is_combined_from_the_sites_that_used_it(make_study) -> None:
     name = last[0]
     everyone = np.median(np.stack([update.tensors[name] for update in few]), axis=0)
     np.testing.assert_allclose(robust_mean(few, study)[name], everyone, rtol=1e-6)
+
+
+def test_as_many_sites_are_cut_at_either_end_as_may_be_malicious(make_study) -> None:
+    for bad in (1, 2, 3):
+        settings = make_study(quorum=2 * bad + 1, aggregation={"robust": "trimmed-mean", "malicious_sites": bad}).aggregation
+        cut = {int(rule_of(settings, sites).beta * sites) for sites in range(settings.least_sites, 200)}
+        assert cut == {bad}  # 1 / 49 of 49 is a little less than 1
+
+
+def test_multi_krum_weighs_what_it_selects_by_size_and_use(make_study) -> None:
+    study = robust_study(make_study, "multi-krum")
+    usages = [[0.2 + 0.05 * number, 0.4 - 0.05 * number, 0.4] for number in range(7)]
+    liar, *honest = updates_of(study, usages)
+    found = robust_mean([poisoned(liar, 1e6), *honest], study)
+    for name, tensor in found.items():
+        expert = expert_of(name) if is_usage_weighted(name, study.model) else None
+        weights = [one.size * (1.0 if expert is None else one.usage_M[expert]) for one in honest]
+        wanted = np.average([one.tensors[name] for one in honest], axis=0, weights=weights)
+        np.testing.assert_allclose(tensor, wanted, rtol=1e-4)
+
+
+def test_multi_krum_combines_an_expert_that_nobody_used(make_study) -> None:
+    study = robust_study(make_study, "multi-krum")
+    honest = updates_of(study, [[0.5, 0.5, 0.0]] * 7)
+    for name, tensor in robust_mean(honest, study).items():
+        others = np.stack([update.tensors[name] for update in honest])
+        assert (tensor >= others.min(axis=0) - 1e-5).all(), name
+        assert (tensor <= others.max(axis=0) + 1e-5).all(), name
 
 
 @pytest.mark.parametrize("rule", RULES)
