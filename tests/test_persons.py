@@ -34,6 +34,17 @@ TOLD = {
         "P1_scan1 P1_scan2 P1_T1_2 P1_left P1_right lung_ct_01 lung_ct_02",
         "p1 p1 p1 p1 p1 lung_ct_01 lung_ct_02",
     ),
+    "dates before series": (
+        "12345_20200101_AX_T1 12345_20210101_CT doe_jo_20200101_t1 doe_jo_2021-01-01_t1",
+        "12345 12345 doe_jo doe_jo",
+    ),
+    "dates before patients": ("20200101_P1/i 20210101_P1/i 20210101_1002/i 20210101_chest/i", "p1 p1 1002 20210101_chest"),
+    "sides in two letters": ("9001104_L 9001104_R P1_OD P1_OS", "9001104 9001104 p1 p1"),
+    "visits before series": ("P1_v1_t1 P1_v2_t1 roe_baseline_t1 roe_followup_t1", "p1 p1 roe roe"),
+    "numbers before free words": (
+        "P1_abdomen P1_chest 1001_CT_head 1001_MR_neck case_1_2 case_1_3 2020_a 2020_b",
+        "p1 p1 1001 1001 case_1 case_1 2020_a 2020_b",
+    ),
     "one folder each": ("P1/a1/i P2/b2/i P3/c3/i", "p1 p2 p3"),
     "places": ("siteA/P1/i siteA/P2/i siteB/P1/i site_c/doe/i", "sitea/p1 sitea/p2 siteb/p1 site_c/doe"),
     "groups": ("HGG/Brats18_2013_2_1/i HGG/Brats18_A_1/i LGG/0003/i", "hgg/brats18_2013_2 hgg/brats18_a_1 lgg/0003"),

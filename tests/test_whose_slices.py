@@ -90,6 +90,25 @@ def test_a_person_of_two_numbers_stands_in_one_split(tmp_path: Path, form: str):
     assert len(taken(export).of("test")) == 10
 
 
+def test_a_person_of_several_numbers_without_a_named_split_loses_no_slice(tmp_path: Path):
+    for number in range(8):
+        put(tmp_path, marked(number, PatientID=f"n{number}", OtherPatientIDs=f"n{number + 1}"), f"{number}-{{}}")
+    data = taken(export_of(tmp_path / "export", tmp_path / "kept", shares=(0.5, 0.0, 0.5)))
+    assert (len(data.slices), 127 in numbers(data)) == (40, False)
+    assert len({one.patient for one in data.slices}) == 8
+    assert len({one.split for one in data.slices}) == 1
+
+
+@pytest.mark.parametrize("folder", ["anna/study{}", "clinic A/anna/visit{}"])
+def test_studies_of_nobody_in_one_persons_folder_stand_in_one_split(tmp_path: Path, folder: str):
+    """Where nobody is named each study counts as a patient; four studies of a folder are hardly four persons'."""
+    for number in range(1, 5):
+        put(tmp_path, marked(number, **NOBODY), f"{folder.format(number)}/{{}}")
+    data = taken(export_of(tmp_path / "export", tmp_path / "kept", shares=(0.5, 0.0, 0.5)))
+    assert len({one.patient for one in data.slices}) == 4
+    assert (len(data.slices), len({one.split for one in data.slices})) == (20, 1)
+
+
 def test_a_patient_is_forgotten_under_every_number_that_its_files_give(tmp_path: Path):
     put(tmp_path, marked(PatientID="one", OtherPatientIDs="old"), "a{}")
     put(tmp_path, marked(1, PatientID="two"), "b{}")

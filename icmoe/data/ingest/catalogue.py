@@ -61,6 +61,11 @@ update file set record = json_set(record, '$.person', (select name from run.pers
     where id in (select id from run.person)
     and coalesce(json_extract(record, '$.person'), '') <> (select name from run.person where person.id = file.id)
 """
+BESIDE = """
+insert or ignore into run.link select beside, owner from run.image join run.found using (path) join run.person using (id)
+    where beside <> ''
+"""
+"""Studies of nobody in one folder may be one person's, who must not stand in two splits."""
 INDEXES = """
 create index run.image_uid on image (uid);
 create index run.image_series on image (series);
@@ -208,6 +213,7 @@ class Catalogue:
             else:
                 self._run.execute("insert into run.mask values (?)", (path,))
         self._run.executescript(INDEXES)
+        self._run.execute(BESIDE)
         self._set_strays_aside()
 
     def _set_strays_aside(self) -> None:
@@ -224,12 +230,13 @@ class Catalogue:
     def _name_persons(self, hashes: Pseudonyms, pattern: str | None, cases: Mapping[str, str]) -> None:
         """Note in the records of images whose they are, where all folders of the export together say other than their own."""
         of = Persons(((path, kind == "volume") for path, kind, *_ in self._unidentified(pattern) if kind != "image"), cases).of
-        numbered = Persons(((path, False) for path, kind, *_ in self._unidentified(pattern) if kind == "image"), {}).numbered
-        self._run.execute("create table run.person (id text primary key, name text) without rowid")
+        scans = Persons(((path, False) for path, kind, *_ in self._unidentified(pattern) if kind == "image"), {})
+        self._run.execute("create table run.person (id text primary key, name text, beside text) without rowid")
         for path, kind, key, patient in self._unidentified(pattern):
-            name = (told(path, pattern) or numbered(path)) if kind == "image" else of(path, volume=kind == "volume")
+            name = (told(path, pattern) or scans.numbered(path)) if kind == "image" else of(path, volume=kind == "volume")
             found = UNDECIDED if name is None else hashes.patient(name) if name else patient
-            self._run.execute("insert into run.person values (?, ?)", (key, "" if found == patient else found))
+            beside = hashes.patient(scans.together(path)) if kind == "image" and not name and scans.together(path) else ""
+            self._run.execute("insert into run.person values (?, ?, ?)", (key, "" if found == patient else found, beside))
         with transaction(self._run):
             self._run.execute(NAME)
 

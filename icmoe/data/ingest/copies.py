@@ -15,9 +15,9 @@ class Copies:
     """Which frames are not used because of equal pictures, told in the order in which frames are published.
 
     Patients who share a picture, a study (which is of one person, PS3.3 A.1.2) or a number (OtherPatientIDs) count as one
-    person, and so do those whom a third one links. Where such a person stands in several splits, only the patients of the best
-    one stay, test before val before train: otherwise pictures of a person in the test would be trained on. Of equal pictures
-    the first is used.
+    person, and so do those whom a third one links. Such a person stands in the best of their splits, test before val before
+    train: otherwise pictures of a person in the test would be trained on. The hospital's word for one of them is for all; where
+    it names several, only the patients of the best one stay. Of equal pictures the first is used.
 
     Parameters
     ----------
@@ -29,6 +29,8 @@ class Copies:
         Study and patient of every series; further numbers that files give a patient, and each patient who has one of them.
     contradicted
         Pictures whose copies are marked differently: nobody knows which of them is right.
+    named
+        Patients whose split the hospital named.
     """
 
     def __init__(
@@ -37,21 +39,33 @@ class Copies:
         repeated: Iterable[tuple[str, str]],
         studies: Iterable[tuple[str, str]] = (),
         contradicted: Collection[str] = (),
+        named: Collection[str] = (),
     ) -> None:
         self._splits = splits
+        self._named = named
         self._contradicted = contradicted
         self._owners = _grouped(repeated)
         self._kept: dict[str, str] = {}
         groups = [*self._owners.values(), *_grouped(studies).values()]
         self._persons = _persons([sorted(patients) for patients in groups if len(patients) < COMMON])
-        self._best: dict[str, int] = {}
-        for patient, split in splits.items():
+        self._best = self._of_persons(patient for patient in splits if patient not in named)
+        self._best |= self._of_persons(patient for patient in splits if patient in named)
+
+    def _of_persons(self, patients: Iterable[str]) -> dict[str, int]:
+        """Return the best split of each person among these patients."""
+        best: dict[str, int] = {}
+        for patient in patients:
             person = self._persons.get(patient, patient)
-            self._best[person] = max(self._best.get(person, 0), SPLITS.index(split))
+            best[person] = max(best.get(person, 0), SPLITS.index(self._splits[patient]))
+        return best
+
+    def split_of(self, patient: str) -> str:
+        """Return the split in which a patient's frames stand."""
+        return SPLITS[self._best[self._persons.get(patient, patient)]]
 
     def reason(self, patient: str, picture: str) -> Refusal | None:
         """Return why the next frame is not used, None where it is."""
-        if SPLITS.index(self._splits[patient]) < self._best[self._persons.get(patient, patient)]:
+        if patient in self._named and self._splits[patient] != self.split_of(patient):
             return Refusal(127, "it shares pictures, a study or a number with a patient of another split")
         owners = self._owners.get(picture)
         if owners is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from icmoe.data.ingest.walking import SEQUENCES, is_somebodys, owner_folders, person, stem
+from icmoe.data.ingest.walking import DATE, SEQUENCES, is_somebodys, owner_folders, parted, person, stem
 
 TECHNIQUES = (
     "axi?|axial|sag|sagittal|cor|coronal|tra|trans|transverse|transversal|obl|oblique|tse|fse|gre|mprage|vibe|stir|dixon|epi|tof"
@@ -19,7 +19,7 @@ TECHNIQUES = (
 SERIES = re.compile(rf"({SEQUENCES}|{TECHNIQUES})\d{{0,2}}")
 COUNT = re.compile(r"\d{1,2}|b\d{1,4}")
 """Further words of a folder that is named for its series alone."""
-LAST = re.compile(rf"[-_ .]+({SEQUENCES}|{TECHNIQUES}|left|right)$")
+LAST = re.compile(rf"[-_ .]+({SEQUENCES}|{TECHNIQUES}|left|right|[lr]t?|o[ds])$")
 COUNTED = re.compile(
     rf"[-_ .]+(({SEQUENCES}|{TECHNIQUES}|left|right|scan|exam|study|img|image|vol|volume|v|t)[-_ ]?\d{{1,3}}|\d{{1,2}})$"
 )
@@ -29,6 +29,10 @@ PERSON = re.compile(
     r"|brats[-_\d].*[-_]\d+"
 )
 """Folders that are named as people number patients."""
+NUMBER = re.compile(r"\d{3,}")
+"""A patient's number by itself, in front of or behind something else in a name."""
+DATED = re.compile(rf"^{DATE}[-_]")
+DAY = re.compile(DATE)
 SITE = re.compile(r"(site|center|centre|hospital|clinic|institution)[-_ ]?\w{0,3}")
 """Folders that are named for where patients come from: equal numbers there are several persons'."""
 GROUP = re.compile(
@@ -92,6 +96,17 @@ class Persons:
         """
         name = self._named[owner_folders(path)] or ""
         return name if PERSON.fullmatch(name.rpartition("/")[2]) else ""
+
+    def together(self, path: str) -> str:
+        """Return what a file's folders are called beside places and groups, empty where they do not tell: maybe a person.
+
+        Parameters
+        ----------
+        path
+            One of those given.
+        """
+        folders = owner_folders(path)
+        return (self._named[folders] or "") if _own(folders) else ""
 
     def _called(self, path: str) -> str:
         return person(self._cases.get(path) or stem(path))
@@ -201,9 +216,22 @@ def _says_series(name: str) -> bool:
 
 
 def _without_series(name: str) -> str:
-    """Return a name without which series it is of, as long as that leaves somebody's: P1 of P1_AX_T1 and of P1_scan_2."""
+    """Return a name without which series it is of and when it was taken, as long as that leaves somebody's.
+
+    P1 of P1_AX_T1, P1_scan_2, P1_20200131_CT, 20200131_P1 and P1_abdomen.
+    """
+    undated = DATED.sub("", name)
+    name = undated if PERSON.fullmatch(undated) or NUMBER.match(undated) else name
     if PERSON.fullmatch(counted := COUNTED.sub("", name)):
         return counted
-    while (shorter := LAST.sub("", name)) != name and is_somebodys(shorter) and not _is_series(shorter):
+    while (shorter := person(LAST.sub("", name))) != name and is_somebodys(shorter) and not _is_series(shorter):
         name = shorter
-    return name
+    return next((start for start, rest in parted(name) if _is_numbered(start, rest)), name)
+
+
+def _is_numbered(start: str, rest: str) -> bool:
+    """Return whether a name begins with the number of a patient and goes on with what was taken, in free words."""
+    dated = YEAR.fullmatch(start) or DAY.fullmatch(start)
+    person = (PERSON.fullmatch(start) and not GROUP.fullmatch(start)) or (NUMBER.fullmatch(start) and not dated)
+    others = any(PERSON.fullmatch(part) for part in (rest, *(end for _, end in parted(rest))))
+    return bool(person and re.search(r"[^\W\d_]", rest) and not others)

@@ -66,36 +66,40 @@ class Publication:
         row = planned.job.series, planned.patient, planned.number, planned.study, planned.modality, json.dumps(planned.planes)
         self._connection.execute("insert into run.planned values (?, ?, ?, ?, ?, ?)", row)
 
-    def write(self, split_of: Callable[[str, str], str]) -> None:
+    def write(self, split_of: Callable[[str, str], str], fixed: Collection[str] = ()) -> None:
         """Publish frames and reasons in one transaction.
 
         Parameters
         ----------
         split_of
             Split by patient, and by the hash of the bare number where its issuer is named.
+        fixed
+            Patients and bare numbers whose split the hospital named.
         """
         for series in self._series():
             self._leave_out(DECODED, _reasons(series))
             shown = [(result.picture, series.patient, result.marks) for _, result in series.usable]
             self._connection.executemany("insert into run.shown values (?, ?, ?)", shown)
         query = "select distinct patient, number from run.planned order by patient, number"
-        splits = {patient: split_of(patient, number) for patient, number in self._connection.execute(query)}
+        numbers, known = self._connection.execute(query).fetchall(), {*fixed}
+        splits = {patient: split_of(patient, number) for patient, number in numbers}
+        named = {patient for patient, number in numbers if {patient, number} & known}
         with index.transaction(self._connection):
             self._connection.execute("delete from series where id not in (select id from run.planned)")
-            index.write_frames(self._connection, self._rows(splits), self._left_out())
+            index.write_frames(self._connection, self._rows(splits, named), self._left_out())
 
     def patients(self) -> set[str]:
         """Return the pseudonyms of all patients with an image, and those of the bare numbers of issuers' patients."""
         query = "select patient from run.image union select number from run.planned union select name from run.person"
         return {name for (name,) in self._connection.execute(query)}
 
-    def _rows(self, splits: dict[str, str]) -> Iterator[FrameRow]:
+    def _rows(self, splits: dict[str, str], named: Collection[str]) -> Iterator[FrameRow]:
         of_patient: dict[str, set[str]] = {}
-        for series, kept in self._kept(splits):
+        for series, kept, _ in self._kept(splits, named):
             if kept:
                 of_patient.setdefault(series.patient, set()).add(series.name)
         counts: dict[str, int] = {}
-        for series, kept in self._kept(splits, self._leave_out):
+        for series, kept, split in self._kept(splits, named, self._leave_out):
             first, usable = counts.get(series.patient, 0), series.usable
             counts[series.patient] = first + len(usable)
             # Where a patient's frames are one even stack, the distances of slices, rows and columns are known.
@@ -105,7 +109,7 @@ class Publication:
                 yield FrameRow(
                     patient=series.patient,
                     series=series.name,
-                    split=splits[series.patient],
+                    split=split,
                     index=first + place,
                     modality=series.modality,
                     spacing=spacing,
@@ -113,9 +117,12 @@ class Publication:
                 )
 
     def _kept(
-        self, splits: dict[str, str], leave_out: Callable[[int, Iterable[LeftOut]], None] = lambda *_: None
-    ) -> Iterator[tuple[_Series, list[int]]]:
-        """Yield every series with the places of those of its usable frames that are no copies."""
+        self,
+        splits: dict[str, str],
+        named: Collection[str],
+        leave_out: Callable[[int, Iterable[LeftOut]], None] = lambda *_: None,
+    ) -> Iterator[tuple[_Series, list[int], str]]:
+        """Yield every series with the places of those of its usable frames that are no copies, and their split."""
         query = """select picture, patient from run.shown where picture in
             (select picture from run.shown group by picture having count(*) > 1)"""
         patients = {patient: splits[patient] for (patient,) in self._connection.execute("select distinct patient from run.shown")}
@@ -127,7 +134,7 @@ class Publication:
         linked = self._connection.execute(f"{studies} union {numbers}")
         marked = "select picture from run.shown group by picture having count(distinct marks) > 1"
         contradicted = {picture for (picture,) in self._connection.execute(marked)}
-        copies = Copies(patients, self._connection.execute(query), linked, contradicted)
+        copies = Copies(patients, self._connection.execute(query), linked, contradicted, named)
         for series in self._series():
             kept = []
             for place, (_, result) in enumerate(series.usable):
@@ -139,7 +146,7 @@ class Publication:
                         subject=series.name, number=reason.number, why=reason.why, patient=series.patient, series=series.name
                     )
                     leave_out(COPIED, [out])
-            yield series, kept
+            yield series, kept, copies.split_of(series.patient) if kept else ""
 
     def _series(self) -> Iterator[_Series]:
         query = "select id, patient, modality, planes, results from planned join series using (id) order by id"

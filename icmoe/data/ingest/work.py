@@ -127,7 +127,7 @@ def _publish(work: Work, workers: Workers, splits: Mapping[str, str]) -> None:
         share = hashes.share(number or patient)
         return fixed.get(patient) or fixed.get(number) or _split(share, export.settings.shares)
 
-    publication.write(split_of)
+    publication.write(split_of, fixed.keys())
     index.put_meta(connection, {ABSENT: str(len(fixed.keys() - publication.patients()))})
 
 
