@@ -323,3 +323,18 @@ def test_contours_of_a_region_that_is_not_described_cost_their_file(region: int 
     put(tmp_path, [*sources, made])
     _, masks, data = used(tmp_path)
     assert (masks, numbers(data)) == ([], [108, 117, 124])
+
+
+def test_contours_that_name_no_image_are_not_of_a_view_that_was_computed_from_its_series(tmp_path: Path):
+    """A coronal view of the same frame of reference has a plane through the first point of every axial contour."""
+    voxels = np.random.default_rng(3).integers(0, 3000, (24, 20, 24)).astype(np.uint16)
+    source = volume(
+        voxels, origin=(0, 0, 0), step=(0, 0, 1), spacing=(1, 1), FrameOfReferenceUID="1.2.3", StudyInstanceUID="1.2.4"
+    )
+    coronal = np.ascontiguousarray(voxels.transpose(1, 0, 2)[:, ::-1])
+    placed = {"axes": (1, 0, 0, 0, 0, -1), "origin": (0, 0, 23), "step": (0, 1, 0), "spacing": (1, 1)}
+    view = volume(coronal, **placed, FrameOfReferenceUID="1.2.3", StudyInstanceUID="1.2.4")
+    drawn = [contour(square(one, *BOX)) for one in source[8:11]]
+    put(tmp_path, [*source, structures(drawn, space="1.2.3")], "ct/{}")
+    put(tmp_path, view, "mpr/{}")
+    assert same(used(tmp_path)[1], [FILLED] * 3)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from dicom_builders import MASKS, VOLUME, same, save, scaled, used, volume
 from exports import BACKGROUND, LESION
-from PIL import Image
+from PIL import ExifTags, Image
 
 from icmoe.data.images import LUMINANCE
 from icmoe.study import Label
@@ -142,3 +142,28 @@ def test_a_mask_with_soft_edges_in_a_folder_of_a_date_for_masks_is_no_image(fold
     data = used(tmp_path)[2]
     assert data.images_found == 1
     assert [fault.number for fault in data.exclusions] == [106, 108]
+
+
+@pytest.mark.parametrize("turned", ["image", "mask"])
+def test_a_picture_that_is_shown_turned_is_refused(turned: str, tmp_path: Path):
+    """A photograph that became PNG keeps the turn of the camera (eXIf), which programs for drawing marks follow."""
+    (tmp_path / "export/Doe").mkdir(parents=True)
+    for name, pixels, kind in (("a", (VOLUME[0] >> 4).astype(np.uint8), "image"), ("a_mask", MARKED, "mask")):
+        orientation = Image.Exif()
+        orientation[ExifTags.Base.Orientation] = 3 if kind == turned else 1
+        Image.fromarray(pixels).save(tmp_path / f"export/Doe/{name}.png", exif=orientation)
+    data = used(tmp_path)[2]
+    assert not data.slices
+    assert any("shown turned" in fault.what for fault in data.exclusions)
+
+
+@pytest.mark.parametrize("folder", ["masks/P1", "P1/masks", "masks/P1/2020-01-02", "gt/doe"])
+def test_a_mask_with_soft_edges_in_a_patients_folder_of_masks_is_no_picture(folder: str, tmp_path: Path):
+    soft = np.arange(MARKED.size, dtype=np.uint8).reshape(MARKED.shape)
+    own = "images/P1/a" if "P1" in folder else "images/doe/a"
+    for name, pixels in ((own, (VOLUME[0] >> 4).astype(np.uint8)), (f"{folder}/a", soft)):
+        (tmp_path / "export" / name).parent.mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / f"export/{name}.png")
+    data = used(tmp_path)[2]
+    assert {fault.number for fault in data.exclusions} == {106, 108}
+    assert data.images_found == 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
-from dicom_builders import MASKS, VOLUME, numbers, put, same, scaled, used, volume
+from dicom_builders import MASKS, VOLUME, numbers, put, same, save, scaled, used, volume
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 AXES = np.diag([-1.5, -1.0, 5.0, 1.0])
@@ -128,3 +129,51 @@ def test_a_volume_in_a_form_that_is_not_read_is_named(head: bytes, form: str, tm
     assert number == 116
     assert why.startswith(f"a file in {form}")
     assert why.endswith("save it as NIfTI")
+
+
+@pytest.mark.parametrize("order", [(2, 1, 0), (1, 0, 2)])
+@pytest.mark.parametrize("dicom", [False, True])
+def test_a_mask_whose_axes_were_exchanged_is_refused(order: tuple[int, ...], dicom: bool, tmp_path: Path):
+    """SimpleITK's arrays have the slices first; saved with the image's matrix, marks lie inside it and elsewhere."""
+    if dicom:
+        put(tmp_path, volume(VOLUME, PatientID="a"), "a/{}")
+        matrix = np.diag([-1.5, -1.0, 5.0, 1.0])
+        matrix[:3, 3] = 20.0, 30.0, 40.0
+        nibabel.save(nibabel.Nifti1Image(CLASSES.transpose(order), matrix), tmp_path / "export/a/m.nii.gz")
+    else:
+        nifti(tmp_path, "imagesTr/a.nii.gz", VOXELS)
+        nifti(tmp_path, "labelsTr/a.nii.gz", CLASSES.transpose(order))
+    data = used(tmp_path)[2]
+    assert not data.slices
+    assert 105 in numbers(data)
+
+
+@pytest.mark.parametrize(("mask", "is_used"), [
+    ("case1_liver.nii.gz", False),
+    ("case1_left_kidney.nii.gz", False),
+    ("liver/case1.nii.gz", False),
+    ("case1_seg.nii.gz", True),
+    ("case1_final.nii.gz", True),
+])  # fmt: skip
+def test_the_mask_of_an_organ_is_not_what_the_study_calls_one(mask: str, is_used: bool, tmp_path: Path):
+    nifti(tmp_path, "case1.nii.gz", VOXELS)
+    nifti(tmp_path, mask, CLASSES)
+    data = used(tmp_path)[2]
+    assert bool(data.slices) == is_used
+    assert (120 in numbers(data)) != is_used
+
+
+@pytest.mark.parametrize(
+    ("head", "form"), [(b"PK\x03\x04", "zip"), (b"7z\xbc\xaf\x27\x1c", "7-Zip"), (b"", "gzip"), (b"tar", "tar")]
+)
+def test_an_archive_of_a_study_is_named(head: bytes, form: str, tmp_path: Path):
+    nifti(tmp_path, "P1/t1.nii.gz", VOXELS)
+    nifti(tmp_path, "P1/t1_seg.nii.gz", CLASSES)
+    source = save(volume(VOLUME[:1])[0], tmp_path / "export/x").read_bytes()
+    (tmp_path / "export/x").unlink()
+    packed = {"gzip": gzip.compress(source), "tar": bytes(257) + b"ustar" + source}.get(form, head + source)
+    (tmp_path / "export/study").write_bytes(packed)
+    ((number, why),) = [(fault.number, fault.what) for fault in used(tmp_path)[2].exclusions]
+    assert number == 116
+    assert f"({form})" in why
+    assert why.endswith("unpack it")

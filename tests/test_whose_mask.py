@@ -135,3 +135,29 @@ def test_a_copy_whose_values_were_rounded_on_the_way_is_found_under_another_numb
     data = used(tmp_path)[2]
     assert len(data.slices) == 5
     assert numbers(data) == [125] * 5 or 127 in numbers(data)
+
+
+@pytest.mark.parametrize("wrong", ["groupB/P3/ct_mask.nii.gz", "P3/ct_mask.nii.gz"])
+def test_a_mask_in_the_folder_of_a_patient_without_images_is_not_anothers(wrong: str, tmp_path: Path):
+    """As where an image was lost or is damaged; what all call alike lies closest in another patient's folder."""
+    written(VOLUME, tmp_path / "export/groupA/P1/ct.nii.gz", np.int16, origin=43.0)
+    written(ANOTHER, tmp_path / "export/groupB/P2/ct.nii.gz", np.int16)
+    written(MASKS, tmp_path / "export" / wrong)
+    require_own_patient(tmp_path, wrong, "groupB/P2/ct_mask.nii.gz")
+
+
+@pytest.mark.parametrize("folder", ["P{}", "{}{}{}"])
+@pytest.mark.parametrize("form", ["png", "dicom"])
+def test_nor_is_it_where_one_patient_alone_has_images(folder: str, form: str, tmp_path: Path):
+    one, other = (folder.format(*[number] * 3) for number in "12")
+    place = tmp_path / "export"
+    if form == "dicom":
+        put(tmp_path, volume(VOLUME), one + "/{}")
+        written(MASKS, place / other / "seg.nii.gz")
+    else:
+        for path, pixels in ((place / one / "1.png", VOLUME[0]), (place / other / "1_mask.png", MASKS[2])):
+            path.parent.mkdir(parents=True)
+            Image.fromarray(pixels).save(path)
+    data = used(tmp_path)[2]
+    assert not data.slices
+    assert 121 in numbers(data)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Label
@@ -26,8 +26,9 @@ DEEP_COLOUR = "colour or alpha with 16 bits, of which Pillow would keep 8; save 
 ALPHA_DRAWS = "its alpha differs where its values are equal, so that it shows other marks than they are; save it without alpha"
 ZERO_NOT_BLACK = "its palette shows 0 in colour and another value black: a program numbered the colours anew; save it as grey"
 TWO_READINGS = "grey of 2 or 4 bits, whose values are classes both as stored and as shown; save it with 8 bits"
+TURNED = "it says that it is shown turned (eXIf), so that marks on it may lie elsewhere; save it as it is shown"
 COLOUR = "colour instead of one channel"
-OWN_WORDS = frozenset({DEEP_COLOUR, ALPHA_DRAWS, ZERO_NOT_BLACK, TWO_READINGS, COLOUR})
+OWN_WORDS = frozenset({DEEP_COLOUR, TURNED, ALPHA_DRAWS, ZERO_NOT_BLACK, TWO_READINGS, COLOUR})
 """What is said of a file in words of ours; all else is a library's, and may repeat what the file holds."""
 
 LEFT_OUT = "The image was left out."
@@ -167,6 +168,8 @@ def _pixels(opened: Image.Image, *, palette_is_colour: bool) -> npt.NDArray[Any]
     if opened.width * opened.height > MAX_PIXELS:
         raise ValueError(f"{opened.width} x {opened.height} pixels, more than {MAX_PIXELS}")
     opened.load()
+    if opened.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        raise ValueError(TURNED)
     if not palette_is_colour:
         _require_one_reading(opened)
     plain = opened.convert("L") if opened.mode == "1" else opened

@@ -25,6 +25,8 @@ OPEN = "a region is drawn there with points or open lines alone, which enclose n
 OFFSET = "a contour says that what it marks lies beside its plane (ContourOffsetVector)"
 THIN = "a contour encloses no pixel's centre: it is thinner than a pixel, or has fewer than 3 points"
 XOR = "CLOSEDPLANAR_XOR"
+FLAT = 0.1
+"""Most that the points of a contour may spread across its plane, as a share of how far they spread in it."""
 CLOSED = frozenset({"CLOSED_PLANAR", XOR})
 """Types of contours that enclose something."""
 
@@ -218,7 +220,8 @@ def _is_bare(item: Dataset) -> bool:
 
 def _patches(number: int, label: int, region: int, item: Dataset, hashes: Pseudonyms) -> list[Patch]:
     """Return a contour's part of every image, or frame of one, that it names; of none where it names none."""
-    x, y, z = (float(value) for value in _points(item)[0])
+    points_N3 = _points(item)
+    x, y, z = (float(value) for value in points_N3[0])
     sources = [(text(one, "ReferencedSOPInstanceUID"), one) for one in sequence(item, "ContourImageSequence")]
     named = [(hashes.of("uid", uid), frame) for uid, one in sources if uid for frame in referenced_frames(one)]
     return [
@@ -229,9 +232,17 @@ def _patches(number: int, label: int, region: int, item: Dataset, hashes: Pseudo
             image=image,
             frame=frame,
             plane=(x, y, z, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+            axes=() if named else _across(points_N3),
         )
         for image, frame in dict.fromkeys(named) or [("", -1)]
     ]
+
+
+def _across(points_N3: npt.NDArray[np.float64]) -> tuple[float, ...]:
+    """Return the direction across a contour, none where its points are on a line or in no plane."""
+    _, sizes, directions_33 = np.linalg.svd(points_N3 - points_N3.mean(axis=0), full_matrices=False)
+    flat = len(sizes) == 3 and sizes[2] <= FLAT * sizes[1]
+    return tuple(round(float(part), 3) for part in directions_33[2]) if flat and sizes[1] > OFF_PLANE_MM else ()
 
 
 def _points(item: Dataset) -> npt.NDArray[np.float64]:

@@ -13,10 +13,13 @@ import numpy.typing as npt
 from icmoe.data.ingest.catalogue import Catalogue, Key
 from icmoe.data.ingest.folding import folded, unnumbered
 from icmoe.data.ingest.geometry import OFF_GRID_PX
+from icmoe.data.ingest.persons import PERSON
 from icmoe.data.ingest.records import FileRecord, Plane
 from icmoe.data.ingest.refusals import Refusal
 from icmoe.data.ingest.walking import GENERIC, MASK, closest, own_folders, stem
 
+COUNT_DIGITS = 2
+"""Length up to which a folder's name may count series."""
 ROUNDED = 1e-3
 """How far the planes of two copies of an image may differ: millimetres, and lengths of directions."""
 
@@ -70,6 +73,11 @@ class Images:
         """Return where the frames of a series lie."""
         return [place.plane for path in self._files.images("series", series) for place in self[path].frames]
 
+    def extents(self, series: str) -> tuple[int, int, int]:
+        """Return rows, columns and number of places of a series."""
+        first = self[self._files.images("series", series)[0]]
+        return first.rows, first.columns, len({plane[:3] for plane in self.planes(series) if plane is not None})
+
     def closest_owners(self, path: str) -> set[str]:
         """Return the patients of the images in the folders that are closest to a mask's, whatever their names."""
         own = str(PurePosixPath(path).parent)
@@ -109,6 +117,21 @@ class Images:
         name = "" if GENERIC.fullmatch(stem(path)) else unnumbered(stem(path))  # a date numbers nobody
         others = [*map(folded, own_folders(target)), *([stem(target)] if self[target].kind == "volume" else [])]
         return name != "" and (name in map(unnumbered, others) or self._files.pattern(name) == self[target].pattern)
+
+    def require_own_folder(self, path: str, target: str) -> None:
+        """Refuse a mask and an image in folders that number two patients: P2 and P1, or 67890 and 12345 at the top.
+
+        Raises
+        ------
+        Refusal
+            121.
+        """
+        own, other = ([*map(folded, own_folders(one))] for one in (path, target))
+        apart = [(one, two) for one in own for two in other if one not in other and two not in own]
+        for one, two in apart:
+            at_top = one == own[0] and two == other[0] and len(one) > COUNT_DIGITS
+            if (at_top or PERSON.fullmatch(one)) and unnumbered(one) == unnumbered(two) != "":
+                raise Refusal(121, "it lies in the folder of another patient than the image that it fits")
 
     def near(self, mask_matrix: npt.NDArray[np.float64]) -> list[Key]:
         """Return the frames whose first pixel lies on a voxel of the mask's grid, continued beyond its ends."""

@@ -39,6 +39,17 @@ PACKED_HEAD_BYTES = 2**16
 FOREIGN = {b"ObjectType": "MetaImage (.mha, .mhd)", b"NRRD000": "NRRD (.nrrd, .nhdr)"}
 """How volumes begin that people export beside those of `VOLUMES`, and that nothing here reads."""
 
+ARCHIVES = {
+    b"PK\x03\x04": "zip",
+    b"\x1f\x8b": "gzip",
+    b"7z\xbc\xaf\x27\x1c": "7-Zip",
+    b"Rar!\x1a\x07": "RAR",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+}
+"""How files begin that hold others, as systems export a study at a time."""
+TAR_AT = 257
+
 IDENTITY = (Tag("SOPClassUID"), Tag("SOPInstanceUID"))
 
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
@@ -70,15 +81,19 @@ def content_of(path: Path) -> str:
         with refusing(116, "a compressed file that is no volume"):
             head = _unpacked_head(packed)
     # DICOM without preamble starts with an element of group 2 or 8, in either byte order.
-    plain = "dicom" if head[:2] in {b"\x02\x00", b"\x08\x00", b"\x00\x08"} else "other"
+    plain = "dicom" if head[:2] in {b"\x02\x00", b"\x08\x00", b"\x00\x08"} and not packed else "other"
     return volume_of(head) or plain
 
 
 def foreign_form(path: Path) -> str:
-    """Return what form a file has that nothing here reads, empty where that is not known."""
+    """Return what form a file has that nothing here reads and what to do, empty where that is not known."""
     with refusing(117, "file cannot be opened"), path.open("rb") as file:
-        head = file.read(HEAD_BYTES).lstrip()
-    return next((form for start, form in FOREIGN.items() if head.startswith(start)), "")
+        head = file.read(HEAD_BYTES)
+    archives = [*(form for start, form in ARCHIVES.items() if head.startswith(start)), *["tar"] * (head[TAR_AT:][:5] == b"ustar")]
+    if archives:
+        return f"an archive or packed file ({archives[0]}), which is not looked into; unpack it"
+    found = next((form for start, form in FOREIGN.items() if head.lstrip().startswith(start)), "")
+    return f"a file in {found}, a form that is not read; save it as NIfTI" if found else ""
 
 
 def _unpacked_head(packed: bytes) -> bytes:

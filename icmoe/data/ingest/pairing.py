@@ -13,7 +13,7 @@ from icmoe.data.ingest.catalogue import Catalogue, Key, Use
 from icmoe.data.ingest.folding import folded
 from icmoe.data.ingest.geometry import Grid, grid_between, matrix_of, slice_distance_mm
 from icmoe.data.ingest.known_images import Images
-from icmoe.data.ingest.placing import overlaps, patch_grid, same_plane
+from icmoe.data.ingest.placing import is_across, is_turned, overlaps, patch_grid, same_plane
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.references import by_reference, nearest_frames, same_patient, use_of
 from icmoe.data.ingest.refusals import Refusal
@@ -27,6 +27,7 @@ from icmoe.data.ingest.walking import (
     case_names,
     closest,
     of_another_look,
+    of_another_organ,
     own_folders,
     parted,
     stem,
@@ -37,6 +38,7 @@ SEQUENCE = re.compile(rf"(?:(.*)[_-])?(?:{SEQUENCES})")
 """Name of a volume that says of which sequence it is."""
 MANY = 3
 """Masks of one thing each from which on they are of several things; two may be two readings."""
+ORGAN = "it is called for an organ that is no class of the study"
 OTHER_LOOK = "the image that it fits is of another visit, frame, side or sequence than its name or folder says"
 
 
@@ -99,6 +101,8 @@ def _by_space(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     if off.keys() >= folders.keys() and off:
         raise next(iter(off.values()))
     folders = {name: target for name, target in folders.items() if name not in off}
+    along = {name: target for name, target in folders.items() if not _runs_across(record, series[name], images)}
+    folders = along or folders  # where contours run across every series, drawing them tells
     visit = {name: target for name, target in folders.items() if record.study and images[target].study == record.study}
     best = closest(path, visit or folders)
     if not best and record.listed_series:
@@ -111,6 +115,12 @@ def _by_space(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     if not record.patient and not visit:  # an anonymiser may have written one frame of reference for everybody
         _may_be_its_own(path, folders[best[0]], images)
     return {key: use_of(path, record, parts) for key, parts in _seen_once(series[best[0]], images).items()}
+
+
+def _runs_across(record: FileRecord, found: Mapping[Key, list[tuple[Patch, Grid | None]]], images: Images) -> bool:
+    """Return whether all contours that meet the planes of a series run across them."""
+    planes = [(patch, images[path].frames[frame].plane) for (path, frame), parts in found.items() for patch, _ in parts]
+    return all(plane is not None and is_across(record, patch, plane) for patch, plane in planes)
 
 
 def _in_plane(record: FileRecord, images: Images) -> Iterator[tuple[Patch, str, int]]:
@@ -146,6 +156,10 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     fitting.require_its_own(path, record, found[best[0]], images)
     if any(_is_packed(record, series[name], images.planes(name)) for name in best):
         raise Refusal(121, "it has as many slices as its series has images, but not where these lie: packed across a gap")
+    if any(is_turned(record.shape, _grid_of(series[name]), images.extents(name)) for name in best):
+        raise Refusal(105, "it has the rows, columns and slices of its image in another order: its axes were exchanged")
+    if record.single and not record.called and of_another_organ(path, found[best[0]]):
+        raise Refusal(120, ORGAN)
     if not (fitting.called or fitting.homed or fitting.is_patients) and _is_one_of_many(path, images):
         raise Refusal(120, "it is one of several masks of one thing each, and none is called like a class of the study")
     return {key: use for name in best for key, use in _seen_once(series[name], images).items()}
@@ -169,10 +183,16 @@ def _is_packed(record: FileRecord, uses: Mapping[Key, Use], planes: Sequence[Pla
 
     Converters do so where a slice was lost; behind the gap, each of its slices lies where another image does.
     """
-    (grid,) = next(iter(uses.values())).grids
-    assert grid is not None
+    grid = _grid_of(uses)
     across = grid.steps_33[:, :2].any(axis=1).argmin()
     return len(uses) < len(planes) == record.shape[across] and slice_distance_mm(planes) is None
+
+
+def _grid_of(uses: Mapping[Key, Use]) -> Grid:
+    """Return where a volume of classes lies on the first of its frames."""
+    (grid,) = next(iter(uses.values())).grids
+    assert grid is not None
+    return grid
 
 
 def _meant(path: str, record: FileRecord, target: str) -> tuple[Patch, ...]:
@@ -245,7 +265,7 @@ class _Fitting:
 
     def require_its_own(self, path: str, record: FileRecord, target: str, images: Images) -> None:
         """Refuse a mask whose name, number or folder makes doubtful that it is of an image."""
-        _no_other_patients(record, images[target], images)
+        _no_other_patients(path, record, target, images)
         by_folder = bool(own_folders(path)) and not (self.called or self.homed)
         if (self.by_place or by_folder) and images.is_numbered_like(path, target):
             raise Refusal(121, "it has the number of another patient, folder or volume than the image that it fits")
@@ -304,6 +324,8 @@ def _by_name(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
             raise Refusal(122, f"{len(best)} images have its name, equally close by folder")
         for target in best:
             _require_its_own(path, record, target, images)
+            if not record.called_at and of_another_organ(path, target):
+                raise Refusal(120, ORGAN)
             found[target, 0] = Use(path, "picture", _meant(path, record, target))
     if not found:
         raise Refusal(123, "no image of one frame has its name")
@@ -326,7 +348,7 @@ def _require_its_own(path: str, record: FileRecord, target: str, images: Images)
     """Refuse a picture of marks that its name alone, or its size, makes doubtful on an image."""
     image = images[target]
     _at_home(path, image, images)
-    _no_other_patients(record, image, images)
+    _no_other_patients(path, record, target, images)
     if image.patient != record.patient:
         _same_name(path, target, images)
     if (image.rows, image.columns) != (record.rows, record.columns):
@@ -350,9 +372,10 @@ def _seen_once(found: Mapping[Key, Said], images: Images) -> dict[Key, Said]:
     return once
 
 
-def _no_other_patients(record: FileRecord, image: FileRecord, images: Images) -> None:
-    """Refuse a mask that lies with one patient of the export, or is named for one, and fits an image of another."""
-    if record.patient in images.patients and image.patient != record.patient:
+def _no_other_patients(path: str, record: FileRecord, target: str, images: Images) -> None:
+    """Refuse a mask that lies with one patient, or is named for one of the export, and fits an image of another."""
+    images.require_own_folder(path, target)
+    if record.patient in images.patients and images[target].patient != record.patient:
         raise Refusal(121, "the image that it fits is of another patient or series, and the export has images of its own")
 
 

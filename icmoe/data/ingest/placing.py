@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from icmoe.data.ingest.forms import MASKS
-from icmoe.data.ingest.geometry import OFF_PLANE_MM, ROUNDED, Grid, grid_between, height_mm, is_rounded, parallel, plane_matrix
+from icmoe.data.ingest.geometry import (
+    ALIGNED,
+    OFF_PLANE_MM,
+    ROUNDED,
+    Grid,
+    grid_between,
+    height_mm,
+    is_rounded,
+    normal,
+    parallel,
+    plane_matrix,
+)
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.refusals import Refusal
 
@@ -59,7 +72,7 @@ def _at_1_mm(plane: Plane) -> Plane:
     return (*plane[:9], 1.0, 1.0)
 
 
-def _along(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+def _along(one: Sequence[float], other: Sequence[float]) -> float:
     return sum(a * b for a, b in zip(one, other, strict=True))
 
 
@@ -69,7 +82,30 @@ def same_plane(record: FileRecord, patch: Plane, image: Plane) -> bool:
     return near and (MASKS[record.kind].on_planes or parallel(patch, image))  # of a contour only a point is known
 
 
+def is_across(record: FileRecord, patch: Patch, image: Plane) -> bool:
+    """Return whether a contour was drawn in another direction than an image's, as on a view that was computed from its series."""
+    return bool(patch.axes) and MASKS[record.kind].on_planes and abs(_along(patch.axes, normal(image))) < ALIGNED
+
+
 def overlaps(grid: Grid, mask: tuple[int, ...], image: tuple[int, int]) -> bool:
     """Return whether the box of a mask reaches any pixel of an image."""
     corners = [grid.steps_33 @ (row, column, 1) for row in (0, image[0] - 1) for column in (0, image[1] - 1)]
     return all(min(c[axis] for c in corners) < mask[axis] and max(c[axis] for c in corners) >= 0 for axis in range(3))
+
+
+def is_turned(mask: tuple[int, int, int], grid: Grid, image: tuple[int, int, int]) -> bool:
+    """Return whether a volume has the extents of its image in another order: an array of which a library exchanged the axes.
+
+    Parameters
+    ----------
+    mask
+        Its shape.
+    grid
+        Where it lies on a slice of the image.
+    image
+        Rows, columns and slices.
+    """
+    steps_32 = grid.steps_33[:, :2]
+    rows, columns, across = (*(int(abs(steps_32[:, way]).argmax()) for way in range(2)), int(steps_32.any(axis=1).argmin()))
+    extents = mask[rows], mask[columns], mask[across]
+    return extents != image and sorted(extents) == sorted(image) and len({rows, columns, across}) == 3

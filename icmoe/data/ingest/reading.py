@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from pydicom.dataset import Dataset
 
-from icmoe.data.images import DEEP_COLOUR, read_grey
+from icmoe.data.images import DEEP_COLOUR, TURNED, read_grey
 from icmoe.data.ingest.folding import composed
 from icmoe.data.ingest.forms import MASKS, VOLUMES, mask_of, module_of
 from icmoe.data.ingest.headers import image_record, read_header, sequence, terms, text
@@ -80,7 +80,7 @@ class Reader:
                 return record.model_copy(update={**update, "series": self.hashes.of("folder", series)})
             case _:
                 if form := foreign_form(path):
-                    raise Refusal(116, f"a file in {form}, a form that is not read; save it as NIfTI")
+                    raise Refusal(116, form)
                 raise Refusal(116, f"file is neither DICOM, {', '.join(form.title for form in VOLUMES.values())} nor PNG")
 
     def _dicom(self, path: Path) -> FileRecord:
@@ -133,8 +133,8 @@ def picture_record(path: Path) -> FileRecord:
         with Image.open(path, formats=("PNG",)) as opened:
             palette = opened.mode == "P" and len(np.unique(np.asarray(opened))) <= MASK_VALUES  # with more it is a picture's
     except (IcmoeError, OSError) as error:
-        deep = isinstance(error, IcmoeError) and error.faults[0].value == DEEP_COLOUR
-        raise Refusal(117, DEEP_COLOUR if deep else "PNG file cannot be decoded or is too large") from None
+        said = error.faults[0].value if isinstance(error, IcmoeError) else ""
+        raise Refusal(117, said if said in {DEEP_COLOUR, TURNED} else "PNG file cannot be decoded or is too large") from None
     mask = palette or looks_like_classes(grey_HW)
     rows, columns = grey_HW.shape
     blank = bool(grey_HW.min() == grey_HW.max())

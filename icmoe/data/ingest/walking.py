@@ -54,6 +54,14 @@ KINDS = "images?|imgs?|im|scan|slice|frame|volume|vol|masks?|seg|segmentation|la
 NOBODYS = re.compile(rf"({KINDS}|{SEQUENCES}|case|patient|pat|subject|subj|sub|person|exam|study|series|anon\w*|unknown)?")
 WHAT = re.compile(rf"^({KINDS})[ _.-]*(?=\d)|^({KINDS})[ _.-]+|[ _.-]+({KINDS})$")
 
+ORGAN = re.compile(
+    r"((left|right|l|r)[ _.-]+)?(liver|spleen|kidney|pancreas|lung|heart|brain|prostate|bladder|stomach|gall[ _-]?bladder"
+    r"|o?esophagus|duodenum|colon|rectum|bowel|uterus|breast|thyroid|adrenal([ _-]?gland)?|aorta|pelvis|spine|spinal[ _-]?cord"
+    r"|vertebra(e|l.*)?|rib|skull|skin|body|bone|muscle|femur|femoral[ _-]?head|trachea|brain[ _-]?stem|cerebellum|parotid"
+    r"|mandible|eye|lens|vessel|artery|vein)s?([ _.-]+(left|right|l|r|\d+))?"
+)
+"""Names of what scans show beside what a study is about, as masks of one thing are called."""
+
 ENDING = re.compile(
     "|".join(re.escape(end) for form in VOLUMES.values() for end in form.endings).join(("(", r"|\.png|\.dcm|\.dicom|\.ima)+$"))
 )
@@ -208,6 +216,14 @@ def _looks(relative: str) -> dict[str, set[str]]:
     return found
 
 
+def of_another_organ(relative: str, other: str) -> bool:
+    """Return whether a mask is called for an organ, by the end of its name or a folder, and an image is not."""
+    name, folders = stem(relative), [*map(folded, own_folders(other))]
+    called = [name, *(end for _, end in parted(name))]
+    lies = [folder for folder in map(folded, own_folders(relative)) if folder not in folders]
+    return any(map(ORGAN.fullmatch, lies)) or any(ORGAN.fullmatch(end) and end not in stem(other) for end in called)
+
+
 def case_names(relative: str, masks: Mapping[str, Collection[PurePosixPath]]) -> Iterator[str]:
     """Yield which masks a volume may be a sequence of, the longest name first: of X_1_flair those called X_1, then X.
 
@@ -236,10 +252,11 @@ def called_image(relative: str) -> bool:
 def called_mask(relative: str) -> bool:
     """Return whether a picture is called a mask, or lies in a folder for them: one with soft edges has many values.
 
-    The folder may have others for visits and dates in it.
+    The folder may have others for visits, dates and patients in it.
     """
     folders = reversed(PurePosixPath(relative).parent.parts)
-    kind = next((name for name in folders if not VISIT.fullmatch(name)), "")
+    kinds = (name for name in folders if MASKS.fullmatch(name) or (GENERIC.fullmatch(name) and not VISIT.fullmatch(name)))
+    kind = next(kinds, "")
     return bool(MASKS.fullmatch(kind) or MASKED.search(_without_ending(relative)))
 
 
