@@ -79,9 +79,23 @@ def declining(message: Message, site: str) -> Message | None:
     return honest(message, site)
 
 
+class Clock:
+    """Stands where the module `time` does: seconds pass while somebody sleeps, however busy the machine is."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
 @pytest.mark.parametrize("alive", [True, False])
 def test_a_run_is_followed_as_long_as_it_says_what_it_waits_for(alive: bool, make_study, tmp_path: Path, monkeypatch) -> None:
     study, folder, looks = make_study(rounds=1, retries=20, deadline_s=0.05), StudyFolder(tmp_path), count()
+    monkeypatch.setattr(submit, "time", Clock())
     for name, seconds in (("LOOK_S", 0.01), ("STATUS_S", 0.0), ("RESTART_S", 0.2)):
         monkeypatch.setattr(submit, name, seconds)
     folder.study.write_text(study_toml(study))
