@@ -133,6 +133,11 @@ def test_a_promise_that_is_none_is_refused(make_study, change, said: str) -> Non
     assert said in str(fault)
 
 
+def test_a_promise_may_reach_its_limits(make_study) -> None:
+    limits = make_study(privacy={"site": {**SITE, "patients": 128, "delta": 1 / 128, "sample_rate": 1 / 128}}).privacy.site
+    assert limits.expected_batch == 1.0
+
+
 def test_privacy_enters_the_digest_and_its_absence_does_not(make_study) -> None:
     assert make_study(privacy={}).digest == make_study().digest
     assert len({make_study(privacy={"site": {**SITE, "steps": steps}}).digest for steps in (1, 2)} | {make_study().digest}) == 3

@@ -152,6 +152,12 @@ def test_a_table_says_which_scores_are_missing_and_compares_nothing_then(method:
     assert lacking(rows_of(0.0)) == []
 
 
+def test_the_table_shows_what_a_site_has_of_its_own_at_that_site_alone() -> None:
+    lines = {line.split(" | ")[0]: line.split(" | ")[1:4] for line in score_table(rows_of(0.03))}
+    assert lines["| each site alone"] == ["0.540", "0.640", "0.590"]
+    assert lines["| router-aware, then each site's own model"] == ["0.570", "0.670", "0.620"]
+
+
 def test_a_seed_that_one_of_the_models_lacks_says_nothing_of_an_unseen_hospital() -> None:
     base = [score("local", seed, "A", "a", 0.4, trained_at="B", split="train") for seed in (1, 2)]
     rows = [score("router-aware", seed, "A", "a", 0.5, split="train") for seed in (1, 2)]

@@ -24,7 +24,7 @@ from icmoe.model import ICMoE, build_model
 from icmoe.prepare import encode_slices
 from icmoe.preprocess import target
 from icmoe.voting import agreement
-from simulations.expert_use import BANDS, Seen, _Bins, _Shares, border_distance, expert_use, use_tables
+from simulations.expert_use import BANDS, Seen, _Bins, _look, _Shares, border_distance, expert_use, use_tables
 from simulations.overlays import EXPERT_COLOURS, Overlay, panels
 from simulations.phantoms import PhantomSite, write_phantoms
 
@@ -43,6 +43,11 @@ def test_distance_is_negative_inside_half_a_cell_at_the_border_and_infinite_with
     neighbours = (inside[:, 1:] != inside[:, :-1]).nonzero()
     assert (np.abs(found[:, 1:][neighbours]) == 0.5).all()
     assert (np.abs(found[:, :-1][neighbours]) == 0.5).all()
+
+
+def test_a_cell_is_inside_where_more_than_half_of_it_is_foreground() -> None:
+    rim_K4 = np.array([[0.0, 0.4, 0.6, 1.0], [0.5, 0.3, 0.2, 0.0], [0.5, 0.3, 0.2, 0.0]], np.float32)
+    assert (border_distance(rim_K4[:, None]) < 0).tolist() == [[True, True, False, False]]
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +98,17 @@ def test_who_decides_inside_is_not_counted_outside() -> None:
     assert found["by_class"] == {"background": [1.0, 0.0], "lesion": [0.0, 1.0]}
     assert found["by_distance"] == {name: [0.0, 1.0] if "inside" in name else [1.0, 0.0] for _, _, name in BANDS}
     assert found["by_site"]["Alder"] == pytest.approx([364 / 400, 36 / 400])
+
+
+def test_use_is_the_same_however_many_slices_are_looked_at_at_once(seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, slices, cache = seen
+    model = shaken(build_model(study, seed=1))
+    shown = []
+    for at_once in (16, 1):
+        monkeypatch.setattr("simulations.expert_use.EVALUATION_BATCH", at_once)
+        shown.append(torch.cat([seen.gates_BMHW for seen in _look(model, slices, study, cache, CPU)]))
+    assert torch.allclose(shown[0], shown[1], atol=1e-5)
+    assert len(shown[1]) == len(slices) > 2
 
 
 def test_errors_are_the_cells_where_the_model_is_wrong_and_removal_is_dice_lost(seen) -> None:

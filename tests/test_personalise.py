@@ -64,6 +64,7 @@ def test_without_validation_patients_and_where_patients_disagree_the_default_sta
     assert choose({DEFAULT: [0.5, 0.5], OWN: [0.505, 0.505]}, DEFAULT) == DEFAULT
     assert choose({DEFAULT: [0.5, 0.5], OWN: [0.9, 0.5]}, DEFAULT) == DEFAULT  # better for each, not for some alone
     assert choose({DEFAULT: [0.5, 0.5], OWN: [0.6, 0.6], TUNED: [0.7, 0.6]}, DEFAULT) == TUNED
+    assert choose({DEFAULT: [0.5], OWN: [0.75]}, DEFAULT, margin=0.25) == OWN  # just by the margin
 
 
 @settings(deadline=None, max_examples=20)
@@ -81,7 +82,7 @@ def test_a_mixture_is_the_weighted_mean_of_probabilities(weight: float, make_stu
     torch.testing.assert_close(found, weight * a + (1.0 - weight) * b)
 
 
-@pytest.mark.parametrize("weights", [{}, {"a": 1.0, "b": 0.5}, {"a": 1.0, "b": 0.0}, {"b": 1.0}])
+@pytest.mark.parametrize("weights", [{}, {"a": 0.9}, {"a": 1.1}, {"a": 1.0, "b": 0.5}, {"a": 1.0, "b": 0.0}, {"b": 1.0}])
 def test_weights_that_are_no_mean_are_refused(weights: dict[str, float], make_study) -> None:
     with pytest.raises(ValueError, match="sum to 1"):
         Mixture({"a": build_model(make_study(), seed=1)}, weights)
@@ -116,7 +117,7 @@ def test_tuning_starts_from_the_global_model_and_is_the_same_each_time(data: Own
 
 
 def test_tuning_is_one_short_pass_whatever_the_rounds_and_the_pull_of_the_study(data: OwnData, states, make_study) -> None:
-    other = make_study(rounds=7, training={"proximal_mu": 0.5, "local_epochs": 3})
+    other = make_study(rounds=7, training={"proximal_mu": 0.5, "local_epochs": 3, "schedule": "constant"})
     assert state_digest(tune(states[GLOBAL], other, data)) == state_digest(states[TUNED])
     slower = make_study(training={"learning_rate": make_study().training.learning_rate * TUNING_RATE, "schedule": "cosine"})
     short = slower.model_copy(update={"rounds": 1, "training": slower.training.model_copy(update={"local_epochs": 1})})

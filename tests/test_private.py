@@ -345,6 +345,10 @@ def test_a_promise_that_is_none_is_refused(change: dict[str, Any], make_study) -
     assert caught.value.faults[0].number == 202
 
 
+def test_delta_may_be_one_in_the_sites(make_study) -> None:
+    assert private_study(make_study, sites=128, delta=1 / 128).privacy.server.delta == 1 / 128
+
+
 @pytest.mark.parametrize("server", [{}, {"clip_quantile": 0.9, "count_noise": 2.0}, {"adjacency": "replace", "max_weight": 3.0}])
 def test_a_site_bears_the_noise_that_the_study_says_however_small_its_learning_rate(server: dict[str, Any], make_study) -> None:
     study = private_study(make_study, rounds=4, **server)

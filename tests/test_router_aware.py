@@ -269,7 +269,7 @@ def test_evaluation_is_weighted_by_patients(make_study) -> None:
     rows = [{"val-dice": 0.5, "val-patients": 1}, {"val-dice": 0.8, "val-patients": 3}, {"val-dice": 0.0, "val-patients": 0}]
     replies = [reply_of(node, {NUMBERS: MetricRecord(row)}) for node, row in enumerate(rows, start=1)]
     found = configured(make_study()).aggregate_evaluate(1, replies)
-    assert found["val-dice"] == pytest.approx((0.5 + 3 * 0.8) / 4)
+    assert (found["val-dice"], found["val-patients"]) == (pytest.approx((0.5 + 3 * 0.8) / 4), 4)
     assert configured(make_study()).aggregate_evaluate(1, replies[2:]) is None
 
 

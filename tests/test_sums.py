@@ -128,6 +128,15 @@ def test_the_study_chooses_the_form(make_study) -> None:
     assert not isinstance(make_strategy(make_study(), roster).inner, FromSums)
 
 
+def test_an_expert_that_nobody_used_has_no_less_than_no_usage(make_study) -> None:
+    settings, experts = make_study(aggregation={"floor": 0.1, "largest_size": 30}).aggregation, make_study().model
+    layout, usage_M = SumLayout({}, experts), np.array([0.0, 0.0, 1.0])
+    for size in range(1, 31):  # the sum is rounded to float32, downwards for some of them
+        mean_M = unpacked(layout, own_vector(layout, {}, size, usage_M, settings)).mean_usage(settings)
+        assert mean_M == pytest.approx(usage_M, abs=1e-6)
+        assert mean_M.min() >= 0.0
+
+
 def test_usage_at_the_threshold_is_no_contribution_in_the_sums_either(make_study) -> None:
     study = make_study()
     least, layout = study.aggregation.min_usage, SumLayout({}, study.model)
