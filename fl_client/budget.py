@@ -6,6 +6,7 @@ may have had the same patient. The unit is the patient, adjacency is add or remo
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -64,13 +65,7 @@ def rounds_that_fit(budget: Budget, history: Sequence[Spending], study: Study, m
     def fits(rounds: int) -> bool:
         return epsilon_of_history(budget, [*history, *rounds_left_spending(study, rounds)]) <= budget.epsilon
 
-    if fits(most):
-        return most
-    low, high = 0, most
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return most if fits(most) else bisect_left(range(1, most), True, key=lambda rounds: not fits(rounds))  # noqa: FBT003
 
 
 def require_fit(budget: Budget | None, study: Study, *, patients: int) -> None:

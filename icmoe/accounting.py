@@ -16,6 +16,7 @@ from functools import lru_cache
 import numpy as np
 
 from icmoe.errors import Fault, IcmoeError
+from icmoe.gaussian import least_kept
 from icmoe.study import Study
 from icmoe.study_privacy import Accountant, SitePrivacy
 
@@ -111,10 +112,7 @@ def _least(kept: Callable[[float], bool], low: float, high: float, target: float
         if high > _MOST_NOISE:
             limit = f"noise multiplier at most {_MOST_NOISE:g}"
             raise IcmoeError(Fault(number=403, value=f"epsilon {target:g}", limit=limit, did="Nothing was started."))
-    while high - low > _NOISE_PRECISION * high:
-        middle = 0.5 * (low + high)
-        low, high = (low, middle) if kept(middle) else (middle, high)
-    return high
+    return least_kept(kept, low, high, _NOISE_PRECISION)
 
 
 def merged(history: Sequence[Spending]) -> tuple[Spending, ...]:

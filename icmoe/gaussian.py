@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 ACCOUNTANT = "Gaussian, exact"
 _LARGEST_EPSILON = 1e6
+_PRECISION = 1e-9
 
 
 def delta_of(epsilon: float, releases: int, noise_multiplier: float) -> float:
@@ -45,10 +47,7 @@ def epsilon_of(releases: int, noise_multiplier: float, delta: float) -> float:
         low, high = high, 2.0 * high
         if high > _LARGEST_EPSILON:
             return math.inf
-    while high - low > 1e-9 * high:
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if delta_of(middle, releases, noise_multiplier) > delta else (low, middle)
-    return high
+    return least_kept(lambda epsilon: delta_of(epsilon, releases, noise_multiplier) <= delta, low, high, _PRECISION)
 
 
 def noise_for(epsilon: float, delta: float, releases: int) -> float:
@@ -56,9 +55,14 @@ def noise_for(epsilon: float, delta: float, releases: int) -> float:
     low, high = 0.0, 1.0
     while epsilon_of(releases, high, delta) > epsilon:
         low, high = high, 2.0 * high
-    while high - low > 1e-9 * high:
+    return least_kept(lambda noise: epsilon_of(releases, noise, delta) <= epsilon, low, high, _PRECISION)
+
+
+def least_kept(kept: Callable[[float], bool], low: float, high: float, precision: float) -> float:
+    """Return the least value above `low` that is kept, to a share `precision` of it upwards; so are `high` and what is above."""
+    while high - low > precision * high:
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if epsilon_of(releases, middle, delta) > epsilon else (low, middle)
+        low, high = (low, middle) if kept(middle) else (middle, high)
     return high
 
 
