@@ -12,7 +12,7 @@ from typing import Any
 from icmoe.errors import Fault, IcmoeError
 
 # The norm of the noise grows with the square root of the coordinates: one narrow expert per kind, no laterals, and no
-# contrast, whose projection would be 17 k coordinates more. 45 k trained parameters over the lite-medsam backbone.
+# contrast, whose projection would be 17 k coordinates more. 44 k trained parameters over the lite-medsam backbone.
 LITE: dict[str, Any] = {
     "model": {"basic_experts": 1, "semantic_experts": 1, "adaptive_experts": 1, "top_k": 3, "bottleneck": 8},
     "backbone": {"block_features": False},
