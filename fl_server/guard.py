@@ -12,7 +12,6 @@ another site (`fl_server.private`), and clipping bounds it anyway.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -29,6 +28,7 @@ from fl_server.replies import Refusal, Update, parse_update, require_finite, sit
 from fl_server.round_strategy import RoundReport, RoundStrategy, State, unheard
 from fl_server.wrapping import Wrapping
 from icmoe.errors import Fault
+from icmoe.packing import tensors_digest
 from icmoe.study import Study
 
 MOST_REFUSALS = 3
@@ -102,15 +102,6 @@ class _Candidate:
     update: Update
     norm: float
     digest: str
-
-
-def digest_of(update: Update) -> str:
-    """Return the SHA-256 over names, shapes and values of an update; how its sender wrote them down does not enter."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(update.tensors.items()):
-        sha.update(f"{name}:{tensor.dtype}:{tensor.shape};".encode())
-        sha.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
-    return sha.hexdigest()
 
 
 class Guard(Wrapping):
@@ -219,7 +210,7 @@ class Guard(Wrapping):
         most = SIZE_FACTOR * self.sizes.get(site, update.size)
         if update.size > most:
             raise Refusal("its size is far above what the site announced", str(update.size), f"at most {most}")
-        return _Candidate(reply, update, norm_of(loaded.tensors), digest_of(loaded))
+        return _Candidate(reply, update, norm_of(loaded.tensors), tensors_digest(loaded.tensors))
 
     def _compared(self, candidates: list[_Candidate]) -> tuple[list[_Candidate], list[Fault]]:
         """Return the candidates that pass the bounds on the norm and are new, and a fault for each of the others."""

@@ -5,7 +5,6 @@ The commits share one file of the settled rounds' records (`fl_server.round_log`
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -22,6 +20,7 @@ from fl_server.round_log import RoundLog
 from fl_server.round_strategy import State, Tensors
 from icmoe.atomic import regular, write_atomically
 from icmoe.errors import Fault, IcmoeError, print_faults
+from icmoe.packing import tensors_digest
 from icmoe.study import Study
 
 KEPT = 3
@@ -184,8 +183,4 @@ def _kept(path: Path) -> list[Path]:
 
 
 def _digest(header: Mapping[str, Any], tensors: State) -> str:
-    sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        sha.update(f"{name}:{tensor.dtype}:{tensor.shape};".encode())
-        sha.update(np.ascontiguousarray(tensor).tobytes())
-    return sha.hexdigest()
+    return tensors_digest(tensors, json.dumps(header, sort_keys=True).encode())

@@ -5,6 +5,7 @@ A record that is not packed is left as it is; what is in it is checked afterward
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, MutableMapping
 from functools import lru_cache
@@ -36,6 +37,18 @@ def unpack(packed: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]] | None:
         return dict(sorted(load(packed.tobytes()).items()))  # the library gives them in no order
     except (SafetensorError, KeyError, ValueError):
         return None
+
+
+def tensors_digest(tensors: Mapping[str, npt.NDArray[Any]], before: bytes = b"") -> str:
+    """Return the SHA-256 over names, types, shapes and values of tensors, and what stands before them.
+
+    How their sender wrote them down, in which order of axes, does not enter.
+    """
+    sha = hashlib.sha256(before)
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name}:{tensor.dtype}:{tensor.shape};".encode())
+        sha.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+    return sha.hexdigest()
 
 
 def array_of(item: Any) -> npt.NDArray[Any] | None:  # noqa: ANN401  # Flower's type, which this package does not know

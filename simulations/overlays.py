@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from icmoe.predict.pictures import core
+
 CLASS_COLOURS = ((255, 176, 0), (150, 110, 255), (214, 80, 160), (0, 170, 120), (240, 100, 60))
 """Fills of the foreground classes, told apart with any colour vision; further classes start again."""
 
@@ -133,9 +135,4 @@ def _data_uri(picture_HW3: Picture) -> str:
 
 def _edge(mask_HW: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """Return the mask's inner border, two pixels wide: one would vanish where the page shrinks the panel."""
-    inner_HW = mask_HW
-    for _ in range(2):
-        padded = np.pad(inner_HW, 1)
-        inner_HW = inner_HW & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    edge_HW: npt.NDArray[np.bool_] = mask_HW & ~inner_HW
-    return edge_HW
+    return np.asarray(mask_HW & ~core(core(mask_HW)))

@@ -39,7 +39,7 @@ def overlay(grey_HW: npt.NDArray[np.float32], classes_HW: npt.NDArray[np.uint8])
     painted_HW3 = np.repeat(np.clip(grey_HW, 0.0, 1.0)[..., None] * 255.0, 3, axis=2)
     for index in np.unique(classes_HW[classes_HW > 0]):
         inside_HW = classes_HW == index
-        share_HW1 = np.where(_border(inside_HW), 1.0, FILL)[..., None] * inside_HW[..., None]
+        share_HW1 = np.where(core(inside_HW), FILL, 1.0)[..., None] * inside_HW[..., None]
         painted_HW3 += share_HW1 * (np.asarray(colour_of(int(index)), np.float32) - painted_HW3)
     return Image.fromarray(painted_HW3.round().astype(np.uint8))
 
@@ -63,7 +63,7 @@ def png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _border(inside_HW: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+def core(inside_HW: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return the pixels inside whose four neighbours are inside too."""
     padded = np.pad(inside_HW, 1)
-    core_HW = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return np.asarray(inside_HW & ~core_HW)
+    return np.asarray(inside_HW & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:])
