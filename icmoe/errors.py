@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.text import Text
 
+NOT_STARTED = "Nothing was started."
 NOTHING_SENT = "Nothing was trained, nothing was sent."
 """What a site did where it refused before its part of a round."""
 

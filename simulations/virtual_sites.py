@@ -13,10 +13,9 @@ from dataclasses import replace
 import numpy as np
 
 from icmoe.data.slices import SiteData, Slice
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 
 MAX_SITES = 10_000
-_NOT_STARTED = "Nothing was started."
 
 Patient = tuple[Slice, ...]
 
@@ -176,4 +175,4 @@ def _unknown(name: str, sites: Mapping[str, SiteData]) -> Fault:
 
 
 def _fault(where: str, what: str, value: str, limit: str, todo: str = "") -> Fault:
-    return Fault(number=210, where=where, what=what, value=value, limit=limit, did=_NOT_STARTED, todo=todo)
+    return Fault(number=210, where=where, what=what, value=value, limit=limit, did=NOT_STARTED, todo=todo)

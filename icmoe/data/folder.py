@@ -19,14 +19,12 @@ from icmoe.data.ingest.folding import composed
 from icmoe.data.picture import Picture, marks_digest, picture_digest, picture_of, ranks_digest
 from icmoe.data.slices import SiteData, Slice
 from icmoe.data.splits import SPLITS, Row, patients_in_two_splits, place_of, read_rows, spacing_mm
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 from icmoe.study import Label
 from icmoe.window import ValueCounts, Window
 
 Progress = Callable[[int, int], None]
 """Called with the number of images read so far and the number of all."""
-
-_NOT_STARTED = "Nothing was started."
 
 
 def read_folder(root: Path, labels: Sequence[Label], *, progress: Progress | None = None) -> dict[str, SiteData]:
@@ -61,7 +59,7 @@ def read_folder(root: Path, labels: Sequence[Label], *, progress: Progress | Non
         raise IcmoeError(*faults)
     names = sorted({row.site for row in rows} | _site_folders(root))
     if not names:
-        raise IcmoeError(Fault(number=109, where=root.name, what="no site and no image is listed", did=_NOT_STARTED))
+        raise IcmoeError(Fault(number=109, where=root.name, what="no site and no image is listed", did=NOT_STARTED))
     sites = _read_sites(root, rows, names, labels, progress)
     return {name: _with_108(site) for name, site in sites.items()}
 
@@ -90,20 +88,20 @@ def read_split(root: Path, name: str, labels: Sequence[Label], *, progress: Prog
     """
     _check_root(root)
     if not name or Path(name).name != name or not name.isprintable():
-        raise IcmoeError(Fault(number=109, where=repr(name), what="name of a split is needed, not a path", did=_NOT_STARTED))
+        raise IcmoeError(Fault(number=109, where=repr(name), what="name of a split is needed, not a path", did=NOT_STARTED))
     where = next((option for option in (f"splits/{name}.csv", f"{name}.csv") if _is(Path.is_file, root / option)), None)
     if where is None:
         what, looked_for = "split file is missing", f"{root}/splits/{name}.csv or {root}/{name}.csv"
-        raise IcmoeError(Fault(number=109, where=looked_for, what=what, did=_NOT_STARTED))
+        raise IcmoeError(Fault(number=109, where=looked_for, what=what, did=NOT_STARTED))
     rows = read_rows(root / where, name, where=where, same_split=False)
     if not rows:
-        raise IcmoeError(Fault(number=110, where=where, what="no image is listed", did=_NOT_STARTED))
+        raise IcmoeError(Fault(number=110, where=where, what="no image is listed", did=NOT_STARTED))
     return _read_sites(root, rows, sorted({row.site for row in rows}), labels, progress, count_unlisted=False)
 
 
 def _check_root(root: Path) -> None:
     if not _is(Path.is_dir, root):
-        raise IcmoeError(Fault(number=109, where=str(root), what="data folder is not there", did=_NOT_STARTED))
+        raise IcmoeError(Fault(number=109, where=str(root), what="data folder is not there", did=NOT_STARTED))
 
 
 def _read_sites(

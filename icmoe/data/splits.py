@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from icmoe.atomic import read_regular
 from icmoe.config import in_utf16
 from icmoe.data.ingest.folding import composed
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("split", "site", "patient", "slice", "image", "mask")
@@ -25,7 +25,6 @@ MAX_FAULTS = 50
 """Faults of one file that are spelled out; the rest is counted."""
 
 _SITE = re.compile(r"\w[\w .-]{0,63}")
-_NOT_STARTED = "Nothing was started."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +104,7 @@ def patients_in_two_splits(rows: Iterable[Row]) -> list[Fault]:
     for row in rows:
         splits.setdefault((row.site, row.patient), set()).add(row.split)
     return [
-        Fault(number=107, where=site, value=f"{patient} in {' and '.join(sorted(names))}", did=_NOT_STARTED)
+        Fault(number=107, where=site, value=f"{patient} in {' and '.join(sorted(names))}", did=NOT_STARTED)
         for (site, patient), names in sorted(splits.items())
         if len(names) > 1
     ]
@@ -146,12 +145,12 @@ def _text(path: Path, where: str) -> str:
     try:
         return read_regular(path).decode("utf-8-sig")
     except FileNotFoundError:
-        raise IcmoeError(Fault(number=109, where=str(path), what="split file is missing", did=_NOT_STARTED)) from None
+        raise IcmoeError(Fault(number=109, where=str(path), what="split file is missing", did=NOT_STARTED)) from None
     except OSError as error:
         raise IcmoeError(_fault(where, "split file cannot be opened", error.strerror or "")) from None
     except UnicodeDecodeError as error:
         words = in_utf16(error.object) or {"what": "not a text file in UTF-8", "value": f"byte {error.start}: {error.reason}"}
-        raise IcmoeError(Fault(number=110, where=where, did=_NOT_STARTED, **words)) from None
+        raise IcmoeError(Fault(number=110, where=where, did=NOT_STARTED, **words)) from None
 
 
 def _header(names: Sequence[str], where: str) -> list[str]:
@@ -234,4 +233,4 @@ def _shown(text: str) -> str:
 
 
 def _fault(where: str, what: str, value: str = "", limit: str = "") -> Fault:
-    return Fault(number=110, where=where, what=what, value=value, limit=limit, did=_NOT_STARTED)
+    return Fault(number=110, where=where, what=what, value=value, limit=limit, did=NOT_STARTED)
