@@ -144,5 +144,10 @@ def _seeds(seed: int | None, seeds: int | None) -> list[int] | None:
     return [seed] if seed is not None else list(range(1, seeds + 1)) if seeds else None
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the command."""
     app()
+
+
+if __name__ == "__main__":
+    main()
