@@ -23,9 +23,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from icmoe.platform import require_version
+from icmoe.platform import require_flower
 
-require_version("flwr", "1.41.")
+require_flower()
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey

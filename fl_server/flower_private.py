@@ -3,9 +3,9 @@
 # ruff: noqa: E402  (the version is looked at before any private name)
 from __future__ import annotations
 
-from icmoe.platform import require_version
+from icmoe.platform import require_flower
 
-require_version("flwr", "1.41.")
+require_flower()
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec

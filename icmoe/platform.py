@@ -8,6 +8,9 @@ from importlib.metadata import version
 
 from icmoe.errors import Fault, IcmoeError
 
+FLOWER = "1.41"
+"""Version of Flower whose private names `fl_client/flower_private.py` and `fl_server/flower_private.py` use."""
+
 
 def require_supported_platform() -> None:
     """Stop on any other platform.
@@ -22,18 +25,18 @@ def require_supported_platform() -> None:
         raise IcmoeError(Fault(number=303, value=found, limit="Linux x86_64, Python 3.11 or newer", did="Nothing was started."))
 
 
-def require_version(package: str, prefix: str) -> None:
-    """Stop where another version of a package is installed than the one whose private names are known.
+def require_flower() -> None:
+    """Stop where another version of Flower is installed than the one whose private names are known.
 
     Raises
     ------
     IcmoeError
         303 with both versions.
     """
-    found = version(package)
-    if not found.startswith(prefix):
+    found = version("flwr")
+    if not found.startswith(f"{FLOWER}."):
         todo = "Install icmoe-federated again; it names the versions that fit."
-        what, limit = "this version is not supported", f"{prefix}x"
+        what, limit = "this version is not supported", f"{FLOWER}.x"
         raise IcmoeError(
-            Fault(number=303, where=package, what=what, value=found, limit=limit, did="Nothing was started.", todo=todo)
+            Fault(number=303, where="flwr", what=what, value=found, limit=limit, did="Nothing was started.", todo=todo)
         )
