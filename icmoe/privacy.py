@@ -3,7 +3,8 @@
 Each step draws patients by Poisson sampling, clips what each adds, adds noise and divides by a public constant; an empty
 draw is a step of noise alone. The released tensors and the usage are functions of the noised sums, so they cost what
 the steps cost, whatever optimiser and averaging follow (Abadi et al., arXiv 1607.00133). Adjacency: add or remove one
-patient with all its slices. Neither loss nor gradient norm leaves.
+patient with all its slices. Neither loss nor gradient norm leaves. Shapes: P patients, D trained coordinates, M experts,
+X = D + M.
 """
 
 from __future__ import annotations
@@ -78,10 +79,11 @@ def private_round(
         usage_M = torch.zeros(study.model.experts, dtype=torch.float64, device=device)
         parts = Parts(privacy.slices_at_once)
         for step in range(privacy.steps):
-            mean = private_mean(objective, data, privacy, sigma, device, back_end_for(device), parts)
-            usage_M += mean[descent.size :]
+            mean_X = private_mean(objective, data, privacy, sigma, device, back_end_for(device), parts)
+            gradient_D, step_usage_M = mean_X.tensor_split([objective.coordinates])
+            usage_M += step_usage_M
             rate = learning_rate(study, round_number=round_number, step=step, steps=privacy.steps)
-            descent.step(mean[: descent.size], rate, last=privacy.steps - step)
+            descent.step(gradient_D, rate, last=privacy.steps - step)
             if on_step is not None:
                 on_step(step + 1, privacy.steps)
         descent.finish()
@@ -100,7 +102,7 @@ def private_mean(
     back_end: BackEnd,
     parts: Parts | None = None,
 ) -> Tensor:
-    """Return the release of one step, D + M: patients are drawn, clipped, added, noised and divided by the public batch.
+    """Return the release of one step, X: patients are drawn, clipped, added, noised and divided by the public batch.
 
     Where memory is short the same patients are added up anew in smaller parts: nobody is drawn a second time.
 
@@ -137,19 +139,19 @@ def private_sum(
     device: torch.device,
     back_end: BackEnd,
 ) -> Tensor:
-    """Return the clipped sum of the drawn patients, D + M; zeros where nobody was drawn.
+    """Return the clipped sum of the drawn patients, X; zeros where nobody was drawn.
 
     One patient more or less changes it by at most `privacy.sensitivity`.
     """
-    total = torch.zeros(objective.coordinates + objective.model.shape.experts, device=device)
+    sum_X = torch.zeros(objective.coordinates + objective.model.shape.experts, device=device)
     for group in grouped(samples, privacy.slices_at_once):
         rows = [row for sample in group for row in sample.rows]
         views = [view for sample in group for view in sample.views]
         batch = data.read(rows, views, device)
         counts = [len(sample.rows) for sample in group]
         for gradient_PD, usage_PM in back_end(objective, batch, counts, privacy.slices_at_once):
-            total += clipped_sum(gradient_PD, usage_PM, privacy)
-    return total
+            sum_X += clipped_sum(gradient_PD, usage_PM, privacy)
+    return sum_X
 
 
 def patient_faults(privacy: SitePrivacy, patients: int) -> list[Fault]:
@@ -210,7 +212,6 @@ class _Descent:
 
     def __init__(self, trained: dict[str, nn.Parameter], study: Study, privacy: SitePrivacy) -> None:
         self.parameters = list(trained.values())
-        self.size = sum(parameter.numel() for parameter in self.parameters)
         self.start = [parameter.detach().clone() for parameter in self.parameters]
         self.mu = study.training.proximal_mu
         self.averaged = round(privacy.average_last * privacy.steps)

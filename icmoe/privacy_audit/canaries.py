@@ -6,7 +6,8 @@ product of the release with the canary's direction. The canaries of one model ar
 more are wanted than there are coordinates, further models are run beside it, each with canaries of its own: together
 they are one mechanism with the same promise to each canary, since a patient is in one of them only.
 
-Shapes: m canaries, P canaries of a group, D trained coordinates.
+Shapes: m canaries, P canaries of a group, D trained coordinates, X = D + M with
+the usage of M experts.
 """
 
 from __future__ import annotations
@@ -110,12 +111,12 @@ def _scores(
     patients = seeded_rows(seeded_study(privacy), [1] * _PATIENTS, seed=seed)
     data = _CanaryRows(patients, np.flatnonzero(taken_m).tolist())
     back_end = partial(_marked_gradients, length=_LENGTH * privacy.clip_norm)
-    others_D = private_sum(objective, patients, each_patient(patients), privacy, _CPU, back_end_for(_CPU)).double()
+    others_X = private_sum(objective, patients, each_patient(patients), privacy, _CPU, back_end_for(_CPU)).double()
     score_m = np.zeros(len(taken_m))
     for _ in range(steps):
-        mean_D = private_mean(objective, data, privacy, sigma, _CPU, back_end).double()
-        seen_D = mean_D * privacy.expected_batch - privacy.sample_rate * others_D
-        score_m += _log_ratio(seen_D[: len(taken_m)].numpy() / privacy.clip_norm, privacy, sigma)
+        mean_X = private_mean(objective, data, privacy, sigma, _CPU, back_end).double()
+        seen_X = mean_X * privacy.expected_batch - privacy.sample_rate * others_X
+        score_m += _log_ratio(seen_X[: len(taken_m)].numpy() / privacy.clip_norm, privacy, sigma)
     return score_m
 
 

@@ -96,15 +96,15 @@ def fresh_noise(seed: int = 0) -> Finding:
     study = seeded_study(privacy)
     objective = objective_of(study)
     data = seeded_rows(study, [1, 2], seed=seed)
-    known = private_sum(objective, data, each_patient(data), privacy, _CPU, back_end_for(_CPU)).double()
+    known_X = private_sum(objective, data, each_patient(data), privacy, _CPU, back_end_for(_CPU)).double()
     residuals = []
     for _ in range(_ROUNDS):
         with _run_seeded(seed):
-            mean = private_mean(objective, data, privacy, 1.0, _CPU, back_end_for(_CPU))
-        residuals.append((mean.double() * privacy.expected_batch - known).numpy())
+            mean_X = private_mean(objective, data, privacy, 1.0, _CPU, back_end_for(_CPU))
+        residuals.append((mean_X.double() * privacy.expected_batch - known_X).numpy())
     correlation = np.corrcoef(residuals)
     measured = float(np.nan_to_num(np.abs(correlation[np.triu_indices(_ROUNDS, 1)]), nan=1.0).max())
-    limit = _LARGEST_CORRELATION / len(known) ** 0.5
+    limit = _LARGEST_CORRELATION / len(known_X) ** 0.5
     return Finding("fresh_noise", measured <= limit, measured, limit, "largest correlation of the noise of two rounds")
 
 
@@ -122,8 +122,10 @@ def _run_seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002
-        yield
-    np.random.set_state(state)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            np.random.set_state(state)  # noqa: NPY002
 
 
 def _sum_of_a_step(objective: Objective, data: SeededRows, privacy: SitePrivacy) -> Tensor:

@@ -129,8 +129,8 @@ def _release(objective: Objective, study: Study, victim: SeededRows, sigma: floa
     privacy = study.privacy.site
     if privacy is None:
         return _gradient(objective, victim.batch).detach()
-    total = private_sum(objective, victim, each_patient(victim), privacy, _CPU, back_end_for(_CPU))
-    return noised(total, privacy, sigma)[: objective.coordinates]
+    sum_X = private_sum(objective, victim, each_patient(victim), privacy, _CPU, back_end_for(_CPU))
+    return noised(sum_X, privacy, sigma)[: objective.coordinates]
 
 
 def _match(objective: Objective, guess: Features, target_BKhw: Tensor, seen_D: Tensor, iterations: int) -> float:

@@ -96,14 +96,14 @@ def step_of(model: ICMoE, study: Study, batch: Batch, back_end: BackEnd | None, 
 
     def private() -> None:
         assert back_end is not None
-        total = torch.zeros(sum(tensor.numel() for tensor in trained) + study.model.experts, device=device)
+        sum_X = torch.zeros(sum(tensor.numel() for tensor in trained) + study.model.experts, device=device)
         for start in range(0, len(batch.target_BKhw), slices_at_once):
             end = min(start + slices_at_once, len(batch.target_BKhw))
             part = Batch(Features(batch.features.embedding_BCHW[start:end], ()), batch.target_BKhw[start:end])
             for gradient_PD, usage_PM in back_end(objective, part, [1] * (end - start), slices_at_once):
-                total += clipped_sum(gradient_PD, usage_PM, privacy)
-        mean = noised(total, privacy, 1.0)[: -study.model.experts or None]
-        for parameter, gradient in zip(trained, mean.split([tensor.numel() for tensor in trained]), strict=True):
+                sum_X += clipped_sum(gradient_PD, usage_PM, privacy)
+        mean_D = noised(sum_X, privacy, 1.0)[: -study.model.experts or None]
+        for parameter, gradient in zip(trained, mean_D.split([tensor.numel() for tensor in trained]), strict=True):
             parameter.grad = gradient.view_as(parameter)
         optimizer.step()
 
