@@ -6,7 +6,6 @@ study's digest. A withdrawn approval stays as a record.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from icmoe.atomic import prepared, read_regular
 from icmoe.chain import Entry
 from icmoe.config import Section, flat
 from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
+from icmoe.locks import hold
 from icmoe.study import Study, canonical, canonical_json
 
 FOLDER = "approvals"
@@ -88,16 +88,33 @@ def one_at_a_time(state: Path) -> Iterator[None]:
     Yields
     ------
     None
+
+    Raises
+    ------
+    IcmoeError
+        325 where another process holds it for longer than `icmoe.locks.LOCK_S`.
     """
     held = -1
     try:
-        with suppress(OSError):  # also a file system without locks
+        with suppress(OSError):
             held = os.open(state, os.O_RDONLY | os.O_DIRECTORY)
-            fcntl.flock(held, fcntl.LOCK_EX)
+        if held >= 0:
+            _hold(held, state)
         yield
     finally:
         if held >= 0:
             os.close(held)
+
+
+def _hold(held: int, state: Path) -> None:
+    try:
+        hold(held, name=state)
+    except TimeoutError as error:
+        what, todo = "another approval or withdrawal is at work here", "End it, and run this again."
+        value, did = error.strerror or "", "Nothing was changed."
+        raise IcmoeError(Fault(number=325, where=str(state), what=what, value=value, did=did, todo=todo)) from None
+    except OSError:  # a file system without locks
+        return
 
 
 def approve(state: Path, study: Study, bundle: str, now: datetime) -> None:

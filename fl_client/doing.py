@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from icmoe.atomic import read_regular, regular, write_atomically
-from icmoe.processes import is_locked
+from icmoe.locks import is_locked
 
 FILE, LOCK, SAID = "doing.json", "doing.lock", "said.json"
 EVERY_S = 0.5

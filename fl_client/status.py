@@ -22,7 +22,7 @@ from fl_client.history import rounds_of
 from fl_client.ledger import FILE as LEDGER
 from fl_client.site import SiteFile, read_named, records_of
 from icmoe.atomic import read_regular
-from icmoe.processes import is_locked
+from icmoe.locks import is_locked
 
 Status = dict[str, Any]
 

@@ -12,7 +12,7 @@ from fl_server.guard import Memory
 from fl_server.run_state import latest_state
 from icmoe.atomic import read_regular, write_atomically
 from icmoe.errors import Fault, IcmoeError
-from icmoe.processes import is_locked
+from icmoe.locks import is_locked
 from icmoe.study import read_study
 
 _LIFTED = TypeAdapter(dict[str, int])

@@ -8,7 +8,6 @@ kept across rounds, runs and studies, in one small file per site.
 from __future__ import annotations
 
 import copy
-import fcntl
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from flwr.serverapp import Grid
 from fl_server.grid import InFront
 from icmoe.atomic import regular, write_atomically
 from icmoe.errors import Fault, print_faults
+from icmoe.locks import hold
 from icmoe.messages import CONFIG, ERROR_CODE, NUMBERS, ROUND_KEY, error_reason
 from icmoe.receipts import EMPTY, LEDGER_KEY, RECEIPT_KEY, Head, head_of, receipt_of, receipt_text
 
@@ -129,7 +129,7 @@ def keep_receipt(folder: Path, site: str, head: Head) -> None:
     """Keep the further one of a site's receipt and this head; several studies may run at once."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a", opener=regular) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        hold(lock, name=folder)
         if head.count > receipt(folder, site).count:
             write_atomically(folder / f"{site}.receipt", receipt_text(head).encode())
 

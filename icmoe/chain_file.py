@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Collection, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from icmoe.atomic import read_regular, regular
 from icmoe.chain import Entry, first_broken
 from icmoe.errors import Fault, IcmoeError
+from icmoe.locks import hold
 
 Broken = Callable[[int], Fault]
 """Returns what to say of the line of a number, from 1, that is damaged or was changed."""
@@ -28,11 +28,16 @@ def add_line(path: Path, following: Callable[[Sequence[bytes]], Entry]) -> Entry
         The file, for its owner alone; made with its folder where absent.
     following
         Returns the entry that follows the whole lines of the file; nothing is written where it raises.
+
+    Raises
+    ------
+    OSError
+        Where the disk refuses it, or another process holds the file for longer than `icmoe.locks.LOCK_S`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = regular(path, os.O_RDWR | os.O_CREAT, 0o600)
     with os.fdopen(descriptor, "r+b", buffering=0) as file:  # a buffer would write the line again when it is closed
-        fcntl.flock(file, fcntl.LOCK_EX)
+        hold(file, name=path)
         whole = _whole(file.read())
         entry = following(whole.splitlines())
         file.truncate(len(whole))

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from icmoe.locks import hold
+
 _AS_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
@@ -25,7 +27,7 @@ def locked(make: Callable[[], Path]) -> tuple[Path, int]:
         with suppress(FileNotFoundError):
             lock = os.open(folder, _AS_FOLDER)
             with suppress(OSError):  # a file system without locks, where no other process takes one either
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                hold(lock, name=folder)
             if folder.exists():
                 return folder, lock
             os.close(lock)
