@@ -96,7 +96,7 @@ Home = Annotated[Path, typer.Option("--home", help="Folder that fl_server provis
 def provision(
     consortium: Annotated[Path, typer.Argument(help="Consortium file, TOML.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to make, or to complete; the other commands call it --home.")],
-    renew: Annotated[bool, typer.Option("--renew", help="Renew certificates that end within 60 days.")] = False,
+    renew: Annotated[bool, typer.Option("--renew", help="Renew certificates that end within 60 days, or begin later.")] = False,
 ) -> None:
     """Make CA, server certificate and start kits; what is there is kept, what is missing is added."""
     from fl_server.provisioning import print_provisioned

@@ -10,7 +10,7 @@ import datetime as dt
 import json
 import secrets
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cryptography import x509
@@ -68,7 +68,7 @@ def provision(source: Path, folder: Path, *, renew: bool, now: dt.datetime) -> P
     folder
         Made if absent, for the owner alone.
     renew
-        Whether to renew certificates that end within 60 days.
+        Whether to renew certificates that end within 60 days, or that a clock that was ahead made for later.
     now
         With time zone.
 
@@ -94,7 +94,9 @@ def provision(source: Path, folder: Path, *, renew: bool, now: dt.datetime) -> P
     gone = sorted({path.parent.name for path in (folder / "sites").glob("*/kit")} - set(consortium.site_names))
     notes = [f"{name} is not in {source.name} any more; its key works until: fl_server revoke {name}" for name in gone]
     if old is not None and old != ca:
-        notes.append(f"the CA was renewed; hand out all kits again before {old.not_valid_after_utc:%Y-%m-%d}, the old one's end")
+        end = f"before {old.not_valid_after_utc:%Y-%m-%d}, the old one's end"
+        soon = end if old.not_valid_before_utc <= now else "now: the old one is not valid yet"
+        notes.append(f"the CA was renewed; hand out all kits again {soon}")
     return Provisioned(tuple(changes), kits, (*notes, *map(str, expiry_faults(folder, now))))
 
 
@@ -116,6 +118,8 @@ def expiry_faults(folder: Path, now: dt.datetime, *, warn_days: int = RENEW_DAYS
     for name, certificate in expiry(folder).items():
         dates = certificate.not_valid_before_utc, certificate.not_valid_after_utc
         _, fault = validity_fault(*dates, now, where=f"{name} certificate", warn_days=warn_days)
+        if fault is not None and now < dates[0]:
+            fault = replace(fault, todo=f"{fault.todo} If it is right: fl_server provision --renew.")
         found += [fault] if fault is not None else []
     return found
 
@@ -169,7 +173,7 @@ def _write(path: Path, data: bytes, changes: list[str], *, private: bool = False
 def _provide_ca(home: Home, now: dt.datetime, changes: list[str], *, renew: bool) -> x509.Certificate:
     if home.signing_ca.exists():
         ca = _certificate(home.signing_ca)
-        if not (renew and _ends_soon(ca, now)):
+        if not (renew and _is_due(ca, now)):
             return ca
         key = _signing_key(home, ca)
     else:
@@ -189,7 +193,7 @@ def _provide_server(home: Home, ca: x509.Certificate, now: dt.datetime, changes:
     names = home.consortium.coordinator.certificate_names
     leaf = _certificate(path) if path.exists() else None
     fits = leaf is not None and belongs_to(leaf, key) and signed_by(leaf, ca) and not missing_names(leaf, names)
-    if leaf is None or not fits or (renew and _ends_soon(leaf, now)):
+    if leaf is None or not fits or (renew and _is_due(leaf, now)):
         if ca.not_valid_after_utc - now < dt.timedelta(days=1):
             raise _ended(home.signing_ca, ca)
         leaf = server_certificate(names, key.public_key(), ca, _signing_key(home, ca), home.consortium.valid_days, now)
@@ -236,5 +240,6 @@ def _ended(path: Path, ca: x509.Certificate) -> IcmoeError:
     return IcmoeError(Fault(number=309, where=str(path), what="CA has ended", value=value, did="Nothing was signed."))
 
 
-def _ends_soon(certificate: x509.Certificate, now: dt.datetime) -> bool:
-    return certificate.not_valid_after_utc - now < dt.timedelta(days=RENEW_DAYS)
+def _is_due(certificate: x509.Certificate, now: dt.datetime) -> bool:
+    """Return whether a certificate ends soon, or was made by a clock that was ahead."""
+    return certificate.not_valid_after_utc - now < dt.timedelta(days=RENEW_DAYS) or certificate.not_valid_before_utc > now

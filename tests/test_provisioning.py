@@ -108,6 +108,20 @@ def test_renewal_happens_on_request_and_only_when_it_is_due(tmp_path: Path) -> N
     assert {name for name in after if before[name] != after[name]} == {"coordinator/server.crt"}
 
 
+@pytest.mark.parametrize("all_of_it", [False, True])
+def test_what_a_clock_that_was_ahead_made_is_made_again_once_it_is_right(all_of_it: bool, tmp_path: Path) -> None:
+    ahead = NOW + dt.timedelta(days=1000)
+    make(tmp_path, now=ahead if all_of_it else NOW)
+    made = make(tmp_path, renew=True, now=ahead)
+    assert made.notes == ()
+    told = make(tmp_path).notes
+    assert [note.split(" certificate: ")[0] for note in told] == (["ICM309 CA"] if all_of_it else []) + ["ICM309 server"]
+    assert all(note.endswith("Set this machine's clock. If it is right: fl_server provision --renew.") for note in told)
+    anew = ("the CA was renewed; hand out all kits again now: the old one is not valid yet",)
+    assert make(tmp_path, renew=True).notes == (anew if all_of_it else ())
+    assert make(tmp_path).notes == ()
+
+
 def handshake(folder: Path, ca: Path) -> None:
     """Shake hands with the coordinator's files over real TLS, trusting `ca`."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
