@@ -63,12 +63,13 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
     settings = read_named(path, name)
     study = read_study(study_file)
     records = records_of(path, settings)
-    book, _ = records.agreement()
+    book, lines = records.agreement()
     if faults := [*study_faults(path, settings, study), *budget_faults(settings.budget, book, study, patients=1)]:
         raise IcmoeError(*faults)
     state = path.parent / settings.state
     bundle = bundle_digest(bundle_files())
-    approvals = read_approvals(state)
+    placed = {line["study"]: number for number, line in enumerate(lines) if line["event"] == "approved"}
+    approvals = sorted(read_approvals(state), key=lambda one: placed.get(one.digest, -1))  # a clock may have been set back
     known = [approval.study for approval in approvals if approval.study.name == study.name]
     console = Console()
     budget = {"budget": prospect(settings.budget, book, study)}

@@ -24,6 +24,8 @@ from fl_client.site import SiteFile, read_named, records_of
 from icmoe.atomic import read_regular
 from icmoe.locks import is_locked
 
+MINUTE_S = 60
+
 Status = dict[str, Any]
 
 LOCK = "supervisor.lock"
@@ -129,12 +131,13 @@ def outcome_of(row: Status) -> str:
 
 
 def ago(since: float) -> str:
-    """Return how long a moment lies back."""
-    seconds = max(0, round(time.time() - since))
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+    """Return how long a moment lies back; one that is still to come was noted before the clock was set back."""
+    behind = round(time.time() - since)
+    seconds, when = abs(behind), "ago" if behind > -MINUTE_S else "ahead of this clock"
+    for unit, size in (("d", 86400), ("h", 3600), ("min", MINUTE_S)):
         if seconds >= size:
-            return f"{seconds // size} {unit} ago"
-    return f"{seconds} s ago"
+            return f"{seconds // size} {unit} {when}"
+    return f"{max(0, behind)} s ago"
 
 
 def _connection(state: Path) -> Status | None:
