@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -220,6 +220,20 @@ def test_the_evidence_asks_for_what_its_table_says() -> None:
     assert {target for target, variant, _ in keys if variant == WARM_ALONE} == {None}
     runs = [Run(100, 8.0, "base", seed, 0.1 * seed, 7.9, 3.5, 60.0, 800.0) for seed in (1, 2, 3)]
     assert table_of(runs).row_count == 1
+
+
+def test_finished_runs_of_the_evidence_come_back_whole_or_are_refused_by_number(tmp_path: Path) -> None:
+    from simulations.evidence.privacy import Run, finished
+
+    path, run = tmp_path / "privacy.json", Run(100, None, "base", 1, 0.75, None, 0.0, 60.0, 800.0)
+    assert finished(path) == []
+    path.write_text(json.dumps([asdict(run)]))
+    assert finished(path) == [run]
+    for damaged in (path.read_text()[:-1], '[{"patients": 100}]', "{}"):
+        path.write_text(damaged)
+        with pytest.raises(IcmoeError, match="ICM525"):
+            finished(path)
+        assert path.read_text() == damaged
 
 
 @pytest.mark.parametrize(("budget", "number"), [("", 410), ('{epsilon = 0.5, delta = 0.1, accountant = "rdp"}', 411)])

@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 from typer import Option
@@ -32,7 +33,7 @@ from typer import Option
 from fl_server.router_aware import combine
 from fl_server.weights import plain_share
 from icmoe.accounting import study_epsilon, training_spending
-from icmoe.atomic import write_atomically
+from icmoe.atomic import read_regular, write_atomically
 from icmoe.backbone import load_backbone
 from icmoe.backbones import DEFAULT, DEFAULT_WEIGHTS
 from icmoe.cache_entries import default_cache_folder
@@ -40,7 +41,7 @@ from icmoe.config import parse
 from icmoe.data.folder import read_folder
 from icmoe.data.slices import SiteData
 from icmoe.dataset import TrainingSet
-from icmoe.errors import exit_on_fault
+from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from icmoe.evaluation import score_slices
 from icmoe.exchange import State, global_state, load_state, update_of
 from icmoe.features import FeatureCache
@@ -50,9 +51,11 @@ from icmoe.privacy import private_round
 from icmoe.profiles import merged, spelled_out
 from icmoe.study import Label, Study, derived_seed
 from icmoe.training import train_round
+from icmoe.usage import OneCommand
 from simulations.phantoms import DEFAULT_SITES, write_phantoms
 from simulations.scenario import DEFAULT_LABELS, chosen
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 CPU = torch.device("cpu")
 TEST_PATIENTS = 60
 FULL_SHARE = 100  # patients up to which a step takes half of them
@@ -118,6 +121,9 @@ class Run:
     cpu_s: float
     peak_mb: float
     source: str = PHANTOMS
+
+
+_RUNS = TypeAdapter(list[Run])
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +309,23 @@ def table_of(runs: list[Run]) -> Table:
     return table
 
 
+def finished(path: Path) -> list[Run]:
+    """Return the runs that were kept; none where there is no file yet.
+
+    Raises
+    ------
+    IcmoeError
+        525 where it is damaged.
+    """
+    if not path.exists():
+        return []
+    try:
+        return _RUNS.validate_json(read_regular(path))
+    except ValidationError:
+        raise IcmoeError(Fault(number=525, where=path.name, what="it is damaged", did="It was kept.")) from None
+
+
+@app.command(cls=OneCommand)
 def main(
     out: Annotated[Path, Option(help="Folder of phantoms and finished runs.")] = Path("runs/privacy"),
     patients: Annotated[list[int] | None, Option(help="Training patients of the federation; repeatable.")] = None,
@@ -314,7 +337,7 @@ def main(
     torch.set_num_threads(1)
     kept = out / "privacy.json"
     with exit_on_fault():
-        runs = [Run(**row) for row in json.loads(kept.read_text())] if kept.exists() else []
+        runs = finished(kept)
         tried = [name for word in variants or [] for name in chosen(word, [*VARIANTS, WARM_ALONE], "--variants")]
         for source, count in [(data.name, 0)] if data else [(PHANTOMS, count) for count in patients or [100, 500, 2000]]:
             cohort = real_hospitals(data) if data else phantoms_of(count, out)
@@ -330,4 +353,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()
