@@ -148,6 +148,23 @@ def test_a_mask_whose_axes_were_exchanged_is_refused(order: tuple[int, ...], dic
     assert 105 in numbers(data)
 
 
+@pytest.mark.parametrize(
+    ("shift", "slices", "is_used"), [((0, 0, 0), 5, True), ((0, 0, 0), 4, True), ((1, 0, 0), 5, False), ((0, 0, 1), 5, False)]
+)
+def test_a_mask_of_the_extents_of_its_image_that_lies_beside_it_is_refused(
+    shift: tuple[int, int, int], slices: int, is_used: bool, tmp_path: Path
+):
+    """As where a program took the origin from LPS to RAS twice; a part of the image's extents may be all that was drawn on."""
+    nifti(tmp_path, "imagesTr/a.nii.gz", VOXELS)
+    matrix = AXES.copy()
+    matrix[:3, 3] += AXES[:3, :3] @ shift
+    (tmp_path / "export/labelsTr").mkdir()
+    nibabel.save(nibabel.Nifti1Image(CLASSES[..., :slices], matrix), tmp_path / "export/labelsTr/a.nii.gz")
+    data = used(tmp_path)[2]
+    assert len(data.slices) == (slices if is_used else 0)
+    assert (121 in numbers(data)) is not is_used
+
+
 @pytest.mark.parametrize(("mask", "is_used"), [
     ("case1_liver.nii.gz", False),
     ("case1_left_kidney.nii.gz", False),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dicom_builders import MASKS, VOLUME, numbers, put, segmentation, used, volume
-from exports import LESION, export_of
+from exports import LESION, export_of, taken
 from test_ingest_further import nifti
 from test_ingest_looks import FILLED, GREYS
 from test_names_of_masks import picture
@@ -114,6 +114,17 @@ def test_scans_that_name_nobody_are_of_whom_their_folder_is_numbered_for(folder:
         put(tmp_path, [*sources, segmentation(sources, MASKS, "BINARY")], folder.format(number) + "/{}")
     data = used(tmp_path, patient_pattern=pattern)[2]
     assert (len(data.slices), len({item.patient for item in data.slices})) == (10, count)
+
+
+@pytest.mark.parametrize("names", ["left/P1 right/P1", "benign/P1_1 malignant/P1_2", "left/P1 right/P1 other/P2 right/P2"])
+def test_pictures_of_one_number_in_folders_that_number_nobody_stand_in_one_split(names: str, tmp_path: Path):
+    for seed, name in enumerate(names.split()):
+        picture(tmp_path, f"{name}.png", GREYS[seed])
+        picture(tmp_path, f"{name}_mask.png", FILLED)
+    for attempt in range(4):  # each with another secret
+        data = taken(export_of(tmp_path / "export", tmp_path / f"kept{attempt}", LESION, shares=(0.5, 0.0, 0.5)))
+        assert len(data.slices) == len(names.split())
+        assert len({item.split for item in data.slices}) == 1
 
 
 def test_what_folders_do_not_tell_is_left_out_until_a_pattern_does(tmp_path: Path):

@@ -99,6 +99,16 @@ def test_a_person_of_several_numbers_without_a_named_split_loses_no_slice(tmp_pa
     assert len({one.split for one in data.slices}) == 1
 
 
+@pytest.mark.parametrize("form", ["1001_V{}", "ABC-07-FU{}", "1001-2020010{}"])
+def test_a_number_for_each_visit_of_a_patient_stands_in_one_split(tmp_path: Path, form: str):
+    for number in range(1, 5):
+        put(tmp_path, marked(number, PatientID=form.format(number)), f"{number}-{{}}")
+    data = taken(export_of(tmp_path / "export", tmp_path / "kept", shares=(0.5, 0.0, 0.5)))
+    assert (len(data.slices), len({one.patient for one in data.slices})) == (20, 4)
+    assert len({one.split for one in data.slices}) == 1
+    assert forget(tmp_path / "kept", "1001" if "1001" in form else "abc-07") == 20
+
+
 @pytest.mark.parametrize("folder", ["anna/study{}", "clinic A/anna/visit{}"])
 def test_studies_of_nobody_in_one_persons_folder_stand_in_one_split(tmp_path: Path, folder: str):
     """Where nobody is named each study counts as a patient; four studies of a folder are hardly four persons'."""

@@ -65,7 +65,7 @@ BESIDE = """
 insert or ignore into run.link select beside, owner from run.image join run.found using (path) join run.person using (id)
     where beside <> ''
 """
-"""Studies of nobody in one folder may be one person's, who must not stand in two splits."""
+"""Studies of nobody in one folder may be one person's, who must not stand in two splits; so may P1 of two folders."""
 INDEXES = """
 create index run.image_uid on image (uid);
 create index run.image_series on image (series);
@@ -229,13 +229,17 @@ class Catalogue:
 
     def _name_persons(self, hashes: Pseudonyms, pattern: str | None, cases: Mapping[str, str]) -> None:
         """Note in the records of images whose they are, where all folders of the export together say other than their own."""
-        of = Persons(((path, kind == "volume") for path, kind, *_ in self._unidentified(pattern) if kind != "image"), cases).of
+        files = Persons(((path, kind == "volume") for path, kind, *_ in self._unidentified(pattern) if kind != "image"), cases)
         scans = Persons(((path, False) for path, kind, *_ in self._unidentified(pattern) if kind == "image"), {})
         self._run.execute("create table run.person (id text primary key, name text, beside text) without rowid")
         for path, kind, key, patient in self._unidentified(pattern):
-            name = (told(path, pattern) or scans.numbered(path)) if kind == "image" else of(path, volume=kind == "volume")
+            if kind == "image":
+                name: str | None = told(path, pattern) or scans.numbered(path)
+                beside = "" if name else scans.together(path)
+            else:
+                name, beside = files.of(path, volume=kind == "volume"), files.called(path)
             found = UNDECIDED if name is None else hashes.patient(name) if name else patient
-            beside = hashes.patient(scans.together(path)) if kind == "image" and not name and scans.together(path) else ""
+            beside = hashes.patient(beside) if beside else ""
             self._run.execute("insert into run.person values (?, ?, ?)", (key, "" if found == patient else found, beside))
         with transaction(self._run):
             self._run.execute(NAME)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import PurePosixPath
 
@@ -75,8 +76,14 @@ class Images:
 
     def extents(self, series: str) -> tuple[int, int, int]:
         """Return rows, columns and number of places of a series."""
-        first = self[self._files.images("series", series)[0]]
-        return first.rows, first.columns, len({plane[:3] for plane in self.planes(series) if plane is not None})
+        members = self._files.images("series", series)
+        keys = [(path, frame) for path in members for frame in range(len(self[path].frames))]
+        return self[members[0]].rows, self[members[0]].columns, self.places(keys)
+
+    def places(self, keys: Iterable[Key]) -> int:
+        """Return in how many places frames lie."""
+        planes = [self[path].frames[frame].plane for path, frame in keys]
+        return len({plane[:3] for plane in planes if plane is not None})
 
     def closest_owners(self, path: str) -> set[str]:
         """Return the patients of the images in the folders that are closest to a mask's, whatever their names."""

@@ -13,7 +13,7 @@ from icmoe.data.ingest.catalogue import Catalogue, Key, Use
 from icmoe.data.ingest.folding import folded
 from icmoe.data.ingest.geometry import Grid, grid_between, matrix_of, slice_distance_mm
 from icmoe.data.ingest.known_images import Images
-from icmoe.data.ingest.placing import is_across, is_turned, overlaps, patch_grid, same_plane
+from icmoe.data.ingest.placing import is_across, overlaps, patch_grid, require_its_box, same_plane
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.references import by_reference, nearest_frames, same_patient, use_of
 from icmoe.data.ingest.refusals import Refusal
@@ -156,8 +156,8 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     fitting.require_its_own(path, record, found[best[0]], images)
     if any(_is_packed(record, series[name], images.planes(name)) for name in best):
         raise Refusal(121, "it has as many slices as its series has images, but not where these lie: packed across a gap")
-    if any(is_turned(record.shape, _grid_of(series[name]), images.extents(name)) for name in best):
-        raise Refusal(105, "it has the rows, columns and slices of its image in another order: its axes were exchanged")
+    for name in best:
+        require_its_box(record.shape, _grid_of(series[name]), images.extents(name), images.places(series[name]))
     if record.single and not record.called and of_another_organ(path, found[best[0]]):
         raise Refusal(120, ORGAN)
     if not (fitting.called or fitting.homed or fitting.is_patients) and _is_one_of_many(path, images):

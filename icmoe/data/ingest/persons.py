@@ -108,6 +108,17 @@ class Persons:
         folders = owner_folders(path)
         return (self._named[folders] or "") if _own(folders) else ""
 
+    def called(self, path: str) -> str:
+        """Return the number of a patient by which a file is called in a folder that numbers nobody, empty where there is none.
+
+        Parameters
+        ----------
+        path
+            One of those given.
+        """
+        name = _without_series(self._called(path))
+        return name if PERSON.fullmatch(name) and not _numbered(self._named[owner_folders(path)]) else ""
+
     def _called(self, path: str) -> str:
         return person(self._cases.get(path) or stem(path))
 

@@ -93,8 +93,8 @@ def overlaps(grid: Grid, mask: tuple[int, ...], image: tuple[int, int]) -> bool:
     return all(min(c[axis] for c in corners) < mask[axis] and max(c[axis] for c in corners) >= 0 for axis in range(3))
 
 
-def is_turned(mask: tuple[int, int, int], grid: Grid, image: tuple[int, int, int]) -> bool:
-    """Return whether a volume has the extents of its image in another order: an array of which a library exchanged the axes.
+def require_its_box(mask: tuple[int, int, int], grid: Grid, image: tuple[int, int, int], slices: int) -> None:
+    """Refuse a volume of which a program changed the axes, or the matrix that places them: its marks lie elsewhere on the image.
 
     Parameters
     ----------
@@ -104,8 +104,22 @@ def is_turned(mask: tuple[int, int, int], grid: Grid, image: tuple[int, int, int
         Where it lies on a slice of the image.
     image
         Rows, columns and slices.
+    slices
+        How many of these lie on slices of the mask.
+
+    Raises
+    ------
+    Refusal
+        105 where it has the image's extents in another order, 121 where it has the same and does not cover the image.
     """
     steps_32 = grid.steps_33[:, :2]
     rows, columns, across = (*(int(abs(steps_32[:, way]).argmax()) for way in range(2)), int(steps_32.any(axis=1).argmin()))
+    if len({rows, columns, across}) < 3:
+        return
     extents = mask[rows], mask[columns], mask[across]
-    return extents != image and sorted(extents) == sorted(image) and len({rows, columns, across}) == 3
+    if extents != image and sorted(extents) == sorted(image):
+        raise Refusal(105, "it has the rows, columns and slices of its image in another order: its axes were exchanged")
+    corners_23 = [grid.steps_33 @ (row, column, 1) for row, column in ((0, 0), (image[0] - 1, image[1] - 1))]
+    covers = all(0 <= corner[axis] < mask[axis] for corner in corners_23 for axis in (rows, columns))
+    if extents == image and not (covers and slices == image[2]):
+        raise Refusal(121, "it has the rows, columns and slices of its image and lies beside it: its place or axes were changed")

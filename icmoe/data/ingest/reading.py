@@ -11,7 +11,7 @@ from PIL import Image
 from pydicom.dataset import Dataset
 
 from icmoe.data.images import DEEP_COLOUR, TURNED, read_grey
-from icmoe.data.ingest.folding import composed
+from icmoe.data.ingest.folding import composed, folded
 from icmoe.data.ingest.forms import MASKS, VOLUMES, mask_of, module_of
 from icmoe.data.ingest.headers import image_record, read_header, sequence, terms, text
 from icmoe.data.ingest.labels import LabelNames
@@ -20,7 +20,7 @@ from icmoe.data.ingest.pixels import plain_pixels_of
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, FramePlace, Patch, refused
 from icmoe.data.ingest.volumes import MASK_VALUES, looks_like_classes, volume_record
-from icmoe.data.ingest.walking import called_image, called_mask, called_scan, owner, person, stem, told
+from icmoe.data.ingest.walking import called_image, called_mask, called_scan, owner, person, stem, told, without_visit
 from icmoe.errors import IcmoeError
 
 
@@ -115,9 +115,13 @@ def _series_by_number(header: Dataset, hashes: Pseudonyms) -> dict[str, str]:
 
 
 def _further_numbers(header: Dataset) -> frozenset[str]:
-    """Return the numbers that a file gives its patient besides PatientID, as after a merger of clinics (PS3.3 C.7.1.1)."""
-    items = sequence(header, "OtherPatientIDsSequence")
-    return terms(header, "OtherPatientIDs") | {text(item, "PatientID") for item in items} - {""}
+    """Return the numbers that a file gives its patient besides PatientID, as after a merger of clinics (PS3.3 C.7.1.1).
+
+    Trials write a number for each visit, 1001_V1 and 1001_V2: without the visit it is the patient's.
+    """
+    items, own = sequence(header, "OtherPatientIDsSequence"), text(header, "PatientID")
+    at_any_visit = {whole} if (whole := without_visit(folded(own))) != folded(own) else set[str]()
+    return terms(header, "OtherPatientIDs") | {text(item, "PatientID") for item in items} - {""} | at_any_visit
 
 
 def picture_record(path: Path) -> FileRecord:

@@ -28,6 +28,9 @@ GENERIC = re.compile(
 TAKEN = re.compile(rf"[_-](({TIMES}|frame|phase)[-_]?\d*|ses[-_]?\d+|e[ds]|{DATE})$")
 """What the name of a volume ends with that says when it was taken: ED and ES are the ends of a heartbeat."""
 
+VISITED = re.compile(rf"[ _.-]+((v|m|w|fu|bl|{TIMES})[ _-]?\d{{0,3}}|ses[ _-]?\d+|pre|post|{DATE})$")
+"""What a patient's number ends with that says of which visit it is, as in trials; a letter alone is none."""
+
 BIDS = r"(?:^|/)(sub-[A-Za-z0-9]+)(?:/|_)"
 """Who it is in the Brain Imaging Data Structure."""
 
@@ -180,6 +183,12 @@ def owner(relative: str) -> str:
 def owner_folders(relative: str) -> tuple[str, ...]:
     """Return the folders of an `owner`."""
     return tuple(_without_visit(folded(part)) for part in own_folders(relative))
+
+
+def without_visit(number: str) -> str:
+    """Return a patient's number, `folded`, without what says of which visit it is, as long as digits are left."""
+    found = VISITED.sub("", number)
+    return found if re.search(r"\d{2}", found) and not re.search(r"[ _.-][vmw]$", number) else number
 
 
 def _without_visit(folder: str) -> str:
