@@ -194,3 +194,21 @@ def test_an_archive_of_a_study_is_named(head: bytes, form: str, tmp_path: Path):
     assert number == 116
     assert f"({form})" in why
     assert why.endswith("unpack it")
+
+
+@pytest.mark.parametrize(("images", "marked"), [
+    ("p1_t1 p1_flair", 2),
+    ("p1_t1 p1_followup_t1", 1),
+    ("p1_t1 p1_2_t1", 1),
+    ("p1_t1 p1_t1_visit2", 1),
+    ("p1_flair p1_20200101_flair", 1),
+    ("p1_20200101_t1 p1_20200101_flair", 2),
+    ("p1_20200101_t1 p1_20210101_t1", 0),
+])  # fmt: skip
+def test_a_mask_beside_volumes_of_several_visits_marks_those_of_its_own(images: str, marked: int, tmp_path: Path):
+    """In one folder a mask is of all volumes that go on from its name, as X_seg is of X_t1 and X_perfusion."""
+    for seed, name in enumerate(images.split()):
+        grey = np.random.default_rng(seed).integers(0, 3000, VOXELS.shape).astype(np.int16)
+        nifti(tmp_path, f"{name}.nii.gz", grey)
+    nifti(tmp_path, "p1_seg.nii.gz", CLASSES)
+    assert len(used(tmp_path)[2].slices) == marked * len(VOLUME)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from icmoe.data.ingest.catalogue import Catalogue, Key
 from icmoe.data.ingest.folding import folded, unnumbered
 from icmoe.data.ingest.geometry import OFF_GRID_PX
-from icmoe.data.ingest.persons import PERSON
+from icmoe.data.ingest.persons import GROUP, PERSON
 from icmoe.data.ingest.records import FileRecord, Plane
 from icmoe.data.ingest.refusals import Refusal
 from icmoe.data.ingest.walking import GENERIC, MASK, closest, own_folders, stem
@@ -136,7 +136,7 @@ class Images:
         own, other = ([*map(folded, own_folders(one))] for one in (path, target))
         apart = [(one, two) for one in own for two in other if one not in other and two not in own]
         for one, two in apart:
-            at_top = one == own[0] and two == other[0] and len(one) > COUNT_DIGITS
+            at_top = one == own[0] and two == other[0] and len(one) > COUNT_DIGITS and not GROUP.fullmatch(one)
             if (at_top or PERSON.fullmatch(one)) and unnumbered(one) == unnumbered(two) != "":
                 raise Refusal(121, "it lies in the folder of another patient than the image that it fits")
 

@@ -24,10 +24,12 @@ from icmoe.data.ingest.walking import (
     bare,
     called_image,
     case,
-    case_names,
     closest,
+    is_named_after,
+    is_sequence,
     of_another_look,
     of_another_organ,
+    of_one_visit,
     own_folders,
     parted,
     stem,
@@ -223,11 +225,11 @@ class _Fitting:
     def of(cls, path: str, record: FileRecord, found: dict[str, str], images: Images) -> _Fitting:
         volumes = {name: target for name, target in found.items() if images[target].kind == "volume"}
         named = {name: target for name, target in volumes.items() if stem(target) == stem(path)}
-        channels = {name: target for name, target in volumes.items() if case(target) == stem(path) or _is_sequence(target, path)}
+        channels = {name: target for name, target in volumes.items() if case(target) == stem(path) or is_sequence(target, path)}
         owned = {name: target for name, target in found.items() if images[target].patient == record.patient}
         own = {name: target for name, target in (owned or volumes).items() if name in volumes}
         alike = {name: target for name, target in own.items() if bare(target) == bare(path) != ""}
-        after = {name: target for name, target in own.items() if _is_named_after(path, target)}
+        after = {name: target for name, target in own.items() if is_named_after(path, target)}
         longest = max((len(stem(target)) for target in after.values()), default=0)
         alike = alike or {name: target for name, target in after.items() if len(stem(target)) == longest}
         homed = {name: target for name, target in found.items() if stem(path) in map(folded, own_folders(target))}
@@ -244,7 +246,7 @@ class _Fitting:
 
     def is_cases(self, path: str) -> bool:
         """Return whether a mask is called like a case and no more, rather than like what is marked on it too."""
-        return any(not _is_named_after(path, target) for target in self.called.values())
+        return any(not is_named_after(path, target) for target in self.called.values())
 
     @property
     def all_channels(self) -> bool:
@@ -261,7 +263,9 @@ class _Fitting:
         best = closest(path, self.called or self.owned or self.homed or self.found)
         if not best:
             raise Refusal(121, "no image lies on the grid of this volume")
-        return best
+        if not (meant := of_one_visit(path, {name: self.found[name] for name in best})):
+            raise Refusal(122, "images of several visits or sides have its name and lie on its grid, and it names none of them")
+        return meant
 
     def require_its_own(self, path: str, record: FileRecord, target: str, images: Images) -> None:
         """Refuse a mask whose name, number or folder makes doubtful that it is of an image."""
@@ -273,11 +277,6 @@ class _Fitting:
             _may_be_its_own(path, target, images)
 
 
-def _is_sequence(target: str, path: str) -> bool:
-    """Return whether a volume is a sequence of a mask's case as BraTS names them: X_t1 and X_flair for X_seg."""
-    return any(case_names(target, {stem(path): {PurePosixPath(path).parent}}))
-
-
 def _are_sequences(targets: list[str], images: Images) -> bool:
     """Return whether volumes of a patient are called by the sequences they are of, X_t1 and X_t2 or t1 and t2, and else alike.
 
@@ -286,11 +285,6 @@ def _are_sequences(targets: list[str], images: Images) -> bool:
     names = [SEQUENCE.fullmatch(stem(target)) for target in targets]
     alike = {(PurePosixPath(target).parent, images[target].patient) for target in targets}
     return None not in names and len({name.group(1) for name in names if name}) == len(alike) == 1
-
-
-def _is_named_after(path: str, target: str) -> bool:
-    """Return whether a mask is called like a volume and what is marked on it: case1_tumor, but not case1_2_tumor, for case1."""
-    return re.fullmatch(re.escape(stem(target)) + r"[ _.-]+[^\d]+", stem(path)) is not None
 
 
 def _is_another_thing(path: str, images: Images) -> bool:

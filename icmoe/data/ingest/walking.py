@@ -31,6 +31,9 @@ TAKEN = re.compile(rf"[_-](({TIMES}|frame|phase)[-_]?\d*|ses[-_]?\d+|e[ds]|{DATE
 VISITED = re.compile(rf"[ _.-]+((v|m|w|fu|bl|{TIMES})[ _-]?\d{{0,3}}|ses[ _-]?\d+|pre|post|{DATE})$")
 """What a patient's number ends with that says of which visit it is, as in trials; a letter alone is none."""
 
+FURTHER = re.compile(rf"[_-](({TIMES})[_-]?\d*|v\d+|ses[_-]?\d+|{DATE}|left|right|\d{{1,2}}(?=[_-]))(?=$|[_-])")
+"""Part of a volume's name that says of which visit or side it is, before or behind its sequence."""
+
 BIDS = r"(?:^|/)(sub-[A-Za-z0-9]+)(?:/|_)"
 """Who it is in the Brain Imaging Data Structure."""
 
@@ -250,6 +253,30 @@ def case_names(relative: str, masks: Mapping[str, Collection[PurePosixPath]]) ->
         folders = masks.get(name[: found.start()], ())
         if folder in folders or (folders and re.fullmatch(SEQUENCES, name[found.end() :])):
             yield name[: found.start()]
+
+
+def is_sequence(target: str, path: str) -> bool:
+    """Return whether a volume is a sequence of a mask's case as BraTS names them: X_t1 and X_flair for X_seg."""
+    return any(case_names(target, {stem(path): {PurePosixPath(path).parent}}))
+
+
+def is_named_after(path: str, target: str) -> bool:
+    """Return whether a mask is called like a volume and what is marked on it: case1_tumor, but not case1_2_tumor, for case1."""
+    return re.fullmatch(re.escape(stem(target)) + r"[ _.-]+[^\d]+", stem(path)) is not None
+
+
+def of_one_visit(path: str, targets: Mapping[str, str]) -> list[str]:
+    """Return the keys of images that go on from a mask's name with one visit or side, those with none first; none of several.
+
+    X_seg is of X_t1 and X_flair, and not of X_followup_t1 beside them.
+    """
+    found: dict[frozenset[str], list[str]] = {}
+    for name, target in targets.items():
+        if not stem(target).startswith(stem(path)):
+            return [*targets]
+        visits = frozenset(part.group(1) for part in FURTHER.finditer(stem(target).removeprefix(stem(path))))
+        found.setdefault(visits, []).append(name)
+    return found.get(frozenset()) or (next(iter(found.values())) if len(found) == 1 else [])
 
 
 def called_image(relative: str) -> bool:
