@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,18 @@ def test_pictures_of_one_number_in_folders_that_number_nobody_stand_in_one_split
         data = taken(export_of(tmp_path / "export", tmp_path / f"kept{attempt}", LESION, shares=(0.5, 0.0, 0.5)))
         assert len(data.slices) == len(names.split())
         assert len({item.split for item in data.slices}) == 1
+
+
+def test_files_of_which_nobody_can_tell_whose_they_are_link_nobody(tmp_path: Path):
+    for seed, name in enumerate(("doe/case1", "doe/case2", "roe/case1", "roe/case2")):
+        nifti(tmp_path, f"{name}.nii.gz", np.random.default_rng(seed).integers(0, 999, MASKS.shape).astype(np.int16))
+        nifti(tmp_path, f"{name}_seg.nii.gz", MASKS)
+    for seed, name in enumerate(("anna/case1", "bert/case2")):
+        picture(tmp_path, f"{name}.png", GREYS[seed])
+        picture(tmp_path, f"{name}_mask.png", FILLED)
+    (tmp_path / "split.csv").write_text("patient,split\nanna,train\nbert,test\n")
+    export = replace(export_of(tmp_path / "export", tmp_path / "kept"), split_file=tmp_path / "split.csv")
+    assert sorted(item.split for item in taken(export).slices) == ["test", "train"]
 
 
 def test_what_folders_do_not_tell_is_left_out_until_a_pattern_does(tmp_path: Path):

@@ -63,9 +63,10 @@ update file set record = json_set(record, '$.person', (select name from run.pers
 """
 BESIDE = """
 insert or ignore into run.link select beside, owner from run.image join run.found using (path) join run.person using (id)
-    where beside <> ''
+    where beside <> '' and owner not in ('', '?')
 """
-"""Studies of nobody in one folder may be one person's, who must not stand in two splits; so may P1 of two folders."""
+"""Studies of nobody in one folder may be one person's, who must not stand in two splits; so may P1 of two folders. Whose nobody
+can tell links nobody."""
 INDEXES = """
 create index run.image_uid on image (uid);
 create index run.image_series on image (series);
