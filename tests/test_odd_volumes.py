@@ -117,7 +117,8 @@ def test_a_mask_without_a_mark_still_says_that_there_is_nothing(mask: str, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("head", "form"), [(b"ObjectType = Image\nNDims = 3\n", "MetaImage"), (b"NRRD0005\ntype: short\n", "NRRD")]
+    ("head", "form"),
+    [(b"ObjectType = Image\nNDims = 3\n", "MetaImage"), (b"NRRD0005\ntype: short\n", "NRRD"), (b"\x5c\x01\0\0", "Analyze")],
 )
 def test_a_volume_in_a_form_that_is_not_read_is_named(head: bytes, form: str, tmp_path: Path):
     nifti(tmp_path, "P1/t1.nii.gz", VOXELS)

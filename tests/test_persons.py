@@ -43,8 +43,8 @@ TOLD = {
     "sides in two letters": ("9001104_L 9001104_R P1_OD P1_OS", "9001104 9001104 p1 p1"),
     "visits before series": ("P1_v1_t1 P1_v2_t1 roe_baseline_t1 roe_followup_t1", "p1 p1 roe roe"),
     "numbers before free words": (
-        "P1_abdomen P1_chest 1001_CT_head 1001_MR_neck case_1_2 case_1_3 2020_a 2020_b",
-        "p1 p1 1001 1001 case_1 case_1 2020_a 2020_b",
+        "P1_abdomen P1_chest 1001_CT_head 1001_MR_neck 1001_v1 case_1_2 case_1_3 2020_a 2020_b 1002-S01 1002-S02",
+        "p1 p1 1001 1001 1001 case_1 case_1 2020_a 2020_b 1002-s01 1002-s02",
     ),
     "one folder each": ("P1/a1/i P2/b2/i P3/c3/i", "p1 p2 p3"),
     "places": ("siteA/P1/i siteA/P2/i siteB/P1/i site_c/doe/i", "sitea/p1 sitea/p2 siteb/p1 site_c/doe"),

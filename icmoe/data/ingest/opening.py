@@ -36,7 +36,12 @@ HEAD_BYTES = 352
 PACKED_HEAD_BYTES = 2**16
 """Bytes of a gzip file that are read for them: it may begin with a name and a comment, and have several members."""
 
-FOREIGN = {b"ObjectType": "MetaImage (.mha, .mhd)", b"NRRD000": "NRRD (.nrrd, .nhdr)"}
+FOREIGN = {
+    b"ObjectType": "MetaImage (.mha, .mhd)",
+    b"NRRD000": "NRRD (.nrrd, .nhdr)",
+    b"\x5c\x01\0\0": "Analyze (.hdr, .img)",
+    b"\0\0\x01\x5c": "Analyze (.hdr, .img)",
+}
 """How volumes begin that people export beside those of `VOLUMES`, and that nothing here reads."""
 
 ARCHIVES = {

@@ -31,6 +31,7 @@ PERSON = re.compile(
 """Folders that are named as people number patients."""
 NUMBER = re.compile(r"\d{3,}")
 """A patient's number by itself, in front of or behind something else in a name."""
+FREE = re.compile(r".*[^\W\d_]{2}|[a-z]$|[vt]\d{1,2}$")
 DATED = re.compile(rf"^{DATE}[-_]")
 DAY = re.compile(DATE)
 SITE = re.compile(r"(site|center|centre|hospital|clinic|institution)[-_ ]?\w{0,3}")
@@ -241,8 +242,13 @@ def _without_series(name: str) -> str:
 
 
 def _is_numbered(start: str, rest: str) -> bool:
-    """Return whether a name begins with the number of a patient and goes on with what was taken, in free words."""
+    """Return whether a name begins with the number of a patient and goes on with what was taken, in free words.
+
+    Where a letter and digits follow a bare number, that may be a hospital's: 1001-S01.
+    """
+    if any(PERSON.fullmatch(part) for part in (rest, *(end for _, end in parted(rest)))):
+        return False
+    if PERSON.fullmatch(start):
+        return not GROUP.fullmatch(start) and bool(re.search(r"[^\W\d_]", rest))
     dated = YEAR.fullmatch(start) or DAY.fullmatch(start)
-    person = (PERSON.fullmatch(start) and not GROUP.fullmatch(start)) or (NUMBER.fullmatch(start) and not dated)
-    others = any(PERSON.fullmatch(part) for part in (rest, *(end for _, end in parted(rest))))
-    return bool(person and re.search(r"[^\W\d_]", rest) and not others)
+    return bool(NUMBER.fullmatch(start) and not dated and FREE.match(rest))
