@@ -9,6 +9,9 @@ import nibabel
 import numpy as np
 import pytest
 from dicom_builders import MASKS, VOLUME, numbers, put, same, save, scaled, used, volume
+from exports import BACKGROUND
+
+from icmoe.study import Label
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 AXES = np.diag([-1.5, -1.0, 5.0, 1.0])
@@ -213,3 +216,21 @@ def test_a_mask_beside_volumes_of_several_visits_marks_those_of_its_own(images: 
         nifti(tmp_path, f"{name}.nii.gz", grey)
     nifti(tmp_path, "p1_seg.nii.gz", CLASSES)
     assert len(used(tmp_path)[2].slices) == marked * len(VOLUME)
+
+
+@pytest.mark.parametrize(("mask", "value", "classes"), [
+    ("case1_edema", 1, {0, 2}),
+    ("case1_edema", 2, {0, 2}),
+    ("case1_lesion", 2, set()),
+    ("lesion/case1", 2, {0, 2}),
+])  # fmt: skip
+def test_a_mask_called_like_one_class_with_the_value_of_another_is_refused(
+    mask: str, value: int, classes: set[int], tmp_path: Path
+):
+    """A folder of label maps may be called like one of their classes."""
+    nifti(tmp_path, "case1.nii.gz", VOXELS)
+    nifti(tmp_path, f"{mask}.nii.gz", CLASSES * np.uint8(value))
+    labels = (BACKGROUND, Label(name="lesion", values=(1,)), Label(name="edema", values=(2,)))
+    _, masks, data = used(tmp_path, labels)
+    assert {int(one) for mask in masks for one in np.unique(mask)} == classes
+    assert (106 in numbers(data)) is not bool(classes)

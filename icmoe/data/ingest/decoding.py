@@ -270,6 +270,8 @@ class _Masks:
     def _named(self, voxels: npt.NDArray[Any], patches: Sequence[Patch]) -> Classes:
         """Return class indices for a volume's values, or refuse a value that no label names."""
         if patches:  # it is called like a class
+            if (value := float(np.rint(voxels.max(initial=0)))) > 1.0 and value != 255.0:
+                raise Refusal(106, f"mask cannot be used: value {value:g}, which means another class than it is called like")
             return (voxels > 0.5).astype(np.uint8) * np.uint8(patches[0].label)
         if voxels.dtype.kind == "f":
             voxels = np.where(np.abs(np.rint(voxels) - voxels) < SCALING_ERROR, np.rint(voxels), voxels)

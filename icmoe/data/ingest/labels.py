@@ -30,8 +30,8 @@ class LabelNames:
 
     def __init__(self, labels: Sequence[Label], synonyms: Mapping[str, Sequence[str]]) -> None:
         classes = {label.name: index for index, label in enumerate(labels)}
-        self.values = frozenset(value for label in labels for value in label.values)
-        """What masks hold by which a class is meant."""
+        self.values = {value: index for index, label in enumerate(labels) for value in label.values}
+        """What masks hold by which a class is meant, and which."""
         self._index = {_plain(name): index for name, index in classes.items()}
         faults = []
         for name, others in synonyms.items():

@@ -117,8 +117,10 @@ class Persons:
         path
             One of those given.
         """
+        if _numbered(self._named[owner_folders(path)]):
+            return ""
         name = _without_series(self._called(path))
-        return name if PERSON.fullmatch(name) and not _numbered(self._named[owner_folders(path)]) else ""
+        return name if PERSON.fullmatch(name) else ""
 
     def _called(self, path: str) -> str:
         return person(self._cases.get(path) or stem(path))

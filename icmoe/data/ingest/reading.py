@@ -67,7 +67,10 @@ class Reader:
                 record = volume_record(path, called, self.names.values, is_scan=called_scan(relative))
                 if called == 0 and at < 1 and record.mask and record.single:
                     raise Refusal(120, "it is called like the background, and what it does not mark may be anything")
-                update = {**self._owner(relative), "called_at": at}
+                patches = (
+                    record.patches if record.single or at < 1 else ()
+                )  # a folder of label maps may be called like one of them
+                update = {**self._owner(relative), "called_at": at, "patches": patches}
                 return record.model_copy(update={**update, "series": self.hashes.of("file", relative)})
             case "png":
                 record = picture_record(path)

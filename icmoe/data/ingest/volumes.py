@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -42,7 +43,9 @@ def read_volume(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
     return found
 
 
-def volume_record(path: Path, called: int | None = None, named: Collection[int] = (), *, is_scan: bool = False) -> FileRecord:
+def volume_record(
+    path: Path, called: int | None = None, named: Mapping[int, int] = MappingProxyType({}), *, is_scan: bool = False
+) -> FileRecord:
     """Return the record of a volume, whether it looks like a mask or an image.
 
     Parameters
@@ -53,7 +56,7 @@ def volume_record(path: Path, called: int | None = None, named: Collection[int] 
         Class that it has the name of. Where it marks one thing alone, as 1 or 255, it marks that: programs write a file for
         each class, and 1 in all of them.
     named
-        Values that mean a class.
+        Values that mean a class, and which.
     is_scan
         Whether its path says that it is an image: wholly black, it is no mask without a mark.
 
@@ -84,11 +87,17 @@ def volume_record(path: Path, called: int | None = None, named: Collection[int] 
         affine=tuple(float(value) for value in matrix[:3].ravel()),
         called=bool(called),
         single=single,
-        patches=(Patch(number=0, label=called),) if called and single else (),
+        patches=(Patch(number=0, label=called),) if called and (single or _means_another(values, called, named)) else (),
     )
 
 
-def _unnamed(values: npt.NDArray[Any], named: Collection[int]) -> str:
+def _means_another(values: npt.NDArray[Any], called: int, named: Mapping[int, int]) -> bool:
+    """Return whether a mask marks one thing alone, by a value that means another class than it is called like."""
+    marks = [float(value) for value in np.rint(values) if value != 0.0]
+    return len(marks) == 1 and named.get(marks[0], called) != called  # type: ignore[call-overload]  # equal numbers are one key
+
+
+def _unnamed(values: npt.NDArray[Any], named: Mapping[int, int]) -> str:
     """Return the first of the values that mean no class, empty where all do."""
     whole = np.rint(values)
     known = np.isin(whole, list(named)) & (np.abs(whole - values) < SCALING_ERROR)
