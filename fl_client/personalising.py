@@ -82,13 +82,21 @@ def _own(site: Participant, data: OwnData, header: ModelHeader, on_progress: Pro
     kept = folder / f"alone-{_data_digest(data)[:16]}.safetensors"
     for other in {*folder.glob("alone*.safetensors")} - {kept}:  # a patient may have been forgotten since
         other.unlink()
-    state, done = None, 0
-    if kept.exists():
-        model, before = read_model(kept)
-        state, done = global_state(model), before.round
+    state, done = _former(kept)
 
     def keep(now: State, number: int) -> None:
         write_model(kept, now, header.model_copy(update={"method": ALONE, "round": number}), private=True)
         on_progress("train", number, study.rounds)
 
     return train_alone(study, data, state=state, done=done, on_round=keep)
+
+
+def _former(kept: Path) -> tuple[State | None, int]:
+    """Return what was kept and after which round; what a full disk or a crash cut off is trained again."""
+    if not kept.exists():
+        return None, 0
+    try:
+        model, header = read_model(kept)
+    except IcmoeError:
+        return None, 0
+    return global_state(model), header.round

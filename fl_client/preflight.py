@@ -255,7 +255,7 @@ def _data(path: Path, settings: SiteFile, study: Study) -> list[Check]:
     missing: list[str] = []
 
     def count() -> Check:
-        missing.extend(key for key in keys if not cache.path(key).is_file())
+        missing.extend(key for key in keys if not cache.is_whole(key))
         note = f"{len(keys) - len(missing)} of {len(keys)} views"
         todo = f"Run fl_client --site {settings.name} prepare."
         fault = Fault(number=207, where=str(cache.folder), what="features are not in the cache", value=note, todo=todo)

@@ -119,6 +119,14 @@ class FeatureCache:
             return False
         return True
 
+    def is_whole(self, key: str) -> bool:
+        """Return whether an entry is there that was not cut off; its values are not looked at, which `contains` does."""
+        try:
+            with EntryFile(self.path(key)):
+                return True
+        except (OSError, ValueError):
+            return False
+
     def put(self, key: str, embedding_CHW: Tensor, blocks: Sequence[Tensor]) -> None:
         """Write an entry atomically.
 
@@ -174,6 +182,7 @@ class FeatureCache:
         IcmoeError
             111 where an entry is absent or damaged.
         """
+        key = keys[0]
         try:
             for key in keys:
                 if self.path(key) not in _CHECKED:
@@ -188,8 +197,12 @@ class FeatureCache:
                     for name, batch in zip(names, batches, strict=True):
                         file.read_into(name, batch[row])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            did, todo = "Training stopped.", "Start again: damaged entries are computed anew."
-            raise IcmoeError(Fault(number=111, value=type(error).__name__, did=did, todo=todo)) from None
+            did, todo = (
+                "Training stopped.",
+                "Start again, at a hospital after prepare or ingest: damaged entries are computed anew.",
+            )
+            where, value = str(self.path(key)), type(error).__name__
+            raise IcmoeError(Fault(number=111, where=where, value=value, did=did, todo=todo)) from None
         return batches
 
     def _read(self, key: str) -> dict[str, Tensor]:

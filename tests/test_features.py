@@ -99,9 +99,10 @@ def test_a_damaged_or_foreign_entry_counts_as_absent_and_is_never_used(cache: Fe
     path.write_bytes(content[damage])
     assert not cache.contains(key)
     assert cache.contains(other)
+    assert (cache.is_whole(key), cache.is_whole(other)) == (damage in {"flip a bit", "another key's entry"}, True)
     with pytest.raises(IcmoeError) as caught:
-        cache.load([key])
-    assert caught.value.faults[0].number == 111
+        cache.load([other, key])
+    assert (caught.value.faults[0].number, caught.value.faults[0].where) == (111, str(path))
 
 
 def test_what_is_cut_off_after_it_was_checked_is_not_used(cache: FeatureCache) -> None:

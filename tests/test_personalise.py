@@ -232,6 +232,11 @@ class TestCommand:
         assert self.run(hospital, "tiny", "final.safetensors")[0] == 0
         assert made.read_bytes() == before
         assert kept.stat().st_mtime_ns == alone, "what was trained is not trained again"
+        whole = kept.read_bytes()
+        for cut in (b"", whole[: len(whole) // 2]):
+            kept.write_bytes(cut)
+            assert self.run(hospital, "tiny", "final.safetensors")[0] == 0
+            assert (made.read_bytes(), kept.read_bytes()) == (before, whole), "unless a crash cut it off"
 
         listed = export / "splits" / "train.csv"
         text = listed.read_text()

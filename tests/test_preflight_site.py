@@ -189,6 +189,18 @@ def test_another_backbone_missing_features_and_no_approved_study(hospital: Hospi
     assert hospital.only_fault()["number"] == 316
 
 
+@pytest.mark.parametrize("left", [0, 100, -1])
+def test_features_that_were_cut_off_are_not_there(left: int, hospital: Hospital) -> None:
+    entry = next((hospital.folder / "cache").rglob("*.safetensors"))
+    whole = entry.read_bytes()
+    entry.write_bytes(whole[:left])
+    fault = hospital.only_fault()
+    assert (fault["number"], fault["name"], fault["value"]) == (207, "features", "17 of 18 views")
+    assert "prepare." in fault["sentence"]
+    done = CliRunner().invoke(cli.app, ["--site", "Alder", "--config", str(hospital.path), "prepare"])
+    assert (done.exit_code, entry.read_bytes()) == (0, whole), done.output
+
+
 def test_a_study_for_tests_only_and_a_folder_without_images(hospital: Hospital) -> None:
     hospital.path.write_text(hospital.text.replace("allow_test_only = true", "allow_test_only = false"))
     assert hospital.only_fault()["number"] == 212
