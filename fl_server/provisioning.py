@@ -155,7 +155,12 @@ def print_expiry(folder: Path, now: dt.datetime, *, warn_days: int, as_json: boo
 
 
 def _certificate(path: Path) -> x509.Certificate:
-    return parse_certificate(read_small(path), where=str(path))
+    data = read_small(path)
+    try:
+        return parse_certificate(data, where=str(path))
+    except IcmoeError as error:  # whose usual remedy is to ask the coordinator
+        todo = "Restore it from a backup, or remove it: fl_server provision makes it again."
+        raise IcmoeError(replace(error.faults[0], todo=todo)) from None
 
 
 def _make_folder(folder: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +103,7 @@ class RunFolder:
             as `find_hospitals` for the data.
         """
         did = "Nothing was started."
-        read_results(self.results, did=did)
+        self._require_whole(did)
         results: dict[str, Any] = json.loads(read_regular(self.results))
         settings, kept = simulation.model_dump(mode="json"), results["configuration"].get("simulation", {})
         other = ["study"] if results["study_digest"] != study.digest else []
@@ -111,6 +112,14 @@ class RunFolder:
             other = ["data"]
         self.require_none(other, did=did)
         return results
+
+    def _require_whole(self, did: str) -> None:
+        """Refuse results that cannot be read; finished rounds outlast them."""
+        try:
+            read_results(self.results, did=did)
+        except IcmoeError as error:
+            todo = "Remove it: --resume makes it again, from the finished rounds as long as .work is there."
+            raise IcmoeError(*(replace(one, todo=todo) if one.number == 217 else one for one in error.faults)) from None
 
     def require_none(self, other: Sequence[str], *, did: str, todo: str = "") -> None:
         """Refuse the results where anything about them is other than what was asked for.

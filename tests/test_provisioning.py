@@ -187,6 +187,18 @@ def test_keys_that_others_can_read_or_that_do_not_belong_are_not_used(tmp_path: 
     assert numbers(caught) == [309]
 
 
+@pytest.mark.parametrize("name", ["ca/ca.crt", "coordinator/server.crt"])
+def test_a_certificate_that_was_cut_off_is_made_again_once_it_is_removed(name: str, tmp_path: Path) -> None:
+    make(tmp_path)
+    path = tmp_path / "out" / name
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(IcmoeError, match=rf"ICM308 .*{name}: .*remove it: fl_server provision makes it again\.$"):
+        make(tmp_path)
+    path.unlink()
+    assert make(tmp_path).notes == ()
+    handshake(tmp_path / "out", tmp_path / "out/sites/Alder/kit/ca.crt")
+
+
 BAD_FILES = {
     "an unknown key": (TEXT + 'adress = "x"\n', 201),
     "a URL": (TEXT.replace("coordinator.example:443", "https://coordinator.example"), 202),

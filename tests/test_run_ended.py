@@ -110,7 +110,7 @@ def test_a_stopped_run_does_not_go_on_over_masks_that_were_drawn_anew(tmp_path: 
 def test_damaged_results_are_told_on_resume(content: bytes, tmp_path: Path) -> None:
     folder, study, simulation = finished_folder(tmp_path / "run")
     folder.results.write_bytes(content)
-    with pytest.raises(IcmoeError, match=r"ICM217 .*Nothing was started"):
+    with pytest.raises(IcmoeError, match=r"ICM217 .*Nothing was started\. Remove it: --resume makes it again"):
         folder.finished(study, simulation)
 
 
