@@ -144,12 +144,12 @@ def read_home(root: Path) -> Home:
     Raises
     ------
     IcmoeError
-        201-205 for its consortium.toml, 326 per missing file, 306 for a private file that others may read.
+        201-205 for its consortium.toml, 326 per missing or empty file, 306 for a private file that others may read.
     """
     home = find_home(root)
     needed = [home.ca, home.certificate, home.key, home.secret]
-    faults = [Fault(number=326, where=str(path), did="Nothing was started.") for path in needed if not path.is_file()]
-    if faults:
+    lacking = [path for path in needed if not path.is_file() or not path.stat().st_size]
+    if faults := [Fault(number=326, where=str(path), did="Nothing was started.") for path in lacking]:
         raise IcmoeError(*faults)
     for private in (home.key, home.secret):
         read_private(private)

@@ -86,7 +86,7 @@ def provision(source: Path, folder: Path, *, renew: bool, now: dt.datetime) -> P
     old = _certificate(home.signing_ca) if home.signing_ca.exists() else None
     ca = _provide_ca(home, now, changes, renew=renew)
     _provide_server(home, ca, now, changes, renew=renew)
-    if not home.secret.exists():
+    if not home.secret.exists() or not home.secret.stat().st_size:  # an empty one was cut off, and Flower takes none
         _write(home.secret, secrets.token_hex(32).encode(), changes, private=True)
     read_private(home.secret)
     kits = {name: _provide_kit(home, name, changes) for name in consortium.site_names}

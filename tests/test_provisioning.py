@@ -85,6 +85,17 @@ def test_what_is_missing_is_made_again_and_fits(name: str, tmp_path: Path) -> No
     assert ca.public_bytes(Encoding.PEM) == (folder / "sites" / "Birch" / "kit" / "ca.crt").read_bytes()
 
 
+def test_a_secret_that_was_emptied_starts_nothing_and_is_made_again(tmp_path: Path) -> None:
+    make(tmp_path)
+    secret = tmp_path / "out/coordinator/superexec.secret"
+    secret.write_bytes(b"")
+    code, output = serve("superlink", "--home", tmp_path / "out")
+    assert (code, "ICM326" in output, "superexec.secret" in output) == (1, True, True), output
+    make(tmp_path)
+    assert len(secret.read_bytes()) == 64
+    assert serve("superlink", "--home", tmp_path / "out")[0] == 0
+
+
 def test_a_further_name_needs_a_new_certificate_but_no_new_kit(tmp_path: Path) -> None:
     make(tmp_path)
     before = snapshot(tmp_path / "out")
