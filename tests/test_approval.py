@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from hypothesis import strategies as st
 from test_client import CONTEXT, command, hospital, number_of, request, write_site_file, write_study_file
 
 from fl_client.app import make_client_app
-from fl_client.approval import approve, approved_studies, approved_study, changes, read_approvals, withdraw
+from fl_client.approval import changes, read_approvals, withdraw
 from fl_client.audit import read_log
 from fl_client.credentials import make_node_key
 from fl_client.leaves import IN_INT8, LEAVES
@@ -30,7 +29,6 @@ from fl_client.site import ENVIRONMENT
 from icmoe.bundle import PACKAGES, bundle_digest, bundle_files, differences
 from icmoe.config import parse
 from icmoe.errors import IcmoeError
-from icmoe.study import canonical, canonical_json
 
 __all__ = ["hospital"]
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -334,51 +332,6 @@ def test_the_gpu_share_limits_a_gpu_and_nothing_else(monkeypatch: pytest.MonkeyP
     limit_gpu(Policy(), torch.device("cuda"))
     limit_gpu(Policy(gpu_share=0.5), torch.device("cuda"))
     assert limits == [(0.5, "cuda")]
-
-
-def test_the_store_keeps_each_study_once_and_the_latest_first(make_study, tmp_path: Path) -> None:
-    first, second = make_study(name="first"), make_study(name="second")
-    with pytest.raises(IcmoeError, match="ICM316"):
-        approved_studies(tmp_path)
-    for minutes, study in enumerate((first, second, first)):
-        approve(tmp_path, study, BUNDLE, NOW + timedelta(minutes=minutes))
-    assert approved_studies(tmp_path) == (first, second)
-    assert approved_study(tmp_path, "Alder", second.digest, BUNDLE) == second
-    withdraw(tmp_path, "first", NOW)
-    assert approved_studies(tmp_path) == (second,)
-    approve(tmp_path, first, BUNDLE, NOW + timedelta(minutes=9))
-    assert approved_studies(tmp_path) == (first, second)
-
-
-def test_a_damaged_approval_stops_the_site_with_its_name(make_study, tmp_path: Path) -> None:
-    approve(tmp_path, make_study(), BUNDLE, NOW)
-    (tmp_path / "approvals/broken.json").write_text("{")
-    with pytest.raises(IcmoeError, match=r"ICM321 .*broken\.json"):
-        read_approvals(tmp_path)
-
-
-@pytest.mark.parametrize("when", ["yesterday", "2026-11-26T12:00:00"])
-def test_an_approval_of_no_certain_time_stops_the_site_with_its_name(when: str, make_study, tmp_path: Path) -> None:
-    approve(tmp_path, make_study(), BUNDLE, NOW)
-    (path,) = (tmp_path / "approvals").glob("*.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"approved_at": when}))
-    with pytest.raises(IcmoeError, match=rf"ICM321 .*{path.name}"):
-        read_approvals(tmp_path)
-
-
-def test_an_approval_whose_digest_a_later_schema_would_change_is_no_damage(make_study, tmp_path: Path) -> None:
-    study = make_study()
-    values = json.loads(canonical(study))
-    del values["aggregation"]["server_learning_rate"]  # as if written before the schema had this setting
-    digest = hashlib.sha256(canonical_json(values).encode()).hexdigest()
-    kept = {"digest": digest, "study": values, "bundle": BUNDLE, "approved_at": NOW.isoformat()}
-    (tmp_path / "approvals").mkdir()
-    (tmp_path / "approvals" / f"{digest}.json").write_text(json.dumps(kept))
-    assert [approval.study for approval in read_approvals(tmp_path)] == [study]
-    with pytest.raises(IcmoeError, match="ICM318"):
-        approved_study(tmp_path, "Alder", digest, "c" * 64)
-    with pytest.raises(IcmoeError, match="ICM302"):
-        approved_study(tmp_path, "Alder", study.digest, BUNDLE)
 
 
 def test_changes_name_each_setting_that_differs(make_study) -> None:
