@@ -359,6 +359,8 @@ def forget(
         line = f"{frames} images and {features} cached views removed; the patient is not read again."
         if not frames:
             line = "No image of this patient was in use here: check the number. Files that bear it are not read from now on."
+        if features and not frames:  # the index went first, and then the command was ended
+            line = f"{features} cached views removed that an interrupted command had left. {line}"
         Console().print(line, highlight=False, soft_wrap=True)
         if others:
             line = f"Equal pictures are there under {', '.join(others)}: forget them too if it is the same person."

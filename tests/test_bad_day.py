@@ -21,6 +21,7 @@ from fl_client.supervisor import Hearing, _log_file
 from fl_server import supervise
 from icmoe.data.ingest import index
 from icmoe.data.ingest.pseudonyms import forgotten
+from icmoe.data.ingest.run import forget
 
 __all__ = ["hospital"]
 SITE = """name = "Alder"
@@ -76,6 +77,20 @@ def test_who_forgets_a_patient_beside_an_ingest_is_told_to_do_it_again(ingested:
     assert len(forgotten(folder)) == 1
     done = command(ingested, "forget", "one")
     assert (done.exit_code, "images and" in done.stdout) == (0, True), done.stdout
+
+
+def test_who_forgets_a_patient_again_after_a_kill_is_told_what_was_still_there(ingested: Path) -> None:
+    assert command(ingested, "ingest").exit_code == 0
+    cache = ingested.parent / "cache"
+    before = len(list(cache.rglob("*.safetensors")))
+    forget(ingested.parent / "ingest", "one")  # and killed before the features
+    done = command(ingested, "forget", "one")
+    removed = before - len(list(cache.rglob("*.safetensors")))
+    assert removed > 0
+    assert done.stdout.startswith(
+        f"{removed} cached views removed that an interrupted command had left. No image of this patient"
+    )
+    assert command(ingested, "forget", "one").stdout.startswith("No image of this patient was in use here: check the number.")
 
 
 def test_an_index_that_is_a_folder_is_refused_by_number(ingested: Path) -> None:
