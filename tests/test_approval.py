@@ -92,20 +92,6 @@ def test_the_command_shows_what_is_asked_and_what_leaves(hospital: Path, make_st
     assert [approval.study.rounds for approval in read_approvals(tmp_path / "state")] == [7, 9]
 
 
-def test_what_changed_is_told_against_the_last_approval_though_the_clock_was_set_back(
-    hospital: Path, make_study, tmp_path: Path
-) -> None:
-    path, file = write_site_file(tmp_path, hospital), write_study_file(tmp_path / "study.toml", make_study(rounds=7))
-    assert command(path, "approve", str(file), "--yes").exit_code == 0
-    (kept,) = (tmp_path / "state/approvals").glob("*.json")
-    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"approved_at": "2099-01-01T00:00:00+00:00"}))
-    for rounds, before in ((8, 7), (9, 8)):
-        text = file.read_text().replace(f"rounds = {before}", f"rounds = {rounds}")
-        file.write_text(text)
-        said = " ".join(command(path, "approve", str(file), "--yes").output.split())
-        assert f"│ rounds │ {before} │ {rounds} │" in said.replace("┃", "│")
-
-
 def test_a_hospital_is_told_of_updates_in_int8(hospital: Path, make_study, tmp_path: Path) -> None:
     path = write_site_file(tmp_path, hospital)
     texts = []

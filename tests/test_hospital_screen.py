@@ -25,7 +25,7 @@ from fl_client.participant import Participant
 from fl_client.screen import Panel, Run, screen
 from fl_client.site import read_named
 from fl_client.site_report import HEIGHT, WIDTH, points
-from fl_client.status import _connection, ago
+from fl_client.status import _connection
 from fl_client.supervisor import Hearing, only_one
 from icmoe.model import ICMoE
 
@@ -242,11 +242,3 @@ def test_the_curve_rises_with_dice_from_left_to_right() -> None:
 def test_a_damaged_note_of_what_was_said_last_is_none(since: str, tmp_path: Path) -> None:
     (tmp_path / SAID).write_text(f'{{"says": "connected", "run": "", "since": {since}}}')
     assert _connection(tmp_path) is None
-
-
-@pytest.mark.parametrize(
-    ("behind", "told"),
-    [(0, "0 s ago"), (-20, "0 s ago"), (90, "1 min ago"), (200_000, "2 d ago"), (-9000, "2 h ahead of this clock")],
-)
-def test_what_was_noted_before_the_clock_was_set_back_is_not_called_new(behind: int, told: str) -> None:
-    assert ago(time.time() - behind) == told
