@@ -227,7 +227,7 @@ def approvals_and_lines(state: Path) -> tuple[int, int]:
     return len(read_approvals(state)), len(read_log(state))
 
 
-@pytest.mark.parametrize("failing", [1, 2, 3])
+@pytest.mark.parametrize("failing", [1, 2, 3, 4])
 def test_a_full_disk_leaves_no_line_without_its_approval_and_no_approval_without_its_line(
     hospital: Path, make_study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
@@ -243,7 +243,8 @@ def test_a_full_disk_leaves_no_line_without_its_approval_and_no_approval_without
         patched.setattr(os, "fsync", full)
         done = command(path, "approve", str(file), "--yes")
     failed = failing < 3  # the approval and its line are what waits for the disk
-    assert (done.exit_code, "ICM205" in done.stderr) == (int(failed), failed)
+    assert (done.exit_code, "ICM205" in done.stderr) == (int(failing < 4), failed)
+    assert ("is approved at" in done.stdout, "ICM315" in done.stderr) == (not failed, failing == 3)  # the third: a new ledger's
     assert approvals_and_lines(tmp_path / "state") == ((0, 0) if failed else (1, 1))
     assert not list(tmp_path.rglob(".*.json.*"))
     assert command(path, "approve", str(file), "--yes").exit_code == 0
