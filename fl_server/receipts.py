@@ -22,8 +22,6 @@ from icmoe.locks import hold
 from icmoe.messages import CONFIG, ERROR_CODE, NUMBERS, ROUND_KEY, error_reason
 from icmoe.receipts import EMPTY, LEDGER_KEY, RECEIPT_KEY, Head, head_of, receipt_of, receipt_text
 
-_WENT_BACK = 418
-
 
 @dataclass(frozen=True, slots=True)
 class _Question:
@@ -95,8 +93,9 @@ class Receipted(InFront):
         if asked is not None and behind(head, asked.receipt):
             value = f"{head.count} entries" if head is not None else "no ledger"
             did = "Its answer was refused."
-            print_faults([Fault(number=_WENT_BACK, where=site, value=value, limit=f"at least {asked.receipt.count}", did=did)])
-            return Message(Error(ERROR_CODE + _WENT_BACK, error_reason(_WENT_BACK)), reply_to=asked.message)
+            fault = Fault(number=418, where=site, value=value, limit=f"at least {asked.receipt.count}", did=did)
+            print_faults([fault])
+            return Message(Error(ERROR_CODE + fault.number, error_reason(fault.number)), reply_to=asked.message)
         if head is not None:
             keep_receipt(self._folder, site, head)
         return reply

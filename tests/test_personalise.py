@@ -58,13 +58,14 @@ def test_a_site_whose_own_model_is_clearly_better_for_everyone_is_not_left_with_
     assert not table[OWN] or mean(table[choice]) >= mean(table[OWN])
 
 
-def test_without_validation_patients_and_where_patients_disagree_the_default_stays() -> None:
+def test_without_validation_patients_and_where_patients_disagree_the_default_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose({DEFAULT: [], OWN: []}, DEFAULT) == DEFAULT
     assert choose({DEFAULT: [0.5, 0.5], OWN: [0.9, 0.499]}, DEFAULT) == DEFAULT
     assert choose({DEFAULT: [0.5, 0.5], OWN: [0.505, 0.505]}, DEFAULT) == DEFAULT
     assert choose({DEFAULT: [0.5, 0.5], OWN: [0.9, 0.5]}, DEFAULT) == DEFAULT  # better for each, not for some alone
     assert choose({DEFAULT: [0.5, 0.5], OWN: [0.6, 0.6], TUNED: [0.7, 0.6]}, DEFAULT) == TUNED
-    assert choose({DEFAULT: [0.5], OWN: [0.75]}, DEFAULT, margin=0.25) == OWN  # just by the margin
+    monkeypatch.setattr("icmoe.personalise.MARGIN", 0.25)
+    assert choose({DEFAULT: [0.5], OWN: [0.75]}, DEFAULT) == OWN  # just by the margin
 
 
 @settings(deadline=None, max_examples=20)

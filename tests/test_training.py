@@ -153,14 +153,16 @@ def test_every_slice_is_seen_once_per_epoch_and_never_twice_in_a_batch(prepared)
     assert len(list(tiny.batches(steps=6, seed=1, device=CPU))) == 6
 
 
-def test_order_of_the_slices_and_how_many_are_predicted_at_once_change_nothing(prepared) -> None:
+def test_order_of_the_slices_and_how_many_are_predicted_at_once_change_nothing(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     study, site, cache, _ = prepared
     rows, model = site.of("train"), build_model(study, seed=1).eval()
     sets = [TrainingSet(order, study, cache) for order in (rows, rows[::-1])]
     first, second = (next(one.batches(steps=1, seed=1, device=CPU)) for one in sets)
     assert torch.equal(first.features.embedding_BCHW, second.features.embedding_BCHW)
     assert torch.equal(first.target_BKhw, second.target_BKhw)
-    few, many = (list(predict_slices(model, rows, cache, CPU, batch_size=size)) for size in (3, 16))
+    many = list(predict_slices(model, rows, cache, CPU))
+    monkeypatch.setattr("icmoe.evaluation.EVALUATION_BATCH", 3)
+    few = list(predict_slices(model, rows, cache, CPU))
     assert len(few) == len(rows)
     assert all(np.array_equal(*pair) for pair in zip(few, many, strict=True))
 
