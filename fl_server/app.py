@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from flwr.app import Context
@@ -37,6 +35,7 @@ from fl_server.waiting import begun, write_wait
 from icmoe.atomic import regular, write_atomically
 from icmoe.errors import Fault, IcmoeError, faults_of, print_faults
 from icmoe.exchange import global_state
+from icmoe.locks import hold
 from icmoe.model import build_model
 from icmoe.modelfile import ModelHeader, write_model
 from icmoe.processes import sweep_often
@@ -46,7 +45,6 @@ from icmoe.study import Study, derived_seed, read_study
 log = logging.getLogger("fl_server")
 
 HANDOVER_S = 60.0  # a stopped run asks its SuperLink every few seconds, but not while it aggregates
-HANDOVER_LOOK_S = 0.2
 
 
 def make_strategy(
@@ -179,18 +177,10 @@ def only_run_of(path: Path) -> Iterator[None]:
     IcmoeError
         506 where another run holds it for `HANDOVER_S`.
     """
-    ends = time.monotonic() + HANDOVER_S
     with open(lock_path(path), "a", opener=regular) as lock:
-        while not _held(lock):
-            if time.monotonic() > ends:
-                raise IcmoeError(Fault(number=506, where=path.parent.name, did="This run ends; the other goes on."))
-            time.sleep(HANDOVER_LOOK_S)
+        try:
+            hold(lock, name=lock_path(path), deadline_s=HANDOVER_S)
+        except TimeoutError:
+            did = "This run ends; the other goes on."
+            raise IcmoeError(Fault(number=506, where=path.parent.name, did=did)) from None
         yield
-
-
-def _held(lock: TextIO) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

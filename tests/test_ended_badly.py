@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from clocks import Clock
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.config import parse_config_args
 from shown import make_home, play
@@ -77,19 +78,6 @@ def declining(message: Message, site: str) -> Message | None:
     if message.metadata.message_type == "query.summary":
         return Message(Error(1214, "ICM214 not shared"), reply_to=message)
     return honest(message, site)
-
-
-class Clock:
-    """Stands where the module `time` does: seconds pass while somebody sleeps, however busy the machine is."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += seconds
 
 
 @pytest.mark.parametrize("alive", [True, False])

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from clocks import Clock
 
 from fl_client.approval import one_at_a_time
 from fl_client.audit import LOG, read_log, record
@@ -50,7 +51,7 @@ def test_a_stuck_process_costs_an_audit_line_and_an_approval_a_minute_and_nothin
 ) -> None:
     record(tmp_path, "approved", {"study": "tiny"})
     before = (tmp_path / LOG).read_bytes()
-    monkeypatch.setattr(locks, "time", Fast())
+    monkeypatch.setattr(locks, "time", Clock())
     with (tmp_path / LOG).open("rb") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         with pytest.raises(TimeoutError, match="held it for 60 s"):
@@ -66,16 +67,3 @@ def test_a_stuck_process_costs_an_audit_line_and_an_approval_a_minute_and_nothin
         os.close(folder)
     assert raised.value.faults[0].number == 325
     assert "another approval or withdrawal" in str(raised.value)
-
-
-class Fast:
-    """A clock on which a look at a lock takes a second."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += 1.0 + seconds

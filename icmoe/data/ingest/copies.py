@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from icmoe.data.ingest.refusals import Refusal
-from icmoe.data.ingest.run import SAME_PICTURE, SPLITS
+from icmoe.data.ingest.run import SAME_PICTURE
+from icmoe.data.splits import SPLITS
 
 COMMON = 5
 """Patients from whom on an equal picture says nothing about a person, such as a logo, nor does a study that a system named."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from icmoe.data.ingest import index
 from icmoe.data.ingest.index import FrameRow
-from icmoe.data.ingest.run import SPLITS
+from icmoe.data.splits import SPLITS
 from icmoe.errors import CATALOGUE, Fault
 from icmoe.study import Label
 

@@ -24,10 +24,10 @@ from icmoe.data.ingest.folding import folded
 from icmoe.data.ingest.forms import MASKS, VOLUMES
 from icmoe.data.ingest.records import RECIPE_VERSION, whose
 from icmoe.data.ingest.settings import IngestSettings
+from icmoe.data.splits import SPLITS
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Label
 
-SPLITS = ("train", "val", "test")
 PACKAGES = ("pydicom", "highdicom", "nibabel", "pylibjpeg", "libjpeg", "openjpeg", "rle", "jpeg_ls")
 """What the extra `dicom` installs, by import name."""
 ABSENT = "absent"
