@@ -51,11 +51,13 @@ def test_a_stuck_process_costs_an_audit_line_and_an_approval_a_minute_and_nothin
 ) -> None:
     record(tmp_path, "approved", {"study": "tiny"})
     before = (tmp_path / LOG).read_bytes()
-    monkeypatch.setattr(locks, "time", Clock())
+    clock = Clock()
+    monkeypatch.setattr(locks, "time", clock)
     with (tmp_path / LOG).open("rb") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         with pytest.raises(TimeoutError, match="held it for 60 s"):
             record(tmp_path, "withdrawn", {"study": "tiny"})
+    assert 60.0 <= clock.now_s < 60.1
     assert (tmp_path / LOG).read_bytes() == before
     assert len(read_log(tmp_path)) == 1
     folder = os.open(tmp_path, os.O_RDONLY)
