@@ -1,41 +1,41 @@
-"""Which parts of IC-MoE earn their place: each variant trained by the same federation, compared on `val`.
+"""Which parts and settings of IC-MoE earn their place: each variant trained by the same federation; never looks at `test`.
 
-`python simulations/ablation.py --data DIR`; never looks at `test`. Each variant is a change of the study's values.
+`python simulations/ablation.py --data DIR` compares them on `val`; with `--unseen` each site is left out in turn, and the others'
+model is scored on that site's patients, several times as many. Each variant is a change of the study's values.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from icmoe.atomic import write_atomically
 from icmoe.cache_entries import default_cache_folder
 from icmoe.config import parse
 from icmoe.device import available_device
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
-from icmoe.exchange import global_state
 from icmoe.features import FeatureCache
-from icmoe.model import build_model
 from icmoe.prepare import encode_slices
 from icmoe.profiles import merged
 from icmoe.study import Study
 from icmoe.usage import OneCommand
-from simulations.federation import Job, require_cluster, run_jobs, write_sites
+from simulations.federation import require_cluster, run_jobs, write_sites
 from simulations.folder import RunFolder
-from simulations.hospitals import find_hospitals, make_sites
+from simulations.hospitals import Hospitals, find_hospitals, make_sites
 from simulations.interruption import exit_on_interruption
 from simulations.rehearsal import backbone_of, engine_of, report_sites
 from simulations.scenario import Simulation, chosen, read_scenario
 from simulations.screen import Screen
+from simulations.trials import Scores, Trial, compared, left_out, mean_of_sites, score_trial
 
-VARIANTS: dict[str, dict[str, Any]] = {
+PARTS: dict[str, dict[str, Any]] = {
     "full": {},
     "no basic experts": {"model": {"basic_experts": 0}},
     "no semantic experts": {"model": {"semantic_experts": 0}},
@@ -49,6 +49,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no block features": {"backbone": {"block_features": False}},
     "two experts fused": {"model": {"top_k": 2}},
 }
+SETTINGS: dict[str, dict[str, Any]] = {
+    "three experts": {"model": {"basic_experts": 1, "semantic_experts": 1, "adaptive_experts": 1, "top_k": 3}},
+    "twelve experts": {"model": {"basic_experts": 4, "semantic_experts": 4, "adaptive_experts": 4, "top_k": 12}},
+    "consensus 1": {"model": {"consensus": 1.0}},
+    "consensus 4": {"model": {"consensus": 4.0}},
+    "contrast 0.3": {"loss": {"contrast": 0.3}},
+    "router anchor 0.1": {"loss": {"router_anchor": 0.1}},
+    "proximal term 0.01": {"training": {"proximal_mu": 0.01}},
+    "four views": {"training": {"views": ["identity", "flip", "dark", "bright"]}},
+    "one view": {"training": {"views": ["identity"]}},
+    "t 0": {"aggregation": {"usage_exponent": 0.0}},
+    "t 2": {"aggregation": {"usage_exponent": 2.0}},
+    "server Adam": {"aggregation": {"optimizer": "adam"}},
+    "server Yogi": {"aggregation": {"optimizer": "yogi"}},
+}
+"""Values that were chosen, moved; asked for by name."""
+VARIANTS = {**PARTS, **SETTINGS}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -56,7 +73,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def variant(base: Study, name: str, seed: int) -> Study:
     """Return the study of a variant and seed."""
     values = merged(base.model_dump(mode="json"), VARIANTS[name])
-    return parse(Study, {**values, "seed": seed, "name": "ablation-" + name.replace(" ", "-")}, where=name)
+    return parse(Study, {**values, "seed": seed, "name": "ablation-" + name.replace(" ", "-").replace(".", "-")}, where=name)
 
 
 @app.command(cls=OneCommand)
@@ -65,13 +82,16 @@ def ablate(
     out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("runs/ablation"),
     seeds: Annotated[int | None, typer.Option(min=1, max=20, help="Seeds 1..N; the scenario's if absent.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds.")] = None,
-    only: Annotated[str | None, typer.Option(help="Comma-separated variants; all if absent.")] = None,
+    only: Annotated[str | None, typer.Option(help="Comma-separated variants; the parts, each switched off, if absent.")] = None,
+    unseen: Annotated[  # noqa: FBT002
+        bool, typer.Option("--unseen", help="Leave each site out in turn and score the others' model on its patients.")
+    ] = False,
     scenario: Annotated[Path | None, typer.Option(help="Scenario file.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,  # noqa: FBT002
 ) -> None:
-    """Train each variant across the same hospitals and print its validation Dice."""
+    """Train each variant across the same hospitals and print its Dice on patients that it did not see, never of `test`."""
     with exit_on_fault():
-        names = chosen(only, VARIANTS, "--only")
+        names = list(PARTS) if only is None else chosen(only, VARIANTS, "--only")
         options = {"data": str(data) if data else None, "seeds": list(range(1, seeds + 1)) if seeds else None}
         given = {key: value for key, value in options.items() if value is not None}
         study, simulation = read_scenario(scenario, {} if rounds is None else {"rounds": rounds}, given)
@@ -80,58 +100,76 @@ def ablate(
         with going_on, folder.claimed(resume=resume), Screen(Console()) as screen:
             if told:
                 screen.say(escape(told))
-            engine = engine_of(simulation, available_device(simulation.device))
-            require_cluster(simulation.address)
-            hospitals = find_hospitals(simulation, study, folder.phantoms)
-            report_sites(hospitals, screen)
-            if not any(hospitals.sites[name].of("val") for name in hospitals.training):
-                what = "no image of the split is usable at a site that trains"
-                raise IcmoeError(Fault(number=108, where="val", what=what, did="Nothing was trained."))
-            jobs = [
-                Job(
-                    method=name,
-                    study=(own := variant(study, name, seed)),
-                    names=hospitals.training,
-                    state_path=folder.work / f"{own.name}-seed{seed}.safetensors",
-                )
-                for seed in simulation.seeds
-                for name in names
-            ]
-            slices = [item for split in ("train", "val") for item in hospitals.slices(split)]
-            for own in {job.study.backbone: job.study for job in jobs}.values():
-                _encode(own, slices, simulation, screen)
-            # Each variant's state knows its study, but not what it was trained on.
-            folder.check_identity({"data": hospitals.digest(), "masks": hospitals.masks_digest()})
-            cache = FeatureCache.of(default_cache_folder(), study)
-            state_folder = folder.work / "sites"
-            studies = tuple(job.study for job in jobs)
-            sites = make_sites(hospitals, studies, cache=cache, state_folder=state_folder, simulation=simulation)[:-1]
-            write_sites(folder.work / "sites.json", sites)
-            states = run_jobs(jobs, folder.work / "sites.json", engine, screen.on_event, on_scored=screen.on_scored)
-        rows = {name: [float(states[name, seed].history[-1]["val_dice"]) for seed in simulation.seeds] for name in names}
-        whole = study.model_dump(mode="json")
-        record = {"rounds": study.rounds, "seeds": list(simulation.seeds), "val_dice": rows, "study": whole}
-        write_atomically(folder.root / "ablation.json", (json.dumps(record, indent=1) + "\n").encode())
-        Console().print(_table(rows, study))
+            found = _run(names, study, simulation, folder, screen, unseen=unseen)
+        _write(found, study, simulation, folder, on="unseen" if unseen else "val")
 
 
-def _encode(study: Study, slices: list[Any], simulation: Simulation, screen: Screen) -> None:
-    backbone = backbone_of(study, simulation, available_device(simulation.device))
-    cache = FeatureCache.of(default_cache_folder(), study)
-    encode_slices(slices, study, backbone, cache, on_progress=lambda done, total: screen.progress("encode", done, total))
+def _run(
+    names: Sequence[str], study: Study, simulation: Simulation, folder: RunFolder, screen: Screen, *, unseen: bool
+) -> dict[str, list[Scores]]:
+    """Return the scores of each variant, a seed after the other."""
+    device = available_device(simulation.device)
+    engine = engine_of(simulation, device)
+    require_cluster(simulation.address)
+    hospitals = find_hospitals(simulation, study, folder.phantoms)
+    report_sites(hospitals, screen)
+    trials = _trials(names, study, simulation, hospitals, unseen=unseen)
+    _encode(trials, simulation, hospitals, screen)
+    # Each variant's state knows its study, but not what it was trained on.
+    folder.check_identity({"data": hospitals.digest(), "masks": hospitals.masks_digest()})
+    cache, studies = (
+        FeatureCache.of(default_cache_folder(), study),
+        tuple({trial.study.digest: trial.study for trial in trials}.values()),
+    )
+    sites = make_sites(hospitals, studies, cache=cache, state_folder=folder.work / "sites", simulation=simulation)[:-1]
+    write_sites(folder.work / "sites.json", sites)
+    jobs = [trial.job(hospitals, folder.work) for trial in trials]
+    states = run_jobs(jobs, folder.work / "sites.json", engine, screen.on_event, on_scored=screen.on_scored)
+    found: dict[tuple[str, int], Scores] = {}
+    for trial, job in zip(trials, jobs, strict=True):
+        seed = trial.study.seed
+        found.setdefault((trial.name, seed), {}).update(score_trial(trial, states[job.method, seed], hospitals, device))
+    return {name: [found[name, seed] for seed in simulation.seeds] for name in names}
 
 
-def _table(rows: dict[str, list[float]], study: Study) -> Table:
-    table = Table(title=f"Validation Dice per patient after {study.rounds} rounds", title_justify="left")
-    for column in ("variant", "Dice", "spread", "against full", "parameters"):
-        table.add_column(column, justify="left" if column == "variant" else "right")
-    base = fmean(rows["full"]) if "full" in rows else None
-    for name, values in rows.items():
-        spread = f"{stdev(values):.3f}" if len(values) > 1 else "-"
-        against = "-" if base is None or name == "full" else f"{fmean(values) - base:+.3f}"
-        size = sum(tensor.numel() for tensor in global_state(build_model(variant(study, name, 1), seed=0)).values())
-        table.add_row(name, f"{fmean(values):.3f}", spread, against, f"{size:,}")
-    return table
+def _trials(names: Sequence[str], study: Study, simulation: Simulation, hospitals: Hospitals, *, unseen: bool) -> list[Trial]:
+    if not unseen and not any(hospitals.sites[name].of("val") for name in hospitals.training):
+        what = "no image of the split is usable at a site that trains"
+        raise IcmoeError(Fault(number=108, where="val", what=what, did="Nothing was trained."))
+    left = left_out(hospitals) if unseen else ("",)
+    return [
+        Trial(name=name, study=variant(study, name, seed), left=site)
+        for seed in simulation.seeds
+        for name in names
+        for site in left
+    ]
+
+
+def _encode(trials: Sequence[Trial], simulation: Simulation, hospitals: Hospitals, screen: Screen) -> None:
+    """Fill the cache with what the variants train on, and with each image as it is."""
+    slices = [item for split in ("train", "val") for item in hospitals.slices(split)]
+    wanted = {(trial.study.backbone, (*trial.study.training.views, "identity")): trial.study for trial in trials}
+    for (_, views), study in wanted.items():
+        backbone = backbone_of(study, simulation, available_device(simulation.device))
+        cache = FeatureCache.of(default_cache_folder(), study)
+        told = partial(screen.progress, "encode")
+        encode_slices(slices, study, backbone, cache, views=tuple(dict.fromkeys(views)), on_progress=told)
+
+
+def _write(found: dict[str, list[Scores]], study: Study, simulation: Simulation, folder: RunFolder, *, on: str) -> None:
+    whole, dice = study.model_dump(mode="json"), {name: list(map(mean_of_sites, seeds)) for name, seeds in found.items()}
+    record = {
+        "rounds": study.rounds,
+        "seeds": list(simulation.seeds),
+        "scored_on": on,
+        "dice": dice,
+        "patients": found,
+        "study": whole,
+    }
+    write_atomically(folder.root / "ablation.json", (json.dumps(record, indent=1) + "\n").encode())
+    patients = "patients of the site left out" if on == "unseen" else "validation patients"
+    title = f"Dice of the {patients} after {study.rounds} rounds, mean of sites"
+    Console().print(compared(found, {name: variant(study, name, simulation.seeds[0]) for name in found}, title))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,13 @@ from typer.testing import CliRunner
 
 from simulations import ablation
 from simulations.phantoms import PhantomSite, write_phantoms
+
+ABLATION = [sys.executable, str(Path(__file__).parents[1] / "simulations" / "ablation.py")]
+ALL = ("Alder", "Birch", "Cedar", "Dogwood")
+
+
+def run(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*ABLATION, *options], capture_output=True, text=True, timeout=900, check=False)
 
 
 def test_an_ablation_takes_the_scenario_as_it_is_and_no_round_for_what_it_is(tmp_path: Path) -> None:
@@ -36,3 +45,38 @@ def test_an_ablation_is_not_continued_on_other_data(tmp_path: Path, monkeypatch:
     words = ["--scenario", str(scenario), "--data", str(tmp_path / "data"), "--only", "full", "--resume"]
     done = CliRunner().invoke(ablation.app, [*words, "--out", str(tmp_path / "out")])
     assert (done.exit_code, "ICM502" in done.output, "differs: data" in done.output) == (1, True, True), done.output
+
+
+def test_each_variant_is_a_configuration_of_the_same_federation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    scenario, only = tmp_path / "tiny.toml", "full,mask head alone,no block features"
+    scenario.write_text('[study]\ntest_only = true\n[study.backbone]\nname = "sam-vit-test"\nimage_size = 64\n')
+    options = ["--scenario", str(scenario), "--rounds", "1"]
+    done = run(*options, "--only", only, "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    assert (set(record["dice"]), record["scored_on"]) == (set(only.split(",")), "val")
+    assert {site: len(dice) for site, dice in record["patients"]["full"][0].items()} == dict.fromkeys(ALL, 1)
+    left = run(*options, "--only", "full,one view", "--unseen", "--out", str(tmp_path / "left"))
+    assert left.returncode == 0, left.stderr
+    record = json.loads((tmp_path / "left" / "ablation.json").read_text())
+    assert (set(record["dice"]), record["scored_on"]) == ({"full", "one view"}, "unseen")
+    assert {site: len(dice) for site, dice in record["patients"]["full"][0].items()} == {
+        "Alder": 7,
+        "Birch": 5,
+        "Cedar": 4,
+        "Dogwood": 2,
+    }
+    assert len(list((tmp_path / "left" / ".work").glob("*.safetensors"))) == 8  # a model for each variant and site left out
+    wrong = run("--only", "no router", "--out", str(tmp_path / "wrong"))
+    assert (wrong.returncode, "ICM210" in wrong.stderr) == (1, True)
+
+
+def test_without_validation_patients_an_ablation_is_refused_before_it_trains(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    site = PhantomSite(name="Elm", train_patients=1, val_patients=1, test_patients=1)
+    write_phantoms(data, seed=1, sites=(site,), size_px=32)
+    header = (data / "splits/val.csv").read_text().splitlines()[0]
+    (data / "splits/val.csv").write_text(header + "\n")
+    done = CliRunner().invoke(ablation.app, ["--data", str(data), "--out", str(tmp_path / "out")])
+    assert (done.exit_code, "ICM108 val" in done.output) == (1, True), done.output

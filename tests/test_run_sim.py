@@ -15,9 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from typer.testing import CliRunner
 
-from simulations import ablation
 from simulations.phantoms import PhantomSite, write_phantoms
 
 ROOT = Path(__file__).parents[1]
@@ -370,28 +368,3 @@ def test_real_hospitals_train_together_and_the_tiny_one_harms_nobody(
     assert test["sites"]["EZ"]["dice"] is None  # no test patient: no score, and no zero
     assert test["pooled"]["dice"] > 0.4  # nine passes over some ten slices per site find the tumour; chance is near 0.05
     assert test["sites"]["CS"]["hd95_mm"] is None  # the pixel size is not known
-
-
-def test_each_ablation_is_a_configuration_of_the_same_federation(environment: dict[str, str], tmp_path: Path) -> None:
-    scenario = tmp_path / "tiny.toml"
-    scenario.write_text('[study]\ntest_only = true\n[study.backbone]\nname = "sam-vit-test"\nimage_size = 64\n')
-    only = "full,mask head alone,no block features"
-    script = [sys.executable, str(ROOT / "simulations" / "ablation.py")]
-    options = ["--scenario", str(scenario), "--rounds", "1", "--only", only, "--out", str(tmp_path / "out")]
-    done = run([*script, *options], environment)
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "out" / "ablation.json").read_text())
-    assert set(record["val_dice"]) == set(only.split(","))
-    wrong = run([*script, "--only", "no router", "--out", str(tmp_path / "wrong")], environment)
-    assert wrong.returncode == 1
-    assert "ICM210" in wrong.stderr
-
-
-def test_without_validation_patients_an_ablation_is_refused_before_it_trains(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    site = PhantomSite(name="Elm", train_patients=1, val_patients=1, test_patients=1)
-    write_phantoms(data, seed=1, sites=(site,), size_px=32)
-    header = (data / "splits/val.csv").read_text().splitlines()[0]
-    (data / "splits/val.csv").write_text(header + "\n")
-    done = CliRunner().invoke(ablation.app, ["--data", str(data), "--out", str(tmp_path / "out")])
-    assert (done.exit_code, "ICM108 val" in done.output) == (1, True), done.output
