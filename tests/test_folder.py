@@ -83,10 +83,7 @@ def test_a_sound_folder_is_used_whole(root: Path):
     seen: list[tuple[int, int]] = []
     sites = read_folder(root, LABELS, progress=lambda done, total: seen.append((done, total)))
     assert list(sites) == ["A", "B"]
-    assert [(site.images_found, site.images_used, site.exclusions, site.unlisted) for site in sites.values()] == [
-        (5, 5, (), 0),
-        (1, 1, (), 0),
-    ]
+    assert [(site.images_found, site.images_used, site.exclusions) for site in sites.values()] == [(5, 5, ()), (1, 1, ())]
     assert [(item.patient, item.index) for item in sites["A"].of("train")] == [("p1", 1), ("p1", 2), ("p2", 1)]
     assert [item.split for item in sites["A"].of("test")] == ["test"]
     assert seen[-1] == (6, 6)
@@ -263,20 +260,20 @@ def test_a_site_with_test_images_only_keeps_them_and_gets_108(root: Path):
     site = read_folder(root, LABELS)["A"]
     assert (site.images_found, site.images_used) == (2, 2)
     assert [fault.number for fault in site.exclusions] == [108]
-    assert site.unlisted == 3
 
 
 def test_a_folder_that_no_split_mentions_is_listed_with_108(root: Path):
     _save(root / "C/images/x.png", _image(0))
     site = read_folder(root, LABELS)["C"]
-    assert (site.images_found, site.images_used, site.unlisted) == (0, 0, 1)
+    assert (site.images_found, site.images_used) == (0, 0)
     assert _numbers(root, "C") == [108]
 
 
-def test_image_files_that_no_split_lists_are_counted(root: Path):
+def test_image_files_that_no_split_lists_are_not_used(root: Path):
     _save(root / "A/images/new.png", _image(0))
     (root / "A/images/notes.txt").write_text("no image")
-    assert read_folder(root, LABELS)["A"].unlisted == 1
+    site = read_folder(root, LABELS)["A"]
+    assert (site.images_found, site.images_used, site.exclusions) == (5, 5, ())
 
 
 def test_the_same_patient_name_at_two_sites_is_two_patients(root: Path):
@@ -374,7 +371,7 @@ def test_real_hospitals_are_used_whole():
     labels = (Label(name="background", values=(0,)), Label(name="abnormality", values=(255,)))
     sites = read_folder(REAL / "lgg-multisite", labels)
     assert {name: site.images_used for name, site in sites.items()} == {"CS": 167, "DU": 470, "EZ": 12, "HT": 294}
-    assert all(site.exclusions == () and site.images_found == site.images_used and site.unlisted == 0 for site in sites.values())
+    assert all(site.exclusions == () and site.images_found == site.images_used for site in sites.values())
     assert {name: len({item.patient for item in site.of("test")}) for name, site in sites.items()} == {
         "CS": 3,
         "DU": 5,

@@ -68,7 +68,7 @@ def read_split(root: Path, name: str, labels: Sequence[Label], *, progress: Prog
     """Return the sites of one split alone, DIR/splits/NAME.csv or DIR/NAME.csv, sorted by name.
 
     The split column is not compared with `name`, so that a file that gathers several splits can be read; every slice
-    gets `name` as its split. `SiteData.unlisted` is 0: other splits may list the other files.
+    gets `name` as its split.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def read_split(root: Path, name: str, labels: Sequence[Label], *, progress: Prog
     rows = read_rows(root / where, name, where=where, same_split=False)
     if not rows:
         raise IcmoeError(Fault(number=110, where=where, what="no image is listed", did=NOT_STARTED))
-    return _read_sites(root, rows, sorted({row.site for row in rows}), labels, progress, count_unlisted=False)
+    return _read_sites(root, rows, sorted({row.site for row in rows}), labels, progress)
 
 
 def _check_root(root: Path) -> None:
@@ -105,24 +105,16 @@ def _check_root(root: Path) -> None:
 
 
 def _read_sites(
-    root: Path,
-    rows: Sequence[Row],
-    names: Sequence[str],
-    labels: Sequence[Label],
-    progress: Progress | None,
-    *,
-    count_unlisted: bool = True,
+    root: Path, rows: Sequence[Row], names: Sequence[str], labels: Sequence[Label], progress: Progress | None
 ) -> dict[str, SiteData]:
     first, twice = _twice(root, rows)
     slices, faults = _read_patients(root, first, labels, progress)
-    listed = {composed(row.image) for row in rows}
     return {
         name: SiteData(
             name=name,
             slices=tuple(item for item in slices if item.site == name),
             images_found=sum(row.site == name for row in rows),
             exclusions=(*faults.get(name, ()), *twice.get(name, ())),
-            unlisted=len(_image_files(root, name) - listed) if count_unlisted else 0,
         )
         for name in names
     }
@@ -236,11 +228,6 @@ def _with_108(site: SiteData) -> SiteData:
 
 def _site_folders(root: Path) -> set[str]:
     return {composed(path.name) for path in _entries(root) if not path.name.startswith(".") and _is(Path.is_dir, path / "images")}
-
-
-def _image_files(root: Path, site: str) -> set[str]:
-    folder = place_of(root, f"{site}/images")
-    return {composed(f"{site}/images/{path.name}") for path in _entries(folder) if path.suffix.lower() == ".png"}
 
 
 def _entries(folder: Path) -> Iterable[Path]:

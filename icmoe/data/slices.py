@@ -80,15 +80,12 @@ class SiteData:
         Rows of the splits for this site.
     exclusions
         One fault per image that was left out, then a fault 108 where no training image is usable.
-    unlisted
-        Image files in the site's folder that no split lists.
     """
 
     name: str
     slices: tuple[Slice, ...]
     images_found: int
     exclusions: tuple[Fault, ...]
-    unlisted: int = 0
 
     @property
     def images_used(self) -> int:
