@@ -64,7 +64,7 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
     study = read_study(study_file)
     records = records_of(path, settings)
     book, lines = records.agreement()
-    if faults := [*study_faults(path, settings, study), *budget_faults(settings.budget, book, study, patients=1)]:
+    if faults := [*study_faults(path, settings, study), *budget_faults(settings.budget, book, study)]:
         raise IcmoeError(*faults)
     state = path.parent / settings.state
     bundle = bundle_digest(bundle_files())

@@ -136,10 +136,10 @@ def require_room(budget: Budget | None, book: Book, study: Study, kind: str, rou
         raise IcmoeError(_crossing(budget, study, history, fitting, needed))
 
 
-def budget_faults(budget: Budget | None, book: Book, study: Study, *, patients: int) -> list[Fault]:
-    """Return why the budget does not allow the next round of a study, nothing where it does."""
+def budget_faults(budget: Budget | None, book: Book, study: Study) -> list[Fault]:
+    """Return why the budget does not allow the next round of a study, nothing where it does; patients are not counted yet."""
     try:
-        require_room(budget, book, study, "train", 1, patients=patients)  # the number counts before the first round alone
+        require_room(budget, book, study, "train", 1, patients=1)  # the number counts before the first round alone
     except IcmoeError as error:
         return list(error.faults)
     return []

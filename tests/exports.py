@@ -12,6 +12,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
 from icmoe.data.ingest import index
+from icmoe.data.ingest.index import FrameRow, LeftOut, frame_rows, left_out
 from icmoe.data.ingest.opening import Refusal
 from icmoe.data.ingest.pixels import read_pictures
 from icmoe.data.ingest.run import Export, ingest
@@ -34,6 +35,12 @@ def export_of(root: Path, place: Path, labels: tuple[Label, ...] = LESION, **set
 def taken(export: Export) -> SiteData:
     ingest(export)
     return index.read_index(export.store)
+
+
+def published(store: Path) -> tuple[list[FrameRow], list[LeftOut]]:
+    """Return what readers of an index see: frames that may be used, and what is left out."""
+    with index.opened(store) as connection:
+        return frame_rows(connection), left_out(connection)
 
 
 def read_frames(path: Path, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray | Refusal]]:

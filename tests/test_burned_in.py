@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 import pytest
-from exports import DATA, absent, export_of, read_frames, real, taken, write_series
+from exports import DATA, absent, export_of, published, read_frames, real, taken, write_series
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
@@ -22,7 +22,6 @@ from pydicom.uid import MRImageStorage
 from scipy import ndimage
 
 from icmoe.data.images import read_grey
-from icmoe.data.ingest import index
 from icmoe.data.ingest.burned_in import holds_text
 from icmoe.data.ingest.headers import SAFE_MODALITIES, image_record
 from icmoe.data.ingest.opening import Refusal
@@ -189,7 +188,7 @@ def allowing(export: Export, series: str) -> Export:
 
 def test_a_series_with_one_lettered_picture_is_held_back_whole(two_patients: Export):
     data = taken(two_patients)
-    rows, out = index.published(two_patients.store)
+    rows, out = published(two_patients.store)
     assert {row.patient for row in rows} == {item.patient for item in data.slices}
     assert len(rows) == 2, "only the other patient"
     assert [(item.number, item.why, item.frames) for item in out] == [(126, "letters were found in 1 of its pictures", 3)]
@@ -203,13 +202,13 @@ def test_allowing_it_by_name_needs_no_decoding_and_taking_that_back_removes_it(
     two_patients: Export, monkeypatch: pytest.MonkeyPatch
 ):
     taken(two_patients)
-    _, (held,) = index.published(two_patients.store)
+    _, (held,) = published(two_patients.store)
     monkeypatch.setattr("icmoe.data.ingest.work.in_processes", _decodes_nothing)
     assert len(taken(allowing(two_patients, held.series)).slices) == 5
-    digests = {row.result.digest for row in index.published(two_patients.store)[0]}
+    digests = {row.result.digest for row in published(two_patients.store)[0]}
     note_shown(two_patients.secret_folder, [two_patients.store])
     assert len(taken(two_patients).slices) == 2
-    kept = {row.result.digest for row in index.published(two_patients.store)[0]}
+    kept = {row.result.digest for row in published(two_patients.store)[0]}
     with no_longer_shown(two_patients.secret_folder, [two_patients.store]) as gone:
         assert set(gone) == digests - kept, "their features go from the cache"
     with no_longer_shown(two_patients.secret_folder, [two_patients.store]) as gone:
@@ -240,7 +239,7 @@ def test_png_pictures_and_volumes_on_their_side_are_looked_at_too(tmp_path: Path
     export = export_of(tmp_path / "export", tmp_path / "place")
     data = taken(export)
     assert not data.slices
-    assert sorted((item.number, item.frames) for item in index.published(export.store)[1]) == [(126, 1), (126, 2)]
+    assert sorted((item.number, item.frames) for item in published(export.store)[1]) == [(126, 1), (126, 2)]
 
 
 HELD: dict[str, dict[str, object]] = {

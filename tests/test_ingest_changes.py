@@ -15,7 +15,7 @@ import numpy as np
 import pydicom
 import pytest
 from dicom_builders import MASKS, VOLUME, contour, numbers, put, save, segmentation, structures, volume
-from exports import LESION, export_of, taken, write_series
+from exports import LESION, export_of, published, taken, write_series
 from PIL import Image
 from test_quality import site_file
 
@@ -105,7 +105,7 @@ def test_forgetting_a_patient_reaches_studies_that_are_no_longer_approved(tmp_pa
     site_file(tmp_path, tmp_path / "export", "[128, 255]")
     ingest_site(path, "Elm", dry_run=False)
     assert forget_patient(path, "Elm", "one")[0] == 2, "the same images in both indexes"
-    assert not index.published(former)[0]
+    assert not published(former)[0]
     assert not list((former / "frames").rglob("*.safetensors"))
 
 

@@ -28,6 +28,7 @@ from icmoe.data.ingest.catalogue import Catalogue
 from icmoe.data.ingest.pairing import pair
 from icmoe.data.ingest.planning import Planned, Site, plan
 from icmoe.data.ingest.pseudonyms import site_pseudonyms
+from icmoe.data.ingest.records import FrameResult
 from icmoe.data.ingest.run import Export, ingest, store_of
 from icmoe.data.ingest.walking import walk
 from icmoe.data.slices import load_image, load_mask
@@ -56,7 +57,8 @@ def frames_of(export: Export) -> Frames:
         files.sort(hashes)
         pair(files)
         made = [item for item in plan(files, site) if isinstance(item, Planned)]
-        results = index.series_results(connection)
+        rows = connection.execute("select id, fingerprint, results from series").fetchall()
+    results = {key: (mark, [FrameResult.model_validate(item) for item in json.loads(text)]) for key, mark, text in rows}
     found: Frames = {}
     for planned in made:
         known, answers = results[planned.job.series]

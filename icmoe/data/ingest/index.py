@@ -155,12 +155,6 @@ def records(connection: sqlite3.Connection) -> Iterator[tuple[str, FileRecord]]:
         yield key, FileRecord.model_validate_json(text)
 
 
-def series_results(connection: sqlite3.Connection) -> dict[str, tuple[str, list[FrameResult]]]:
-    """Return fingerprint and results of every decoded series."""
-    rows = connection.execute("select id, fingerprint, results from series")
-    return {key: (mark, [FrameResult.model_validate(item) for item in json.loads(text)]) for key, mark, text in rows}
-
-
 def put_series(connection: sqlite3.Connection, series: str, fingerprint: str, results: Iterable[FrameResult]) -> None:
     """Write the results of one series."""
     text = json.dumps([result.model_dump(mode="json", exclude_defaults=True) for result in results])
@@ -248,12 +242,6 @@ def read_index(folder: Path) -> SiteData:
     return SiteData(name=site, slices=slices, images_found=found, exclusions=exclusions)
 
 
-def published(folder: Path) -> tuple[list[FrameRow], list[LeftOut]]:
-    """Return what readers of the index see: frames that may be used, and what is left out."""
-    with _connected(folder) as connection:
-        return frame_rows(connection), left_out(connection)
-
-
 @contextmanager
 def opened(folder: Path) -> Iterator[sqlite3.Connection]:
     """Open an index for reading.
@@ -269,7 +257,7 @@ def opened(folder: Path) -> Iterator[sqlite3.Connection]:
 
 
 def state(folder: Path) -> str:
-    """Return a digest of what `published` returns: equal for equal contents."""
+    """Return a digest of the frames that may be used and of what is left out: equal for equal contents."""
     with _connected(folder) as connection:
         return state_of(connection)
 
