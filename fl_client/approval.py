@@ -21,7 +21,7 @@ from icmoe.atomic import prepared, read_regular
 from icmoe.chain import Entry
 from icmoe.config import Section, flat
 from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
-from icmoe.locks import hold
+from icmoe.locks import LOCK_S, claim, held_for
 from icmoe.study import Study, canonical, canonical_json
 
 FOLDER = "approvals"
@@ -94,27 +94,17 @@ def one_at_a_time(state: Path) -> Iterator[None]:
     IcmoeError
         325 where another process holds it for longer than `icmoe.locks.LOCK_S`.
     """
+    what, todo, did = "another approval or withdrawal is at work here", "End it, and run this again.", "Nothing was changed."
+    busy = Fault(number=325, where=str(state), what=what, value=held_for(LOCK_S), did=did, todo=todo)
     held = -1
     try:
-        with suppress(OSError):
+        with suppress(OSError):  # no folder, or a file system without locks
             held = os.open(state, os.O_RDONLY | os.O_DIRECTORY)
-        if held >= 0:
-            _hold(held, state)
+            claim(held, busy, deadline_s=LOCK_S)
         yield
     finally:
         if held >= 0:
             os.close(held)
-
-
-def _hold(held: int, state: Path) -> None:
-    try:
-        hold(held, name=state)
-    except TimeoutError as error:
-        what, todo = "another approval or withdrawal is at work here", "End it, and run this again."
-        value, did = error.strerror or "", "Nothing was changed."
-        raise IcmoeError(Fault(number=325, where=str(state), what=what, value=value, did=did, todo=todo)) from None
-    except OSError:  # a file system without locks
-        return
 
 
 def approve(state: Path, study: Study, bundle: str, now: datetime) -> None:

@@ -5,7 +5,6 @@ The supervisor imports this module, which therefore loads neither PyTorch nor an
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import resource
@@ -20,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from icmoe.atomic import read_regular, regular, write_atomically
-from icmoe.locks import is_locked
+from icmoe.locks import hold, is_locked
 
 FILE, LOCK, SAID = "doing.json", "doing.lock", "said.json"
 EVERY_S = 0.5
@@ -112,7 +111,7 @@ def _held(state: Path) -> IO[bytes] | None:
     except OSError:
         return None
     with suppress(OSError):  # a training that is being ended beside it may hold it still
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        hold(lock, name=state / LOCK, deadline_s=0.0)
     return lock
 
 

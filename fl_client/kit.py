@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import fcntl
 import os
 import tomllib
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from icmoe.joining import (
     make_request,
     validity_fault,
 )
+from icmoe.locks import claim
 from icmoe.private import file_errors, read_small
 
 SITE_FILE = """\
@@ -171,11 +171,8 @@ def _only_one(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            what, todo = "another fl_client init is at work here", "Wait for it, and run this again."
-            raise IcmoeError(Fault(number=325, where=str(folder), what=what, did="Nothing was made.", todo=todo)) from None
+        what, todo = "another fl_client init is at work here", "Wait for it, and run this again."
+        claim(held, Fault(number=325, where=str(folder), what=what, did="Nothing was made.", todo=todo))
         yield
     finally:
         os.close(held)

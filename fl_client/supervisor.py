@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import random
@@ -25,6 +24,7 @@ from fl_client.site import ENVIRONMENT, SiteFile, read_named
 from fl_client.status import LOCK
 from icmoe.atomic import regular
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
+from icmoe.locks import claim
 from icmoe.processes import asked_to_stop, flower_environment, free_port, next_delay, private_files
 
 KEY_NOT_KNOWN = 3
@@ -189,11 +189,8 @@ def only_one(state: Path) -> Iterator[None]:
     """
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(state / LOCK, "w", opener=regular) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            what, todo = "the site is running already", "Stop the other process first."
-            raise IcmoeError(Fault(number=325, where=str(state), what=what, did="Nothing was started.", todo=todo)) from None
+        what, todo = "the site is running already", "Stop the other process first."
+        claim(lock, Fault(number=325, where=str(state), what=what, did="Nothing was started.", todo=todo))
         yield
 
 

@@ -35,7 +35,7 @@ from fl_server.waiting import begun, write_wait
 from icmoe.atomic import regular, write_atomically
 from icmoe.errors import Fault, IcmoeError, faults_of, print_faults
 from icmoe.exchange import global_state
-from icmoe.locks import hold
+from icmoe.locks import claim
 from icmoe.model import build_model
 from icmoe.modelfile import ModelHeader, write_model
 from icmoe.processes import sweep_often
@@ -178,9 +178,6 @@ def only_run_of(path: Path) -> Iterator[None]:
         506 where another run holds it for `HANDOVER_S`.
     """
     with open(lock_path(path), "a", opener=regular) as lock:
-        try:
-            hold(lock, name=lock_path(path), deadline_s=HANDOVER_S)
-        except TimeoutError:
-            did = "This run ends; the other goes on."
-            raise IcmoeError(Fault(number=506, where=path.parent.name, did=did)) from None
+        busy = Fault(number=506, where=path.parent.name, did="This run ends; the other goes on.")
+        claim(lock, busy, deadline_s=HANDOVER_S)
         yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -44,7 +43,7 @@ def _remove_unlocked(folder: Path) -> None:
     lock = os.open(folder, _AS_FOLDER)
     try:
         if os.fstat(lock).st_uid == os.geteuid():
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold(lock, name=folder, deadline_s=0.0)
             shutil.rmtree(folder)
     finally:
         os.close(lock)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from icmoe.atomic import regular
+from icmoe.errors import Fault, IcmoeError
 
 LOCK_S = 60.0
 """Time after which who still holds a lock that is kept for a moment counts as stuck: stopped, or on a share that hangs."""
@@ -34,17 +35,49 @@ def hold(file: IO[bytes] | IO[str] | int, *, name: Path, deadline_s: float = LOC
     OSError
         On a file system without locks.
     """
+    if not _taken(file, deadline_s):
+        raise TimeoutError(errno.ETIMEDOUT, held_for(deadline_s), str(name))
+
+
+def claim(file: IO[bytes] | IO[str] | int, busy: Fault, *, deadline_s: float = 0.0) -> None:
+    """Take the lock of an open file as `hold` does, or refuse the work in the caller's words.
+
+    Parameters
+    ----------
+    file
+        Open, in any mode.
+    busy
+        What to say of another process that holds it.
+    deadline_s
+        Seconds after which waiting ends.
+
+    Raises
+    ------
+    IcmoeError
+        `busy`.
+    OSError
+        On a file system without locks.
+    """
+    if not _taken(file, deadline_s):
+        raise IcmoeError(busy)
+
+
+def held_for(deadline_s: float) -> str:
+    """Return in words that the lock was waited for."""
+    return f"another process has held it for {deadline_s:g} s"
+
+
+def _taken(file: IO[bytes] | IO[str] | int, deadline_s: float) -> bool:
     ends = time.monotonic() + deadline_s
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= ends:
-                words = f"another process has held it for {deadline_s:g} s"
-                raise TimeoutError(errno.ETIMEDOUT, words, str(name)) from None
+                return False
             time.sleep(LOOK_S)
         else:
-            return
+            return True
 
 
 def is_locked(path: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from icmoe.atomic import read_regular, regular, write_atomically
 from icmoe.compare import read_results
 from icmoe.errors import Fault, IcmoeError
+from icmoe.locks import hold
 from simulations.hospitals import find_hospitals
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class RunFolder:
             raise IcmoeError(fault) from None
         with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                hold(lock, name=self.work, deadline_s=0.0)
             except OSError:
                 raise IcmoeError(Fault(number=502, where=str(self.root), what="another process writes here")) from None
             try:

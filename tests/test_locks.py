@@ -15,8 +15,8 @@ from clocks import Clock
 from fl_client.approval import one_at_a_time
 from fl_client.audit import LOG, read_log, record
 from icmoe import locks
-from icmoe.errors import IcmoeError
-from icmoe.locks import hold, is_locked
+from icmoe.errors import Fault, IcmoeError
+from icmoe.locks import claim, hold, is_locked
 
 
 @pytest.fixture
@@ -34,6 +34,16 @@ def test_a_lock_that_is_held_for_too_long_is_an_error_that_names_the_file(taken:
     assert raised.value.errno == errno.ETIMEDOUT
     assert (raised.value.filename, raised.value.strerror) == (str(tmp_path / "lock"), "another process has held it for 0.05 s")
     assert is_locked(tmp_path / "lock")
+
+
+def test_who_does_not_wait_is_refused_in_words_of_its_own(taken: int, tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("rb") as file, pytest.raises(IcmoeError) as raised:
+        claim(file, Fault(number=325, where="here", what="somebody is at work"))
+    assert raised.value.faults == (Fault(number=325, where="here", what="somebody is at work"),)
+    fcntl.flock(taken, fcntl.LOCK_UN)
+    with (tmp_path / "lock").open("rb") as file:
+        claim(file, Fault(number=325))
+        assert is_locked(tmp_path / "lock")
 
 
 def test_who_waits_gets_the_lock_when_it_is_free_and_gives_it_back_by_closing(taken: int, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, TextIO
 from icmoe.atomic import regular
 from icmoe.data.ingest.records import FileRecord, FrameResult, Record
 from icmoe.errors import Fault, IcmoeError
+from icmoe.locks import hold
 
 if TYPE_CHECKING:
     from icmoe.data.slices import SiteData, Slice
@@ -92,7 +92,7 @@ def claimed(folder: Path) -> Iterator[sqlite3.Connection]:
         raise IcmoeError(Fault(number=129, where=str(folder), value=error.strerror or "", did="Nothing was read.")) from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold(lock, name=folder, deadline_s=0.0)
         except OSError:
             raise IcmoeError(Fault(number=130, where=str(folder), did="Nothing was read.")) from None
         _locks.add(lock)
