@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 import click
+from typer import Typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from icmoe.ending import unwinding
@@ -42,6 +43,13 @@ class OneCommand(TyperCommand):
     def main(self, *arguments: Any, **settings: Any) -> NoReturn:  # noqa: ANN401  (Click's own signature)
         """Run the command and end the process."""
         _end_with(partial(super().main, *arguments, **{**settings, "standalone_mode": False}))
+
+
+def run_command(function: Callable[..., object]) -> None:
+    """Run a function as the only command of a script and end the process; `typer.run` would use other sentences."""
+    script = Typer(add_completion=False, pretty_exceptions_enable=False)
+    script.command(cls=OneCommand)(function)
+    script()
 
 
 def _end_with(run: Callable[[], object]) -> NoReturn:

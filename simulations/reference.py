@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,8 +28,8 @@ from icmoe.errors import CATALOGUE
 from icmoe.study import Study
 from icmoe.usage import restore_help
 from simulations.ablation import app as ablation
-from simulations.evidence import privacy
 from simulations.evidence.__main__ import app as evidence
+from simulations.evidence.privacy import app as privacy
 from simulations.evidence.rivals.__main__ import app as rivals
 from simulations.run_sim import app as run_sim
 from simulations.scenario import Simulation
@@ -71,17 +71,10 @@ def programs() -> dict[str, click.Command]:
         "simulations/ablation.py": ablation,
         "simulations.evidence": evidence,
         "simulations.evidence.rivals": rivals,
-        "simulations.evidence.privacy": _only(privacy.main),
+        "simulations.evidence.privacy": privacy,
         "simulations.reference": app,
     }
     return {name: get_command(found) for name, found in apps.items()}
-
-
-def _only(function: Callable[..., None]) -> typer.Typer:
-    """Return a program of one command, as `typer.run` makes it."""
-    found = typer.Typer(add_completion=False)
-    found.command()(function)
-    return found
 
 
 def page() -> str:

@@ -29,6 +29,7 @@ from rich.table import Table
 from icmoe.backbone import backbone_digest
 from icmoe.errors import exit_on_fault
 from icmoe.processes import free_port, program
+from icmoe.usage import run_command
 from simulations.benchmarks.row import Row
 from simulations.phantoms import PhantomSite, write_phantoms
 
@@ -314,4 +315,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

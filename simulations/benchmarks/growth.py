@@ -41,6 +41,7 @@ from icmoe.features import FeatureCache
 from icmoe.model import build_model
 from icmoe.study import BackboneChoice, ModelShape, Study
 from icmoe.training import train_round
+from icmoe.usage import run_command
 from icmoe.window import Window
 from simulations.benchmarks.simulation import run
 from simulations.benchmarks.training_step import LABELS, update_bytes
@@ -236,8 +237,5 @@ def main(
     Console().print(table)
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-app.command()(main)
-
 if __name__ == "__main__":
-    app()
+    run_command(main)

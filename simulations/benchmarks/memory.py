@@ -55,6 +55,7 @@ from icmoe.model import build_model
 from icmoe.packing import unpack_records
 from icmoe.prepare import encode_slices
 from icmoe.study import Study
+from icmoe.usage import run_command
 from simulations.phantoms import PhantomSite, write_phantoms
 
 SITES = {11: "Alder", 12: "Birch", 13: "Cedar", 14: "Silent"}
@@ -286,4 +287,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -40,6 +40,7 @@ from icmoe.data.slices import Slice
 from icmoe.exchange import update_of
 from icmoe.messages import DICE_KEY, LOSS_KEY, PATIENTS_KEY, SECONDS_KEY, SLICES_KEY, STEPS_KEY, USAGE_KEY
 from icmoe.study import BackboneChoice, Study
+from icmoe.usage import run_command
 from icmoe.window import Window
 from simulations.benchmarks.training_step import LABELS
 from simulations.federation import Engine, Job, quiet_libraries, run_jobs, write_sites
@@ -222,8 +223,5 @@ def main(
     sys.stdout.write(json.dumps(found) + "\n")
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-app.command()(main)
-
 if __name__ == "__main__":
-    app()
+    run_command(main)

@@ -34,6 +34,7 @@ from icmoe.privacy import only_trained
 from icmoe.profiles import spelled_out
 from icmoe.study import Study
 from icmoe.training import anchor_of
+from icmoe.usage import run_command
 from simulations.benchmarks.row import Row
 from simulations.measuring import peak_bytes
 
@@ -185,4 +186,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -25,6 +25,7 @@ from icmoe.atomic import write_atomically
 from icmoe.errors import exit_on_fault
 from icmoe.strategies import SERVER_OPTIMIZERS
 from icmoe.study import Training
+from icmoe.usage import run_command
 from simulations.benchmarks.row import Row
 from simulations.methods import PLAIN_AVERAGE
 
@@ -129,4 +130,4 @@ def record_of(setting: Setting, dice: list[float], target: float) -> dict[str, A
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -27,6 +27,7 @@ from icmoe.backbone import grid_of, widths
 from icmoe.errors import exit_on_fault
 from icmoe.features import Features
 from icmoe.model import build_model, total_loss
+from icmoe.usage import run_command
 from simulations.benchmarks.row import Row, show
 from simulations.benchmarks.training_step import lite_medsam
 from simulations.measuring import least_cpu_s
@@ -150,4 +151,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -28,6 +28,8 @@ from flwr.superlink.federation import NoOpFederationManager
 from rich.console import Console
 from rich.table import Table
 
+from icmoe.usage import run_command
+
 UPDATE_BYTES = 1_683_000
 
 
@@ -91,4 +93,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

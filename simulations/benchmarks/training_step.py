@@ -24,6 +24,7 @@ from icmoe.features import FeatureCache, Features
 from icmoe.model import ICMoE, build_model, total_loss
 from icmoe.sam import SHAPES, SamEncoder
 from icmoe.study import BackboneChoice, Label, Study
+from icmoe.usage import run_command
 from simulations.benchmarks.row import Row, show
 from simulations.measuring import least_cpu_s
 
@@ -158,4 +159,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)
