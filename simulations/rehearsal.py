@@ -140,20 +140,16 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
         cache = _encoded(hospitals, study, backbone, screen)
     jobs = make_jobs(study, simulation, hospitals, folder)
     folder.check_identity(identity_of(jobs, simulation, hospitals, backbone.digest))
-    studies = tuple(job.study for job in jobs)
+    studies, path = tuple(job.study for job in jobs), folder.work / "sites.json"
     sites = make_sites(hospitals, studies, cache=cache, state_folder=folder.work / "sites", simulation=simulation)
-    write_sites(folder.work / "sites.json", sites)
+    write_sites(path, sites)
     heard = CheckHeard(folder.work / "data_check.json", screen)
     with clock.phase("train"):
-        engine, path = engine_of(simulation, device), folder.work / "sites.json"
+        engine = engine_of(simulation, device)
         states = run_jobs(jobs, path, engine, screen.on_event, on_scored=screen.on_scored, on_check=heard)
     with clock.phase("score"):
-        staged = folder.work / "publish"
-        shutil.rmtree(staged, ignore_errors=True)
         examiner = Examiner(hospitals=hospitals, cache=cache, site=sites[0])
-        methods = score_methods(jobs, states, simulation, examiner, RunFolder(staged))
-        if PERSONALISED in simulation.methods:
-            methods[PERSONALISED] = score_personalised(jobs, states, examiner, folder.work, RunFolder(staged))
+        methods, staged = _scores(jobs, states, simulation, examiner, folder.work)
         use, shown = first_use(jobs, states, examiner), exhibits(jobs, states, examiner)
     require_unchanged(before, after := backbone.weights_digest())
     clock.seconds |= _seconds_of(methods) | {"total": time.perf_counter() - began}
@@ -168,9 +164,7 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
         seconds=clock.seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    _write_results(results, shown, staged)
-    write_cards(results, staged)
-    folder.publish(staged)
+    _publish(results, shown, staged, folder)
     return results
 
 
@@ -182,11 +176,26 @@ def _encoded(hospitals: Hospitals, study: Study, backbone: Backbone, screen: Scr
     return cache
 
 
-def _write_results(results: Record, shown: list[Overlay], staged: Path) -> None:
+def _scores(
+    jobs: list[Job], states: Mapping[tuple[str, int], RunState], simulation: Simulation, examiner: Examiner, work: Path
+) -> tuple[dict[str, dict[str, Record]], Path]:
+    """Return what is known of every method by seed, and the folder of the models, in which what is published is gathered."""
+    staged = work / "publish"
+    shutil.rmtree(staged, ignore_errors=True)
+    methods = score_methods(jobs, states, simulation, examiner, RunFolder(staged))
+    if PERSONALISED in simulation.methods:
+        methods[PERSONALISED] = score_personalised(jobs, states, examiner, work, RunFolder(staged))
+    return methods, staged
+
+
+def _publish(results: Record, shown: list[Overlay], staged: Path, folder: RunFolder) -> None:
+    """Write results, report and cards beside the models, and move all of it into the folder."""
     write_report(results, shown, staged / REPORT)
     if shown:
         figure_from_results(results, shown, staged / FIGURE)
     write_atomically(staged / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
+    write_cards(results, staged)
+    folder.publish(staged)
 
 
 def backbone_of(study: Study, simulation: Simulation, device: torch.device) -> Backbone:

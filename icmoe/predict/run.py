@@ -41,7 +41,7 @@ from icmoe.predict import dicom_seg, nifti, pictures
 from icmoe.predict.maps import Maps, maps_of
 from icmoe.predict.output import RECORD, require_free, staged
 from icmoe.predict.stacks import Frame, Series, Stack, find_series
-from icmoe.study import View
+from icmoe.study import Label, View
 from icmoe.window import ValueCounts, Window, normalise
 
 Form = Literal["dicom-seg", "nifti", "png"]
@@ -286,16 +286,7 @@ def predict_study(
     torch.set_num_threads(os.cpu_count() or 1)
     progress = Progress(console=console, transient=True)
     with progress if console.is_terminal else nullcontext():
-        bar, passed_over = progress.add_task("read", total=len(paths)), list[list[str]]()
-        series, faults = find_series(
-            root,
-            paths,
-            header.study.labels,
-            on_progress=lambda done, _: progress.update(bar, completed=done),
-            on_passed_over=lambda path, why: passed_over.append([path, why]),
-        )
-        if not series:
-            raise IcmoeError(*faults[:20], _nothing_in(source, len(paths), passed_over))
+        series, faults, passed_over = _read(source, root, paths, header.study.labels, progress)
         with staged(out) as folder:
             work = Prediction(
                 root=root,
@@ -310,13 +301,48 @@ def predict_study(
                 passed_over=passed_over,
                 faults=faults,
             )
-            for one in series:
-                work.segment(one, folder)
-            if not work.stacks:
-                raise IcmoeError(*work.faults[:20])
-            record = _whole(work)
-            _put(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode("utf-8", "surrogateescape"))
+            record = _segmented(work, series, folder)
     return record, work.faults
+
+
+def _read(
+    source: Path, root: Path, paths: Sequence[str], labels: Sequence[Label], progress: Progress
+) -> tuple[list[Series], list[Fault], list[list[str]]]:
+    """Return the series of the input, what was left out of them, and the files that were taken for no image.
+
+    Raises
+    ------
+    IcmoeError
+        140 where there is no series.
+    """
+    bar, passed_over = progress.add_task("read", total=len(paths)), list[list[str]]()
+    series, faults = find_series(
+        root,
+        paths,
+        labels,
+        on_progress=lambda done, _: progress.update(bar, completed=done),
+        on_passed_over=lambda path, why: passed_over.append([path, why]),
+    )
+    if not series:
+        raise IcmoeError(*faults[:20], _nothing_in(source, len(paths), passed_over))
+    return series, faults, passed_over
+
+
+def _segmented(work: Prediction, series: Iterable[Series], folder: Path) -> dict[str, Any]:
+    """Segment every series into `folder` and return the record, which is kept there.
+
+    Raises
+    ------
+    IcmoeError
+        The faults where nothing could be segmented.
+    """
+    for one in series:
+        work.segment(one, folder)
+    if not work.stacks:
+        raise IcmoeError(*work.faults[:20])
+    record = _whole(work)
+    _put(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode("utf-8", "surrogateescape"))
+    return record
 
 
 def _nothing_in(source: Path, count: int, passed_over: Sequence[Sequence[str]]) -> Fault:
