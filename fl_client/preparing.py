@@ -67,19 +67,14 @@ def _mark(path: Path, settings: SiteFile, study: Study, state: str) -> str:
 
 
 def _encode(path: Path, settings: SiteFile, study: Study, slices: Sequence[Slice], on_progress: Progress) -> int:
-    from icmoe.backbone import load_backbone
+    from icmoe.backbone import chosen_backbone
     from icmoe.device import available_device
     from icmoe.features import FeatureCache
     from icmoe.prepare import encode_slices
 
     if not slices:
         return 0
-    backbone = load_backbone(
-        study.backbone.name,
-        image_size=study.backbone.image_size,
-        checkpoint=path.parent / settings.checkpoint if settings.checkpoint else None,
-        expected_digest=study.backbone.digest,
-        device=available_device(settings.device),
-    )
+    checkpoint = path.parent / settings.checkpoint if settings.checkpoint else None
+    backbone = chosen_backbone(study.backbone, checkpoint=checkpoint, device=available_device(settings.device))
     cache = FeatureCache.of(cache_folder_of(path, settings), study)
     return encode_slices(slices, study, backbone, cache, on_progress=lambda done, total: on_progress("encode", done, total))

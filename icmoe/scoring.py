@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from icmoe.backbone import load_backbone, require_taken
+from icmoe.backbone import chosen_backbone, require_taken
 from icmoe.cache_entries import default_cache_folder
 from icmoe.data.sources import read_sites_split
 from icmoe.device import available_device
@@ -76,13 +76,7 @@ def score_folder(
             raise IcmoeError(
                 *faults[:20], Fault(number=108, where=split, what="no image of the split is usable", did="Nothing was scored.")
             )
-        backbone = load_backbone(
-            study.backbone.name,
-            image_size=study.backbone.image_size,
-            checkpoint=checkpoint,
-            expected_digest=study.backbone.digest,
-            device=device,
-        )
+        backbone = chosen_backbone(study.backbone, checkpoint=checkpoint, device=device)
         cache = FeatureCache.of(cache_folder or default_cache_folder(), study)
         encode_slices(
             slices,

@@ -19,7 +19,7 @@ from rich.markup import escape
 from fl_server.data_check import DataCheck
 from fl_server.run_state import RunState
 from icmoe.atomic import write_atomically
-from icmoe.backbone import Backbone, load_backbone
+from icmoe.backbone import Backbone, chosen_backbone
 from icmoe.cache_entries import default_cache_folder
 from icmoe.data.splits import SPLITS
 from icmoe.device import available_device
@@ -200,13 +200,8 @@ def _publish(results: Record, shown: list[Overlay], staged: Path, folder: RunFol
 
 def backbone_of(study: Study, simulation: Simulation, device: torch.device) -> Backbone:
     """Return the study's frozen backbone, from the weights that the simulation names."""
-    return load_backbone(
-        study.backbone.name,
-        image_size=study.backbone.image_size,
-        checkpoint=Path(simulation.checkpoint) if simulation.checkpoint else None,
-        expected_digest=study.backbone.digest,
-        device=device,
-    )
+    checkpoint = Path(simulation.checkpoint) if simulation.checkpoint else None
+    return chosen_backbone(study.backbone, checkpoint=checkpoint, device=device)
 
 
 def report_sites(hospitals: Hospitals, screen: Screen) -> None:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from icmoe.atomic import write_atomically
-from icmoe.backbone import Backbone, load_backbone, require_taken
+from icmoe.backbone import Backbone, chosen_backbone, require_taken
 from icmoe.backbones import file_digest
 from icmoe.data.ingest.decoding import frames_of, on_deep_scale
 from icmoe.data.ingest.geometry import slice_distance_mm, upright
@@ -277,12 +277,9 @@ def predict_study(
     require_free(out, source, [model_path, *([checkpoint] if checkpoint else [])], force=force)
     device = available_device(device_name)
     model, header = read_model(model_path)
-    chosen = header.study.backbone
-    require_taken(chosen.name, checkpoint)
+    require_taken(header.study.backbone.name, checkpoint)
     root, paths = _files_of(source)
-    backbone = load_backbone(
-        chosen.name, image_size=chosen.image_size, checkpoint=checkpoint, expected_digest=chosen.digest, device=device
-    )
+    backbone = chosen_backbone(header.study.backbone, checkpoint=checkpoint, device=device)
     torch.set_num_threads(os.cpu_count() or 1)
     progress = Progress(console=console, transient=True)
     with progress if console.is_terminal else nullcontext():
