@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,21 +67,35 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
     book, lines = records.agreement()
     if faults := [*study_faults(path, settings, study), *budget_faults(settings.budget, book, study)]:
         raise IcmoeError(*faults)
-    state = path.parent / settings.state
     bundle = bundle_digest(bundle_files())
-    placed = {line["study"]: number for number, line in enumerate(lines) if line["event"] == "approved"}
-    approvals = sorted(read_approvals(state), key=lambda one: placed.get(one.digest, -1))  # a clock may have been set back
-    known = [approval.study for approval in approvals if approval.study.name == study.name]
+    last = _approved_last(records.state, lines, study.name)
     console = Console()
     budget = {"budget": prospect(settings.budget, book, study)}
     data, unread = _data(path, settings, study)
     console.print(_table({**_terms(study), **budget, **_site_terms(settings, data, unread)}, study.name))
     for what, digest in (("study", study.digest), ("app bundle", bundle)):
         console.print(f"{what:10} {digest}", highlight=False, soft_wrap=True)  # whole lines: they are read out and compared
-    console.print(_difference(known[-1], study) if known else "No study of this name was approved before.", soft_wrap=True)
+    console.print(_difference(last, study) if last else "No study of this name was approved before.", soft_wrap=True)
     if not agreed and not _asks(console):
         console.print("Nothing was approved.")
         sys.exit(1)
+    told = f"{study.name} {study.digest[:12]} is approved at {name}."
+    _keep(records, study, bundle, partial(console.print, told, highlight=False))
+    for fault in unread:
+        later = replace(fault, did="The site cannot take part in it before.")
+        console.print(str(later), highlight=False, markup=False, soft_wrap=True)
+
+
+def _approved_last(state: Path, lines: Sequence[Entry], name: str) -> Study | None:
+    """Return the study of a name that was approved last by the order of the audit log: a clock may have been set back."""
+    placed = {line["study"]: number for number, line in enumerate(lines) if line["event"] == "approved"}
+    named = [approval for approval in read_approvals(state) if approval.study.name == name]
+    return sorted(named, key=lambda one: placed.get(one.digest, -1))[-1].study if named else None
+
+
+def _keep(records: Records, study: Study, bundle: str, tell: Callable[[], None]) -> None:
+    """Keep the approval and its line of the audit log, after the lines that withdrawals before it are owed."""
+    state = records.state
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     with one_at_a_time(state):
         for before in unrecorded(read_approvals(state), read_log(state)):
@@ -90,10 +105,7 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
         try:
             records.keep(head)
         finally:  # whatever is wrong with the ledger, it is approved
-            console.print(f"{study.name} {study.digest[:12]} is approved at {name}.", highlight=False)
-    for fault in unread:
-        told = replace(fault, did="The site cannot take part in it before.")
-        console.print(str(told), highlight=False, markup=False, soft_wrap=True)
+            tell()
 
 
 def _data(path: Path, settings: SiteFile, study: Study) -> tuple[SiteData | None, tuple[Fault, ...]]:

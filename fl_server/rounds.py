@@ -276,7 +276,6 @@ def note_validation(state: RunState, found: Mapping[str, tuple[float, int]]) -> 
 
 def round_record(number: int, report: RoundReport, study: Study, outcome: Outcome) -> RoundRecord:
     """Return the record of a round as plain values."""
-    experts = names_of(study.model)
     sites = {
         update.site: {
             "loss": update.loss,
@@ -289,20 +288,13 @@ def round_record(number: int, report: RoundReport, study: Study, outcome: Outcom
         }
         for update in report.updates
     }
-    shares: dict[str, dict[str, float]] = {}
-    if report.weights is not None:
-        names = [update.site for update in report.updates]
-        shares = {
-            expert: dict(zip(names, report.weights.share_SM[:, index].tolist(), strict=True))
-            for index, expert in enumerate(experts)
-        }
     return {
         "round": number,
         "sites": sites,
         "loss": mean_loss(report.updates),
         "val_dice": None,
         "usage_spread": report.spread,
-        "expert_weights": shares,
+        "expert_weights": _shares(report, names_of(study.model)),
         "bytes_up": sum(update.size_bytes for update in report.updates),
         "bytes_down": outcome.size_down_bytes * len(report.updates),
         "seconds": outcome.seconds,
@@ -310,3 +302,11 @@ def round_record(number: int, report: RoundReport, study: Study, outcome: Outcom
         "privacy": report.privacy,
         "faults": [fault.record() for fault in report.faults],
     }
+
+
+def _shares(report: RoundReport, experts: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return each site's weight in each expert's mean; empty where the round was not weighted."""
+    if report.weights is None:
+        return {}
+    names, share_SM = [update.site for update in report.updates], report.weights.share_SM
+    return {expert: dict(zip(names, share_SM[:, index].tolist(), strict=True)) for index, expert in enumerate(experts)}
