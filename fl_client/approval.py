@@ -20,7 +20,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from icmoe.atomic import prepared, read_regular
 from icmoe.chain import Entry
 from icmoe.config import Section, flat
-from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, NOTHING_SENT, Fault, IcmoeError
 from icmoe.locks import LOCK_S, claim, held_for
 from icmoe.study import Study, canonical, canonical_json
 
@@ -67,10 +67,10 @@ def read_approvals(state: Path) -> tuple[Approval, ...]:
             found.append(Approval.model_validate_json(content))
             digest = _digest(json.loads(content)["study"])
         except (OSError, ValidationError) as error:
-            faults.append(Fault(number=321, where=str(path), value=type(error).__name__, did="Nothing was started."))
+            faults.append(Fault(number=321, where=str(path), value=type(error).__name__, did=NOT_STARTED))
             continue
         if not digest == path.stem == found[-1].digest:
-            faults.append(Fault(number=321, where=str(path), value=digest[:12], limit=path.stem[:12], did="Nothing was started."))
+            faults.append(Fault(number=321, where=str(path), value=digest[:12], limit=path.stem[:12], did=NOT_STARTED))
     if faults:
         raise IcmoeError(*faults)
     return tuple(sorted(found, key=lambda approval: (datetime.fromisoformat(approval.approved_at), approval.digest)))
@@ -204,7 +204,7 @@ def approved_studies(state: Path) -> tuple[Study, ...]:
     """
     studies = tuple(approval.study for approval in reversed(standing(read_approvals(state))))
     if not studies:
-        raise IcmoeError(Fault(number=316, did="Nothing was started."))
+        raise IcmoeError(Fault(number=316, did=NOT_STARTED))
     return studies
 
 

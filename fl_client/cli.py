@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from icmoe import __version__
-from icmoe.errors import Fault, IcmoeError, exit_on_fault, printable
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError, exit_on_fault, printable
 from icmoe.platform import require_supported_platform
 from icmoe.usage import Commands
 
@@ -372,7 +372,7 @@ def _chosen(context: typer.Context) -> Chosen:
     options: Options = context.obj
     if options.site is None:
         todo = "Name this hospital before the command: fl_client --site NAME ingest."
-        raise IcmoeError(Fault(number=203, where="fl_client", value="--site", did="Nothing was started.", todo=todo))
+        raise IcmoeError(Fault(number=203, where="fl_client", value="--site", did=NOT_STARTED, todo=todo))
     return Chosen(options.site, options.config or default_site_file(options.site))
 
 

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 from icmoe.processes import program
 
 DEADLINE_S = 300.0
@@ -38,7 +38,7 @@ def require_ready(path: Path, name: str, say: Callable[[str], None]) -> None:
         checks = json.loads(done.stdout)["checks"]
     except (subprocess.TimeoutExpired, OSError, ValueError, KeyError) as error:
         what, todo = "the preflight did not end", f"Run fl_client --site {name} check."
-        fault = Fault(number=325, where=str(path), what=what, value=type(error).__name__, did="Nothing was started.", todo=todo)
+        fault = Fault(number=325, where=str(path), what=what, value=type(error).__name__, did=NOT_STARTED, todo=todo)
         raise IcmoeError(fault) from None
     faults = [(check["ok"], _fault(check["fault"])) for check in checks if check["fault"]]
     stopping = [fault for ok, fault in faults if not ok and fault.number not in WAITED_FOR]

@@ -22,7 +22,7 @@ from icmoe.data.ingest.index import read_index
 from icmoe.data.ingest.run import Export, store_of
 from icmoe.data.ingest.settings import IngestSettings
 from icmoe.data.slices import SiteData, Slice
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 from icmoe.study import Study
 
 ENVIRONMENT = "FL_CLIENT_SITE_FILE"
@@ -115,7 +115,7 @@ def _require_state(state: Path) -> None:
 
 def study_faults(path: Path, settings: SiteFile, study: Study) -> list[Fault]:
     """Return why the site would not take part in a study: 212 for a test where tests are not allowed, 319 for the policy."""
-    tests = [Fault(number=212, where=str(path), value=study.name, did="Nothing was started.")]
+    tests = [Fault(number=212, where=str(path), value=study.name, did=NOT_STARTED)]
     return (tests if study.test_only and not settings.allow_test_only else []) + policy_faults(settings.policy, study)
 
 

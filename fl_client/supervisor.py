@@ -23,7 +23,7 @@ from fl_client.screen import Form, Run, Say, screen
 from fl_client.site import ENVIRONMENT, SiteFile, read_named
 from fl_client.status import LOCK
 from icmoe.atomic import regular
-from icmoe.errors import Fault, IcmoeError, exit_on_fault
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError, exit_on_fault
 from icmoe.locks import claim
 from icmoe.processes import asked_to_stop, flower_environment, free_port, next_delay, private_files
 
@@ -102,7 +102,7 @@ def connection_flags(path: Path, settings: SiteFile) -> list[str]:
     """
     chosen = settings.coordinator
     if chosen is None:
-        raise IcmoeError(Fault(number=203, where=str(path), value="[coordinator]", did="Nothing was started."))
+        raise IcmoeError(Fault(number=203, where=str(path), value="[coordinator]", did=NOT_STARTED))
     folder = path.resolve().parent
     ca, key = str(folder / chosen.ca), str(folder / chosen.key)
     return ["--superlink", chosen.address, "--root-certificates", ca, "--auth-supernode-private-key", key]
@@ -190,7 +190,7 @@ def only_one(state: Path) -> Iterator[None]:
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(state / LOCK, "w", opener=regular) as lock:
         what, todo = "the site is running already", "Stop the other process first."
-        claim(lock, Fault(number=325, where=str(state), what=what, did="Nothing was started.", todo=todo))
+        claim(lock, Fault(number=325, where=str(state), what=what, did=NOT_STARTED, todo=todo))
         yield
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fl_server.consortium import Consortium, read_consortium
 from icmoe.atomic import write_atomically
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 from icmoe.joining import split_address
 from icmoe.private import read_private
 
@@ -149,7 +149,7 @@ def read_home(root: Path) -> Home:
     home = find_home(root)
     needed = [home.ca, home.certificate, home.key, home.secret]
     lacking = [path for path in needed if not path.is_file() or not path.stat().st_size]
-    if faults := [Fault(number=326, where=str(path), did="Nothing was started.") for path in lacking]:
+    if faults := [Fault(number=326, where=str(path), did=NOT_STARTED) for path in lacking]:
         raise IcmoeError(*faults)
     for private in (home.key, home.secret):
         read_private(private)

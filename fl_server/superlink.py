@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from fl_server.home import Home, read_home
 from fl_server.supervise import Child, supervise
 from icmoe.atomic import write_atomically
-from icmoe.errors import Fault, IcmoeError, printable
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError, printable
 from icmoe.joining import split_address
 from icmoe.processes import flower_environment, flower_settings, private_files, program
 
@@ -94,7 +94,7 @@ def require_free_port(port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:
-            raise IcmoeError(Fault(number=329, value=f"127.0.0.1:{port}", did="Nothing was started.")) from None
+            raise IcmoeError(Fault(number=329, value=f"127.0.0.1:{port}", did=NOT_STARTED)) from None
 
 
 def require_listen(listen: str) -> None:
@@ -146,8 +146,8 @@ def in_quotes(path: Path) -> str:
     """
     text = str(path)
     if "$" in text or not text.isprintable():
-        limit, did = "no dollar sign or unprintable character", "Nothing was started."
-        raise IcmoeError(Fault(number=202, where="--home", value=printable(text), limit=limit, did=did))
+        limit = "no dollar sign or unprintable character"
+        raise IcmoeError(Fault(number=202, where="--home", value=printable(text), limit=limit, did=NOT_STARTED))
     return text.replace("\\", r"\\").replace('"', r"\"")
 
 

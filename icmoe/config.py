@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 from icmoe.private import read_small
 
 LARGEST_KIB = 1024
@@ -55,9 +55,7 @@ def parse(section: type[SectionT], values: Mapping[str, Any], *, where: str) -> 
         # TOML has lists where sections have tuples: JSON mode reads lists as tuples and stays strict otherwise.
         found = section.model_validate_json(json.dumps(values, default=str))
     except RecursionError:
-        raise IcmoeError(
-            Fault(number=202, where=where, what="values are nested too deeply", did="Nothing was started.")
-        ) from None
+        raise IcmoeError(Fault(number=202, where=where, what="values are nested too deeply", did=NOT_STARTED)) from None
     except ValidationError as error:
         items: list[dict[str, Any]] = [dict(item) for item in error.errors()]
         inner = {item["loc"][:depth] for item in items for depth in range(len(item["loc"]))}
@@ -99,7 +97,7 @@ def parse_toml(data: bytes, *, where: str) -> dict[str, Any]:
         repr(found)  # tomllib reads hexadecimal numbers of more digits than can be written down again, in a fault for example
     except (ValueError, RecursionError) as error:
         words = in_utf16(data) or {"value": str(error)[:160]}
-        raise IcmoeError(Fault(number=204, where=where, did="Nothing was started.", **words)) from None
+        raise IcmoeError(Fault(number=204, where=where, did=NOT_STARTED, **words)) from None
     return found
 
 
@@ -131,7 +129,7 @@ def _dates(values: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
 
 def _no_date(path: tuple[str, ...], value: dt.date | dt.time, where: str) -> Fault:
     limit = f'no date or time; text stands in quotation marks, "{value}"'
-    return Fault(number=202, where=where, value=f"{'.'.join(path)} = {value}", limit=limit, did="Nothing was started.")
+    return Fault(number=202, where=where, value=f"{'.'.join(path)} = {value}", limit=limit, did=NOT_STARTED)
 
 
 def _fault(section: type[BaseModel], item: dict[str, Any], where: str) -> Fault:
@@ -140,15 +138,15 @@ def _fault(section: type[BaseModel], item: dict[str, Any], where: str) -> Fault:
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(path[-1], _keys(section, path[:-1]), n=1, cutoff=0.5)
         hint = f'Did you mean "{near[0]}"?' if near else ""
-        return Fault(number=201, where=where, value=key, did="Nothing was started.", todo=hint)
+        return Fault(number=201, where=where, value=key, did=NOT_STARTED, todo=hint)
     if item["type"] == "missing":
-        return Fault(number=203, where=where, value=key, did="Nothing was started.")
+        return Fault(number=203, where=where, value=key, did=NOT_STARTED)
     given = repr(item["input"])
     shown = given if len(given) <= 80 else given[:77] + "..."
     limit = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     of_table = item["type"] == "value_error" and isinstance(item["input"], dict)  # keys that do not fit: the limit names them
     value = key if of_table else f"{key} = {shown}" if key else shown
-    return Fault(number=202, where=where, value=value, limit=limit, did="Nothing was started.")
+    return Fault(number=202, where=where, value=value, limit=limit, did=NOT_STARTED)
 
 
 def _keys(section: type[BaseModel], path: list[str]) -> list[str]:

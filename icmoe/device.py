@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 
 
 def available_device(name: str) -> torch.device:
@@ -22,7 +22,7 @@ def available_device(name: str) -> torch.device:
         raise IcmoeError(Fault(number=211, value=name, limit="cpu, cuda or cuda:N")) from None
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         limit = "cpu" + "".join(f", cuda:{index}" for index in range(torch.cuda.device_count()))
-        raise IcmoeError(Fault(number=211, value=name, limit=limit, did="Nothing was started."))
+        raise IcmoeError(Fault(number=211, value=name, limit=limit, did=NOT_STARTED))
     return device
 
 

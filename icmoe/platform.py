@@ -6,7 +6,7 @@ import platform
 import sys
 from importlib.metadata import version
 
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 
 FLOWER = "1.41"
 """Version of Flower whose private names `fl_client/flower_private.py` and `fl_server/flower_private.py` use."""
@@ -22,7 +22,7 @@ def require_supported_platform() -> None:
     """
     found = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64") or sys.version_info < (3, 11):
-        raise IcmoeError(Fault(number=303, value=found, limit="Linux x86_64, Python 3.11 or newer", did="Nothing was started."))
+        raise IcmoeError(Fault(number=303, value=found, limit="Linux x86_64, Python 3.11 or newer", did=NOT_STARTED))
 
 
 def require_flower() -> None:
@@ -37,6 +37,4 @@ def require_flower() -> None:
     if not found.startswith(f"{FLOWER}."):
         todo = "Install icmoe-federated again; it names the versions that fit."
         what, limit = "this version is not supported", f"{FLOWER}.x"
-        raise IcmoeError(
-            Fault(number=303, where="flwr", what=what, value=found, limit=limit, did="Nothing was started.", todo=todo)
-        )
+        raise IcmoeError(Fault(number=303, where="flwr", what=what, value=found, limit=limit, did=NOT_STARTED, todo=todo))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from icmoe.errors import Fault, IcmoeError, file_fault
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError, file_fault
 
 LARGEST_KIB = 64
 """Keys, certificates and kits are far smaller; a device or a wrong file ends here."""
@@ -47,10 +47,10 @@ def read_small(path: Path, largest_kib: int = LARGEST_KIB) -> bytes:
             found = os.fstat(descriptor)
             data = file.read(1024 * largest_kib + 1) if stat.S_ISREG(found.st_mode) else b""
     except OSError as error:
-        raise IcmoeError(Fault(number=205, where=str(path), value=error.strerror or "", did="Nothing was started.")) from None
+        raise IcmoeError(Fault(number=205, where=str(path), value=error.strerror or "", did=NOT_STARTED)) from None
     if not stat.S_ISREG(found.st_mode) or len(data) > 1024 * largest_kib:
         limit = f"a regular file of at most {largest_kib} KiB"
-        raise IcmoeError(Fault(number=205, where=str(path), limit=limit, did="Nothing was started."))
+        raise IcmoeError(Fault(number=205, where=str(path), limit=limit, did=NOT_STARTED))
     return data
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 
 # The norm of the noise grows with the square root of the coordinates: one narrow expert per kind, no laterals, and no
 # contrast, whose projection would be 17 k coordinates more. 44 k trained parameters over the lite-medsam backbone.
@@ -35,7 +35,7 @@ def spelled_out(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     name = below.pop("profile")
     if not isinstance(name, str) or name not in PROFILES:
         value, limit = f"profile = {name!r}", ", ".join(PROFILES)
-        raise IcmoeError(Fault(number=202, where=where, value=value, limit=limit, did="Nothing was started."))
+        raise IcmoeError(Fault(number=202, where=where, value=value, limit=limit, did=NOT_STARTED))
     return merged(PROFILES[name], below)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 from icmoe.gaussian import noise_for
 from icmoe.server_privacy import ServerPrivacy
 
@@ -50,7 +50,7 @@ def noise_of(settings: ServerPrivacy, rounds: int) -> Noise:
     count = settings.count_noise or settings.sites / 20
     if 2.0 * count <= whole:
         limit = f"above {whole / 2:.3g}, half of the noise multiplier"
-        raise IcmoeError(Fault(number=421, value=f"count_noise = {count:.3g}", limit=limit, did="Nothing was started."))
+        raise IcmoeError(Fault(number=421, value=f"count_noise = {count:.3g}", limit=limit, did=NOT_STARTED))
     # A replaced site changes sum and count by twice as much each: all noise doubles, and the split stays.
     doubled = 2.0 if settings.adjacency == "replace" else 1.0
     return Noise(whole, (whole**-2 - (2.0 * count) ** -2) ** -0.5, doubled * count)

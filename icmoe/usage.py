@@ -17,7 +17,7 @@ from typer import Typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from icmoe.ending import unwinding
-from icmoe.errors import Fault, IcmoeError, exit_on_fault, print_faults
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError, exit_on_fault, print_faults
 
 EXIT_CODE = 2
 STANDARD = 2
@@ -127,7 +127,7 @@ def require_working_directory() -> None:
         Path.cwd()
     except OSError as error:
         what, value, todo = "working directory is not there", error.strerror or "", "Change to a folder that exists."
-        raise IcmoeError(Fault(number=205, what=what, value=value, did="Nothing was started.", todo=todo)) from None
+        raise IcmoeError(Fault(number=205, what=what, value=value, did=NOT_STARTED, todo=todo)) from None
 
 
 def escape_what_cannot_be_printed() -> None:

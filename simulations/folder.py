@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from icmoe.atomic import read_regular, regular, write_atomically
 from icmoe.compare import read_results
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 from icmoe.locks import hold
 from simulations.hospitals import find_hospitals
 
@@ -72,9 +72,7 @@ class RunFolder:
             502 where another process holds it, or where it holds a run and `resume` is off.
         """
         if not resume and (self.results.exists() or self.work.exists()):
-            raise IcmoeError(
-                Fault(number=502, where=str(self.root), what="folder holds a run already", did="Nothing was started.")
-            )
+            raise IcmoeError(Fault(number=502, where=str(self.root), what="folder holds a run already", did=NOT_STARTED))
         had_phantoms = self.phantoms.exists()
         try:
             self.work.mkdir(parents=True, exist_ok=True)
@@ -102,21 +100,20 @@ class RunFolder:
             205 or 217 where they cannot be read, 502 where they are of another study, other methods, seeds, sites or data;
             as `find_hospitals` for the data.
         """
-        did = "Nothing was started."
-        self._require_whole(did)
+        self._require_whole()
         results: dict[str, Any] = json.loads(read_regular(self.results))
         settings, kept = simulation.model_dump(mode="json"), results["configuration"].get("simulation", {})
         other = ["study"] if results["study_digest"] != study.digest else []
         other += [name for name in DECIDING if kept.get(name) != settings[name]]
         if not other and not self._is_of(results, simulation, study):
             other = ["data"]
-        self.require_none(other, did=did)
+        self.require_none(other, did=NOT_STARTED)
         return results
 
-    def _require_whole(self, did: str) -> None:
+    def _require_whole(self) -> None:
         """Refuse results that cannot be read; finished rounds outlast them."""
         try:
-            read_results(self.results, did=did)
+            read_results(self.results, did=NOT_STARTED)
         except IcmoeError as error:
             todo = "Remove it: --resume makes it again, from the finished rounds as long as .work is there."
             raise IcmoeError(*(replace(one, todo=todo) if one.number == 217 else one for one in error.faults)) from None
@@ -166,18 +163,12 @@ class RunFolder:
         try:
             before = dict(json.loads(read_regular(path)))
         except (ValueError, TypeError):
-            what, did, todo = "what the run was begun with cannot be read", "Nothing was started.", "Choose another --out."
-            raise IcmoeError(Fault(number=502, where=str(path), what=what, did=did, todo=todo)) from None
+            what, todo = "what the run was begun with cannot be read", "Choose another --out."
+            raise IcmoeError(Fault(number=502, where=str(path), what=what, did=NOT_STARTED, todo=todo)) from None
         changed = sorted(key for key in before if identity.get(key) != before[key])  # a former version wrote fewer keys
         if changed:
-            fault = Fault(
-                number=502,
-                where=str(self.root),
-                what="the committed run differs",
-                value=", ".join(changed),
-                did="Nothing was started.",
-            )
-            raise IcmoeError(fault)
+            what, value = "the committed run differs", ", ".join(changed)
+            raise IcmoeError(Fault(number=502, where=str(self.root), what=what, value=value, did=NOT_STARTED))
 
     def publish(self, staged: Path) -> None:
         """Move what is complete in `staged` into the folder, results.json last: where it is, everything is."""

@@ -24,7 +24,7 @@ from scipy.ndimage import gaussian_filter
 
 from icmoe.atomic import read_regular
 from icmoe.data.splits import COLUMNS, SPACING_COLUMNS, SPLITS
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 from simulations.anatomy import Head, Lesion
 
 Picture = npt.NDArray[np.uint8]
@@ -210,8 +210,8 @@ def require_drawn_alike(root: Path, *, seed: int, size_px: int) -> None:
         alike = False
     if not alike:
         what, limit = "phantoms of another seed or size are there", f"seed {seed}, {size_px} pixels"
-        did, todo = "Nothing was started.", "Choose another --out, or remove that folder."
-        raise IcmoeError(Fault(number=502, where=str(root), what=what, limit=limit, did=did, todo=todo))
+        todo = "Choose another --out, or remove that folder."
+        raise IcmoeError(Fault(number=502, where=str(root), what=what, limit=limit, did=NOT_STARTED, todo=todo))
 
 
 def _write_split(path: Path, rows: Sequence[tuple[str, ...]]) -> None:

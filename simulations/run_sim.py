@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from icmoe.backbones import BACKBONES, choices
-from icmoe.errors import Fault, IcmoeError, exit_on_fault
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError, exit_on_fault
 from icmoe.platform import require_supported_platform
 from icmoe.usage import OneCommand
 from simulations.interruption import exit_on_interruption
@@ -83,9 +83,7 @@ def rehearse_command(
             }
         )
         if track not in {None, "tensorboard", "mlflow"}:
-            raise IcmoeError(
-                Fault(number=210, where="--track", value=str(track), limit="tensorboard, mlflow", did="Nothing was started.")
-            )
+            raise IcmoeError(Fault(number=210, where="--track", value=str(track), limit="tensorboard, mlflow", did=NOT_STARTED))
         with exit_on_interruption("Continue with --resume."):
             _run(scenario, study_options, simulation_options, out, resume=resume, as_json=as_json, track=track)
 
@@ -138,9 +136,9 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 def _seeds(seed: int | None, seeds: int | None) -> list[int] | None:
     if seed is not None and seeds is not None:
-        raise IcmoeError(Fault(number=210, value="--seed and --seeds", limit="one of them", did="Nothing was started."))
+        raise IcmoeError(Fault(number=210, value="--seed and --seeds", limit="one of them", did=NOT_STARTED))
     if seeds is not None and not 1 <= seeds <= 100:
-        raise IcmoeError(Fault(number=202, where="--seeds", value=str(seeds), limit="1 to 100", did="Nothing was started."))
+        raise IcmoeError(Fault(number=202, where="--seeds", value=str(seeds), limit="1 to 100", did=NOT_STARTED))
     return [seed] if seed is not None else list(range(1, seeds + 1)) if seeds else None
 
 

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from icmoe.backbone import backbone_digest, require_taken
 from icmoe.backbones import BACKBONES, DEFAULT
 from icmoe.config import PathText, Section, parse, read_toml
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 from icmoe.profiles import merged, spelled_out
 from icmoe.study import Study
 from simulations.methods import AFTERWARDS, DEFAULT_METHODS, METHODS
@@ -122,8 +122,8 @@ def _tables(found: Mapping[str, Any], where: str) -> tuple[dict[str, Mapping[str
     unknown, wrong = sorted(set(found) - set(tables)), [key for key, table in tables.items() if not isinstance(table, Mapping)]
     faults = [Fault(number=201, where=where, value=key, limit="[study] and [simulation]") for key in unknown]
     for key in wrong:
-        value, did = f"{key} = {repr(tables[key])[:80]}", "Nothing was started."
-        faults.append(Fault(number=202, where=where, value=value, limit=f"one table [{key}]", did=did))
+        value = f"{key} = {repr(tables[key])[:80]}"
+        faults.append(Fault(number=202, where=where, value=value, limit=f"one table [{key}]", did=NOT_STARTED))
     return {key: table if isinstance(table, Mapping) else {} for key, table in tables.items()}, faults
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from fl_server.round_log import RoundRecord
 from fl_server.round_strategy import unheard
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 from icmoe.kinds import names_of
 from simulations.alone import POOLED, by_method
 from simulations.federation import Job, Listener, Scored
@@ -69,8 +69,8 @@ def tracking(tracker: str | None, folder: Path) -> Iterator[tuple[Listener, Scor
     try:
         to = TRACKERS[tracker](folder)
     except ImportError:
-        did, todo = "Nothing was started.", "Install icmoe-federated[track]."
-        raise IcmoeError(Fault(number=213, where=f"--track {tracker}", did=did, todo=todo)) from None
+        todo = "Install icmoe-federated[track]."
+        raise IcmoeError(Fault(number=213, where=f"--track {tracker}", did=NOT_STARTED, todo=todo)) from None
 
     def listen(job: Job, record: RoundRecord | None, site: str) -> None:
         del site

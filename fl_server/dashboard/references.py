@@ -15,7 +15,7 @@ from typing import Any
 
 from icmoe.atomic import regular
 from icmoe.config import Section
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 from icmoe.study import Study
 
 LARGEST_BYTES = 200_000_000
@@ -69,7 +69,7 @@ def read_references(path: Path) -> References:
 
 def _refusal(path: Path, value: str) -> IcmoeError:
     todo = "Name the results.json that simulations/run_sim.py wrote with the methods local and pooled."
-    return IcmoeError(Fault(number=523, where=str(path), value=value, did="Nothing was started.", todo=todo))
+    return IcmoeError(Fault(number=523, where=str(path), value=value, did=NOT_STARTED, todo=todo))
 
 
 def _of(results: dict[str, Any]) -> References:

@@ -19,10 +19,9 @@ from fl_server.dashboard.door import LOOPBACK, TOKEN, Door
 from fl_server.dashboard.feed import Feed, unknown
 from fl_server.dashboard.references import read_references
 from fl_server.home import Home, find_home
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 from icmoe.private import read_private
 
-NOTHING = "Nothing was started."
 MOST_CONNECTIONS = 100
 LAST_WORDS_S = 2
 
@@ -105,7 +104,7 @@ def bound(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
-        raise IcmoeError(Fault(number=202, where="--host", value=host, limit=str(error), did=NOTHING)) from None
+        raise IcmoeError(Fault(number=202, where="--host", value=host, limit=str(error), did=NOT_STARTED)) from None
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
@@ -114,9 +113,9 @@ def bound(host: str, port: int) -> socket.socket:
         listener.close()
         value, todo = f"{host}:{port}", "Choose another --port."
         if error.errno == errno.EADDRINUSE:
-            raise IcmoeError(Fault(number=329, value=value, did=NOTHING, todo=todo)) from None
+            raise IcmoeError(Fault(number=329, value=value, did=NOT_STARTED, todo=todo)) from None
         limit = error.strerror or ""
-        raise IcmoeError(Fault(number=202, where="--host and --port", value=value, limit=limit, did=NOTHING)) from None
+        raise IcmoeError(Fault(number=202, where="--host and --port", value=value, limit=limit, did=NOT_STARTED)) from None
     return listener
 
 
@@ -144,7 +143,7 @@ def _tls(home: Home) -> dict[str, str]:
     missing = [path for path in (home.certificate, home.key) if not path.is_file()]
     if missing:
         todo = "Run fl_server provision, or give --http where TLS ends elsewhere."
-        raise IcmoeError(*(Fault(number=326, where=str(path), did=NOTHING, todo=todo) for path in missing))
+        raise IcmoeError(*(Fault(number=326, where=str(path), did=NOT_STARTED, todo=todo) for path in missing))
     read_private(home.key)
     return {"ssl_certfile": str(home.certificate), "ssl_keyfile": str(home.key)}
 

@@ -10,7 +10,7 @@ from icmoe.data.folder import Progress, read_folder, read_split
 from icmoe.data.ingest.index import is_index, read_index
 from icmoe.data.ingest.run import store_of
 from icmoe.data.slices import SiteData
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 from icmoe.study import Label
 
 _NO_INDEX = "folder has no index for the study's labels"
@@ -77,8 +77,7 @@ def _stores(root: Path, labels: Sequence[Label]) -> list[tuple[Path, Path]]:
         others = [] if (root / "splits").is_dir() else [path for path in folders if _is_only_indexed(path)]
         what, todo = _NO_INDEX, "Give the study the labels that it was ingested for, or ingest it for this study."
     if others:
-        did = "Nothing was started."
-        raise IcmoeError(*(Fault(number=131, where=path.name, what=what, did=did, todo=todo) for path in others))
+        raise IcmoeError(*(Fault(number=131, where=path.name, what=what, did=NOT_STARTED, todo=todo) for path in others))
     return stores
 
 

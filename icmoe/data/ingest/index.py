@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from icmoe.atomic import regular
 from icmoe.data.ingest.records import FileRecord, FrameResult, Record
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 from icmoe.locks import hold
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def read_index(folder: Path) -> SiteData:
     if not is_index(folder):
         others = any(is_index(other) for other in folder.parent.glob("*"))  # it was run, for a study of other labels
         what = "ingest has not been run since a study with these labels was approved" if others else ""
-        raise IcmoeError(Fault(number=131, where=str(folder), what=what, did="Nothing was started."))
+        raise IcmoeError(Fault(number=131, where=str(folder), what=what, did=NOT_STARTED))
     with opened(folder) as connection:
         site = meta(connection, "site") if meta(connection, "complete") else ""
         if not site:
