@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from icmoe.predict.pictures import core
+from icmoe.predict.pictures import COLOURS, Colours, as_rgb, colour_of, core
 
-CLASS_COLOURS = ((255, 176, 0), (150, 110, 255), (214, 80, 160), (0, 170, 120), (240, 100, 60))
-"""Fills of the foreground classes, told apart with any colour vision; further classes start again."""
+CLASS_COLOURS = COLOURS[:5]
+"""Fills of the foreground classes; further classes start again."""
 
 EXPERT_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167))
 """Fills of the experts in the model's order; further experts start again."""
@@ -26,7 +26,6 @@ PANEL_PIXELS = 320
 """Longest side of a panel."""
 
 Picture = npt.NDArray[np.uint8]
-Colours = tuple[tuple[int, int, int], ...]
 
 
 @dataclass
@@ -85,24 +84,20 @@ def panels(overlay: Overlay) -> list[Panel]:
     if overlay.experts_HW is not None:
         shares = np.bincount(overlay.experts_HW.ravel(), minlength=len(overlay.expert_names)) / overlay.experts_HW.size
         words = ", ".join(f"{name} {100 * share:.0f}%" for name, share in zip(overlay.expert_names, shares, strict=True))
-        decided_HW3 = _enlarged(_filled(_grey(overlay), overlay.experts_HW + 1, EXPERT_COLOURS))
+        decided_HW3 = _enlarged(_filled(as_rgb(overlay.image_HW), overlay.experts_HW + 1, EXPERT_COLOURS))
         shown.append(Panel("who decided", f"{overlay.title}: largest gate, {words}", _data_uri(decided_HW3)))
     return shown
 
 
 def pictures(overlay: Overlay) -> tuple[Picture, Picture, Picture]:
     """Return image, truth and prediction, uint8 H W 3, enlarged to at most `PANEL_PIXELS`; see `panels`."""
-    grey_HW3 = _grey(overlay)
+    grey_HW3 = as_rgb(overlay.image_HW)
     prediction_HW3 = _enlarged(_filled(grey_HW3, overlay.prediction_HW))
     # Drawn after enlarging, so that the line stays thin on coarse images.
     truth = Image.fromarray((overlay.truth_HW > 0).astype(np.uint8))
     marked_HW = np.asarray(truth.resize(prediction_HW3.shape[1::-1], Image.Resampling.NEAREST)) > 0
     prediction_HW3[_edge(marked_HW)] = OUTLINE_COLOUR
     return _enlarged(grey_HW3), _enlarged(_filled(grey_HW3, overlay.truth_HW)), prediction_HW3
-
-
-def _grey(overlay: Overlay) -> npt.NDArray[np.float32]:
-    return np.repeat(np.clip(overlay.image_HW, 0, 1).astype(np.float32)[..., None] * 255, 3, axis=2)
 
 
 def _marked(classes_HW: npt.NDArray[np.uint8]) -> str:
@@ -114,7 +109,7 @@ def _filled(
 ) -> npt.NDArray[np.float32]:
     painted_HW3 = grey_HW3.copy()
     for index in range(1, int(classes_HW.max(initial=0)) + 1):
-        colour_3 = np.array(colours[(index - 1) % len(colours)], np.float32)
+        colour_3 = np.array(colour_of(index, colours), np.float32)
         inside_HW = classes_HW == index
         painted_HW3[inside_HW] = 0.45 * painted_HW3[inside_HW] + 0.55 * colour_3
     return painted_HW3

@@ -15,6 +15,7 @@ from icmoe.atomic import write_atomically
 from icmoe.backbones import BACKBONES
 from icmoe.config import flat
 from icmoe.data.splits import SPLITS
+from icmoe.predict.pictures import Colours
 from simulations.cross_site import matrix_rows
 from simulations.expert_use import use_tables
 from simulations.findings import (
@@ -37,7 +38,7 @@ from simulations.findings import (
     worst_site,
     worth_it,
 )
-from simulations.overlays import CLASS_COLOURS, EXPERT_COLOURS, OUTLINE_COLOUR, Colours, Overlay, panels
+from simulations.overlays import CLASS_COLOURS, EXPERT_COLOURS, OUTLINE_COLOUR, Overlay, panels
 from simulations.plots import Plot, plots
 from simulations.results import CHECK_COLUMNS, check_rows
 from simulations.site_plots import check_plots, cross_plots, usage_plots

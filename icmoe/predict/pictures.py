@@ -12,15 +12,22 @@ from PIL import Image
 
 from icmoe.study import Label
 
+Colours = tuple[tuple[int, int, int], ...]
+
 COLOURS = ((255, 176, 0), (150, 110, 255), (214, 80, 160), (0, 170, 120), (240, 100, 60), (90, 180, 240))
 """Of classes and experts, told apart with any colour vision; further ones start again."""
 FILL = 0.4
 """Share of the colour inside a class; its border has all of it."""
 
 
-def colour_of(index: int) -> tuple[int, int, int]:
+def colour_of(index: int, colours: Colours = COLOURS) -> tuple[int, int, int]:
     """Return the colour of a class from 1, red, green and blue in 0 to 255."""
-    return COLOURS[(index - 1) % len(COLOURS)]
+    return colours[(index - 1) % len(colours)]
+
+
+def as_rgb(grey_HW: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
+    """Return a picture in [0, 1] as red, green and blue in 0 to 255, H W 3."""
+    return np.repeat(np.clip(grey_HW, 0, 1).astype(np.float32)[..., None] * 255, 3, axis=2)
 
 
 def mask_values(classes: npt.NDArray[np.uint8], labels: Sequence[Label]) -> npt.NDArray[Any]:
@@ -36,7 +43,7 @@ def mask(values_HW: npt.NDArray[Any]) -> Image.Image:
 
 def overlay(grey_HW: npt.NDArray[np.float32], classes_HW: npt.NDArray[np.uint8]) -> Image.Image:
     """Return a picture in [0, 1] with its classes tinted and outlined."""
-    painted_HW3 = np.repeat(np.clip(grey_HW, 0.0, 1.0)[..., None] * 255.0, 3, axis=2)
+    painted_HW3 = as_rgb(grey_HW)
     for index in np.unique(classes_HW[classes_HW > 0]):
         inside_HW = classes_HW == index
         share_HW1 = np.where(core(inside_HW), FILL, 1.0)[..., None] * inside_HW[..., None]
