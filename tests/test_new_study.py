@@ -94,7 +94,6 @@ def test_a_file_that_is_there_stays(tmp_path: Path):
     assert (code, told[:6]) == (1, "ICM220"), "a folder is nothing to replace"
 
 
-KIND = {"scheme": "SCT", "value": "1", "meaning": "x"}
 CHANGES: list[dict[str, Any]] = [
     {},
     {"rounds": 3, "training": {"views": ["identity", "dark"], "learning_rate": 5e-05}, "aggregation": {"personal": True}},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from icmoe.data.ingest import index, jobs, preloaded  # noqa: F401  # workers are forked from here
 from icmoe.data.ingest.catalogue import Catalogue
@@ -112,23 +113,28 @@ def _publish(work: Work, workers: Workers, splits: Mapping[str, str]) -> None:
 
     work.on_progress("decode", done, total)
     for job, answer in in_processes(jobs.decode_series, missing(), workers, deadline_s=DEADLINE_S):
-        results = answer if answer is not None else [FrameResult(fault=118, why=CRASHED)] * len(job.frames)
-        mark, again = marks.pop(job.series), any(result.why in AGAIN for result in results)
-        with index.transaction(connection):  # where it did not end well, another run tries again
-            index.put_series(connection, job.series, "" if again or answer is None else mark, results)
-            if again:  # though no file will have changed by then
-                connection.executemany(UNKNOWN, [(files.state(path)[0],) for path, _ in job.states])
+        _keep(work, job, answer, marks.pop(job.series))
         done += len(job.frames)
         work.on_progress("decode", done, total)
     fixed = {hashes.patient(number): split for number, split in splits.items()}
-
-    def split_of(patient: str, number: str) -> str:
-        """Patients of one number stand in one split, whoever gave it: some files may not name the issuer."""
-        share = hashes.share(number or patient)
-        return fixed.get(patient) or fixed.get(number) or _split(share, export.settings.shares)
-
-    publication.write(split_of, fixed.keys())
+    publication.write(partial(_split_of, work, fixed), fixed.keys())
     index.put_meta(connection, {ABSENT: str(len(fixed.keys() - publication.patients()))})
+
+
+def _keep(work: Work, job: jobs.SeriesJob, answer: list[FrameResult] | None, mark: str) -> None:
+    """Write what became of a series into the index; where it did not end well, another run tries again."""
+    results = answer if answer is not None else [FrameResult(fault=118, why=CRASHED)] * len(job.frames)
+    again = any(result.why in AGAIN for result in results)
+    with index.transaction(work.connection):
+        index.put_series(work.connection, job.series, "" if again or answer is None else mark, results)
+        if again:  # though no file will have changed by then
+            work.connection.executemany(UNKNOWN, [(work.files.state(path)[0],) for path, _ in job.states])
+
+
+def _split_of(work: Work, fixed: Mapping[str, str], patient: str, number: str) -> str:
+    """Patients of one number stand in one split, whoever gave it: some files may not name the issuer."""
+    share = work.hashes.share(number or patient)
+    return fixed.get(patient) or fixed.get(number) or _split(share, work.export.settings.shares)
 
 
 def _known_as(state: tuple[str, int, int], record: FileRecord) -> tuple[str, int | None, int | None]:
