@@ -26,7 +26,7 @@ from icmoe.cli import app as icmoe
 from icmoe.config import json_schema
 from icmoe.errors import CATALOGUE
 from icmoe.study import Study
-from icmoe.usage import restore_help
+from icmoe.usage import OneCommand, restore_help
 from simulations.ablation import app as ablation
 from simulations.evidence.__main__ import app as evidence
 from simulations.evidence.privacy import app as privacy
@@ -217,7 +217,7 @@ def _value(value: Any) -> str:  # noqa: ANN401  # any default
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=OneCommand)
 def write(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit code 1 where the page is old.")] = False,  # noqa: FBT002
 ) -> None:

@@ -130,3 +130,12 @@ def test_nothing_is_unpickled() -> None:
         for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 assert "weights_only=True" in ast.unparse(node), path
+
+
+def test_one_module_takes_locks() -> None:
+    assert [named(path) for path in SOURCES if "fcntl" in imports_of(tree_of(path))] == ["icmoe/locks.py"]
+
+
+def test_no_script_says_what_is_wrong_with_its_command_line_in_words_of_typers_own() -> None:
+    for path in SOURCES:
+        assert "typer.run" not in {ast.unparse(node.func) for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)}, path
