@@ -24,6 +24,7 @@ from icmoe.messages import (
     MOST_STEPS,
     PATIENTS_KEY,
     SECONDS_KEY,
+    SIMPLEX_TOLERANCE,
     SITE_KEY,
     SLICES_KEY,
     STEPS_KEY,
@@ -34,8 +35,6 @@ from icmoe.model import build_model
 from icmoe.quantise import Dequantised, out_of_range, sent_shapes
 from icmoe.study import Study
 from icmoe.summary import parse_summary
-
-SIMPLEX_TOLERANCE = 1e-3
 
 _TYPES = {"float32": torch.float32, "int8": torch.int8}
 

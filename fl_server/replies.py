@@ -24,6 +24,7 @@ from icmoe.messages import (
     MOST_STEPS,
     NUMBERS,
     SECONDS_KEY,
+    SIMPLEX_TOLERANCE,
     SLICES_KEY,
     STEPS_KEY,
     UPDATE,
@@ -34,7 +35,6 @@ from icmoe.quantise import EXPONENT, HIGHEST_EXPONENT, LARGEST, LOWEST_EXPONENT,
 from icmoe.study import ModelShape, Study
 from icmoe.study_privacy import SitePrivacy
 
-SIMPLEX_TOLERANCE = 1e-3
 PIECE = 65_536
 """Values of a tensor that are worked on at a time: a piece of the sum, of an update and of their product stay in the cache."""
 

@@ -6,6 +6,8 @@ from icmoe.errors import CATALOGUE
 
 MOST_IMAGES, MOST_STEPS, LARGEST_LOSS, LONGEST_S = 10**8, 10**8, 1e6, 30 * 86400.0
 """Ranges of the numbers about a round: a site sends none outside, a coordinator takes none."""
+SIMPLEX_TOLERANCE = 1e-3
+"""By which the usage of the experts may miss a sum of 1, at both."""
 
 # Names of records and keys in messages; anything else in a message is refused by number.
 ARRAYS, UPDATE, CONFIG, NUMBERS = "arrays", "update", "config", "numbers"
