@@ -18,7 +18,7 @@ from fl_client.participant import Participant
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import state_digest
 from icmoe.messages import CONFIG, ERROR_CODE, NUMBERS, UPDATE, error_reason
-from icmoe.packing import PACKED, pack
+from icmoe.packing import HEADER_BYTES, NUMPY, PACKED, packed_bytes
 from icmoe.quantise import EXPONENT
 from icmoe.receipts import Head
 from icmoe.study import Study
@@ -156,8 +156,9 @@ def _rounded(outgoing: Outgoing, bits: int) -> Outgoing:
 def _message(outgoing: Outgoing, asked: Message) -> Message:
     content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {}
     if outgoing.tensors is not None:
-        packed = pack({name: tensor.numpy() for name, tensor in outgoing.tensors.items()})
-        content[UPDATE] = ArrayRecord({PACKED: Array(packed)})  # the audit log has its digest, name by name
+        packed = packed_bytes({name: tensor.numpy() for name, tensor in outgoing.tensors.items()})
+        content[UPDATE] = record = ArrayRecord()  # the audit log has its digest, name by name
+        record[PACKED] = Array("uint8", (len(packed) - HEADER_BYTES,), NUMPY, packed)
     if outgoing.numbers is not None:
         content[NUMBERS] = MetricRecord(dict(outgoing.numbers))
     if outgoing.texts is not None:

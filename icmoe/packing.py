@@ -6,6 +6,7 @@ A record that is not packed is left as it is; what is in it is checked afterward
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, MutableMapping
 from functools import lru_cache
@@ -20,23 +21,67 @@ from safetensors.numpy import load, save
 PACKED = "packed"
 NUMPY = "numpy.ndarray"
 """What Flower calls NumPy's file format."""
+LENGTH_BYTES = 8
+"""Of a safetensors file, before its head: how long that is."""
 HEADER_BYTES = 128
 """Length to which NumPy fills the header of an array of up to six or so axes."""
 
 
 def pack(tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
     """Return the tensors as the bytes of one safetensors file, by sorted name."""
-    return np.frombuffer(save({name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}), dtype=np.uint8)
+    return np.frombuffer(b"".join(_pieces(tensors)), dtype=np.uint8)
+
+
+def packed_bytes(tensors: Mapping[str, npt.NDArray[Any]]) -> bytes:
+    """Return ``bytes_of(pack(tensors))``, each value copied once."""
+    pieces = _pieces(tensors)
+    return b"".join((_header(np.dtype(np.uint8), (sum(map(len, pieces)),)), *pieces))
+
+
+def _pieces(tensors: Mapping[str, npt.NDArray[Any]]) -> list[bytes | memoryview]:
+    """Return head and values of a safetensors file."""
+    native = {name: np.asarray(tensor, tensor.dtype.newbyteorder("=")) for name, tensor in sorted(tensors.items())}
+    head, names = _head(tuple((name, tensor.dtype, tensor.shape) for name, tensor in native.items()))
+    return [head, *(_values(native[name]) for name in names)]
+
+
+@lru_cache(maxsize=4)
+def _head(forms: tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]) -> tuple[bytes, list[str]]:
+    """Return the head of a safetensors file of tensors of these names, types and shapes, and their order in it."""
+    file = save({name: np.zeros(shape, dtype) for name, dtype, shape in forms})
+    head = file[: LENGTH_BYTES + int.from_bytes(file[:LENGTH_BYTES], "little")]
+    places = json.loads(head[LENGTH_BYTES:])
+    return head, sorted(places, key=lambda name: places[name]["data_offsets"])
+
+
+def _values(tensor: npt.NDArray[Any]) -> memoryview:
+    flat_N = np.ascontiguousarray(tensor).reshape(-1)
+    return (flat_N.view(np.uint8) if flat_N.size else np.empty(0, np.uint8)).data
 
 
 def unpack(packed: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]] | None:
-    """Return the tensors of `pack`, None where the array holds none."""
-    if packed.dtype != np.uint8 or packed.ndim != 1:
+    """Return the tensors of `pack`, views of it, None where the array holds none."""
+    if packed.dtype != np.uint8 or packed.ndim != 1 or not packed.flags.c_contiguous:
         return None
+    head_bytes = LENGTH_BYTES + int.from_bytes(packed[:LENGTH_BYTES].tobytes(), "little")
+    places = _places(packed[:head_bytes].tobytes(), packed.size) if head_bytes <= packed.size else None
+    if places is None:
+        return None
+    return {name: np.ndarray(shape, dtype, packed, start) for name, (dtype, shape, start) in places.items()}
+
+
+@lru_cache(maxsize=4)
+def _places(head: bytes, size_bytes: int) -> Mapping[str, tuple[np.dtype[Any], tuple[int, ...], int]] | None:
+    """Return type, shape and first byte of each tensor by sorted name, None where the library refuses such a head.
+
+    Its verdict does not depend on the values, so zeros stand for them; all updates of a round share one head.
+    """
     try:
-        return dict(sorted(load(packed.tobytes()).items()))  # the library gives them in no order
+        found = load(head + bytes(size_bytes - len(head)))
+        starts = {name: value["data_offsets"][0] for name, value in json.loads(head[LENGTH_BYTES:]).items() if name in found}
     except (SafetensorError, KeyError, ValueError):
         return None
+    return {name: (tensor.dtype, tensor.shape, len(head) + starts[name]) for name, tensor in sorted(found.items())}
 
 
 def tensors_digest(tensors: Mapping[str, npt.NDArray[Any]], before: bytes = b"") -> str:
@@ -46,9 +91,14 @@ def tensors_digest(tensors: Mapping[str, npt.NDArray[Any]], before: bytes = b"")
     """
     sha = hashlib.sha256(before)
     for name, tensor in sorted(tensors.items()):
-        sha.update(f"{name}:{tensor.dtype}:{tensor.shape};".encode())
-        sha.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+        sha.update(_named(name, tensor.dtype, tensor.shape))
+        sha.update(_values(tensor))
     return sha.hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _named(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    return f"{name}:{dtype}:{shape};".encode()
 
 
 def array_of(item: Any) -> npt.NDArray[Any] | None:  # noqa: ANN401  # Flower's type, which this package does not know
@@ -61,7 +111,7 @@ def array_of(item: Any) -> npt.NDArray[Any] | None:  # noqa: ANN401  # Flower's 
         raise nearly anything, and an archive is no array.
     """
     data: bytes = item.data
-    if item.stype == NUMPY and (plain := _plain_array(data[:HEADER_BYTES])) is not None:
+    if item.stype == NUMPY and (plain := _plain_array(bytes(data[:HEADER_BYTES]))) is not None:
         dtype, shape, size_bytes = plain
         if len(data) == HEADER_BYTES + size_bytes:
             return np.ndarray(shape, dtype, data, HEADER_BYTES)
@@ -86,8 +136,7 @@ def plain_view(item: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.N
 
 def bytes_of(tensor: npt.NDArray[Any]) -> bytes:
     """Return an array in NumPy's file format 1.0, as `numpy.save` writes it, in C order."""
-    flat_N = np.ascontiguousarray(tensor).reshape(-1)
-    return b"".join((_header(tensor.dtype, tensor.shape), flat_N.view(np.uint8).data if flat_N.size else b""))
+    return b"".join((_header(tensor.dtype, tensor.shape), _values(tensor)))
 
 
 @lru_cache(maxsize=1024)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from icmoe.packing import (
     HEADER_BYTES,
@@ -18,6 +20,7 @@ from icmoe.packing import (
     is_plain,
     pack,
     pack_records,
+    packed_bytes,
     plain_view,
     unpack,
     unpack_records,
@@ -54,6 +57,51 @@ def test_tensors_come_back_with_names_shapes_and_bits(tensors: dict[str, np.ndar
 @given(TENSORS)
 def test_equal_tensors_are_equal_bytes_in_any_order(tensors: dict[str, np.ndarray]) -> None:
     assert pack(tensors).tobytes() == pack(dict(reversed(tensors.items()))).tobytes()
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["a", "b", "c", "d"]),
+        arrays(st.sampled_from([np.float32, np.int8, np.int64, np.dtype(">f4")]), array_shapes(min_dims=0, max_side=4)),
+    )
+)
+def test_packed_bytes_are_those_of_the_library(tensors: dict[str, np.ndarray]) -> None:
+    expected = save({name: np.asarray(tensors[name], order="C") for name in sorted(tensors)})
+    assert pack(tensors).tobytes() == expected
+    assert packed_bytes(tensors) == bytes_of(pack(tensors)) == Array(pack(tensors)).data
+
+
+def test_tensors_are_read_where_they_lie() -> None:
+    packed = pack({"a": np.arange(3, dtype=np.int8), "b": np.ones((2, 2), np.float32)})
+    found = unpack(packed)
+    assert found is not None
+    assert all(np.shares_memory(tensor, packed) and not tensor.flags.writeable for tensor in found.values())
+
+
+def headed(entries: list[tuple[str, int, int]]) -> np.ndarray:
+    """Return sixteen bytes behind a head that says of each name where its tensor of float32 begins and ends."""
+    told = (
+        f'"{name}":{{"dtype":"F32","shape":[{(end - start) // 4}],"data_offsets":[{start},{end}]}}'
+        for name, start, end in entries
+    )
+    head = f"{{{','.join(told)}}}".encode()
+    return np.frombuffer(len(head).to_bytes(8, "little") + head + np.arange(4, dtype=np.float32).tobytes(), np.uint8)
+
+
+PLACES = st.sampled_from([0, 4, 8, 12, 16])
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), PLACES, PLACES), min_size=1, max_size=4))
+@example([("a", 8, 16), ("b", 8, 16), ("a", 0, 8)])
+@example([("a", 16, 16), ("a", 0, 16)])
+def test_any_head_is_read_or_refused_as_the_library_does(entries: list[tuple[str, int, int]]) -> None:
+    packed = headed([(name, min(one, two), max(one, two)) for name, one, two in entries])
+    try:
+        expected = {name: tensor.tolist() for name, tensor in load(packed.tobytes()).items()}
+    except SafetensorError:
+        expected = None
+    found = unpack(packed)
+    assert (found and {name: tensor.tolist() for name, tensor in found.items()}) == expected
 
 
 GOOD = pack({"weight": np.ones(3, np.float32)})
