@@ -107,7 +107,7 @@ class Manifest:
 
     def _of_tensors(self, tensors: Mapping[str, Tensor] | None) -> Iterator[str]:
         yield from _other_names(self.shapes, tensors)
-        sound: dict[str, Tensor] = {}
+        norms: dict[str, float] = {}
         for name, shape in sorted((self.shapes or {}).items()):
             if name not in (tensors or {}):
                 continue
@@ -116,11 +116,16 @@ class Manifest:
                 yield f"{name} is not {self.form} of shape {shape}"
             elif self.form == "int8" and out_of_range(name, tensor.numpy()):
                 yield f"{name} holds values outside their range"
-            elif not _is_finite(tensor):
+            elif not math.isfinite(norm := _norm(tensor)):
                 yield f"{name} holds NaN or infinity"
             else:
-                sound[name] = tensor
-        if len(sound) == len(self.shapes or {}) and _norm(sound, self.form) > self.largest_norm:
+                norms[name] = norm
+        if tensors is None or len(norms) < len(self.shapes or {}):
+            return
+        if self.form == "int8":
+            read = Dequantised({name: tensors[name].numpy() for name in norms})
+            norms = {name: _norm(torch.from_numpy(value)) for name, value in read.items()}
+        if math.hypot(*norms.values()) > self.largest_norm:
             yield f"norm of the update is above {self.largest_norm:.4g}"
 
 
@@ -165,18 +170,9 @@ def update_shapes(study: Study) -> Mapping[str, tuple[int, ...]]:
     return MappingProxyType({name: tuple(tensor.shape) for name, tensor in update.items()})
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Return whether all values are finite: the squares of finite values do not overflow in float64."""
-    return not tensor.is_floating_point() or math.isfinite(float(torch.linalg.vector_norm(tensor, dtype=torch.float64)))
-
-
-def _norm(tensors: Mapping[str, Tensor], form: str) -> float:
-    """Return the norm of a whole update, as it is read."""
-    values: Mapping[str, object] = tensors
-    if form == "int8":
-        values = Dequantised({name: tensor.numpy() for name, tensor in tensors.items()})
-    norms = (float(torch.linalg.vector_norm(torch.as_tensor(value), dtype=torch.float64)) for value in values.values())
-    return math.hypot(*norms)
+def _norm(tensor: Tensor) -> float:
+    """Return the norm of a tensor, finite where all values are: their squares do not overflow in float64; 0 of integers."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) if tensor.is_floating_point() else 0.0
 
 
 def _scores(study: Study) -> dict[str, Rule]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from icmoe.errors import IcmoeError
-from icmoe.exchange import announced_size, global_state, load_state, state_digest, update_of
+from icmoe.exchange import announced_size, global_state, load_state, state_digest, state_faults, update_of
 from icmoe.kinds import BALANCE_BIAS, expert_of, is_personal, is_usage_weighted
 from icmoe.model import build_model
 
@@ -69,6 +71,16 @@ def test_a_refused_state_leaves_the_model_untouched_and_names_every_fault(make_s
     assert {fault.where for fault in caught.value.faults} == {*names[:3], "stranger"}
     assert {fault.number for fault in caught.value.faults} == {301}
     assert state_digest(global_state(model)) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+def test_a_value_is_finite_whether_or_not_its_square_is(dtype: torch.dtype) -> None:
+    held = {"a": torch.zeros(3, dtype=dtype)}
+    largest = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
+    assert state_faults(held, {"a": torch.full((3,), largest, dtype=dtype)}) == []
+    for wrong in (math.nan, math.inf, -math.inf) if dtype.is_floating_point else ():
+        (fault,) = state_faults(held, {"a": torch.tensor([0.0, wrong, largest], dtype=dtype)})
+        assert fault.what == "tensor holds NaN or infinity"
 
 
 def test_the_digest_sees_names_shapes_types_and_values() -> None:
