@@ -32,10 +32,10 @@ class InStore(Array):
         return InStore, (self.dtype, self.shape, self.stype, self._where)
 
     @property
-    def data(self) -> bytes:  # type: ignore[override]  # is a plain attribute there, which nobody sets
-        """A copy of the bytes."""
+    def data(self) -> memoryview:  # type: ignore[override]  # is a plain attribute of bytes there, which nobody sets
+        """The bytes, where they lie in the store."""
         bytes_N: npt.NDArray[np.uint8] = ray.get(self._where)
-        return bytes_N.tobytes()
+        return bytes_N.data
 
 
 def in_store(content: RecordDict) -> RecordDict:
