@@ -205,16 +205,19 @@ def run_jobs(
     quiet_libraries(SILENT)  # an engine that breaks down before any site has answered is told of in one line
     sites = _read_sites(sites_path)
     lanes = min(len(sites), LANES)
+    for left in sites_path.parent.glob("replies-*"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    replies = TemporaryDirectory(dir=sites_path.parent, prefix="replies-", ignore_cleanup_errors=True)
     finished: dict[tuple[str, int], RunState] = {}
     server_app, stopped, ended = ServerApp(), Event(), Event()
 
     def rehearse(grid: Grid, context: Context) -> None:
         del context
         grid = Stoppable(grid, stopped)
-        with ExitStack() as end, TemporaryDirectory(dir=sites_path.parent, prefix="replies-") as folder:
+        with ExitStack() as end:
             end.callback(ended.set)
             nodes = await_online(grid, lanes, deadline_s=jobs[0].study.deadline_s, poll_s=POLL_S)
-            everybody = Lanes(grid, nodes, len(sites), Path(folder))
+            everybody = Lanes(grid, nodes, len(sites), Path(replies.name))
             roster = meet(everybody, len(sites), jobs[0].study, trust_answers=True, poll_s=POLL_S)
             quiet_libraries()  # sites have answered
             if on_check is not None:
@@ -224,13 +227,21 @@ def run_jobs(
                 finished[job.method, job.study.seed] = run_job(everybody, job, roster, on_event, on_scored)
 
     server_app.main()(rehearse)
-    for left in sites_path.parent.glob("replies-*"):  # by a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    with replies:
+        client_app = AnySite(SitesOnDisk(sites_path), handlers, Path(replies.name))
+        _simulate(server_app, client_app, lanes, engine, stopped, ended)
+    if len(finished) < len(jobs):
+        raise IcmoeError(Fault(number=503, value=f"{len(finished)} of {len(jobs)} studies finished"))
+    return finished
+
+
+def _simulate(server_app: ServerApp, client_app: AnySite, lanes: int, engine: Engine, stopped: Event, ended: Event) -> None:
+    """Run both apps to their end, or end them; `ended` is set once that of the server has."""
     start_ray(engine)
     try:
         run_simulation(
             server_app=server_app,
-            client_app=AnySite(SitesOnDisk(sites_path), handlers),
+            client_app=client_app,
             num_supernodes=lanes,
             backend_config=engine.backend_config(),  # type: ignore[arg-type]
         )
@@ -242,9 +253,6 @@ def run_jobs(
             raise  # of a study, not of the engine
         _leave(stopped, ended)
         raise IcmoeError(engine_fault(error, engine)) from error
-    if len(finished) < len(jobs):
-        raise IcmoeError(Fault(number=503, value=f"{len(finished)} of {len(jobs)} studies finished"))
-    return finished
 
 
 def start_ray(engine: Engine) -> None:

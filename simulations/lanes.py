@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -35,21 +36,27 @@ class AnySite(ClientApp):
     ----------
     site_of, handlers
         As for `make_client_app`.
+    folder
+        Where large answers are left, for `Lanes`: they would pass through Ray's store and through two processes otherwise.
     """
 
-    def __init__(self, site_of: SiteOf, handlers: Mapping[str, Handler] | None = None) -> None:
+    def __init__(self, site_of: SiteOf, handlers: Mapping[str, Handler] | None, folder: Path) -> None:
         super().__init__()
-        self._given = (site_of, handlers)
+        self._given = (site_of, handlers, folder)
+        self._folder = folder
         self._app = make_client_app(site_of, handlers)
 
-    def __reduce__(self) -> tuple[type[AnySite], tuple[SiteOf, Mapping[str, Handler] | None]]:
+    def __reduce__(self) -> tuple[type[AnySite], tuple[SiteOf, Mapping[str, Handler] | None, Path]]:
         """Travel to the actors as what it was made of: it does so with every message."""
         return AnySite, self._given
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer as the site that is asked."""
         context.node_config[PARTITION] = int(message.metadata.group_id)
-        return self._app(message, context)
+        reply = self._app(message, context)
+        with suppress(OSError):  # what could not be written travels in the answer, and whoever takes it says why
+            to_disk(reply, self._folder)
+        return reply
 
 
 class Lanes(InFront):
@@ -123,5 +130,6 @@ class Lanes(InFront):
         self._free.append(lane)
         asked = message.metadata
         reply.metadata.__dict__ |= {"_src_node_id": asked.dst_node_id, "_reply_to_message_id": asked.message_id}
-        to_disk(reply, self._folder)
+        for array in to_disk(reply, self._folder):
+            array.own()
         return reply

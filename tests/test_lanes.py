@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pickle
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,17 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from fl_server.app import start_state
 from fl_server.roster import online
+from fl_server.round_strategy import record_of
 from icmoe.errors import IcmoeError
+from icmoe.kinds import BALANCE_BIAS
+from icmoe.packing import bytes_of, unpack
 from simulations import in_store
+from simulations.benchmarks.no_training import sites_of, study_of, train_nothing
+from simulations.federation import SitesOnDisk, write_sites
 from simulations.lanes import PARTITION, AnySite, Lanes
-from simulations.on_disk import SMALL_BYTES, OnDisk
+from simulations.on_disk import SMALL_BYTES, OnDisk, to_disk
 
 SITES, NODES = 7, [101, 102]
 
@@ -48,9 +55,27 @@ class Slow:
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         assert set(message_ids) == set(self.under_way)
         _, message = self.under_way.popitem()
-        site = int(message.metadata.group_id)
-        arrays = ArrayRecord({"large": Array(np.full(SMALL_BYTES, site, dtype=np.uint8)), "small": Array(np.array([site]))})
-        return [Message(RecordDict({"update": arrays}), reply_to=message)]
+        return [large_answer(int(message.metadata.group_id), message)]
+
+
+class Leaving(Slow):
+    """The same where each node leaves its large arrays in a folder, and its answer comes from another process."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        (answer,) = super().pull_messages(message_ids)
+        to_disk(answer, self.folder)
+        travelling = pickle.dumps(answer)
+        assert len(travelling) < SMALL_BYTES
+        return [pickle.loads(travelling)]
+
+
+def large_answer(site: int, asked: Message) -> Message:
+    arrays = ArrayRecord({"large": Array(np.full(SMALL_BYTES, site, dtype=np.uint8)), "small": Array(np.array([site]))})
+    return Message(RecordDict({"update": arrays}), reply_to=asked)
 
 
 def answers(lanes: Lanes, asked: list[Message]) -> dict[str, Message]:
@@ -79,8 +104,9 @@ def test_every_site_answers_its_own_message_and_no_more_are_under_way_than_there
             assert reply.content["update"]["small"].numpy().tolist() == [message.metadata.dst_node_id - 1]
 
 
-def test_large_tensors_wait_in_files_that_go_with_the_reply(tmp_path: Path) -> None:
-    lanes = Lanes(Slow(), NODES, 3, tmp_path)  # type: ignore[arg-type]
+@pytest.mark.parametrize("left_by_the_node", [False, True])
+def test_large_tensors_wait_in_files_that_go_with_the_reply(tmp_path: Path, left_by_the_node: bool) -> None:
+    lanes = Lanes(Leaving(tmp_path) if left_by_the_node else Slow(), NODES, 3, tmp_path)  # type: ignore[arg-type]
     found = answers(lanes, [Message(RecordDict(), dst_node_id=node, message_type="train") for node in (1, 2, 3)])
     assert len(list(tmp_path.iterdir())) == 3
     kept = [reply.content["update"]["large"] for reply in found.values()]
@@ -92,15 +118,47 @@ def test_large_tensors_wait_in_files_that_go_with_the_reply(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_without_room_for_answers_is_named_and_nothing_stays_on_it(tmp_path: Path) -> None:
+@contextmanager
+def no_room() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_BYTES, hard))
     try:
-        with pytest.raises(OSError, match=str(tmp_path)):
-            OnDisk(Array(np.zeros(SMALL_BYTES, np.float32)), tmp_path)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_without_room_for_answers_is_named_and_nothing_stays_on_it(tmp_path: Path) -> None:
+    asked = Message(RecordDict(), dst_node_id=1, message_type="train")
+    with no_room(), pytest.raises(OSError, match=str(tmp_path)):
+        to_disk(large_answer(1, asked), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_site_leaves_its_update_on_disk_and_sends_it_where_there_is_no_room(tmp_path: Path) -> None:
+    study, replies = study_of(2), tmp_path / "replies"
+    write_sites(tmp_path / "sites.json", sites_of(1, study, tmp_path))
+    app = AnySite(SitesOnDisk(tmp_path / "sites.json"), {"train": train_nothing}, replies)
+    content = RecordDict({"arrays": record_of(start_state(study).arrays), "config": ConfigRecord()})
+    content["config"]["study"], content["config"]["server-round"] = study.digest, 1
+    context = Context(run_id=1, node_id=5, node_config={}, state=RecordDict(), run_config={})
+
+    def update() -> Array:
+        answer = app(Message(content, dst_node_id=101, message_type="train", group_id="0"), context)
+        (array,) = answer.content["update"].values()
+        return array
+
+    left = update()
+    assert isinstance(left, OnDisk)
+    (file,) = replies.iterdir()
+    assert file.read_bytes() == left.data
+    file.unlink()
+    with no_room():
+        sent = update()
+    assert not isinstance(sent, OnDisk)
+    assert sent.data == bytes_of(sent.numpy())
+    assert unpack(sent.numpy()).keys() == start_state(study).arrays.keys() - {BALANCE_BIAS}
+    assert list(replies.iterdir()) == []
 
 
 def test_large_tensors_are_put_into_rays_store_once_for_all_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,8 +184,8 @@ def who(context: Context, digest: str) -> None:
     raise IcmoeError(*[])  # never reached: the site is looked up before anything is answered
 
 
-def test_the_app_travels_as_what_it_was_made_of_and_is_the_site_that_is_asked() -> None:
-    app = pickle.loads(pickle.dumps(AnySite(who)))
+def test_the_app_travels_as_what_it_was_made_of_and_is_the_site_that_is_asked(tmp_path: Path) -> None:
+    app = pickle.loads(pickle.dumps(AnySite(who, None, tmp_path)))
     context = Context(run_id=1, node_id=5, node_config={}, state=RecordDict(), run_config={})
     message = Message(RecordDict(), dst_node_id=101, message_type="train", group_id="4")
     assert app(message, context).has_error()  # it carries no study
