@@ -88,8 +88,10 @@ def ranks_digest(ranks_HW: npt.NDArray[np.unsignedinteger[Any]]) -> bytes:
 
 def marks_digest(classes_HW: npt.NDArray[np.uint8]) -> str:
     """Return the SHA-256 of the rows of class indices that have a mark and of which they are; empty where none has."""
+    if not classes_HW.any():  # as of most frames
+        return ""
     marked_H = np.flatnonzero(classes_HW.any(axis=1))
-    return hashlib.sha256(marked_H.tobytes() + classes_HW[marked_H].tobytes()).hexdigest() if len(marked_H) else ""
+    return hashlib.sha256(marked_H.tobytes() + classes_HW[marked_H].tobytes()).hexdigest()
 
 
 def picture_digest(ranks: bytes, values_V: npt.NDArray[Any], window: Window) -> str:

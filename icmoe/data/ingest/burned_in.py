@@ -83,8 +83,9 @@ def holds_text(picture: Picture) -> bool:
     values_V = np.where(picture.finite_V, picture.values_V, finite_V[0])
     levels_V = ((values_V - np.float32(low)) * np.float32(255.0 / (high - low)) + np.float32(0.5)).astype(np.uint8)
     least_hw, most_hw = _tiled(np.minimum, picture.ranks_HW), _tiled(np.maximum, picture.ranks_HW)
-    for table_V, low_hw, high_hw in ((levels_V, least_hw, most_hw), (255 - levels_V, most_hw, least_hw)):
-        for part in _parts(table_V.take(low_hw), table_V.take(high_hw)):
+    low_hw, high_hw = levels_V.take(least_hw), levels_V.take(most_hw)
+    for table_V, least_hw, most_hw in ((levels_V, low_hw, high_hw), (255 - levels_V, 255 - high_hw, 255 - low_hw)):
+        for part in _parts(least_hw, most_hw):
             if _holds_light_text(table_V.take(picture.ranks_HW[part])):
                 return True
     return False
@@ -113,6 +114,8 @@ def _parts(least_hw: Levels, most_hw: Levels) -> Iterator[tuple[slice, slice]]:
     around_hw = _opened(least_hw, 3)
     drawn_hw = _drawn(most_hw, around_hw)
     counts_h = np.count_nonzero(drawn_hw, axis=1)
+    if not counts_h.any():
+        return
     edges = np.flatnonzero(np.diff(counts_h > 0, prepend=False, append=False))
     for top, bottom in zip(edges[::2], edges[1::2], strict=True):
         if 2 * int(counts_h[top:bottom].max()) < LETTERS:  # a tile has room for two letters beside each other

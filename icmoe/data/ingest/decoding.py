@@ -104,21 +104,22 @@ def _first_pass(
     ranks = ranks_digest(ranks_HW)
     kept.add(frame.entry, ranks, values_V)
     write_stored(_path(job, frame.entry), Stored(values_V, ranks_HW, classes))
+    marks = marks_digest(classes)
     return FrameResult(
         entry=frame.entry,
         picture=ranks.hex(),
         rows=ranks_HW.shape[0],
         columns=ranks_HW.shape[1],
         mean=picture.mean,
-        class_px=_class_px(classes, len(job.labels)),
-        marks=marks_digest(classes),
+        class_px=_class_px(classes, len(job.labels)) if marks else (classes.size, *[0] * (len(job.labels) - 1)),
+        marks=marks,
         lettered=lettered,
     )
 
 
 def _class_px(classes: Classes, labels: int) -> tuple[int, ...]:
-    """Return the pixels of each class; most frames have no mark."""
-    marked = [int(np.count_nonzero(classes == label)) for label in range(1, labels)] if classes.any() else [0] * (labels - 1)
+    """Return the pixels of each class."""
+    marked = [int(np.count_nonzero(classes == label)) for label in range(1, labels)]
     return (classes.size - sum(marked), *marked)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -178,9 +179,12 @@ def upright(plane: Plane | None) -> Upright:
 
     Oblique planes and unknown ones stay as they are stored.
     """
-    if plane is None:
-        return Upright()
-    along_row, along_column = np.asarray(plane[3:6]), np.asarray(plane[6:9])
+    return Upright() if plane is None else _turn(plane[3:6], plane[6:9])
+
+
+@lru_cache(maxsize=64)  # slices of a series have the same
+def _turn(row_axis: tuple[float, ...], column_axis: tuple[float, ...]) -> Upright:
+    along_row, along_column = np.asarray(row_axis), np.asarray(column_axis)
     axes = [int(np.abs(axis).argmax()) for axis in (along_row, along_column)]
     if min(abs(along_row[axes[0]]), abs(along_column[axes[1]])) < ALIGNED or axes[0] == axes[1]:
         return Upright()

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -165,11 +166,11 @@ def plain_pixels_of(path: Path, header: Dataset) -> dict[str, Any]:
     ):
         return {}
     values["head"] = 8 if syntax == ImplicitVRLittleEndian else 12
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         return {"plain": sys.intern(json.dumps(values)), "pixels_at": at} if _at_pixels(file, values, at) else {}
 
 
-def _at_pixels(file: BinaryIO, values: Mapping[str, Any], at: int) -> int:
+def _at_pixels(file: BinaryIO | FileIO, values: Mapping[str, Any], at: int) -> int:
     """Return how many bytes of pixels lie there, as many as the header says, and go to the first; 0 where they do not."""
     size = integer(values, "Rows") * integer(values, "Columns") * integer(values, "BitsAllocated") // 8
     length, head = size + size % 2, int(values["head"])
