@@ -50,8 +50,9 @@ def _passed_over(record: FileRecord, unmarked: Mapping[Key, Plane | None]) -> se
         if patch.plane is not None:
             regions.setdefault((patch.label, patch.group), set()).add(round(float(np.dot(across, patch.plane[:3])), 1))
     heights = {key: round(float(np.dot(across, plane[:3])), 1) for key, plane in unmarked.items() if plane is not None}
-    levels = np.unique([*heights.values(), *set().union(*regions.values())])
-    step_mm = float(np.median(np.diff(levels))) if len(levels) > 1 else 0.0
+    levels = sorted({*heights.values()}.union(*regions.values()))  # np.unique, as np.median for the next, would import numpy.ma
+    steps = sorted(np.diff(levels).tolist()) or [0.0]
+    step_mm = (steps[(len(steps) - 1) // 2] + steps[len(steps) // 2]) / 2.0
     found = set[Key]()
     for marked in regions.values():
         gaps = np.diff(sorted(marked)) / step_mm if step_mm > 0.0 else np.empty(0)
@@ -62,5 +63,5 @@ def _passed_over(record: FileRecord, unmarked: Mapping[Key, Plane | None]) -> se
 
 def _is_apart(planes: Sequence[Plane], step_mm: float) -> bool:
     """Return whether the frames of a SEG object lie a step apart or more: slices that overlap say less of those between."""
-    heights = np.unique(np.round([np.dot(normal(planes[0]), plane[:3]) for plane in planes], 2)) if planes else np.empty(0)
+    heights = sorted({*np.round([np.dot(normal(planes[0]), plane[:3]) for plane in planes], 2).tolist()}) if planes else []
     return len(heights) > 1 and float(np.diff(heights).min()) >= 0.99 * step_mm > 0.0

@@ -36,7 +36,7 @@ SETTINGS = "settings"
 """Key of the digest of what the site file said when ingest was run."""
 SAME_PICTURE = " has the same picture"
 """After a patient's pseudonym: why a frame of another one is left out."""
-BATCH_FILES = 64
+BATCH_FILES = 16
 DEADLINE_S = 600.0
 SHARED = """select distinct json_extract(record, '$.patient'), json_extract(record, '$.why') from left_out
     where json_extract(record, '$.why') like ?"""
