@@ -84,8 +84,10 @@ def holds_text(picture: Picture) -> bool:
     levels_V = ((values_V - np.float32(low)) * np.float32(255.0 / (high - low)) + np.float32(0.5)).astype(np.uint8)
     least_hw, most_hw = _tiled(np.minimum, picture.ranks_HW), _tiled(np.maximum, picture.ranks_HW)
     low_hw, high_hw = levels_V.take(least_hw), levels_V.take(most_hw)
-    for table_V, least_hw, most_hw in ((levels_V, low_hw, high_hw), (255 - levels_V, 255 - high_hw, 255 - low_hw)):
-        for part in _parts(least_hw, most_hw):
+    around_2hw = _opened(np.stack([low_hw, 255 - high_hw]), 3)  # for light text and, turned round, for dark
+    drawn_2hw = _drawn(np.stack([high_hw, 255 - low_hw]), around_2hw)
+    for table_V, drawn_hw in zip((levels_V, 255 - levels_V), drawn_2hw, strict=True):
+        for part in _parts(drawn_hw):
             if _holds_light_text(table_V.take(picture.ranks_HW[part])):
                 return True
     return False
@@ -104,15 +106,13 @@ def _tiled(extreme: np.ufunc, ranks_HW: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return ranks_HW
 
 
-def _parts(least_hw: Levels, most_hw: Levels) -> Iterator[tuple[slice, slice]]:
-    """Yield bands of rows, with the squares of surroundings about them, outside which no line is drawn.
+def _parts(drawn_hw: npt.NDArray[np.bool_]) -> Iterator[tuple[slice, slice]]:
+    """Yield bands of rows, with the squares of surroundings about them, outside which no line is drawn, from the tiles that are.
 
     Any square of surroundings about a pixel lies within some three by three tiles, so that the surroundings are at least as
     light as the least of these, and a pixel at most as light as the greatest of its tile. A band ends where a row of tiles
     has nothing drawn, which no letter crosses.
     """
-    around_hw = _opened(least_hw, 3)
-    drawn_hw = _drawn(most_hw, around_hw)
     counts_h = np.count_nonzero(drawn_hw, axis=1)
     if not counts_h.any():
         return
@@ -217,13 +217,16 @@ def _is_alone(run: _Strokes) -> bool:
 def _opened(levels_HW: Levels, side: int) -> Levels:
     """Return levels without what is light and narrower than a square: the greatest of the least value in it.
 
-    Comparing shifted arrays is many times as fast as scipy's filters here, because numpy compares 16 bytes at a time.
+    Before height and width there may be a number of pictures. Comparing shifted arrays is many times as fast as scipy's
+    filters here, because numpy compares 16 bytes at a time.
     """
     reach = side - 1
-    padded_HW = np.empty((levels_HW.shape[0] + 2 * reach, levels_HW.shape[1] + 2 * reach), dtype=np.uint8)
-    padded_HW[reach:-reach, reach:-reach] = levels_HW
-    padded_HW[:reach, reach:-reach], padded_HW[-reach:, reach:-reach] = levels_HW[0], levels_HW[-1]
-    padded_HW[:, :reach], padded_HW[:, -reach:] = padded_HW[:, reach, None], padded_HW[:, -reach - 1, None]
+    *several, rows, columns = levels_HW.shape
+    padded_HW = np.empty((*several, rows + 2 * reach, columns + 2 * reach), dtype=np.uint8)
+    inner_HW = padded_HW[..., reach:-reach]
+    inner_HW[..., reach:-reach, :] = levels_HW
+    inner_HW[..., :reach, :], inner_HW[..., -reach:, :] = levels_HW[..., :1, :], levels_HW[..., -1:, :]
+    padded_HW[..., :reach], padded_HW[..., -reach:] = inner_HW[..., :1], inner_HW[..., -1:]
     eroded_HW = _folded(np.minimum, padded_HW, side)
     return _folded(np.maximum, eroded_HW, side)
 
@@ -233,7 +236,7 @@ def _folded(extreme: np.ufunc, levels_HW: Levels, side: int) -> Levels:
     reach = 1
     while reach < side:
         step = min(reach, side - reach)
-        levels_HW = extreme(levels_HW[:-step], levels_HW[step:])
-        levels_HW = extreme(levels_HW[:, :-step], levels_HW[:, step:])
+        levels_HW = extreme(levels_HW[..., :-step, :], levels_HW[..., step:, :])
+        levels_HW = extreme(levels_HW[..., :-step], levels_HW[..., step:])
         reach += step
     return levels_HW
