@@ -38,7 +38,7 @@ from fl_server.round_strategy import unheard
 from fl_server.rounds import run_rounds
 from fl_server.run_state import RunState
 from icmoe.atomic import write_atomically
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 from icmoe.study import Study
 from simulations.alone import POOLED, Alone, spread_out
 from simulations.lanes import LANES, PARTITION, AnySite, Lanes
@@ -367,4 +367,4 @@ def require_cluster(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CLUSTER_TIMEOUT_S).close()
     except (OSError, ValueError) as error:
         value = error.strerror or str(error) if isinstance(error, OSError) else "not HOST:PORT"
-        raise IcmoeError(Fault(number=505, where=address, value=value, did="Nothing was started.")) from None
+        raise IcmoeError(Fault(number=505, where=address, value=value, did=NOT_STARTED)) from None

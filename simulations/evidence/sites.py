@@ -12,7 +12,7 @@ import numpy as np
 
 from icmoe.data.ingest.run import Export, ingest, store_of
 from icmoe.data.ingest.settings import IngestSettings
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 from icmoe.study import Label
 from simulations.evidence.dealing import ONE_CLASS_SITE, read_split
 
@@ -45,7 +45,7 @@ def made_sites(source: Path, split: str, labels: Sequence[Label], place: Path) -
         row["case"] for row in rows if not (nifti(source, "images", row["case"]).is_file() or (source / row["case"]).is_dir())
     ]
     if absent:
-        raise IcmoeError(Fault(number=216, where=str(source), value=", ".join(absent), did="Nothing was started."))
+        raise IcmoeError(Fault(number=216, where=str(source), value=", ".join(absent), did=NOT_STARTED))
     for site in sorted({row["site"] for row in rows}):
         mine = [row for row in rows if row["site"] == site]
         export, folder = place / "exports" / site, place / "sites" / site

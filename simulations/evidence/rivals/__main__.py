@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from icmoe.errors import Fault, IcmoeError, exit_on_fault
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError, exit_on_fault
 from icmoe.usage import OneCommand
 from simulations.evidence.rivals.bench import run_all
 from simulations.evidence.rivals.catalogue import METHODS
@@ -38,7 +38,7 @@ def rivals(
     """Train the chosen rivals from where they stopped, cheapest first, then write table and plot of all that is there."""
     with exit_on_fault():
         if math.isnan(hours):  # neither below the least nor above it
-            raise IcmoeError(Fault(number=202, where="--hours", value="nan", limit="0 and more", did="Nothing was started."))
+            raise IcmoeError(Fault(number=202, where="--hours", value="nan", limit="0 and more", did=NOT_STARTED))
         names = chosen(methods, METHODS, "--methods")
         ways = chosen(regimes, REGIMES, "--regimes")
         jobs = [
