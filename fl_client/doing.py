@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from icmoe.atomic import read_regular, regular, write_atomically
-from icmoe.locks import hold, is_locked
+from icmoe.locks import GLANCE_S, hold, is_locked
 
 FILE, LOCK, SAID = "doing.json", "doing.lock", "said.json"
 EVERY_S = 0.5
@@ -111,7 +111,7 @@ def _held(state: Path) -> IO[bytes] | None:
     except OSError:
         return None
     with suppress(OSError):  # a training that is being ended beside it may hold it still
-        hold(lock, name=state / LOCK, deadline_s=0.0)
+        hold(lock, name=state / LOCK, deadline_s=GLANCE_S)
     return lock
 
 

@@ -13,6 +13,8 @@ from icmoe.errors import Fault, IcmoeError
 
 LOCK_S = 60.0
 """Time after which who still holds a lock that is kept for a moment counts as stuck: stopped, or on a share that hangs."""
+GLANCE_S = 0.2
+"""Time that must be given to who only looks whether a lock is held, and holds it itself for that moment."""
 LOOK_S = 0.02
 
 
@@ -39,7 +41,7 @@ def hold(file: IO[bytes] | IO[str] | int, *, name: Path, deadline_s: float = LOC
         raise TimeoutError(errno.ETIMEDOUT, held_for(deadline_s), str(name))
 
 
-def claim(file: IO[bytes] | IO[str] | int, busy: Fault, *, deadline_s: float = 0.0) -> None:
+def claim(file: IO[bytes] | IO[str] | int, busy: Fault, *, deadline_s: float = GLANCE_S) -> None:
     """Take the lock of an open file as `hold` does, or refuse the work in the caller's words.
 
     Parameters

@@ -36,7 +36,7 @@ def test_a_lock_that_is_held_for_too_long_is_an_error_that_names_the_file(taken:
     assert is_locked(tmp_path / "lock")
 
 
-def test_who_does_not_wait_is_refused_in_words_of_its_own(taken: int, tmp_path: Path) -> None:
+def test_another_process_at_work_is_named_in_words_of_the_caller(taken: int, tmp_path: Path) -> None:
     with (tmp_path / "lock").open("rb") as file, pytest.raises(IcmoeError) as raised:
         claim(file, Fault(number=325, where="here", what="somebody is at work"))
     assert raised.value.faults == (Fault(number=325, where="here", what="somebody is at work"),)
@@ -44,6 +44,16 @@ def test_who_does_not_wait_is_refused_in_words_of_its_own(taken: int, tmp_path: 
     with (tmp_path / "lock").open("rb") as file:
         claim(file, Fault(number=325))
         assert is_locked(tmp_path / "lock")
+
+
+def test_who_only_looks_whether_a_lock_is_held_is_no_other_process_at_work(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch()
+    with (tmp_path / "lock").open("rb") as looking, (tmp_path / "lock").open("rb") as file:
+        fcntl.flock(looking, fcntl.LOCK_SH)  # as `is_locked` does for a moment
+        timer = threading.Timer(0.02, lambda: fcntl.flock(looking, fcntl.LOCK_UN))
+        timer.start()
+        claim(file, Fault(number=325))
+        timer.join()
 
 
 def test_who_waits_gets_the_lock_when_it_is_free_and_gives_it_back_by_closing(taken: int, tmp_path: Path) -> None:
