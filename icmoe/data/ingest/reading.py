@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 from PIL import Image
-from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 
 from icmoe.data.images import DEEP_COLOUR, TURNED, read_grey
@@ -22,7 +19,6 @@ from icmoe.data.ingest.opening import Refusal, content_of, foreign_form, refusin
 from icmoe.data.ingest.pixels import plain_pixels_of
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, FramePlace, Patch, refused
-from icmoe.data.ingest.scanning import SHORT
 from icmoe.data.ingest.volumes import MASK_VALUES, looks_like_classes, volume_record
 from icmoe.data.ingest.walking import called_image, called_mask, called_scan, owner, person, stem, told, without_visit
 from icmoe.errors import IcmoeError
@@ -126,29 +122,9 @@ def _further_numbers(header: Dataset) -> frozenset[str]:
 
     Trials write a number for each visit, 1001_V1 and 1001_V2: without the visit it is the patient's.
     """
-    own = text(header, "PatientID")
-    raw: Any = header.get_item("OtherPatientIDsSequence")
-    is_short = isinstance(raw, RawDataElement) and raw.length <= SHORT
-    in_items = _numbers_of(raw._replace(value_tell=0), _encodings(header)) if is_short else _numbers(header)
+    items, own = sequence(header, "OtherPatientIDsSequence"), text(header, "PatientID")
     at_any_visit = {whole} if (whole := without_visit(folded(own))) != folded(own) else set[str]()
-    return terms(header, "OtherPatientIDs") | in_items - {""} | at_any_visit
-
-
-def _encodings(header: Dataset) -> tuple[str, ...]:
-    said = header.original_character_set
-    return (said,) if isinstance(said, str) else tuple(said)
-
-
-def _numbers(header: Dataset) -> frozenset[str]:
-    return frozenset(text(item, "PatientID") for item in sequence(header, "OtherPatientIDsSequence"))
-
-
-@lru_cache(maxsize=64)
-def _numbers_of(raw: RawDataElement, encodings: tuple[str, ...]) -> frozenset[str]:
-    """Return the numbers in a sequence, which all images of a patient repeat byte by byte."""
-    header = Dataset({raw.tag: raw})
-    header.set_original_encoding(raw.is_implicit_VR, raw.is_little_endian, [*encodings])
-    return _numbers(header)
+    return terms(header, "OtherPatientIDs") | {text(item, "PatientID") for item in items} - {""} | at_any_visit
 
 
 def picture_record(path: Path) -> FileRecord:
