@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from icmoe.exchange import State, load_state
+from icmoe.exchange import State
 from icmoe.features import Features
-from icmoe.model import ICMoE, build_model
+from icmoe.model import ICMoE, model_of
 from icmoe.study import Study
 
 SEPARATOR = "|"
@@ -74,11 +74,7 @@ def mixture_of(study: Study, states: Mapping[str, State], weights: Mapping[str, 
     IcmoeError
         301 where the tensors of a member are not the study's.
     """
-    members = {}
-    for name in weights:
-        members[name] = build_model(study, seed=0)
-        load_state(members[name], states.get(name, {}))
-    return Mixture(members, weights).eval()
+    return Mixture({name: model_of(study, states.get(name, {})) for name in weights}, weights).eval()
 
 
 def joined(states: Mapping[str, State]) -> State:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from icmoe.backbone import widths
 from icmoe.contrast import prototype_pull, semantic_contrast
+from icmoe.exchange import State, load_state
 from icmoe.experts import Expert, make_experts
 from icmoe.features import Features
 from icmoe.kinds import names_of
@@ -303,3 +304,23 @@ def build_model(study: Study, *, seed: int) -> ICMoE:
     """
     channels, block_channels = widths(study.backbone.name, block_features=study.backbone.block_features)
     return ICMoE(study.model, classes=study.classes, channels=channels, block_channels=block_channels, seed=seed)
+
+
+def model_of(study: Study, state: State) -> ICMoE:
+    """Return the study's model with these tensors, on the CPU.
+
+    Parameters
+    ----------
+    study
+        The study.
+    state
+        All tensors of the model.
+
+    Raises
+    ------
+    IcmoeError
+        301 where they are not the study's.
+    """
+    model = build_model(study, seed=0)
+    load_state(model, state)
+    return model

@@ -16,9 +16,9 @@ from icmoe import __version__
 from icmoe.atomic import write_atomically
 from icmoe.config import Section, parse
 from icmoe.errors import Fault, IcmoeError
-from icmoe.exchange import State, load_state
+from icmoe.exchange import State
 from icmoe.mixture import SUM_TOLERANCE, Mixture, mixture_of, parted
-from icmoe.model import ICMoE, build_model
+from icmoe.model import ICMoE, model_of
 from icmoe.study import Study
 
 METADATA_KEY = "icmoe"
@@ -106,9 +106,7 @@ def read_model(path: Path) -> tuple[ICMoE | Mixture, ModelHeader]:
 def _model_of(header: ModelHeader, state: State) -> ICMoE | Mixture:
     if header.weights is not None:
         return mixture_of(header.study, parted(state), header.weights)
-    model = build_model(header.study, seed=0)
-    load_state(model, state)
-    return model.eval()
+    return model_of(header.study, state).eval()
 
 
 def _parse_header(path: Path, metadata: dict[str, str]) -> ModelHeader:

@@ -29,7 +29,7 @@ from icmoe.evaluation import score_slices
 from icmoe.exchange import State, global_state, load_state
 from icmoe.features import FeatureCache
 from icmoe.mixture import mixture_of
-from icmoe.model import build_model
+from icmoe.model import build_model, model_of
 from icmoe.study import Study, derived_seed, taught_alone
 from icmoe.training import train_round
 
@@ -122,9 +122,7 @@ def tune(state: State, study: Study, data: OwnData) -> State:
         }
     )
     short = study.model_copy(update={"rounds": 1, "training": training})
-    model = build_model(study, seed=0)
-    load_state(model, state)
-    model.to(data.device)
+    model = model_of(study, state).to(data.device)
     seed = derived_seed(study, "tune", data.site)
     train_round(model, TrainingSet(data.train, study, data.cache), short, round_number=1, seed=seed, device=data.device)
     return global_state(model)

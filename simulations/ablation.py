@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,8 +25,9 @@ from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from icmoe.features import FeatureCache
 from icmoe.prepare import encode_slices
 from icmoe.profiles import merged
-from icmoe.study import Study
+from icmoe.study import Study, View
 from icmoe.usage import OneCommand
+from simulations.evidence.bars import Patients, by_site, mean_of_sites
 from simulations.federation import require_cluster, run_jobs, write_sites
 from simulations.folder import RunFolder
 from simulations.hospitals import Hospitals, find_hospitals, make_sites
@@ -33,7 +35,7 @@ from simulations.interruption import exit_on_interruption
 from simulations.rehearsal import backbone_of, engine_of, report_sites
 from simulations.scenario import Simulation, chosen, read_scenario
 from simulations.screen import Screen
-from simulations.trials import Scores, Trial, compared, left_out, mean_of_sites, score_trial
+from simulations.trials import Trial, compared, left_out, score_trial
 
 PARTS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -106,7 +108,7 @@ def ablate(
 
 def _run(
     names: Sequence[str], study: Study, simulation: Simulation, folder: RunFolder, screen: Screen, *, unseen: bool
-) -> dict[str, list[Scores]]:
+) -> dict[str, list[Patients]]:
     """Return the scores of each variant, a seed after the other."""
     device = available_device(simulation.device)
     engine = engine_of(simulation, device)
@@ -117,15 +119,13 @@ def _run(
     _encode(trials, simulation, hospitals, screen)
     # Each variant's state knows its study, but not what it was trained on.
     folder.check_identity({"data": hospitals.digest(), "masks": hospitals.masks_digest()})
-    cache, studies = (
-        FeatureCache.of(default_cache_folder(), study),
-        tuple({trial.study.digest: trial.study for trial in trials}.values()),
-    )
+    cache = FeatureCache.of(default_cache_folder(), study)
+    studies = tuple({trial.study.digest: trial.study for trial in trials}.values())
     sites = make_sites(hospitals, studies, cache=cache, state_folder=folder.work / "sites", simulation=simulation)[:-1]
     write_sites(folder.work / "sites.json", sites)
     jobs = [trial.job(hospitals, folder.work) for trial in trials]
     states = run_jobs(jobs, folder.work / "sites.json", engine, screen.on_event, on_scored=screen.on_scored)
-    found: dict[tuple[str, int], Scores] = {}
+    found: dict[tuple[str, int], Patients] = {}
     for trial, job in zip(trials, jobs, strict=True):
         seed = trial.study.seed
         found.setdefault((trial.name, seed), {}).update(score_trial(trial, states[job.method, seed], hospitals, device))
@@ -146,24 +146,25 @@ def _trials(names: Sequence[str], study: Study, simulation: Simulation, hospital
 
 
 def _encode(trials: Sequence[Trial], simulation: Simulation, hospitals: Hospitals, screen: Screen) -> None:
-    """Fill the cache with what the variants train on, and with each image as it is."""
-    slices = [item for split in ("train", "val") for item in hospitals.slices(split)]
-    wanted = {(trial.study.backbone, (*trial.study.training.views, "identity")): trial.study for trial in trials}
-    for (_, views), study in wanted.items():
+    """Fill the cache with what the variants are trained and scored on, each backbone being loaded once."""
+    slices, told = [item for split in ("train", "val") for item in hospitals.slices(split)], partial(screen.progress, "encode")
+    for choice, study in {trial.study.backbone: trial.study for trial in trials}.items():
+        mine = [trial for trial in trials if trial.study.backbone == choice]
+        scored: list[View] = ["identity"] if any(trial.left for trial in mine) else []  # training images as they are
+        views = dict.fromkeys(chain(scored, *(trial.study.training.views for trial in mine)))
         backbone = backbone_of(study, simulation, available_device(simulation.device))
         cache = FeatureCache.of(default_cache_folder(), study)
-        told = partial(screen.progress, "encode")
-        encode_slices(slices, study, backbone, cache, views=tuple(dict.fromkeys(views)), on_progress=told)
+        encode_slices(slices, study, backbone, cache, views=tuple(views), on_progress=told)
 
 
-def _write(found: dict[str, list[Scores]], study: Study, simulation: Simulation, folder: RunFolder, *, on: str) -> None:
+def _write(found: dict[str, list[Patients]], study: Study, simulation: Simulation, folder: RunFolder, *, on: str) -> None:
     whole, dice = study.model_dump(mode="json"), {name: list(map(mean_of_sites, seeds)) for name, seeds in found.items()}
     record = {
         "rounds": study.rounds,
         "seeds": list(simulation.seeds),
         "scored_on": on,
         "dice": dice,
-        "patients": found,
+        "patients": {name: list(map(by_site, seeds)) for name, seeds in found.items()},
         "study": whole,
     }
     write_atomically(folder.root / "ablation.json", (json.dumps(record, indent=1) + "\n").encode())

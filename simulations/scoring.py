@@ -17,10 +17,10 @@ from fl_server.round_strategy import Tensors
 from fl_server.run_state import RunState
 from icmoe.errors import Fault, IcmoeError
 from icmoe.evaluation import score_slices
-from icmoe.exchange import State, load_state
+from icmoe.exchange import State
 from icmoe.features import FeatureCache
 from icmoe.metrics import PatientScore, evaluation_record
-from icmoe.model import ICMoE, build_model
+from icmoe.model import ICMoE, model_of
 from icmoe.study import Study
 from simulations.alone import POOLED, of_site
 from simulations.cross_site import dice_by_site
@@ -53,9 +53,7 @@ class Examiner:
 
     def model(self, study: Study, state: State) -> ICMoE:
         """Return the model with these tensors, ready to score."""
-        model = build_model(study, seed=0)
-        load_state(model, state)
-        return model.to(self.site.torch_device()).eval()
+        return model_of(study, state).to(self.site.torch_device()).eval()
 
     def scores(self, study: Study, state: State, sites: Sequence[str] | None = None) -> list[PatientScore]:
         """Return the score of each test patient of the sites named, of all sites where none is."""

@@ -15,17 +15,15 @@ from icmoe.cache_entries import default_cache_folder
 from icmoe.data.slices import SiteData, Slice
 from icmoe.errors import Fault, IcmoeError
 from icmoe.evaluation import score_slices
-from icmoe.exchange import global_state, load_state
+from icmoe.exchange import global_state
 from icmoe.features import FeatureCache
-from icmoe.model import build_model
+from icmoe.model import build_model, model_of
 from icmoe.study import Study
-from simulations.evidence.intervals import over_patients
+from simulations.evidence.bars import Patients, mean_of_sites, paired
 from simulations.federation import Job
 from simulations.hospitals import Hospitals
-from simulations.scoring import tensors
+from simulations.scoring import patient_label, tensors
 
-Scores = dict[str, list[float]]
-"""By site, the Dice of each of its patients, in the patients' order."""
 LEAST_PATIENTS = 2
 """Of a site that is left out: with one there is no spread, and a mean of sites would hang on it."""
 
@@ -87,24 +85,19 @@ def _patients(site: SiteData) -> set[tuple[str, str]]:
     return {(item.site, item.patient) for split in ("train", "val") for item in site.of(split)}
 
 
-def score_trial(trial: Trial, run: RunState, hospitals: Hospitals, device: torch.device) -> Scores:
+def score_trial(trial: Trial, run: RunState, hospitals: Hospitals, device: torch.device) -> Patients:
     """Return the Dice of each patient that `trial` is scored on."""
-    model = build_model(trial.study, seed=0)
-    load_state(model, tensors(run.arrays))
-    cache = FeatureCache.of(default_cache_folder(), trial.study)
-    rows, labels = trial.patients(hospitals), trial.study.labels
-    found: Scores = {}
-    for score in score_slices(model.to(device).eval(), rows, labels, cache, device, surfaces=False):
-        found.setdefault(trial.left or score.site, []).append(score.dice)
+    study = trial.study
+    model, cache = model_of(study, tensors(run.arrays)).to(device).eval(), FeatureCache.of(default_cache_folder(), study)
+    scores = score_slices(model, trial.patients(hospitals), study.labels, cache, device, surfaces=False)
+    found: Patients = {}
+    for score in scores:
+        site = trial.left or score.site
+        found[site, patient_label(site, score.site, score.patient)] = score.dice
     return found
 
 
-def mean_of_sites(scores: Scores) -> float:
-    """Return the mean over sites of the mean over their patients."""
-    return fmean(map(fmean, scores.values()))
-
-
-def compared(found: Mapping[str, Sequence[Scores]], studies: Mapping[str, Study], title: str, base: str = "full") -> Table:
+def compared(found: Mapping[str, Sequence[Patients]], studies: Mapping[str, Study], title: str, base: str = "full") -> Table:
     """Return the table of the variants.
 
     Parameters
@@ -124,22 +117,8 @@ def compared(found: Mapping[str, Sequence[Scores]], studies: Mapping[str, Study]
         table.add_column(column, justify="left" if column == "variant" else "right")
     for name, seeds in found.items():
         values = [mean_of_sites(scores) for scores in seeds]
-        against = "-" if base not in found or name == base else str(over_patients(_gains(seeds, found[base])))
+        against = "-" if base not in found or name == base else str(paired(seeds, found[base])[1])
         size = sum(tensor.numel() for tensor in global_state(build_model(studies[name], seed=0)).values())
         spread = f"{stdev(values):.3f}" if len(values) > 1 else "-"
         table.add_row(name, f"{fmean(values):.3f}", spread, against, f"{size:,}")
     return table
-
-
-def _gains(seeds: Sequence[Scores], base: Sequence[Scores]) -> dict[str, list[float]]:
-    """Return each patient's mean gain over the seeds, by site."""
-    return {
-        site: [
-            fmean(pair) for pair in zip(*[_differences(a[site], b[site]) for a, b in zip(seeds, base, strict=True)], strict=True)
-        ]
-        for site in seeds[0]
-    }
-
-
-def _differences(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    return [a - b for a, b in zip(ours, theirs, strict=True)]

@@ -57,10 +57,14 @@ def test_who_is_left_out_does_not_train_and_is_scored_but_for_its_test(hospitals
     assert (other.names, other.method != job.method, other.state_path != job.state_path) == (("Elm", "Fir", "Oak"), True, True)
 
 
+def table(dice: dict[str, list[float]]) -> dict[tuple[str, str], float]:
+    return {(site, str(number)): value for site, values in dice.items() for number, value in enumerate(values)}
+
+
 def test_gains_are_paired_by_patient_and_averaged_over_seeds_first(make_study) -> None:
     """Patients differ by 0.6 among themselves and gain 0.1 each: a paired interval is narrow, an unpaired one is not."""
-    base = [{"Elm": [0.2, 0.8], "Fir": [0.4, 0.6]}, {"Elm": [0.3, 0.9], "Fir": [0.4, 0.6]}]
-    more = [{"Elm": [0.3, 0.9], "Fir": [0.5, 0.7]}, {"Elm": [0.4, 1.0], "Fir": [0.5, 0.7]}]
+    base = [table({"Elm": [0.2, 0.8], "Fir": [0.4, 0.6]}), table({"Elm": [0.3, 0.9], "Fir": [0.4, 0.6]})]
+    more = [table({"Elm": [0.3, 0.9], "Fir": [0.5, 0.7]}), table({"Elm": [0.4, 1.0], "Fir": [0.5, 0.7]})]
     study = make_study()
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(compared({"full": base, "more": more}, {"full": study, "more": study}, "title"))

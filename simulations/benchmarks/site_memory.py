@@ -34,9 +34,9 @@ from torch import Tensor
 from icmoe.backbone import grid_of, widths
 from icmoe.data.folder import read_folder
 from icmoe.dataset import Batch, TrainingSet
-from icmoe.exchange import global_state, load_state, update_of
+from icmoe.exchange import global_state, update_of
 from icmoe.features import FeatureCache
-from icmoe.model import ICMoE, build_model, total_loss
+from icmoe.model import ICMoE, build_model, model_of, total_loss
 from icmoe.study import BackboneChoice, Study
 from icmoe.training import train_round
 from simulations.benchmarks.loading import CHOICES
@@ -139,8 +139,7 @@ def print_peak(choice: str, folder: Path) -> None:
     cache = FeatureCache.of(folder / "cache", study)
     Path("/proc/self/clear_refs").write_text("5")  # the kernel's record of the peak begins anew
     before = _resident_bytes() - _bytes(start.values())  # what came in is part of a round
-    model = build_model(study, seed=0)
-    load_state(model, start)
+    model = model_of(study, start)
     data = TrainingSet(slices, study, cache)
     train_round(model, data, study, round_number=1, seed=1, device=CPU, steps=STEPS)
     update_of(model, start, personal=False, shape=study.model)

@@ -74,6 +74,11 @@ def site_means(patients: Patients) -> dict[str, float]:
     return {site: fmean(values) for site, values in by_site(patients).items()}
 
 
+def mean_of_sites(patients: Patients) -> float:
+    """Return the mean over sites of the mean over their patients."""
+    return fmean(site_means(patients).values())
+
+
 def difference(rows: Rows, ours: Callable[[int], Patients], theirs: Callable[[int], Patients]) -> tuple[Interval, Interval]:
     """Return ours minus theirs, mean of sites, with intervals over seeds and over patients.
 
@@ -85,10 +90,15 @@ def difference(rows: Rows, ours: Callable[[int], Patients], theirs: Callable[[in
         Dice of the same patients by seed.
     """
     seeds = seeds_of(rows)
-    gains = [{key: mine - theirs(seed)[key] for key, mine in ours(seed).items()} for seed in seeds]
-    means = [fmean(site_means(gain).values()) for gain in gains]
-    paired = {key: fmean(gain[key] for gain in gains) for key in gains[0]}
-    return over_seeds(means), over_patients(by_site(paired))
+    return paired([ours(seed) for seed in seeds], [theirs(seed) for seed in seeds])
+
+
+def paired(ours: Sequence[Patients], theirs: Sequence[Patients]) -> tuple[Interval, Interval]:
+    """Return what `difference` does, of the Dice of the same patients, one table per seed, at least one."""
+    gains = [{key: mine[key] - other[key] for key in mine} for mine, other in zip(ours, theirs, strict=True)]
+    means = [mean_of_sites(gain) for gain in gains]
+    each = {key: fmean(gain[key] for gain in gains) for key in gains[0]}
+    return over_seeds(means), over_patients(by_site(each))
 
 
 def lacking(rows: Rows) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from icmoe.atomic import read_regular, write_atomically
-from icmoe.backbone import load_backbone
+from icmoe.backbone import chosen_backbone
 from icmoe.cache_entries import default_cache_folder
 from icmoe.data.slices import SiteData
 from icmoe.data.sources import read_sites
@@ -158,8 +158,7 @@ class Bench:
         training = tuple(name for name, row in results["sites"].items() if row["slices"]["train"])
         _require_same(results, sites, training)
         cache = FeatureCache.of(default_cache_folder(), study)
-        chosen = study.backbone
-        backbone = load_backbone(chosen.name, image_size=chosen.image_size, expected_digest=chosen.digest, device=CPU)
+        backbone = chosen_backbone(study.backbone, checkpoint=None, device=CPU)
         everything = [item for site in sites.values() for item in site.slices]
         encode_slices(everything, study, backbone, cache, views=("identity",))
         return Bench(sites, training, study, cache)

@@ -43,9 +43,9 @@ from icmoe.data.slices import SiteData
 from icmoe.dataset import TrainingSet
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from icmoe.evaluation import score_slices
-from icmoe.exchange import State, global_state, load_state, update_of
+from icmoe.exchange import State, global_state, update_of
 from icmoe.features import FeatureCache
-from icmoe.model import build_model
+from icmoe.model import build_model, model_of
 from icmoe.prepare import encode_slices
 from icmoe.privacy import private_round
 from icmoe.profiles import merged, spelled_out
@@ -234,8 +234,7 @@ def trained(study: Study, cohort: Cohort, cache: FeatureCache, start: State | No
 
 
 def _update(study: Study, state: State, data: TrainingSet, name: str, round_number: int) -> State:
-    model = build_model(study, seed=0)
-    load_state(model, state)
+    model = model_of(study, state)
     if study.privacy.site is not None:
         private_round(model, data, study, round_number=round_number, device=CPU)
     else:
@@ -276,8 +275,7 @@ def one_run(source: str, cohort: Cohort, target: float | None, variant: str, see
 
 def test_dice(study: Study, cohort: Cohort, cache: FeatureCache, state: State) -> float:
     """Return the mean Dice over the test patients of all hospitals."""
-    model = build_model(study, seed=0)
-    load_state(model, state)
+    model = model_of(study, state)
     test = [item for site in cohort.sites.values() for item in site.of("test")]
     return fmean(score.dice for score in score_slices(model.eval(), test, study.labels, cache, CPU, surfaces=False))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fl_client.watchdog import end_with_parent
-from icmoe.backbone import load_backbone, weights_path
+from icmoe.backbone import chosen_backbone, weights_path
 from icmoe.cache_entries import default_cache_folder
 from icmoe.errors import Fault, IcmoeError
 from icmoe.features import FeatureCache
@@ -41,7 +41,7 @@ def open_bench(data: Path, out: Path, scenario: Path | None) -> Bench:
     return Bench(
         study=study,
         hospitals=find_hospitals(simulation, study, out / "phantoms"),
-        backbone=load_backbone(chosen.name, image_size=chosen.image_size, expected_digest=chosen.digest, device=CPU),
+        backbone=chosen_backbone(chosen, checkpoint=None, device=CPU),
         weights=torch.load(weights_path(chosen.name, None), map_location="cpu", weights_only=True),
         cache=FeatureCache.of(default_cache_folder(), study),
         folder=out,
