@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +24,7 @@ from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from icmoe.features import FeatureCache
 from icmoe.prepare import encode_slices
 from icmoe.profiles import merged
-from icmoe.study import Study, View
+from icmoe.study import Study
 from icmoe.usage import OneCommand
 from simulations.evidence.bars import Patients, by_site, mean_of_sites
 from simulations.federation import require_cluster, run_jobs, write_sites
@@ -35,7 +34,7 @@ from simulations.interruption import exit_on_interruption
 from simulations.rehearsal import backbone_of, engine_of, report_sites
 from simulations.scenario import Simulation, chosen, read_scenario
 from simulations.screen import Screen
-from simulations.trials import Trial, compared, left_out, score_trial
+from simulations.trials import Trial, compared, left_out, score_trial, views_of
 
 PARTS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -149,12 +148,10 @@ def _encode(trials: Sequence[Trial], simulation: Simulation, hospitals: Hospital
     """Fill the cache with what the variants are trained and scored on, each backbone being loaded once."""
     slices, told = [item for split in ("train", "val") for item in hospitals.slices(split)], partial(screen.progress, "encode")
     for choice, study in {trial.study.backbone: trial.study for trial in trials}.items():
-        mine = [trial for trial in trials if trial.study.backbone == choice]
-        scored: list[View] = ["identity"] if any(trial.left for trial in mine) else []  # training images as they are
-        views = dict.fromkeys(chain(scored, *(trial.study.training.views for trial in mine)))
+        views = views_of([trial for trial in trials if trial.study.backbone == choice])
         backbone = backbone_of(study, simulation, available_device(simulation.device))
         cache = FeatureCache.of(default_cache_folder(), study)
-        encode_slices(slices, study, backbone, cache, views=tuple(views), on_progress=told)
+        encode_slices(slices, study, backbone, cache, views=views, on_progress=told)
 
 
 def _write(found: dict[str, list[Patients]], study: Study, simulation: Simulation, folder: RunFolder, *, on: str) -> None:

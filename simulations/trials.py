@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -18,7 +19,7 @@ from icmoe.evaluation import score_slices
 from icmoe.exchange import global_state
 from icmoe.features import FeatureCache
 from icmoe.model import build_model, model_of
-from icmoe.study import Study
+from icmoe.study import Study, View
 from simulations.evidence.bars import Patients, mean_of_sites, paired
 from simulations.federation import Job
 from simulations.hospitals import Hospitals
@@ -83,6 +84,12 @@ def left_out(hospitals: Hospitals) -> tuple[str, ...]:
 
 def _patients(site: SiteData) -> set[tuple[str, str]]:
     return {(item.site, item.patient) for split in ("train", "val") for item in site.of(split)}
+
+
+def views_of(trials: Sequence[Trial]) -> tuple[View, ...]:
+    """Return the views of training images that are trained on, and the images as they are where they will be scored."""
+    scored: list[View] = ["identity"] if any(trial.left for trial in trials) else []
+    return tuple(dict.fromkeys(chain(scored, *(trial.study.training.views for trial in trials))))
 
 
 def score_trial(trial: Trial, run: RunState, hospitals: Hospitals, device: torch.device) -> Patients:

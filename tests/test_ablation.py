@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from icmoe.errors import Fault, IcmoeError
 from simulations import ablation
 from simulations.phantoms import PhantomSite, write_phantoms
 
@@ -80,3 +81,16 @@ def test_without_validation_patients_an_ablation_is_refused_before_it_trains(tmp
     (data / "splits/val.csv").write_text(header + "\n")
     done = CliRunner().invoke(ablation.app, ["--data", str(data), "--out", str(tmp_path / "out")])
     assert (done.exit_code, "ICM108 val" in done.output) == (1, True), done.output
+
+
+def test_settings_are_moved_where_they_are_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[list[str]]()
+
+    def stop(names: list[str], *_: object, **__: object) -> None:
+        asked.append(names)
+        raise IcmoeError(Fault(number=108))
+
+    monkeypatch.setattr(ablation, "_run", stop)
+    for words in ([], ["--only", "t 2,full"]):
+        CliRunner().invoke(ablation.app, [*words, "--out", str(tmp_path / "out")])
+    assert asked == [list(ablation.PARTS), ["full", "t 2"]]

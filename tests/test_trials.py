@@ -13,7 +13,7 @@ from icmoe.errors import IcmoeError
 from icmoe.study import Study
 from simulations.hospitals import Hospitals
 from simulations.phantoms import PhantomSite, write_phantoms
-from simulations.trials import Trial, compared, left_out
+from simulations.trials import Trial, compared, left_out, views_of
 from simulations.virtual_sites import repeat_sites
 
 
@@ -71,3 +71,20 @@ def test_gains_are_paired_by_patient_and_averaged_over_seeds_first(make_study) -
     row = next(line for line in console.export_text().splitlines() if "more" in line)
     assert "+0.100 [+0.100, +0.100]" in row
     assert "0.625" in row  # (0.6 + 0.6 + 0.7 + 0.6) / 4
+
+
+def test_the_interval_is_that_over_patients_also_with_one_seed(make_study) -> None:
+    base, more = [table({"Elm": [0.2, 0.8], "Fir": [0.4, 0.6]})], [table({"Elm": [0.3, 0.9], "Fir": [0.5, 0.8]})]
+    study = make_study()
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(compared({"full": base, "more": more}, {"full": study, "more": study}, "title"))
+    row = next(line for line in console.export_text().splitlines() if "more" in line)
+    # gains 0.1, 0.1 and 0.1, 0.2: the mean of sites has variance 0.005 / 2 / 4, and t(0.975) of one degree is 12.706
+    assert "+0.125 [-0.193, +0.443]" in row
+
+
+def test_images_are_encoded_as_they_are_trained_on_and_as_they_are_scored(make_study) -> None:
+    flipped = make_study(training={"views": ["flip"]})
+    dark = make_study(training={"views": ["flip", "dark"]})
+    assert views_of([Trial(name="a", study=flipped), Trial(name="b", study=dark)]) == ("flip", "dark")
+    assert views_of([Trial(name="a", study=flipped, left="Elm")]) == ("identity", "flip")

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from fl_client import cli as hospital
 from fl_server import cli as coordinator
 from icmoe import cli as researcher
+from icmoe.usage import run_command
 from simulations import ablation
 from simulations.benchmarks import __main__ as benchmarks
 from simulations.evidence import __main__ as evidence
@@ -48,6 +49,19 @@ def test_a_mistake_is_one_numbered_sentence_with_the_way_to_help(
     assert line.startswith(f"ICM{number} ")
     assert says in line
     assert line.endswith("--help shows what it takes.")
+
+
+def test_a_script_of_one_command_says_its_mistakes_alike(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(repeats: int = 3) -> None:
+        """Measure."""
+
+    monkeypatch.setattr(sys, "argv", ["measure", "--repeat", "2"])
+    with pytest.raises(SystemExit) as ended:
+        run_command(measure)
+    said = capsys.readouterr().err
+    assert (ended.value.code, said.startswith("ICM201 "), "--repeats" in said) == (2, True, True), said
 
 
 @pytest.mark.parametrize("config", ["nowhere.toml", ".", "closed.toml", "closed.toml/below.toml"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 
 import numpy as np
 
@@ -50,9 +51,8 @@ def _passed_over(record: FileRecord, unmarked: Mapping[Key, Plane | None]) -> se
         if patch.plane is not None:
             regions.setdefault((patch.label, patch.group), set()).add(round(float(np.dot(across, patch.plane[:3])), 1))
     heights = {key: round(float(np.dot(across, plane[:3])), 1) for key, plane in unmarked.items() if plane is not None}
-    levels = sorted({*heights.values()}.union(*regions.values()))  # np.unique, as np.median for the next, would import numpy.ma
-    steps = sorted(np.diff(levels).tolist()) or [0.0]
-    step_mm = (steps[(len(steps) - 1) // 2] + steps[len(steps) // 2]) / 2.0
+    levels = sorted({*heights.values()}.union(*regions.values()))  # np.unique and np.median would import numpy.ma
+    step_mm = median(np.diff(levels).tolist() or [0.0])
     found = set[Key]()
     for marked in regions.values():
         gaps = np.diff(sorted(marked)) / step_mm if step_mm > 0.0 else np.empty(0)
