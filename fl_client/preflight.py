@@ -256,10 +256,11 @@ def _data(path: Path, settings: SiteFile, study: Study) -> list[Check]:
 
     def count() -> Check:
         missing.extend(key for key in keys if not cache.is_whole(key))
-        note = f"{len(keys) - len(missing)} of {len(keys)} views"
+        lost = cache.lacks_rest()
+        note = f"{len(keys) - len(missing)} of {len(keys)} views{', without the last stage' if lost else ''}"
         todo = f"Run fl_client --site {settings.name} prepare."
         fault = Fault(number=207, where=str(cache.folder), what="features are not in the cache", value=note, todo=todo)
-        return Check("features", ok=not missing, fault=fault if missing else None, note=note)
+        return Check("features", ok=not (missing or lost), fault=fault if missing or lost else None, note=note)
 
     found += attempt("features", count)
     room = {cache.folder: len(missing) * _view_bytes(study), path.parent / settings.state: 0}
@@ -277,7 +278,7 @@ def _disk(folder: Path, needed_bytes: int) -> Check:
 
 
 def _view_bytes(study: Study) -> int:
-    channels, blocks = widths(study.backbone.name, block_features=True)
+    channels, blocks, _ = widths(study.backbone, block_features=True)
     return 2 * (channels + sum(blocks)) * grid_of(study.backbone) ** 2
 
 

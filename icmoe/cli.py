@@ -118,6 +118,7 @@ def export(
     model: Annotated[Path, typer.Option(help="Model file written by a study or a rehearsal, *.safetensors.")],
     output: Annotated[Path, typer.Option(help="File to write.")],
     form: Annotated[str, typer.Option("--format", help="torchscript, or onnx with the extra \\[onnx].")] = "torchscript",
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights of a backbone that brings none, if it is cut.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
@@ -126,7 +127,7 @@ def export(
         require_supported_platform()
         from icmoe.export import export_model
 
-        record = export_model(model, output, form, force=force)
+        record = export_model(model, output, form, force=force, checkpoint=checkpoint)
         if as_json:
             sys.stdout.write(json.dumps(record, indent=1) + "\n")
         else:

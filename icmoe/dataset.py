@@ -13,7 +13,7 @@ from torch import Tensor
 from icmoe.backbone import grid_of
 from icmoe.data.slices import Slice, load_truth
 from icmoe.device import moved
-from icmoe.features import FeatureCache, Features, widened
+from icmoe.features import FeatureCache, Features
 from icmoe.in_order import InOrder
 from icmoe.preprocess import target, view_target
 from icmoe.study import Study
@@ -31,8 +31,7 @@ class Batch:
 
     def part(self, start: int, end: int) -> Batch:
         """Return the images from `start` to before `end`, as views."""
-        blocks = tuple(block[start:end] for block in self.features.blocks)
-        return Batch(Features(self.features.embedding_BCHW[start:end], blocks), self.target_BKhw[start:end])
+        return Batch(self.features.each(lambda tensor: tensor[start:end]), self.target_BKhw[start:end])
 
 
 class TrainingSet:
@@ -92,7 +91,7 @@ class TrainingSet:
         with InOrder("features", (partial(self._halves, *draw, pinned=pinned) for draw in draws), 1) as ahead:
             for rows, views in draws:
                 # What waits is in half precision; nothing here holds on to a batch that is in use.
-                yield Batch(widened(ahead.take(), device), self._target(rows, views, device))
+                yield Batch(self._cache.widened(ahead.take(), device), self._target(rows, views, device))
 
     def _draws(self, steps: int, seed: int) -> list[tuple[list[int], list[int]]]:
         """Return slice and view indices per step: one endless chain of permutations cut into batches."""
@@ -106,7 +105,7 @@ class TrainingSet:
     def read(self, rows: Sequence[int], views: Sequence[int], device: torch.device) -> Batch:
         """Return the given views of the given slices, in this order, on `device`."""
         halves = self._halves(rows, views, pinned=device.type == "cuda")
-        return Batch(widened(halves, device), self._target(rows, views, device))
+        return Batch(self._cache.widened(halves, device), self._target(rows, views, device))
 
     def _halves(self, rows: Sequence[int], views: Sequence[int], *, pinned: bool) -> list[Tensor]:
         return self._cache.halves([self._keys[row][view] for row, view in zip(rows, views, strict=True)], pinned=pinned)
@@ -136,8 +135,5 @@ def steps_of(slices: int, batch_size: int, epochs: int) -> int:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch on `device`."""
-    features = Features(
-        moved(batch.features.embedding_BCHW, device), tuple(moved(block, device) for block in batch.features.blocks)
-    )
-    return Batch(features, moved(batch.target_BKhw, device))
+    """Return the batch on `device`; a rest of the backbone stays where it is."""
+    return Batch(batch.features.each(lambda tensor: moved(tensor, device)), moved(batch.target_BKhw, device))

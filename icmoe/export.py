@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from icmoe.atomic import write_atomically
-from icmoe.backbone import grid_of, widths
+from icmoe.backbone import chosen_backbone, grid_of, require_taken, widths
 from icmoe.errors import Fault, IcmoeError
 from icmoe.features import Features
 from icmoe.mixture import Mixture
@@ -41,19 +41,21 @@ class Head(nn.Module):
     ----------
     model
         In evaluation mode.
+    rest
+        What comes after the cut of the backbone, where it is cut before its last stage.
     """
 
-    def __init__(self, model: ICMoE | Mixture) -> None:
+    def __init__(self, model: ICMoE | Mixture, rest: nn.Module | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.rest = model, rest
 
     def forward(self, embedding_BCHW: Tensor, *blocks: Tensor) -> Tensor:
-        """Return class probabilities on twice the grid, B K 2H 2W, from the embedding and the block features."""
-        output = self.model(Features(embedding_BCHW, blocks))
+        """Return class probabilities on twice the grid, B K 2H 2W, from the backbone's features where it is cut."""
+        output = self.model(Features(embedding_BCHW, blocks, self.rest))
         return torch.softmax(output.logits_BKhw, dim=1)
 
 
-def export_model(path: Path, out: Path, form: str, *, force: bool) -> dict[str, Any]:
+def export_model(path: Path, out: Path, form: str, *, force: bool, checkpoint: Path | None = None) -> dict[str, Any]:
     """Write the trained part of a model file in another format and return what was written.
 
     Parameters
@@ -66,12 +68,14 @@ def export_model(path: Path, out: Path, form: str, *, force: bool) -> dict[str, 
         torchscript or onnx.
     force
         Whether a file that is there may be replaced.
+    checkpoint
+        Weights of a backbone that brings none; used where it is cut before its last stage, which then is part of the export.
 
     Raises
     ------
     IcmoeError
         141 where the output is there, 144 where the export gives other probabilities, 205, 208, 209 and 301 as `read_model`,
-        210 for the format, 213 where ONNX's packages are not installed.
+        206, 207 and 210 for the checkpoint, 210 for the format, 213 where ONNX's packages are not installed.
     """
     if form not in get_args(Form):
         raise IcmoeError(Fault(number=210, where="--format", value=form, limit=", ".join(get_args(Form)), did=DID))
@@ -81,7 +85,7 @@ def export_model(path: Path, out: Path, form: str, *, force: bool) -> dict[str, 
         todo = "Name another --output, or replace a file with --force; the model itself is never replaced."
         raise IcmoeError(Fault(number=141, where=str(out), did=DID, todo=todo))
     model, header = read_model(path)
-    head = Head(model).eval()
+    head = Head(model, _rest_of(header.study, checkpoint)).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         data, run = (_onnx if form == "onnx" else _torchscript)(head, header)
@@ -95,15 +99,23 @@ def export_model(path: Path, out: Path, form: str, *, force: bool) -> dict[str, 
 
 
 def example(study: Study, batch: int, *, seed: int) -> tuple[Tensor, ...]:
-    """Return random features of the shapes that the study's backbone gives: embedding, then blocks, each `batch` C H W."""
-    channels, blocks = widths(study.backbone.name, block_features=study.backbone.block_features)
+    """Return random features as the study's backbone gives them: embedding or tokens, then blocks, each `batch` C H W."""
+    channels, blocks, _ = widths(study.backbone)
     side, generator = grid_of(study.backbone), torch.Generator().manual_seed(seed)
     return tuple(torch.randn(batch, width, side, side, generator=generator) for width in (channels, *blocks))
 
 
+def _rest_of(study: Study, checkpoint: Path | None) -> nn.Module | None:
+    require_taken(study.backbone.name, checkpoint)
+    if study.backbone.cut == "end":
+        return None
+    return chosen_backbone(study.backbone, checkpoint=checkpoint, device=torch.device("cpu")).rest
+
+
 def _names(header: ModelHeader) -> list[str]:
     blocks = len(example(header.study, 1, seed=0)) - 1
-    return ["embedding", *(f"block{index}" for index in range(blocks))]
+    first = "embedding" if header.study.backbone.cut == "end" else "tokens"
+    return [first, *(f"block{index}" for index in range(blocks))]
 
 
 @torch.no_grad()

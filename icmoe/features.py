@@ -21,14 +21,15 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from icmoe.atomic import write_atomically
 from icmoe.backbones import BACKBONES
 from icmoe.cache_entries import FORMAT, PREPROCESSING_VERSION, entry_key, entry_path
 from icmoe.entry_file import EntryFile
 from icmoe.errors import Fault, IcmoeError
-from icmoe.study import Study, View
+from icmoe.rest import is_kept, keep_rest, kept_rest
+from icmoe.study import BackboneChoice, Study, View
 from icmoe.tensor_file import read_tensors
 
 METADATA_KEY = "icmoe"
@@ -45,13 +46,20 @@ class Features:
     Parameters
     ----------
     embedding_BCHW
-        The final embedding.
+        The final embedding or, where the backbone is cut before its last stage, the tokens that enter it.
     blocks
         Intermediate features, each B 128 H W.
+    rest
+        What makes the embedding of such tokens, frozen and on their device; None where they are the embedding.
     """
 
     embedding_BCHW: Tensor
     blocks: tuple[Tensor, ...]
+    rest: Callable[[Tensor], Tensor] | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Features:
+        """Return the features with every tensor changed and the same rest."""
+        return Features(change(self.embedding_BCHW), tuple(map(change, self.blocks)), self.rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,8 @@ class FeatureCache:
         Whether `load` hands out the blocks; they are always kept, so that both kinds of study share the entries.
     arithmetic
         Of the backbone, as in `BACKBONES`.
+    cut
+        The chosen backbone where it is cut before its last stage: another part of the key, and its rest is kept here too.
     """
 
     folder: Path
@@ -93,18 +103,21 @@ class FeatureCache:
     image_size: int
     block_features: bool
     arithmetic: int = 1
+    cut: BackboneChoice | None = None
 
     @staticmethod
     def of(folder: Path, study: Study) -> FeatureCache:
         """Return the cache of a study's backbone below `folder`."""
         chosen = study.backbone
         arithmetic = BACKBONES[chosen.name].arithmetic
-        return FeatureCache(folder, chosen.digest, chosen.image_size, chosen.block_features, arithmetic)
+        cut = None if chosen.cut == "end" else chosen
+        return FeatureCache(folder, chosen.digest, chosen.image_size, chosen.block_features, arithmetic, cut)
 
     def key(self, image_digest: str, view: View) -> str:
         """Return the key of one view of one image, 64 hexadecimal digits."""
         own = [FORMAT, self.digest, self.image_size, PREPROCESSING_VERSION, "float16"]
-        later = [self.arithmetic] if self.arithmetic > 1 else []  # keys that were made before there was a second one stay
+        later: list[object] = [self.arithmetic] if self.arithmetic > 1 else []  # keys from before there was a second one stay
+        later += [] if self.cut is None else [self.cut.cut]
         return entry_key(image_digest, json.dumps([*own, *later, image_digest, view]))
 
     def path(self, key: str) -> Path:
@@ -165,7 +178,39 @@ class FeatureCache:
         IcmoeError
             111 where an entry is absent or damaged.
         """
-        return widened(self.halves(keys, pinned=device.type == "cuda"), device)
+        return self.widened(self.halves(keys, pinned=device.type == "cuda"), device)
+
+    def widened(self, halves: Sequence[Tensor], device: torch.device) -> Features:
+        """Return what `halves` read as float32 on a device, made there.
+
+        Raises
+        ------
+        IcmoeError
+            111 where the rest of a backbone that is cut is absent or damaged.
+        """
+        embedding, *blocks = (half.to(device, non_blocking=True).float() for half in halves)
+        return Features(embedding, tuple(blocks), self.rest(device))
+
+    def rest(self, device: torch.device) -> nn.Module | None:
+        """Return what comes after the cut, on `device`; None where what is kept is the embedding.
+
+        Raises
+        ------
+        IcmoeError
+            111 where it is absent or damaged.
+        """
+        return None if self.cut is None else kept_rest(self.folder, self.cut, device)
+
+    def lacks_rest(self) -> bool:
+        """Return whether what comes after the cut is wanted and not here."""
+        return self.cut is not None and not is_kept(self.folder, self.cut)
+
+    def keep_rest(self, rest: nn.Module | None) -> None:
+        """Keep what comes after the cut, where there is one."""
+        if self.cut is not None:
+            if rest is None:
+                raise ValueError("a backbone without its rest")
+            keep_rest(self.folder, self.cut, rest)
 
     def halves(self, keys: Sequence[str], *, pinned: bool = False) -> list[Tensor]:
         """Return the embeddings and each block as they are kept, one batch each in the order of the keys.
@@ -212,12 +257,6 @@ class FeatureCache:
                 raise ValueError("damaged")
             _CHECKED.add(self.path(key))
         return tensors
-
-
-def widened(halves: Sequence[Tensor], device: torch.device) -> Features:
-    """Return what `FeatureCache.halves` read as float32 on a device, made there."""
-    embedding, *blocks = (half.to(device, non_blocking=True).float() for half in halves)
-    return Features(embedding, tuple(blocks))
 
 
 def _checksum(tensors: dict[str, Tensor]) -> int:

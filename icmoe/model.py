@@ -4,6 +4,10 @@
     D_e = up_e(body_e(xn)) ;  v_e = softmax_K(Vote(x + D_e)) ;  g = voting(Router(xn), v)
     y = x + sum_e g_e D_e ;  logits = Head(y) ;  z = normalise(Proj(y))
 
+Where the backbone is cut before its last stage, E is the tokens T that enter it, and what follows is the frozen rest R:
+
+    logits = Head(R(y) + sum_l sigmoid(a'_l) Conv1x1'_l(F_l))
+
 Without experts y = x and the model is the plain frozen backbone with a mask head.
 Shapes: B images, C channels of the embedding, D of any other map, M experts, b bottleneck, K classes, H x W grid of the
 backbone, h x w twice that.
@@ -53,7 +57,7 @@ class Output:
     logits_BKhw
         Class logits on twice the backbone's grid: half of the input's resolution, where training takes place.
     fused_BCHW
-        y, the embedding after the experts.
+        y, what the experts stand on after them.
     experts
         Votes, gates and router logits; None where the model has no experts.
     """
@@ -138,23 +142,35 @@ class ICMoE(nn.Module):
     classes
         K, at least 2.
     channels
-        C of the backbone's embedding, a multiple of 8.
+        C of the backbone's features, a multiple of 8.
     block_channels
         Channels of each intermediate block; empty without block features.
     seed
         Origin of the initial weights; the global random state is left alone.
+    behind
+        Channels of the embedding, where the experts stand before the backbone's last stage and `channels` are its tokens'.
     """
 
     balance_bias_M: Tensor
     round_prototypes_KD: Tensor
 
-    def __init__(self, shape: ModelShape, *, classes: int, channels: int, block_channels: tuple[int, ...], seed: int) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        *,
+        classes: int,
+        channels: int,
+        block_channels: tuple[int, ...],
+        seed: int,
+        behind: int | None = None,
+    ) -> None:
         super().__init__()
         self.shape = shape
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.lateral = Lateral(block_channels, channels) if block_channels else None
-            self.head = MaskHead(channels, classes)
+            self.lateral_behind = Lateral(block_channels, behind) if block_channels and behind else None
+            self.head = MaskHead(behind or channels, classes)
             self.project = Pointwise(channels, PROJECTION_CHANNELS)
             self.prototypes_KD = nn.Parameter(F.normalize(torch.randn(classes, PROJECTION_CHANNELS), dim=1))
             self.register_buffer("round_prototypes_KD", self.prototypes_KD.detach().clone(), persistent=False)
@@ -189,10 +205,15 @@ class ICMoE(nn.Module):
         x_BCHW = features.embedding_BCHW
         if self.lateral is not None:
             x_BCHW = x_BCHW + self.lateral(features.blocks)
-        if not self.shape.experts:
-            return Output(self.head(x_BCHW), x_BCHW, None)
-        y_BCHW, votes = self._mix(x_BCHW, generator)
-        return Output(self.head(y_BCHW), y_BCHW, votes)
+        y_BCHW, votes = self._mix(x_BCHW, generator) if self.shape.experts else (x_BCHW, None)
+        return Output(self.head(self._embedding(y_BCHW, features)), y_BCHW, votes)
+
+    def _embedding(self, y_BCHW: Tensor, features: Features) -> Tensor:
+        """Return what the mask head reads: y itself, or what the rest of the backbone makes of it, with laterals of its own."""
+        if features.rest is None:
+            return y_BCHW
+        embedding_BCHW = features.rest(y_BCHW)
+        return embedding_BCHW if self.lateral_behind is None else embedding_BCHW + self.lateral_behind(features.blocks)
 
     def _mix(self, x_BCHW: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Votes]:
         normed_BCHW = self.norm(x_BCHW)
@@ -302,8 +323,8 @@ def build_model(study: Study, *, seed: int) -> ICMoE:
     seed
         Origin of the initial weights.
     """
-    channels, block_channels = widths(study.backbone.name, block_features=study.backbone.block_features)
-    return ICMoE(study.model, classes=study.classes, channels=channels, block_channels=block_channels, seed=seed)
+    channels, blocks, behind = widths(study.backbone)
+    return ICMoE(study.model, classes=study.classes, channels=channels, block_channels=blocks, seed=seed, behind=behind)
 
 
 def model_of(study: Study, state: State) -> ICMoE:

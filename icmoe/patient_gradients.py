@@ -101,13 +101,13 @@ def all_at_once(objective: Objective, batch: Batch, counts: Sequence[int], slice
     trained = {name: parameter.detach() for name, parameter in objective.trained().items()}
 
     def loss(parameters: dict[str, Tensor], features: Features, target_Khw: Tensor) -> tuple[Tensor, Tensor]:
-        blocks = tuple(block[None] for block in features.blocks)
-        single = Batch(Features(features.embedding_BCHW[None], blocks), target_Khw[None])
+        single = Batch(features.each(lambda tensor: tensor[None]), target_Khw[None])
         loss_B, usage_BM = functional_call(objective, parameters, (single,))
         return loss_B[0], usage_BM[0]
 
     def of_slice(embedding_CHW: Tensor, blocks: tuple[Tensor, ...], target_Khw: Tensor) -> tuple[Tensor, Tensor]:
-        gradients, usage_M = grad(loss, has_aux=True)(trained, Features(embedding_CHW, blocks), target_Khw)
+        features = Features(embedding_CHW, blocks, batch.features.rest)
+        gradients, usage_M = grad(loss, has_aux=True)(trained, features, target_Khw)
         return torch.cat([gradient.flatten() for gradient in gradients.values()]), usage_M
 
     mapped = vmap(of_slice, randomness="different", chunk_size=slices_at_once)

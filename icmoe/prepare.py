@@ -101,6 +101,7 @@ def encode_missing(
     on_progress
         Called with (done, to do).
     """
+    cache.keep_rest(backbone.rest)
     missing = [item for item in wanted if not cache.contains(item.key)]
     device = next(backbone.buffers()).device
     parts = Parts(GPU_BATCH if device.type == "cuda" else CPU_BATCH)

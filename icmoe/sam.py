@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from icmoe.backbones import Architecture
+from icmoe.backbones import Architecture, Inner
 from icmoe.sam_attention import SamAttention
 
 PIXEL_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
@@ -56,6 +56,11 @@ class VitShape:
     out_channels: int = 256
     positions: bool = True
 
+    @property
+    def inner(self) -> int:
+        """Index of the first block of the last stage: a transformer has none, so that it is what comes after the last tap."""
+        return self.taps[-1] + 1
+
 
 SHAPES = {
     "sam-vit-b": VitShape(width=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11), taps=(2, 5, 8)),
@@ -77,6 +82,11 @@ def architecture(name: str) -> Architecture:
         block_widths=(shape.width,) * len(shape.taps),
         build=lambda image_size: SamEncoder(shape, image_size).freeze(),
         own=fitted,
+        inner=Inner(
+            channels=shape.width,
+            rest=lambda image_size: SamRest(shape, image_size),
+            rest_of=lambda state: _rest_of(state, shape),
+        ),
     )
 
 
@@ -120,28 +130,13 @@ class SamEncoder(nn.Module):
     def __init__(self, shape: VitShape, image_size: int) -> None:
         super().__init__()
         self.shape = shape
-        self.vit: Any = import_image_encoder()(
-            img_size=image_size,
-            patch_size=shape.patch,
-            embed_dim=shape.width,
-            depth=shape.depth,
-            num_heads=shape.heads,
-            out_chans=shape.out_channels,
-            qkv_bias=True,
-            use_abs_pos=shape.positions,
-            use_rel_pos=shape.positions,
-            window_size=shape.window,
-            global_attn_indexes=shape.global_blocks,
-            norm_layer=lambda width: nn.LayerNorm(width, eps=1e-6),
-        )
+        self.vit = _vit(shape, image_size)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
 
     def freeze(self) -> SamEncoder:
         """Return the encoder with faster attention, no gradients, in evaluation mode."""
-        if self.shape.positions:
-            for block in self.vit.blocks:
-                block.attn, block.window_size = SamAttention(block.attn, block.window_size), 0
+        _with_faster_attention(self.vit, self.shape)
         return self.requires_grad_(requires_grad=False).eval()
 
     def forward(self, images_B3SS: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -152,15 +147,85 @@ class SamEncoder(nn.Module):
         images_B3SS
             In [0, 1].
         """
+        tokens_BCHW, tapped = self.front(images_B3SS)
+        return _behind(self.vit, tokens_BCHW, self.shape.inner), tapped
+
+    def front(self, images_B3SS: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the tokens that enter the last stage, B width H W, and the tapped blocks' outputs; parameters as `forward`."""
         x_BHWC = self.vit.patch_embed((images_B3SS - self.pixel_mean) / self.pixel_std)
         if self.vit.pos_embed is not None:
             x_BHWC = x_BHWC + self.vit.pos_embed
         tapped = []
-        for index, block in enumerate(self.vit.blocks):
+        for index, block in enumerate(self.vit.blocks[: self.shape.inner]):
             x_BHWC = block(x_BHWC)
             if index in self.shape.taps:
                 tapped.append(x_BHWC.permute(0, 3, 1, 2))
-        return self.vit.neck(x_BHWC.permute(0, 3, 1, 2)), tuple(tapped)
+        return x_BHWC.permute(0, 3, 1, 2), tuple(tapped)
+
+
+class SamRest(nn.Module):
+    """The blocks after the last tap and the neck, frozen.
+
+    Parameters
+    ----------
+    shape
+        Which encoder.
+    image_size
+        Side of the input of the whole encoder, pixels.
+    """
+
+    def __init__(self, shape: VitShape, image_size: int) -> None:
+        super().__init__()
+        self.vit = _vit(shape, image_size, first=shape.inner)
+        del self.vit.patch_embed
+        _with_faster_attention(self.vit, shape)
+        self.requires_grad_(requires_grad=False).eval()
+
+    def forward(self, tokens_BCHW: Tensor) -> Tensor:
+        """Return the embedding from the tokens that enter the last stage, B width H W."""
+        return _behind(self.vit, tokens_BCHW, 0)
+
+
+def _vit(shape: VitShape, image_size: int, *, first: int = 0) -> Any:  # noqa: ANN401  (segment-anything is untyped)
+    """Return segment-anything's encoder from block `first` on."""
+    return import_image_encoder()(
+        img_size=image_size,
+        patch_size=shape.patch,
+        embed_dim=shape.width,
+        depth=shape.depth - first,
+        num_heads=shape.heads,
+        out_chans=shape.out_channels,
+        qkv_bias=True,
+        use_abs_pos=shape.positions and first == 0,
+        use_rel_pos=shape.positions,
+        window_size=shape.window,
+        global_attn_indexes=tuple(index - first for index in shape.global_blocks),
+        norm_layer=lambda width: nn.LayerNorm(width, eps=1e-6),
+    )
+
+
+def _with_faster_attention(vit: Any, shape: VitShape) -> None:  # noqa: ANN401
+    if shape.positions:
+        for block in vit.blocks:
+            block.attn, block.window_size = SamAttention(block.attn, block.window_size), 0
+
+
+def _behind(vit: Any, tokens_BCHW: Tensor, first: int) -> Tensor:  # noqa: ANN401
+    """Return what the blocks from `first` on and the neck make of tokens."""
+    x_BHWC = tokens_BCHW.permute(0, 2, 3, 1)
+    for block in vit.blocks[first:]:
+        x_BHWC = block(x_BHWC)
+    embedding_BCHW: Tensor = vit.neck(x_BHWC.permute(0, 3, 1, 2))
+    return embedding_BCHW
+
+
+def _rest_of(state: Mapping[str, Tensor], shape: VitShape) -> dict[str, Tensor]:
+    """Return the state of `SamRest`, whose blocks are numbered anew, from that of the encoder."""
+    found = {name: value for name, value in state.items() if name.startswith("vit.neck.")}
+    for at in range(shape.inner, shape.depth):
+        own = f"vit.blocks.{at}."
+        found |= {f"vit.blocks.{at - shape.inner}.{name[len(own) :]}": state[name] for name in state if name.startswith(own)}
+    return found
 
 
 def fitted(weights: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ else:
     BackboneName = Literal[tuple(BACKBONES)]
     ServerOptimizer = Literal[tuple(SERVER_OPTIMIZERS)]
 View = Literal["identity", "flip", "dark", "bright"]
+Cut = Literal["end", "last-stage"]
 RobustRule = Literal["none", "trimmed-mean", "median", "multi-krum", "bulyan"]
 # Sites that each rule needs for f malicious ones, as factor of f and constant.
 _ROBUST: dict[str, tuple[int, int]] = {
@@ -81,6 +82,12 @@ class BackboneChoice(Section):
     """Side of the square input, pixels."""
     block_features: bool = True
     """Whether intermediate blocks feed the laterals."""
+    cut: Cut = "end"
+    """Where the experts stand: on the embedding, or before the last stage, which stays frozen and runs in every step."""
+
+    @model_serializer(mode="wrap")
+    def _without_later_additions(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _written(self, write(self), later=("cut",))
 
 
 class ModelShape(Section):
@@ -292,6 +299,12 @@ class Study(Section):
     def _test_backbone_only_in_tests(self) -> Study:
         if BACKBONES[self.backbone.name].seeded and not self.test_only:
             raise ValueError(f"{self.backbone.name} only with test_only = true")
+        return self
+
+    @model_validator(mode="after")
+    def _backbone_has_the_cut(self) -> Study:
+        if self.backbone.cut != "end" and not BACKBONES[self.backbone.name].staged:
+            raise ValueError(f'{self.backbone.name} is not cut before its last stage: backbone.cut = "end"')
         return self
 
     @model_validator(mode="after")

@@ -11,13 +11,13 @@ an attention window, X = B R Q windows in R rows and Q columns.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from icmoe.backbones import Architecture
+from icmoe.backbones import Architecture, Inner
 
 WIDTHS = (64, 128, 160, 320)
 DEPTHS = (2, 2, 6, 2)
@@ -25,6 +25,7 @@ HEADS = (2, 4, 5, 10)
 WINDOWS = (7, 7, 14, 7)
 OUT_CHANNELS = 256
 EXPANSION = 4
+_LAST = str(len(WIDTHS) - 1)
 
 
 class ConvNorm(nn.Sequential):
@@ -183,55 +184,95 @@ class ChannelNorm(nn.Module):
         return F.layer_norm(x_BCHW.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, 1e-6).permute(0, 3, 1, 2)
 
 
-class Encoded(NamedTuple):
-    """Embedding B 256 S/4 S/4 and the outputs of the first two stages, B 128 S/2 S/2 and B 160 S/4 S/4."""
-
-    embedding_BCHW: Tensor
-    stages: tuple[Tensor, Tensor]
-
-
-class TinyViT(nn.Module):
-    """LiteMedSAM's image encoder, always frozen and in evaluation mode: its batch norm must never see a hospital."""
+class Neck(nn.Sequential):
+    """From the last stage's tokens to the embedding."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.patch_embed = PatchEmbed()
-        self.layers = nn.ModuleList(Stage(index) for index in range(len(WIDTHS)))
-        self.neck = nn.Sequential(
+        super().__init__(
             nn.Conv2d(WIDTHS[-1], OUT_CHANNELS, 1, bias=False),
             ChannelNorm(OUT_CHANNELS),
             nn.Conv2d(OUT_CHANNELS, OUT_CHANNELS, 3, padding=1, bias=False),
             ChannelNorm(OUT_CHANNELS),
         )
+
+
+class Encoded(NamedTuple):
+    """What stands last, B C S/4 S/4, and the outputs of the first two stages, B 128 S/2 S/2 and B 160 S/4 S/4."""
+
+    last_BCHW: Tensor
+    stages: tuple[Tensor, Tensor]
+
+
+class Frozen(nn.Module):
+    """Never trained and always in evaluation mode: a batch norm must never see a hospital."""
+
+    def freeze(self) -> None:
+        """Take the gradients from what is there so far."""
         self.requires_grad_(requires_grad=False)
         super().train(mode=False)
 
-    def train(self, mode: bool = True) -> TinyViT:  # noqa: FBT001, FBT002  (torch's own signature)
+    def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002  (torch's own signature)
         """Stay in evaluation mode whatever is asked."""
         del mode
         return self
 
+
+class TinyViT(Frozen):
+    """LiteMedSAM's image encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed()
+        self.layers = nn.ModuleList(Stage(index) for index in range(len(WIDTHS)))
+        self.neck = Neck()
+        self.freeze()
+
     def forward(self, images_B3SS: Tensor) -> Encoded:
-        """Return the embedding and the first two stages' outputs.
+        """Return the embedding, C = 256, and the first two stages' outputs.
 
         Parameters
         ----------
         images_B3SS
             In [0, 1]; S a multiple of 32.
         """
+        tokens_BCHW, stages = self.front(images_B3SS)
+        return Encoded(self.neck(self.layers[-1](tokens_BCHW)), stages)
+
+    def front(self, images_B3SS: Tensor) -> Encoded:
+        """Return the tokens that enter the last stage, C = 320, and the first two stages' outputs; parameters as `forward`."""
         x_BCHW = self.patch_embed(images_B3SS)
         outputs = []
-        for stage in self.layers:
+        for stage in self.layers[:-1]:
             x_BCHW = stage(x_BCHW)
             outputs.append(x_BCHW)
-        return Encoded(self.neck(x_BCHW), (outputs[0], outputs[1]))
+        return Encoded(x_BCHW, (outputs[0], outputs[1]))
+
+
+class Rest(Frozen):
+    """The last stage and the neck, under the names that they have in the encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({_LAST: Stage(len(WIDTHS) - 1)})
+        self.neck = Neck()
+        self.freeze()
+
+    def forward(self, tokens_BCHW: Tensor) -> Tensor:
+        """Return the embedding, B 256 H W, from the tokens that enter the last stage, B 320 H W."""
+        embedding_BCHW: Tensor = self.neck(self.layers[_LAST](tokens_BCHW))
+        return embedding_BCHW
 
 
 def architecture(name: str) -> Architecture:
     """Return LiteMedSAM's encoder as `icmoe.backbone` builds it; there is one of any `name`."""
     del name
     widths = (4 * WIDTHS[1], WIDTHS[2])
-    return Architecture(stride=4, channels=OUT_CHANNELS, block_widths=widths, build=lambda _: TinyViT(), own=_own)
+    inner = Inner(channels=WIDTHS[-1], rest=lambda _: Rest(), rest_of=_rest_of)
+    return Architecture(stride=4, channels=OUT_CHANNELS, block_widths=widths, build=lambda _: TinyViT(), own=_own, inner=inner)
+
+
+def _rest_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if name.startswith((f"layers.{_LAST}.", "neck."))}
 
 
 def _own(weights: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "two experts fused": {"model": {"top_k": 2}},
 }
 SETTINGS: dict[str, dict[str, Any]] = {
+    "before the last stage": {"backbone": {"cut": "last-stage"}},
     "three experts": {"model": {"basic_experts": 1, "semantic_experts": 1, "adaptive_experts": 1, "top_k": 3}},
     "twelve experts": {"model": {"basic_experts": 4, "semantic_experts": 4, "adaptive_experts": 4, "top_k": 12}},
     "consensus 1": {"model": {"consensus": 1.0}},

@@ -19,6 +19,7 @@ from icmoe.backbone import backbone_digest, grid_of, widths
 from icmoe.config import parse
 from icmoe.features import Features
 from icmoe.profiles import merged
+from icmoe.rest import drawn_rest
 from icmoe.study import Study
 
 # How long an example takes says how busy the machine is, nothing about the code.
@@ -90,10 +91,11 @@ def make_features() -> Callable[..., tuple[Features, torch.Tensor]]:
 
     def make(study: Study, batch: int = 2, seed: int = 0) -> tuple[Features, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        channels, blocks = widths(study.backbone.name, block_features=study.backbone.block_features)
-        grid = grid_of(study.backbone)
+        channels, blocks, behind = widths(study.backbone)
+        grid, last = grid_of(study.backbone), None if behind is None else drawn_rest(study.backbone, seed=1)
         embedding = torch.randn(batch, channels, grid, grid, generator=generator)
-        features = Features(embedding, tuple(torch.randn(batch, width, grid, grid, generator=generator) for width in blocks))
+        drawn = tuple(torch.randn(batch, width, grid, grid, generator=generator) for width in blocks)
+        features = Features(embedding, drawn, last)
         lesion = (embedding[:, :1] > 0.3).float().repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
         rest = (1 - lesion) / (study.classes - 1)
         return features, torch.cat([rest, lesion, *[rest] * (study.classes - 2)], dim=1)

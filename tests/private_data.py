@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 
 from icmoe.dataset import Batch
-from icmoe.features import Features
 from icmoe.patient_batches import Sample
 from icmoe.patient_gradients import BackEnd, Objective
 from icmoe.privacy import private_sum
@@ -36,8 +35,7 @@ class FeatureRows:
         self.rows_of_patients = [list(range(end - count, end)) for end, count in zip(ends, slices, strict=True)]
 
     def read(self, rows, views, device: torch.device) -> Batch:
-        blocks = tuple(block[list(rows)] for block in self.features.blocks)
-        return Batch(Features(self.features.embedding_BCHW[list(rows)], blocks), self.target[list(rows)])
+        return Batch(self.features.each(lambda tensor: tensor[list(rows)]), self.target[list(rows)])
 
 
 def settled(model: torch.nn.Module, seed: int = 5) -> torch.nn.Module:

@@ -215,9 +215,10 @@ def test_every_backbone_has_its_architecture(name: str) -> None:
 
 def test_widths_and_grid_are_known_without_weights() -> None:
     backbone = load_backbone("sam-vit-test", image_size=64, device=CPU)
-    assert widths("sam-vit-test", block_features=True) == (backbone.channels, backbone.block_channels)
-    assert widths("sam-vit-b", block_features=True) == (256, (128, 128, 128))
-    assert widths("lite-medsam", block_features=False) == (256, ())
+    digest = "a" * 64
+    assert widths(BackboneChoice(name="sam-vit-test", digest=digest)) == (backbone.channels, backbone.block_channels, None)
+    assert widths(BackboneChoice(name="sam-vit-b", digest=digest, cut="last-stage")) == (768, (128, 128, 128), 256)
+    assert widths(BackboneChoice(digest=digest, cut="last-stage"), block_features=False) == (320, (), 256)
     assert grid_of(BackboneChoice(name="sam-vit-test", digest="0" * 64, image_size=64)) == backbone.grid
     assert grid_of(BackboneChoice(name="sam-vit-b", digest="0" * 64, image_size=1024)) == 64
     assert grid_of(BackboneChoice(digest="0" * 64, image_size=128)) == 32

@@ -8,14 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_rivals import backbone, front_stages, images, study
+from test_rivals import backbone, study
 from torch import nn
 
-from icmoe.backbone import Backbone
-from icmoe.study import Study
 from simulations.evidence.rivals.averaging import adaptive_step, weighted_mean
 from simulations.evidence.rivals.encoder_adapters import AfterAttention, BesidePerceptron
-from simulations.evidence.rivals.inner_experts import InnerExperts
 from simulations.evidence.rivals.pareto import front
 from simulations.evidence.rivals.sam_decoder import SamDecoder
 from simulations.evidence.rivals.table import Row
@@ -82,17 +79,3 @@ def test_adapters_add_the_whole_behind_attention_and_half_beside_the_perceptron(
         nn.init.ones_(module.adapter.up.weight)
     torch.testing.assert_close(behind(x_BLC), x_BLC + behind.adapter(x_BLC))
     torch.testing.assert_close(beside(x_BLC), x_BLC + 0.5 * beside.adapter(x_BLC))
-
-
-def test_experts_before_the_last_stage_begin_as_the_frozen_encoder_and_reach_it_by_gradients(
-    study: Study, backbone: Backbone
-) -> None:
-    model, (pictures, _) = InnerExperts(study, backbone), images()
-    tokens, whole = front_stages(backbone, 3).encode(pictures), backbone.encode(pictures)
-    output = model(tokens)
-    assert torch.equal(output.fused_BCHW, tokens.embedding_BCHW)
-    assert torch.equal(output.logits_BKhw, model.head(whole.embedding_BCHW))
-    output.logits_BKhw.square().mean().backward()
-    moved = {name for name, tensor in model.named_parameters() if tensor.grad is not None and tensor.grad.abs().sum() > 0}
-    assert {f"experts.{index}.up.weight" for index in range(study.model.experts)} <= moved
-    assert not any(name.startswith("behind.") for name in moved)

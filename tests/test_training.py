@@ -20,7 +20,7 @@ from icmoe.dataset import TrainingSet, steps_of, unknown_classes
 from icmoe.errors import IcmoeError
 from icmoe.evaluation import common_spacing, predict_slices, score_slices
 from icmoe.exchange import global_state, state_digest
-from icmoe.features import FeatureCache, widened
+from icmoe.features import FeatureCache
 from icmoe.model import build_model
 from icmoe.prepare import encode_slices
 from icmoe.preprocess import apply_view, prepare, restore
@@ -379,16 +379,17 @@ def test_no_step_waits_for_a_number_of_the_device(prepared, monkeypatch: pytest.
 
 def test_a_batch_that_was_used_is_gone_before_the_next_one_is_made(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     study, site, cache, _ = prepared
+    widened = FeatureCache.widened
     made: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []
 
-    def noted(halves, device):
+    def noted(own, halves, device):
         alive.append(sum(batch() is not None for batch in made))
-        found = widened(halves, device)
+        found = widened(own, halves, device)
         made.append(weakref.ref(found.embedding_BCHW))
         return found
 
-    monkeypatch.setattr("icmoe.dataset.widened", noted)
+    monkeypatch.setattr(FeatureCache, "widened", noted)
     data = TrainingSet(site.of("train"), study, cache)
     train_round(build_model(study, seed=1), data, study, round_number=1, seed=1, device=CPU, steps=5)
     assert alive == [0] * 5

@@ -87,7 +87,7 @@ def _said(model: ICMoE | Mixture, backbone: Backbone, prepared_3SS: Tensor, view
 
 def _rounded(features: Features) -> Features:
     """Return features as the cache of training keeps them: in half precision."""
-    return Features(features.embedding_BCHW.half().float(), tuple(block.half().float() for block in features.blocks))
+    return features.each(lambda tensor: tensor.half().float())
 
 
 def _largest(maps_XHW: Tensor) -> npt.NDArray[np.uint8]:

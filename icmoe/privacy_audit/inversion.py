@@ -162,7 +162,7 @@ def _drawn_like(features: Features, generator: torch.Generator) -> Features:
     def drawn(tensor: Tensor) -> Tensor:
         return (torch.randn(tensor.shape, generator=generator) * tensor.std() + tensor.mean()).requires_grad_()
 
-    return Features(drawn(features.embedding_BCHW), tuple(drawn(block) for block in features.blocks))
+    return features.each(drawn)
 
 
 def _cosine(found: Tensor, true: Tensor) -> float:

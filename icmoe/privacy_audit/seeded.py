@@ -52,8 +52,7 @@ class SeededRows(TrainingSet):
         """Return the given slices in this order on `device`; there is one view only."""
         del views
         features, at = self.batch.features, list(rows)
-        blocks = tuple(block[at] for block in features.blocks)
-        return to_device(Batch(Features(features.embedding_BCHW[at], blocks), self.batch.target_BKhw[at]), device)
+        return to_device(Batch(features.each(lambda tensor: tensor[at]), self.batch.target_BKhw[at]), device)
 
     def batches(self, *, steps: int, seed: int, device: torch.device) -> Iterator[Batch]:
         """Yield batches in the order of every training set; they are in memory, so nothing is read ahead."""
@@ -80,7 +79,7 @@ def seeded_rows(study: Study, slices: Sequence[int], *, seed: int) -> SeededRows
         Of the features.
     """
     generator = torch.Generator().manual_seed(seed)
-    channels, blocks = widths(study.backbone.name, block_features=study.backbone.block_features)
+    channels, blocks, _ = widths(study.backbone)
     grid, count = grid_of(study.backbone), sum(slices)
 
     def drawn(width: int) -> Tensor:

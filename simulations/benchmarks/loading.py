@@ -43,7 +43,7 @@ CHOICES = {
 def filled(folder: Path, choice: BackboneChoice, entries: int) -> tuple[FeatureCache, list[str]]:
     """Return a cache of random features and its keys, every entry verified."""
     cache, grid, generator = FeatureCache.of(folder, study_of(choice)), grid_of(choice), torch.Generator().manual_seed(1)
-    channels, block_channels = widths(choice.name, block_features=True)
+    channels, block_channels, _ = widths(choice, block_features=True)
     keys = [cache.key(str(index), "identity") for index in range(entries)]
     for key in keys:
         embedding, *blocks = (torch.randn(count, grid, grid, generator=generator) for count in (channels, *block_channels))

@@ -69,7 +69,7 @@ def lite_study() -> Study:
 
 def batch_of(study: Study, slices: int, device: torch.device) -> Batch:
     """Return random features and targets of so many slices."""
-    channels, blocks = widths(study.backbone.name, block_features=study.backbone.block_features)
+    channels, blocks, _ = widths(study.backbone)
     grid = grid_of(study.backbone)
     generator = torch.Generator().manual_seed(1)
 

@@ -115,7 +115,7 @@ def _study(choice: BackboneChoice) -> Study:
 
 def _fill(cache: FeatureCache, study: Study, folder: Path) -> None:
     grid, generator = grid_of(study.backbone), torch.Generator().manual_seed(1)
-    channels, block_channels = widths(study.backbone.name, block_features=True)
+    channels, block_channels, _ = widths(study.backbone, block_features=True)
     for item in read_folder(folder / "export", study.labels)[SITE].slices:
         for view in study.training.views:
             embedding, *blocks = (torch.randn(count, grid, grid, generator=generator) for count in (channels, *block_channels))

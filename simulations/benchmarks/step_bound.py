@@ -64,7 +64,7 @@ def a_step() -> Callable[[], None]:
     grid = grid_of(study.backbone)
     model = build_model(study, seed=1).train()
     generator = torch.Generator().manual_seed(1)
-    channels, blocks = widths(study.backbone.name, block_features=study.backbone.block_features)
+    channels, blocks, _ = widths(study.backbone)
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(study.training.batch_size, *shape, generator=generator)

@@ -41,7 +41,7 @@ class FeatureAdapter(nn.Module):
 
 def width_like_ours(study: Study) -> int:
     """Return the hidden width with which head and adapter have as many parameters as IC-MoE, to the nearest channel."""
-    channels, _ = widths(study.backbone.name, block_features=False)
+    channels = widths(study.backbone).channels
     fixed = trained_count(PlainHead(study)) + 3 * channels
     per_hidden = 2 * channels + 1 + 9 + 1
     return max(1, round((trained_count(build_model(study, seed=0)) - fixed) / per_hidden))
@@ -49,5 +49,5 @@ def width_like_ours(study: Study) -> int:
 
 def adapter_head(study: Study) -> PlainHead:
     """Return the decoder."""
-    channels, _ = widths(study.backbone.name, block_features=False)
+    channels = widths(study.backbone).channels
     return PlainHead(study, FeatureAdapter(channels, width_like_ours(study)))

@@ -14,7 +14,6 @@ from icmoe.study import Study
 from simulations.evidence.rivals.adapter import adapter_head
 from simulations.evidence.rivals.encoder import tail
 from simulations.evidence.rivals.encoder_adapters import add_adapters
-from simulations.evidence.rivals.inner_experts import inner_experts
 from simulations.evidence.rivals.lora import add_low_rank
 from simulations.evidence.rivals.mask_head import PlainHead
 from simulations.evidence.rivals.sam_decoder import SamDecoder
@@ -100,7 +99,6 @@ METHODS: dict[str, Method] = {
     "sam-decoder": Method(title="frozen SAM decoder, no prompt", build=_sam_decoder, cells=4, regimes=ON_FEATURES),
     "unet-small": Method(title="U-Net, at most IC-MoE's size", build=_unet(SMALL), cut=0, cells=4),
     "unet-large": Method(title="U-Net, large", build=_unet(LARGE), cut=0, cells=4),
-    "inner": Method(title="IC-MoE's experts before the last stage", build=inner_experts, cut=3),
     "partial": Method(title="last stage and neck fine-tuned", build=_fine_tuned(3), cut=3, rate=0.1),
     "samed": Method(title="SAMed: LoRA and SAM decoder", build=_samed, cut=1, cells=4),
     "msa": Method(title="MSA: adapters in the encoder", build=_msa, cut=1),

@@ -34,7 +34,7 @@ class Stages(nn.Module):
     def __init__(self, backbone: Backbone, first: int, last: int) -> None:
         super().__init__()
         source = cast("TinyViT", backbone.encoder)
-        self.first, self.grid, self.image_size = first, backbone.grid, backbone.image_size
+        self.first, self.grid, self.image_size, self.rest = first, backbone.grid, backbone.image_size, None
         self.patch_embed = copy.deepcopy(source.patch_embed) if first == 0 and last > 0 else None
         self.layers = nn.ModuleList(copy.deepcopy(source.layers[index]) for index in range(first, last))
         self.neck = copy.deepcopy(source.neck) if last == STAGES else None

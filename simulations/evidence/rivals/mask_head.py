@@ -23,7 +23,7 @@ class PlainHead(nn.Module):
 
     def __init__(self, study: Study, adapter: nn.Module | None = None) -> None:
         super().__init__()
-        channels, block_channels = widths(study.backbone.name, block_features=study.backbone.block_features)
+        channels, block_channels, _ = widths(study.backbone)
         self.lateral = Lateral(block_channels, channels) if block_channels else None
         self.adapter = adapter
         self.head = MaskHead(channels, study.classes)
