@@ -21,9 +21,10 @@ NAMES = ("hospitalA", "hospitalB", "hospitalC")
 @pytest.fixture(scope="module")
 def studies(make_study) -> dict[str, Study]:
     base = make_study(name="first", quorum=3, deadline_s=180.0)
+    inside = base.backbone.model_copy(update={"cut": "last-stage"})
     return {
         "first": base,
-        "second": base.model_copy(update={"name": "second", "seed": 4, "update": UpdateForm(form="int8")}),
+        "second": base.model_copy(update={"name": "second", "seed": 4, "update": UpdateForm(form="int8"), "backbone": inside}),
         "unknown": base.model_copy(update={"name": "unknown", "seed": 5}),
         # Its run waits for sites that have approved it until its deadline.
         "unapproved": base.model_copy(update={"name": "unapproved", "seed": 6, "deadline_s": 60.0}),
