@@ -225,10 +225,9 @@ def _terms(study: Study) -> dict[str, str]:
     down = 4 * sum(tensor.numel() for tensor in global_state(build_model(study, seed=0)).values())
     up = sum(map(math.prod, sent_shapes(shapes).values())) if in_int8 else 4 * sum(map(math.prod, shapes.values()))
     labels = ", ".join(f"{label.name} {list(label.values)}" for label in study.labels)
-    backbone, inside = study.backbone, ", experts before its last stage, which each step runs"
     return {
         "labels": labels,
-        "backbone": f"{backbone.name} {backbone.digest[:12]}, {backbone.image_size} px{'' if backbone.cut == 'end' else inside}",
+        "backbone": study.backbone.told,
         "privacy": _privacy(study),
         "rounds": f"{study.rounds} of {_work(study)}",
         "quorum": f"{study.quorum} (the coordinator's word)",

@@ -178,8 +178,8 @@ def site_from_environment(context: Context, digest: str) -> Participant:
 
 def _require_features(name: str, cache: FeatureCache, slices: Sequence[Slice]) -> None:
     keys = [cache.key(item.image_digest, "identity") for item in slices]
-    missing = sum(not cache.contains(key) for key in keys)
-    if missing or cache.lacks_rest():
+    missing, lost = sum(not cache.contains(key) for key in keys), cache.lacks_rest()
+    if missing or lost:
         value, todo = f"{missing} of {len(keys)}", f"Run fl_client --site {name} prepare."
-        value += " and the backbone's last stage" if cache.lacks_rest() else ""
+        value += " and the backbone's last stage" if lost else ""
         raise IcmoeError(Fault(number=207, where=name, what="features are not in the cache", value=value, todo=todo))

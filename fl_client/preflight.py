@@ -45,6 +45,7 @@ from icmoe.features import FeatureCache
 from icmoe.joining import fingerprint, validity_fault
 from icmoe.prepare import wanted_views
 from icmoe.private import read_small
+from icmoe.rest import size_bytes
 from icmoe.study import Study
 
 GB = 1e9
@@ -263,7 +264,8 @@ def _data(path: Path, settings: SiteFile, study: Study) -> list[Check]:
         return Check("features", ok=not (missing or lost), fault=fault if missing or lost else None, note=note)
 
     found += attempt("features", count)
-    room = {cache.folder: len(missing) * _view_bytes(study), path.parent / settings.state: 0}
+    rest_bytes = size_bytes(study.backbone) if cache.lacks_rest() else 0
+    room = {cache.folder: len(missing) * _view_bytes(study) + rest_bytes, path.parent / settings.state: 0}
     for folder, needed_bytes in room.items():
         found += attempt("disk", lambda folder=folder, needed=needed_bytes: _disk(folder, needed))  # type: ignore[misc]
     return found

@@ -48,14 +48,24 @@ def encode_ingested(path: Path, settings: SiteFile, study: Study, *, on_progress
     store = site_export(path, settings, study).store
     with index.claimed(store) as connection:
         wanted = _mark(path, settings, study, index.meta(connection, index.STATE))
-        kept = any(cache_folder_of(path, settings).glob("*/*"))  # a cache that was emptied is seen; one entry less is not
-        if kept and index.meta(connection, "encoded") == wanted:
+        if _is_kept(cache_folder_of(path, settings), study) and index.meta(connection, "encoded") == wanted:
             return 0
     data = site_data(path, settings, study)
     encoded = _encode(path, settings, study, data.slices if data else (), on_progress)
     with index.claimed(store) as connection:
         index.put_meta(connection, {"encoded": wanted})
     return encoded
+
+
+def _is_kept(folder: Path, study: Study) -> bool:
+    """Return whether the cache has anything: that it was emptied is seen, one entry less is not."""
+    if not any(folder.glob("??/*.safetensors")):
+        return False
+    if study.backbone.cut == "end":
+        return True
+    from icmoe.features import FeatureCache
+
+    return not FeatureCache.of(folder, study).lacks_rest()
 
 
 def _mark(path: Path, settings: SiteFile, study: Study, state: str) -> str:

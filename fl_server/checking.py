@@ -28,7 +28,7 @@ def check_study(path: Path, *, as_json: bool) -> None:
     table = Table(title=study.name, title_justify="left", show_header=False)
     table.add_row("digest", study.digest)
     table.add_row("labels", ", ".join(label.name for label in study.labels))
-    table.add_row("backbone", f"{study.backbone.name} {study.backbone.digest[:12]}, {study.backbone.image_size} px")
+    table.add_row("backbone", study.backbone.told)
     table.add_row("experts", f"{study.model.experts}, {min(study.model.top_k, study.model.experts)} fused per pixel")
     table.add_row("rounds", f"{study.rounds}, quorum {study.quorum}, deadline {study.deadline_s:.0f} s")
     for row in rows:

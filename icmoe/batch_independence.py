@@ -42,7 +42,9 @@ def mixing_faults(model: ICMoE, study: Study) -> list[Fault]:
     model = copy.deepcopy(model).cpu().float().train()
     model.start_round()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    first, second = _record(model, study, others=1), _record(model, study, others=2)
+    choice = study.backbone.model_copy(update={"image_size": _GRID * architecture_of(study.backbone.name).stride})
+    rest = None if choice.cut == "end" else drawn_rest(choice, seed=0)
+    first, second = (_record(model, study, rest, others=others) for others in (1, 2))
     names = [name for name, value in first.items() if not _same(value, second[name])]
     names += [f"buffer {name}" for name, buffer in model.named_buffers() if not torch.equal(buffer, buffers[name])]
     # A module that mixes spoils what comes after it and the modules around it; the first ones are the cause.
@@ -51,11 +53,11 @@ def mixing_faults(model: ICMoE, study: Study) -> list[Fault]:
     return [Fault(number=404, value=name, did=NOTHING_SENT) for name in modules[:1] + others]
 
 
-def _record(model: ICMoE, study: Study, *, others: int) -> Record:
+def _record(model: ICMoE, study: Study, rest: nn.Module | None, *, others: int) -> Record:
     """Return all that concerns the first slice, with the other slices drawn from the seed `others`."""
     record: Record = {}
     hooks = [module.register_forward_hook(_noting(record, name)) for name, module in model.named_modules() if name]
-    batch = _batch(study, others)
+    batch = _batch(study, rest, others)
     anchor = copy.deepcopy(model.router) if study.loss.router_anchor and model.shape.experts else None
     generator = torch.Generator().manual_seed(0)
     terms, _ = model.losses(batch.features, batch.target_BKhw, study.loss, generator, anchor)
@@ -82,16 +84,14 @@ def _noting(record: Record, name: str) -> Callable[[nn.Module, object, object], 
     return note
 
 
-def _batch(study: Study, others: int) -> Batch:
-    choice = study.backbone.model_copy(update={"image_size": _GRID * architecture_of(study.backbone.name).stride})
-    channels, blocks, behind = widths(choice)
+def _batch(study: Study, rest: nn.Module | None, others: int) -> Batch:
+    channels, blocks, _ = widths(study.backbone)
 
     def drawn(*shape: int) -> Tensor:
         first = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
         rest = torch.randn(_SLICES - 1, *shape, generator=torch.Generator().manual_seed(others))
         return torch.cat([first, rest])
 
-    rest = None if behind is None else drawn_rest(choice, seed=0)
     features = Features(drawn(channels, _GRID, _GRID), tuple(drawn(width, _GRID, _GRID) for width in blocks), rest)
     return Batch(features, drawn(study.classes, 2 * _GRID, 2 * _GRID).softmax(dim=1))
 

@@ -44,7 +44,10 @@ CATALOGUE: dict[int, Entry] = {
         "Expected DIR/<site>/images, DIR/<site>/masks and DIR/splits/{train,val,test}.csv.",
     ),
     110: Entry("split file cannot be used", "Expected columns split, site, patient, slice, image, mask."),
-    111: Entry("cached features were damaged", "Nothing: the entry was computed again. If it recurs, check the disk."),
+    111: Entry(
+        "cached features were damaged",
+        "Start again, at a hospital after prepare: they are computed anew. If it recurs, check the disk.",
+    ),
     112: Entry("image is listed twice", "Keep one of the rows."),
     113: Entry("image has no contrast", "A constant image teaches nothing; check the export."),
     114: Entry("pixel spacing is not usable", "Give positive millimetres in all three spacing columns, or leave them out."),

@@ -74,8 +74,8 @@ def export_model(path: Path, out: Path, form: str, *, force: bool, checkpoint: P
     Raises
     ------
     IcmoeError
-        141 where the output is there, 144 where the export gives other probabilities, 205, 208, 209 and 301 as `read_model`,
-        206, 207 and 210 for the checkpoint, 210 for the format, 213 where ONNX's packages are not installed.
+        141 where the output is there, 144 where the export gives other probabilities or cannot be made, 205, 208, 209 and 301 as
+        `read_model`, 206, 207 and 210 for the checkpoint, 210 for the format, 213 where ONNX's packages are not installed.
     """
     if form not in get_args(Form):
         raise IcmoeError(Fault(number=210, where="--format", value=form, limit=", ".join(get_args(Form)), did=DID))
@@ -88,8 +88,12 @@ def export_model(path: Path, out: Path, form: str, *, force: bool, checkpoint: P
     head = Head(model, _rest_of(header.study, checkpoint)).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        data, run = (_onnx if form == "onnx" else _torchscript)(head, header)
-        apart = max(_apart(head, run, example(header.study, batch, seed=batch)) for batch in (1, 3))
+        try:
+            data, run = (_onnx if form == "onnx" else _torchscript)(head, header)
+            apart = max(_apart(head, run, example(header.study, batch, seed=batch)) for batch in (1, 3))
+        except Exception as error:  # noqa: BLE001  (exporters and run times raise almost anything)
+            what, value = f"the model cannot be written as {form}", type(error).__name__
+            raise IcmoeError(Fault(number=144, where=str(out), what=what, value=value, did=DID)) from None
     if not apart <= TOLERANCE:
         raise IcmoeError(Fault(number=144, where=str(out), value=f"{apart:.2e}", limit=f"{TOLERANCE:.0e}", did=DID))
     write_atomically(out, data)
@@ -108,6 +112,9 @@ def example(study: Study, batch: int, *, seed: int) -> tuple[Tensor, ...]:
 def _rest_of(study: Study, checkpoint: Path | None) -> nn.Module | None:
     require_taken(study.backbone.name, checkpoint)
     if study.backbone.cut == "end":
+        if checkpoint is not None:
+            what, todo = "this model's export needs no weights: its experts stand on the embedding", "Leave it out."
+            raise IcmoeError(Fault(number=210, where="--checkpoint", what=what, value=str(checkpoint), did=DID, todo=todo))
         return None
     return chosen_backbone(study.backbone, checkpoint=checkpoint, device=torch.device("cpu")).rest
 

@@ -110,7 +110,7 @@ class FeatureCache:
         """Return the cache of a study's backbone below `folder`."""
         chosen = study.backbone
         arithmetic = BACKBONES[chosen.name].arithmetic
-        cut = None if chosen.cut == "end" else chosen
+        cut = None if chosen.cut == "end" else chosen.model_copy(update={"block_features": True})  # one rest for both kinds
         return FeatureCache(folder, chosen.digest, chosen.image_size, chosen.block_features, arithmetic, cut)
 
     def key(self, image_digest: str, view: View) -> str:

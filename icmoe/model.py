@@ -165,7 +165,7 @@ class ICMoE(nn.Module):
         behind: int | None = None,
     ) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.behind = shape, behind
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.lateral = Lateral(block_channels, channels) if block_channels else None
@@ -210,6 +210,8 @@ class ICMoE(nn.Module):
 
     def _embedding(self, y_BCHW: Tensor, features: Features) -> Tensor:
         """Return what the mask head reads: y itself, or what the rest of the backbone makes of it, with laterals of its own."""
+        if (features.rest is None) != (self.behind is None):
+            raise ValueError("features of a backbone that is cut elsewhere")
         if features.rest is None:
             return y_BCHW
         embedding_BCHW = features.rest(y_BCHW)

@@ -57,26 +57,37 @@ def drawn_rest(choice: BackboneChoice, *, seed: int) -> nn.Module:
         return inner_of(choice.name).rest(choice.image_size)
 
 
+def _shapes(choice: BackboneChoice) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in inner_of(choice.name).rest(choice.image_size).state_dict().items()}
+
+
+def size_bytes(choice: BackboneChoice) -> int:
+    """Return what the rest takes, in memory and on disk."""
+    return 4 * sum(shape.numel() for shape in _shapes(choice).values())
+
+
 def rest_path(folder: Path, choice: BackboneChoice) -> Path:
     """Return the file of the rest in a folder of features."""
     return folder / "rest" / f"{choice.name}-{choice.image_size}-{choice.digest[:32]}.safetensors"
 
 
 def keep_rest(folder: Path, choice: BackboneChoice, rest: nn.Module) -> None:
-    """Write the rest beside the features, unless it is there and whole."""
-    if not is_kept(folder, choice):
-        state = {name: tensor.cpu().contiguous() for name, tensor in sorted(rest.state_dict().items())}
-        header = json.dumps({"format": FORMAT, "backbone": choice.digest, "sha256": state_digest(state)}, sort_keys=True)
-        write_atomically(rest_path(folder, choice), save(state, metadata={METADATA_KEY: header}), durable=False, private=True)
+    """Write the rest beside the features, unless the very same is there."""
+    state = {name: tensor.cpu().contiguous() for name, tensor in sorted(rest.state_dict().items())}
+    if is_kept(folder, choice) and state_digest(_state_in(rest_path(folder, choice), choice)) == state_digest(state):
+        return
+    header = json.dumps({"format": FORMAT, "backbone": choice.digest, "sha256": state_digest(state)}, sort_keys=True)
+    write_atomically(rest_path(folder, choice), save(state, metadata={METADATA_KEY: header}), durable=False, private=True)
 
 
 def is_kept(folder: Path, choice: BackboneChoice) -> bool:
-    """Return whether the rest is beside the features, and whole."""
+    """Return whether the rest is beside the features, whole and of its shapes."""
     try:
-        _state_in(rest_path(folder, choice), choice)
+        state = _state_in(rest_path(folder, choice), choice)
     except (OSError, SafetensorError, KeyError, ValueError):
         return False
-    return True
+    return {name: tensor.shape for name, tensor in state.items()} == _shapes(choice)
 
 
 @lru_cache(maxsize=2)

@@ -77,7 +77,9 @@ class SamAttention(nn.Module):
         B, n, r, c, d = part_Bnrcd.shape
         if (r, c) == (h, w):
             return part_Bnrcd.reshape(B * n, h * w, d)
-        whole_Bnhwd = self.qkv.bias.view(3, n, 1, 1, d)[at].to(part_Bnrcd).repeat(B, 1, h, w, 1)
+        # Made like the part, so that `torch.func.vmap` knows that it differs from slice to slice.
+        whole_Bnhwd = part_Bnrcd.new_empty(B, n, h, w, d)
+        whole_Bnhwd[:] = self.qkv.bias.view(3, n, 1, 1, d)[at].to(part_Bnrcd)
         whole_Bnhwd[:, :, :r, :c] = part_Bnrcd
         return whole_Bnhwd.view(B * n, h * w, d)
 

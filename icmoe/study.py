@@ -89,6 +89,12 @@ class BackboneChoice(Section):
     def _without_later_additions(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return _written(self, write(self), later=("cut",))
 
+    @property
+    def told(self) -> str:
+        """As people are shown it."""
+        inside = "" if self.cut == "end" else ", experts before its last stage, which each step runs"
+        return f"{self.name} {self.digest[:12]}, {self.image_size} px{inside}"
+
 
 class ModelShape(Section):
     """IC-MoE's trained part; every ablation is a value here or in `LossWeights`."""

@@ -195,6 +195,7 @@ def _described(header: ModelHeader, digest: str) -> list[SegmentDescription]:
             "study_sha256": study.digest,
             "backbone": study.backbone.name,
             "backbone_sha256": study.backbone.digest,
+            "backbone_cut": study.backbone.cut,
         },
     )
     return [

@@ -17,10 +17,11 @@ from icmoe.features import Features
 from icmoe.model import build_model
 from icmoe.patient_batches import Sample
 from icmoe.patient_gradients import Objective
+from icmoe.rest import drawn_rest
 from icmoe.study import Study
 from icmoe.study_privacy import SitePrivacy
 
-_FROZEN = ("head.", "lateral.", "project.", "prototypes_KD")
+_FROZEN = ("head.", "lateral.", "lateral_behind.", "project.", "prototypes_KD")
 _UNSETTLED = 0.1
 
 
@@ -69,6 +70,8 @@ class SeededRows(TrainingSet):
 def seeded_rows(study: Study, slices: Sequence[int], *, seed: int) -> SeededRows:
     """Return patients with normal features, whose label depends on the first channel: there is something to learn.
 
+    No weights of a backbone are asked for: where it is cut before its last stage, that stage is drawn too.
+
     Parameters
     ----------
     study
@@ -79,7 +82,7 @@ def seeded_rows(study: Study, slices: Sequence[int], *, seed: int) -> SeededRows
         Of the features.
     """
     generator = torch.Generator().manual_seed(seed)
-    channels, blocks, _ = widths(study.backbone)
+    channels, blocks, behind = widths(study.backbone)
     grid, count = grid_of(study.backbone), sum(slices)
 
     def drawn(width: int) -> Tensor:
@@ -90,7 +93,8 @@ def seeded_rows(study: Study, slices: Sequence[int], *, seed: int) -> SeededRows
     label_BHW = torch.bucketize(embedding_BCHW[:, 0].contiguous(), edges)
     target_BKHW = (label_BHW[:, None] == torch.arange(study.classes)[:, None, None]).float()
     target_BKhw = target_BKHW.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    return SeededRows(Batch(Features(embedding_BCHW, tuple(drawn(width) for width in blocks)), target_BKhw), slices)
+    rest = None if behind is None else drawn_rest(study.backbone, seed=seed)
+    return SeededRows(Batch(Features(embedding_BCHW, tuple(drawn(width) for width in blocks), rest), target_BKhw), slices)
 
 
 def seeded_study(privacy: SitePrivacy) -> Study:

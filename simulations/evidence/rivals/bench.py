@@ -32,12 +32,14 @@ def open_bench(data: Path, out: Path, scenario: Path | None) -> Bench:
     Raises
     ------
     IcmoeError
-        202 where the backbone is not lite-medsam, whose parts the rivals train; otherwise as a rehearsal.
+        202 where the backbone is not lite-medsam as a whole, whose parts the rivals train; otherwise as a rehearsal.
     """
     study, simulation = read_scenario(scenario, {}, {"data": str(data)})
     chosen = study.backbone
     if chosen.name != "lite-medsam":
         raise IcmoeError(Fault(number=202, where="backbone.name", value=chosen.name, limit="lite-medsam"))
+    if chosen.cut != "end":
+        raise IcmoeError(Fault(number=202, where="backbone.cut", value=chosen.cut, limit="end"))
     return Bench(
         study=study,
         hospitals=find_hospitals(simulation, study, out / "phantoms"),
