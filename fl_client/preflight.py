@@ -253,18 +253,17 @@ def _data(path: Path, settings: SiteFile, study: Study) -> list[Check]:
         found.append(Check("ingest", ok=True, fault=fault))
     cache = FeatureCache.of(cache_folder_of(path, settings), study)
     keys = {view.key for view in wanted_views(slices, study.training.views, cache, study.backbone.image_size)}
-    missing: list[str] = []
+    missing, lost = list[str](), cache.lacks_rest()
 
     def count() -> Check:
         missing.extend(key for key in keys if not cache.is_whole(key))
-        lost = cache.lacks_rest()
         note = f"{len(keys) - len(missing)} of {len(keys)} views{', without the last stage' if lost else ''}"
         todo = f"Run fl_client --site {settings.name} prepare."
         fault = Fault(number=207, where=str(cache.folder), what="features are not in the cache", value=note, todo=todo)
         return Check("features", ok=not (missing or lost), fault=fault if missing or lost else None, note=note)
 
     found += attempt("features", count)
-    rest_bytes = size_bytes(study.backbone) if cache.lacks_rest() else 0
+    rest_bytes = size_bytes(study.backbone) if lost else 0
     room = {cache.folder: len(missing) * _view_bytes(study) + rest_bytes, path.parent / settings.state: 0}
     for folder, needed_bytes in room.items():
         found += attempt("disk", lambda folder=folder, needed=needed_bytes: _disk(folder, needed))  # type: ignore[misc]

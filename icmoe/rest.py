@@ -75,19 +75,17 @@ def rest_path(folder: Path, choice: BackboneChoice) -> Path:
 def keep_rest(folder: Path, choice: BackboneChoice, rest: nn.Module) -> None:
     """Write the rest beside the features, unless the very same is there."""
     state = {name: tensor.cpu().contiguous() for name, tensor in sorted(rest.state_dict().items())}
-    if is_kept(folder, choice) and state_digest(_state_in(rest_path(folder, choice), choice)) == state_digest(state):
+    found, digest = _found(folder, choice), state_digest(state)
+    if found is not None and state_digest(found) == digest:
         return
-    header = json.dumps({"format": FORMAT, "backbone": choice.digest, "sha256": state_digest(state)}, sort_keys=True)
+    header = json.dumps({"format": FORMAT, "backbone": choice.digest, "sha256": digest}, sort_keys=True)
     write_atomically(rest_path(folder, choice), save(state, metadata={METADATA_KEY: header}), durable=False, private=True)
 
 
 def is_kept(folder: Path, choice: BackboneChoice) -> bool:
     """Return whether the rest is beside the features, whole and of its shapes."""
-    try:
-        state = _state_in(rest_path(folder, choice), choice)
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return False
-    return {name: tensor.shape for name, tensor in state.items()} == _shapes(choice)
+    found = _found(folder, choice)
+    return found is not None and {name: tensor.shape for name, tensor in found.items()} == _shapes(choice)
 
 
 @lru_cache(maxsize=2)
@@ -107,6 +105,14 @@ def kept_rest(folder: Path, choice: BackboneChoice, device: torch.device) -> nn.
         todo = "Run prepare at a hospital; elsewhere start again: it is computed anew."
         value = type(error).__name__
         raise IcmoeError(Fault(number=111, where=str(path), what=what, value=value, did=did, todo=todo)) from None
+
+
+def _found(folder: Path, choice: BackboneChoice) -> dict[str, Tensor] | None:
+    """Return the tensors that are kept, None where there are none or they are damaged."""
+    try:
+        return _state_in(rest_path(folder, choice), choice)
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
 
 
 def _state_in(path: Path, choice: BackboneChoice) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ from predictions import write_random_model
 from test_backbone import SMALL, small_encoder
 from test_training import hospital
 
+from fl_client.participant import _require_features
+from fl_client.preparing import _is_kept
 from icmoe.backbone import backbone_digest, chosen_backbone
 from icmoe.backbones import BACKBONES
 from icmoe.batch_independence import mixing_faults
@@ -155,7 +157,25 @@ def test_a_rest_that_is_absent_or_damaged_is_refused_and_made_anew(damage: str, 
     encode_slices(site.slices, study, chosen_backbone(study.backbone, checkpoint=None, device=CPU), cache)
     assert path.read_bytes() == sound
     assert cache.load([key]).rest is not None
-    assert 0 < size_bytes(study.backbone) < len(sound)
+    assert 0 < len(sound) - size_bytes(study.backbone) < 4096  # the table in front
+
+
+def test_a_site_notices_that_the_rest_is_lost(prepared, study: Study) -> None:
+    site, cache = prepared
+    _require_features("S", cache, site.slices)
+    assert _is_kept(cache.folder, study)
+    path = rest_path(cache.folder, study.backbone)
+    sound = path.read_bytes()
+    path.unlink()
+    with pytest.raises(IcmoeError) as caught:
+        _require_features("S", cache, site.slices)
+    assert [fault.number for fault in caught.value.faults] == [207]
+    assert "last stage" in str(caught.value)
+    assert not _is_kept(cache.folder, study)
+    path.write_bytes(sound)
+    for entry in cache.folder.glob("??/*.safetensors"):
+        entry.unlink()
+    assert not _is_kept(cache.folder, study)  # the rest alone is no feature
 
 
 def test_patients_gradients_are_the_same_one_by_one_and_all_at_once(study: Study, make_features) -> None:
