@@ -22,8 +22,9 @@ from icmoe.errors import Fault, IcmoeError
 from icmoe.features import Features
 from icmoe.mixture import Mixture
 from icmoe.model import ICMoE
-from icmoe.modelfile import METADATA_KEY, ModelHeader, read_model
+from icmoe.modelfile import ModelHeader, read_model
 from icmoe.study import Study
+from icmoe.tensor_file import METADATA_KEY
 
 Form = Literal["torchscript", "onnx"]
 TOLERANCE = 1e-4

@@ -30,9 +30,8 @@ from icmoe.entry_file import EntryFile
 from icmoe.errors import Fault, IcmoeError
 from icmoe.rest import is_kept, keep_rest, kept_rest
 from icmoe.study import BackboneChoice, Study, View
-from icmoe.tensor_file import read_tensors
+from icmoe.tensor_file import METADATA_KEY, read_tensors
 
-METADATA_KEY = "icmoe"
 HALF_MAX = 65504.0
 CPU = torch.device("cpu")
 # Entries that this process has verified; every round makes a new cache object.

@@ -20,8 +20,8 @@ from icmoe.exchange import State
 from icmoe.mixture import SUM_TOLERANCE, Mixture, mixture_of, parted
 from icmoe.model import ICMoE, model_of
 from icmoe.study import Study
+from icmoe.tensor_file import METADATA_KEY
 
-METADATA_KEY = "icmoe"
 FORMAT = "icmoe-model"
 FORMAT_VERSION = 1
 

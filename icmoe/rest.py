@@ -21,10 +21,9 @@ from icmoe.backbones import Inner, architecture_of
 from icmoe.errors import Fault, IcmoeError
 from icmoe.exchange import state_digest
 from icmoe.study import BackboneChoice
-from icmoe.tensor_file import read_tensors
+from icmoe.tensor_file import METADATA_KEY, read_tensors
 
 FORMAT = "icmoe-rest-1"
-METADATA_KEY = "icmoe"
 
 
 def inner_of(name: str) -> Inner:

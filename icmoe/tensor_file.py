@@ -11,6 +11,9 @@ from torch import Tensor
 
 from icmoe.atomic import regular
 
+METADATA_KEY = "icmoe"
+"""Where the header of a file of ours says what it is."""
+
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return tensors by name, in the names' order, and metadata of a file.

@@ -75,7 +75,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def variant(base: Study, name: str, seed: int) -> Study:
     """Return the study of a variant and seed."""
     values = merged(base.model_dump(mode="json"), VARIANTS[name])
-    return parse(Study, {**values, "seed": seed, "name": "ablation-" + name.replace(" ", "-").replace(".", "-")}, where=name)
+    return parse(
+        Study, {**values, "seed": seed, "name": "ablation-" + name.lower().replace(" ", "-").replace(".", "-")}, where=name
+    )
 
 
 @app.command(cls=OneCommand)

@@ -94,3 +94,9 @@ def test_settings_are_moved_where_they_are_asked_for_by_name(tmp_path: Path, mon
     for words in ([], ["--only", "t 2,full"]):
         CliRunner().invoke(ablation.app, [*words, "--out", str(tmp_path / "out")])
     assert asked == [list(ablation.PARTS), ["full", "t 2"]]
+
+
+def test_every_variant_is_a_study_of_its_own(make_study) -> None:
+    base = make_study(name="x", backbone={"name": "lite-medsam", "digest": "0" * 64})
+    made = [ablation.variant(base, name, seed=1) for name in ablation.VARIANTS]
+    assert len({study.digest for study in made}) == len({study.name for study in made}) == len(ablation.VARIANTS)

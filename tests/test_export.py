@@ -15,7 +15,8 @@ from icmoe import export
 from icmoe.errors import IcmoeError
 from icmoe.export import ONNX_PACKAGES, TOLERANCE, example, export_model
 from icmoe.features import Features
-from icmoe.modelfile import METADATA_KEY, read_model
+from icmoe.modelfile import read_model
+from icmoe.tensor_file import METADATA_KEY
 
 without_onnx = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
 needs_onnx = pytest.mark.skipif(bool(without_onnx), reason=f"not installed: {', '.join(without_onnx)}")

@@ -35,10 +35,11 @@ from icmoe.exchange import global_state
 from icmoe.joining import CHECKSUMS, JoinRequest, checksum_text, fingerprint, key_digest, make_request, parse_request, proven_key
 from icmoe.model import build_model
 from icmoe.modelcard import SiteLine, write_card
-from icmoe.modelfile import METADATA_KEY, ModelHeader, read_model, write_model
+from icmoe.modelfile import ModelHeader, read_model, write_model
 from icmoe.receipts import Head, head_of, numbers_of, receipt_of, receipt_text
 from icmoe.study import Study, read_study
 from icmoe.summary import LabelSummary, SiteSummary, parse_summary
+from icmoe.tensor_file import METADATA_KEY
 
 CODE = {"scheme": "SCT", "value": "108369006", "meaning": "Neoplasm"}
 LABELS = [{"name": "background", "values": [0]}, {"name": "lesion", "values": [1, 255], "kind": CODE, "category": CODE}]

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from icmoe.errors import IcmoeError
 from icmoe.exchange import global_state, state_digest
 from icmoe.model import build_model
-from icmoe.modelfile import METADATA_KEY, ModelHeader, read_model, write_model
+from icmoe.modelfile import ModelHeader, read_model, write_model
+from icmoe.tensor_file import METADATA_KEY
 
 
 @pytest.fixture
