@@ -14,7 +14,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
-from dicom_builders import MASKS, VOLUME, contour, numbers, put, save, segmentation, structures, volume
+from dicom_builders import MASKS, VOLUME, contour, numbers, put, same, save, scaled, segmentation, structures, used, volume
 from exports import LESION, export_of, published, taken, write_series
 from PIL import Image
 from test_quality import site_file
@@ -267,16 +267,20 @@ def test_a_mask_that_names_an_instance_of_two_patients_is_refused(tmp_path: Path
     assert 122 in numbers(found)
 
 
-def test_contours_without_images_are_refused_where_two_frames_of_reference_are_listed(tmp_path: Path):
+@pytest.mark.parametrize("told", [True, False])
+def test_contours_without_images_lie_in_the_frame_of_reference_that_their_region_names(told: bool, tmp_path: Path):
     one, other = volume(VOLUME), volume(VOLUME[:, ::-1].copy())
     square = contour(np.array([[-17, -27, 50], [-5, -27, 50], [-5, -18, 50], [-17, -18, 50]], dtype=float))
     drawn = structures([square], listed=one, space=one[0].FrameOfReferenceUID)
     further = structures([], listed=other, space=other[0].FrameOfReferenceUID)
     drawn.ReferencedFrameOfReferenceSequence.extend(further.ReferencedFrameOfReferenceSequence)
+    if not told:
+        drawn.StructureSetROISequence[0].ReferencedFrameOfReferenceUID = ""
     put(tmp_path, [*one, *other, drawn])
-    data = taken(export_of(tmp_path / "export", tmp_path / "kept"))
-    assert not data.slices
-    assert 122 in numbers(data)
+    pictures, masks, data = used(tmp_path)
+    assert same(pictures, scaled(VOLUME) if told else [])
+    assert [bool(mask.any()) for mask in masks] == [False, False, True, False, False][: 5 * told]
+    assert told or 122 in numbers(data)
 
 
 def test_links_are_told_and_nothing_is_kept_inside_the_export(tmp_path: Path):

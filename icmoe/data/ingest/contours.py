@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,13 +64,19 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
         labels = {number: names.index(called) for number, called in _regions(header).items() if called}
         if not any(label is not None for label in labels.values()):
             raise Refusal(120, f"no region is called like a class of the study (it has {len(labels)})")
-        listed, series = _listed(header)
+        patches, (own, spaces) = _drawn(header, labels, hashes), _spaces(header, labels)
+        apart = len(spaces) > 1 and own <= spaces  # else an anonymiser wrote other UIDs here than there
+        if apart and len(own) > 1 and not all(patch.image for patch in patches):
+            raise Refusal(122, "regions lie in several frames of reference, and parts of them name no image")
+        listed, series = _listed(header, own if apart else spaces)
+        meant = spaces if len(spaces) == 1 else own
+        space = hashes.of("uid", *meant) if len(meant) == 1 else ""
         return FileRecord(
             kind="contours",
-            patches=tuple(_drawn(header, labels, hashes)),
+            patches=tuple(patches),
             listed=tuple(sorted(hashes.of("uid", uid) for uid in listed)),
             listed_series=() if listed else tuple(sorted(hashes.of("uid", uid) for uid in series)),
-            **(identity(header, hashes) | named_patient(header, hashes) | {"space": _space(header, labels, hashes)}),
+            **(identity(header, hashes) | named_patient(header, hashes) | {"space": space}),
         )
 
 
@@ -272,22 +278,23 @@ def _rounded_mm(item: Dataset) -> float:
     return float(3.0**0.5 * 0.5 * 10.0 ** -max(2, decimals))  # along each axis
 
 
-def _space(data: Dataset, labels: Mapping[int, int | None], hashes: Pseudonyms) -> str:
-    """Return the frame of reference of the regions that have a label, which each of them names (PS3.3 C.8.8.5); none of several.
+def _spaces(data: Dataset, labels: Mapping[int, int | None]) -> tuple[set[str], set[str]]:
+    """Return the frames of reference of the regions that have a label, which each of them names (PS3.3 C.8.8.5), and all listed.
 
     The object may list further ones, such as those of images that were registered. Where it lists one alone, that is meant.
     """
     regions = [item for item in sequence(data, "StructureSetROISequence") if labels.get(integer(item, "ROINumber")) is not None]
     own = {text(item, "ReferencedFrameOfReferenceUID") for item in regions}
     listed = {text(item, "FrameOfReferenceUID") for item in sequence(data, "ReferencedFrameOfReferenceSequence")} - {""}
-    found = listed if len(listed) == 1 else own - {""}
-    return hashes.of("uid", found.pop()) if len(found) == 1 else ""
+    return own - {""}, listed
 
 
-def _listed(data: Dataset) -> tuple[set[str], set[str]]:
-    """Return the instances and the series that the object lists."""
+def _listed(data: Dataset, spaces: Collection[str]) -> tuple[set[str], set[str]]:
+    """Return the instances and the series that the object lists in these frames of reference, in all where there is none."""
     instances, listed = set[str](), set[str]()
     for space in sequence(data, "ReferencedFrameOfReferenceSequence"):
+        if spaces and text(space, "FrameOfReferenceUID") not in spaces:
+            continue
         for study in sequence(space, "RTReferencedStudySequence"):
             for series in sequence(study, "RTReferencedSeriesSequence"):
                 listed.add(text(series, "SeriesInstanceUID"))
