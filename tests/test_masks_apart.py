@@ -115,6 +115,21 @@ def test_patients_of_one_study_are_one_person(number: str, tmp_path: Path):
         assert len({part.patient for part in data.slices}) == 2 or [each for each in numbers(data) if each != 108] == [127] * 5
 
 
+@pytest.mark.parametrize("number", ["", "B22"])
+def test_files_of_one_name_and_birth_date_stand_in_one_split_whatever_number_they_have(number: str, tmp_path: Path):
+    """As after a merger of clinics, or where one scanner was given no number."""
+    person = {"PatientName": "Doe^Jo", "PatientBirthDate": "19500101"}
+    for at in range(6):
+        place = tmp_path / str(at)
+        for study, own in enumerate(("A11", number)):
+            greys = np.random.default_rng(study).integers(0, 3000, VOLUME.shape).astype(np.uint16)
+            shown = volume(greys, PatientID=own, **person)
+            put(place, [*shown, segmentation(shown, MASKS, "BINARY")], f"{study}/{{}}")
+        data = taken(export_of(place / "export", place / "kept", shares=(0.5, 0.0, 0.5)))
+        assert len({part.patient for part in data.slices}) == 2
+        assert len({part.split for part in data.slices}) == 1
+
+
 def test_a_mask_in_a_folder_of_another_name_than_all_images_is_nobodys(tmp_path: Path):
     for name, seed in (("P2", 2), ("P3", 3)):
         shown = np.random.default_rng(seed).integers(0, 3000, VOLUME.shape).astype(np.uint16)

@@ -46,6 +46,10 @@ TOLD = {
         "P1_abdomen P1_chest 1001_CT_head 1001_MR_neck 1001_v1 case_1_2 case_1_3 2020_a 2020_b 1002-S01 1002-S02",
         "p1 p1 1001 1001 1001 case_1 case_1 2020_a 2020_b 1002-s01 1002-s02",
     ),
+    "visits behind numbers": (
+        "TCGA-02-0003_v1 TCGA-02-0003_v2 XK71_scan1 XK71_run-2 LUNG1-001_fu1 LUNG1-001_fu2 P001_2020 P001_2021 12_2020 12_2021",
+        "tcga-02-0003 tcga-02-0003 xk71 xk71 lung1-001 lung1-001 p001 p001 12_2020 12_2021",
+    ),
     "one folder each": ("P1/a1/i P2/b2/i P3/c3/i", "p1 p2 p3"),
     "places": ("siteA/P1/i siteA/P2/i siteB/P1/i site_c/doe/i", "sitea/p1 sitea/p2 siteb/p1 site_c/doe"),
     "groups": ("HGG/Brats18_2013_2_1/i HGG/Brats18_A_1/i LGG/0003/i", "hgg/brats18_2013_2 hgg/brats18_a_1 lgg/0003"),

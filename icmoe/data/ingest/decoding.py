@@ -99,8 +99,10 @@ def _first_pass(
             raise Refusal(113, "every pixel has the same value")
     except Refusal as refusal:
         return FrameResult(fault=refusal.number, why=refusal.why, lettered=lettered)
-    counts.add_counts(values_V, picture.counts_V)
     ranks_HW = turn.turn(picture.ranks_HW)
+    if classes.any() and len(values_V) <= len(job.labels) and _tells_classes(ranks_HW, classes, len(job.labels)):
+        return FrameResult(fault=119, why="its values are the marks themselves: it is a mask that was kept as an image")
+    counts.add_counts(values_V, picture.counts_V)
     ranks = ranks_digest(ranks_HW)
     kept.add(frame.entry, ranks, values_V)
     write_stored(_path(job, frame.entry), Stored(values_V, ranks_HW, classes))
@@ -115,6 +117,12 @@ def _first_pass(
         marks=marks,
         lettered=lettered,
     )
+
+
+def _tells_classes(ranks_HW: npt.NDArray[Any], classes: Classes, labels: int) -> bool:
+    """Return whether each value of a picture has a class of its own."""
+    pairs = np.flatnonzero(np.bincount(ranks_HW.ravel().astype(np.intp) * labels + classes.ravel()))
+    return len(pairs) == len({*(pairs // labels).tolist()}) == len({*(pairs % labels).tolist()})
 
 
 def _class_px(classes: Classes, labels: int) -> tuple[int, ...]:

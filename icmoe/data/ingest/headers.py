@@ -141,7 +141,7 @@ def identity(data: Dataset, hashes: Pseudonyms) -> dict[str, Any]:
 
     A patient without number is known by name and birth date, without these by the study.
     """
-    study, name = text(data, "StudyInstanceUID"), _name(data)
+    study, name = text(data, "StudyInstanceUID"), person_name(data)
     person = f"{name}\0{text(data, 'PatientBirthDate')}" if name else study
     image, space = text(data, "SOPInstanceUID"), text(data, "FrameOfReferenceUID")
     return {
@@ -156,7 +156,7 @@ def identity(data: Dataset, hashes: Pseudonyms) -> dict[str, Any]:
     }
 
 
-def _name(data: Dataset) -> str:
+def person_name(data: Dataset) -> str:
     """Return the first way of writing a person's name that is there, of those in Latin letters, in others and by its sound."""
     return next(filter(None, (group.strip().rstrip("^ ") for group in text(data, "PatientName").split("="))), "")
 

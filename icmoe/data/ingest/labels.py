@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from icmoe.data.ingest.folding import folded
-from icmoe.data.ingest.walking import parted, stem
+from icmoe.data.ingest.walking import SEPARATOR, kindless, parted, stem
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Label
+
+LETTERS = re.compile(r"[^\W\d_]{2}")
 
 
 class LabelNames:
@@ -55,7 +58,8 @@ class LabelNames:
     def said_by(self, relative: str) -> tuple[int | None, int]:
         """Return the class that a path names, and where it does: 0 by the file's name, -1 by its end, n by its nth folder.
 
-        Programs write a file for each class under the name of the case (case1_edema), or a folder for each.
+        Programs write a file for each class under the name of the case (case1_edema), or a folder for each; they may go on
+        with whose reading it is (case1_edema_final).
 
         Parameters
         ----------
@@ -63,15 +67,27 @@ class LabelNames:
             Path of a mask.
         """
         name, folders = stem(relative), PurePosixPath(relative).parent.parts
-        places = [(name, 0), *((end, -1) for end in _ends(name))]
-        places += [(folder, len(folders) - at) for at, folder in enumerate(reversed(folders))]
-        found = ((self.index([called]), at) for called, at in places)
+        ends = ((self.index([end, kindless(end)]), -1) for end in _ends(name))
+        lies = ((self._of_folder(folder), len(folders) - at) for at, folder in enumerate(reversed(folders)))
+        found = itertools.chain([(self.index([name]), 0)], ends, [(self._within(name), -1)], lies)
         return next(((label, at) for label, at in found if label is not None), (None, 0))
+
+    def _of_folder(self, folder: str) -> int | None:
+        """Return the class that a folder is called like, also beside a word for masks or in the plural: edema_masks, edemas."""
+        called = kindless(folder)
+        return self.index([folder, called, called.removesuffix("s")])
+
+    def _within(self, name: str) -> int | None:
+        """Return the one class that stands in a name as words of its own behind others; None if none does, or several do."""
+        plain = " ".join(SEPARATOR.split(_plain(name)))
+        words = {called: index for called, index in self._index.items() if index and LETTERS.search(called)}
+        found = {index for called, index in words.items() if re.search(rf"\w {re.escape(called)}(?!\w)", plain)}
+        return found.pop() if len(found) == 1 else None
 
 
 def _ends(name: str) -> Iterable[str]:
     """Yield what follows each separator in a name, the longest first; a number or a single letter is no class."""
-    return (end for _, end in parted(name) if re.search(r"[^\W\d_]{2}", end))
+    return (end for _, end in parted(name) if LETTERS.search(end))
 
 
 def _uncounted(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -20,7 +19,7 @@ from icmoe.data.ingest.refusals import Refusal
 from icmoe.data.ingest.walking import (
     GENERIC,
     MASK,
-    SEQUENCES,
+    SCAN,
     bare,
     called_image,
     case,
@@ -30,17 +29,15 @@ from icmoe.data.ingest.walking import (
     of_another_look,
     of_another_organ,
     of_one_visit,
+    of_what_is_not,
     own_folders,
     parted,
     stem,
 )
 
 Said = TypeVar("Said")
-SEQUENCE = re.compile(rf"(?:(.*)[_-])?(?:{SEQUENCES})")
-"""Name of a volume that says of which sequence it is."""
 MANY = 3
 """Masks of one thing each from which on they are of several things; two may be two readings."""
-ORGAN = "it is called for an organ that is no class of the study"
 OTHER_LOOK = "the image that it fits is of another visit, frame, side or sequence than its name or folder says"
 
 
@@ -160,8 +157,8 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
         raise Refusal(121, "it has as many slices as its series has images, but not where these lie: packed across a gap")
     for name in best:
         require_its_box(record.shape, _grid_of(series[name]), images.extents(name), images.places(series[name]))
-    if record.single and not record.called and of_another_organ(path, found[best[0]]):
-        raise Refusal(120, ORGAN)
+    if record.single:
+        _require_meant(path, found[best[0]], called=record.called)
     if not (fitting.called or fitting.homed or fitting.is_patients) and _is_one_of_many(path, images):
         raise Refusal(120, "it is one of several masks of one thing each, and none is called like a class of the study")
     return {key: use for name in best for key, use in _seen_once(series[name], images).items()}
@@ -282,7 +279,7 @@ def _are_sequences(targets: list[str], images: Images) -> bool:
 
     Such are laid over each other before anybody marks them.
     """
-    names = [SEQUENCE.fullmatch(stem(target)) for target in targets]
+    names = [SCAN.fullmatch(stem(target)) for target in targets]
     alike = {(PurePosixPath(target).parent, images[target].patient) for target in targets}
     return None not in names and len({name.group(1) for name in names if name}) == len(alike) == 1
 
@@ -318,12 +315,19 @@ def _by_name(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
             raise Refusal(122, f"{len(best)} images have its name, equally close by folder")
         for target in best:
             _require_its_own(path, record, target, images)
-            if not record.called_at and of_another_organ(path, target):
-                raise Refusal(120, ORGAN)
+            _require_meant(path, target, called=bool(record.called_at))
             found[target, 0] = Use(path, "picture", _meant(path, record, target))
     if not found:
         raise Refusal(123, "no image of one frame has its name")
     return found
+
+
+def _require_meant(path: str, target: str, *, called: bool) -> None:
+    """Refuse marks of something else than a class, by a name that their image has not; not of an organ where it names a class."""
+    if not called and of_another_organ(path, target):
+        raise Refusal(120, "it is called for an organ that is no class of the study")
+    if of_what_is_not(path, target):
+        raise Refusal(120, "it is called for what is beside or about a class, or not it")
 
 
 def _before_class(path: str, record: FileRecord, images: Images) -> list[str]:

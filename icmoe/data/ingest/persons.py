@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from icmoe.data.ingest.walking import DATE, SEQUENCES, is_somebodys, owner_folders, parted, person, stem
+from icmoe.data.ingest.walking import DATE, SEQUENCES, is_somebodys, owner_folders, parted, person, stem, without_visit
 
 TECHNIQUES = (
     "axi?|axial|sag|sagittal|cor|coronal|tra|trans|transverse|transversal|obl|oblique|tse|fse|gre|mprage|vibe|stir|dixon|epi|tof"
@@ -240,7 +240,7 @@ def _without_series(name: str) -> str:
         return counted
     while (shorter := person(LAST.sub("", name))) != name and is_somebodys(shorter) and not _is_series(shorter):
         name = shorter
-    return next((start for start, rest in parted(name) if _is_numbered(start, rest)), name)
+    return next((start for start, rest in parted(name) if _is_numbered(start, rest)), without_visit(name))
 
 
 def _is_numbered(start: str, rest: str) -> bool:

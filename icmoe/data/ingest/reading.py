@@ -13,14 +13,25 @@ from pydicom.dataset import Dataset
 from icmoe.data.images import DEEP_COLOUR, TURNED, read_grey
 from icmoe.data.ingest.folding import composed, folded
 from icmoe.data.ingest.forms import MASKS, VOLUMES, mask_of, module_of
-from icmoe.data.ingest.headers import image_record, read_header, sequence, terms, text
+from icmoe.data.ingest.headers import image_record, person_name, read_header, sequence, terms, text
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.opening import Refusal, content_of, foreign_form, refusing
 from icmoe.data.ingest.pixels import plain_pixels_of
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, FramePlace, Patch, refused
 from icmoe.data.ingest.volumes import MASK_VALUES, looks_like_classes, volume_record
-from icmoe.data.ingest.walking import called_image, called_mask, called_scan, owner, person, stem, told, without_visit
+from icmoe.data.ingest.walking import (
+    called_image,
+    called_marks,
+    called_mask,
+    called_scan,
+    is_channel,
+    owner,
+    person,
+    stem,
+    told,
+    without_visit,
+)
 from icmoe.errors import IcmoeError
 
 
@@ -65,6 +76,10 @@ class Reader:
             case content if content in VOLUMES:
                 called, at = self.names.said_by(relative)
                 record = volume_record(path, called, self.names.values, is_scan=called_scan(relative))
+                if record.mask and called is None and is_channel(relative):
+                    record = record.model_copy(update={"mask": False, "single": False, "unnamed": ""})
+                if not record.mask and called_marks(relative):
+                    raise Refusal(106, "it lies or is called as marks do, and its values are no classes")
                 if called == 0 and at < 1 and record.mask and record.single:
                     raise Refusal(120, "it is called like the background, and what it does not mark may be anything")
                 patches = (
@@ -75,9 +90,9 @@ class Reader:
             case "png":
                 record = picture_record(path)
                 owner = self._owner(relative)
-                mask = (record.mask or called_mask(relative)) and not called_image(relative)
-                series = f"{PurePosixPath(composed(relative)).parent}\0{owner['patient']}"
                 called, at = self.names.said_by(relative)
+                mask = (record.mask or called_mask(relative)) and not called_image(relative, called=bool(called))
+                series = f"{PurePosixPath(composed(relative)).parent}\0{owner['patient']}"
                 patches = (Patch(number=0, label=called),) if mask and called and at else ()
                 update = {**owner, "mask": mask, "patches": patches, "called_at": at}
                 return record.model_copy(update={**update, "series": self.hashes.of("folder", series)})
@@ -120,11 +135,14 @@ def _series_by_number(header: Dataset, hashes: Pseudonyms) -> dict[str, str]:
 def _further_numbers(header: Dataset) -> frozenset[str]:
     """Return the numbers that a file gives its patient besides PatientID, as after a merger of clinics (PS3.3 C.7.1.1).
 
-    Trials write a number for each visit, 1001_V1 and 1001_V2: without the visit it is the patient's.
+    Trials write a number for each visit, 1001_V1 and 1001_V2: without the visit it is the patient's. Name and birth date are what
+    `identity` knows the files without any number by.
     """
     items, own = sequence(header, "OtherPatientIDsSequence"), text(header, "PatientID")
+    name, birth = person_name(header), text(header, "PatientBirthDate")
+    known_as = {f"{name}\0{birth}"} if name and birth and own else set[str]()
     at_any_visit = {whole} if (whole := without_visit(folded(own))) != folded(own) else set[str]()
-    return terms(header, "OtherPatientIDs") | {text(item, "PatientID") for item in items} - {""} | at_any_visit
+    return terms(header, "OtherPatientIDs") | {text(item, "PatientID") for item in items} - {""} | at_any_visit | known_as
 
 
 def picture_record(path: Path) -> FileRecord:

@@ -11,7 +11,7 @@ Plane = tuple[float, float, float, float, float, float, float, float, float, flo
 """Position of the first pixel's centre (3), direction along a row (3), along a column (3), distance of rows and of
 columns, in mm and in DICOM's axes (x to the left, y to the back, z to the head)."""
 
-RECIPE_VERSION = "16"
+RECIPE_VERSION = "17"
 """Raised whenever equal files give other records or frames; every file is read and every series decoded again then."""
 SAFE_MODALITIES = frozenset({"CT", "MR", "PT", "NM", "CR", "DX", "MG"})
 """Scanners that do not write into the picture; from any other source an image is held back."""

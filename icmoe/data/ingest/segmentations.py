@@ -77,7 +77,9 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
         numbered = [(int(item.SegmentNumber), item) for item in seg.SegmentSequence]
         if len(dict(numbered)) < len(numbered):
             raise Refusal(117, "two segments have one number: whose marks are whose, nobody knows")
-        labels = {number: names.index(_names_of(item)) for number, item in numbered if number}
+        labels = {number: names.index(_names_of(item)) for number, item in numbered}
+        if labels.pop(0, None):
+            raise Refusal(117, "a class of the study has segment number 0, which marks nothing")
         if not any(label is not None for label in labels.values()):
             raise Refusal(120, f"no segment is called like a class of the study (it has {len(labels)})")
         known = {number: label for number, label in labels.items() if label is not None}

@@ -28,7 +28,7 @@ GENERIC = re.compile(
 TAKEN = re.compile(rf"[_-](({TIMES}|frame|phase)[-_]?\d*|ses[-_]?\d+|e[ds]|{DATE})$")
 """What the name of a volume ends with that says when it was taken: ED and ES are the ends of a heartbeat."""
 
-VISITED = re.compile(rf"[ _.-]+((v|m|w|fu|bl|{TIMES})[ _-]?\d{{0,3}}|ses[ _-]?\d+|pre|post|{DATE})$")
+VISITED = re.compile(rf"[ _.-]+((v|m|w|fu|bl|scan|exam|run|{TIMES})[ _-]?\d{{0,3}}|ses[ _-]?\d+|pre|post|(19|20)\d\d|{DATE})$")
 """What a patient's number ends with that says of which visit it is, as in trials; a letter alone is none."""
 
 FURTHER = re.compile(rf"[_-](({TIMES})[_-]?\d*|v\d+|ses[_-]?\d+|{DATE}|left|right|\d{{1,2}}(?=[_-]))(?=$|[_-])")
@@ -64,14 +64,24 @@ ORGAN = re.compile(
     r"((left|right|l|r)[ _.-]+)?(liver|spleen|kidney|pancreas|lung|heart|brain|prostate|bladder|stomach|gall[ _-]?bladder"
     r"|o?esophagus|duodenum|colon|rectum|bowel|uterus|breast|thyroid|adrenal([ _-]?gland)?|aorta|pelvis|spine|spinal[ _-]?cord"
     r"|vertebra(e|l.*)?|rib|skull|skin|body|bone|muscle|femur|femoral[ _-]?head|trachea|brain[ _-]?stem|cerebellum|parotid"
-    r"|mandible|eye|lens|vessel|artery|vein)s?([ _.-]+(left|right|l|r|\d+))?"
+    r"|mandible|eye|lens|vessel|artery|vein|bet|fov)s?([ _.-]+(left|right|l|r|\d+))?"
 )
-"""Names of what scans show beside what a study is about, as masks of one thing are called."""
+"""Names of what scans show beside what a study is about, as masks of one thing are called: organs, what a program left of the
+head (bet), the field of view."""
+READING = re.compile(rf"[ _.-]+({KINDS}|contours?|final|auto|automatic|manual|corrected|edited|[vr]?\d+|[a-z]{{2,3}})$")
+"""Last word in the name of a mask that says which reading it is, or whose."""
+NEGATED = re.compile(r"(?<![a-z])((no|non|not|without|peri)[ _.-]+(?!contrast|enhanc)[a-z]{3}|(b|bounding[ _.-]?)?box(?![a-z]))")
+"""Words in the name of a mask for what is not what they stand beside."""
 
 ENDING = re.compile(
     "|".join(re.escape(end) for form in VOLUMES.values() for end in form.endings).join(("(", r"|\.png|\.dcm|\.dicom|\.ima)+$"))
 )
 SEPARATOR = re.compile(r"[ _.-]+")
+SHARES = re.compile(
+    r"(?<![a-z])(probs?|probabilit(y|ies)|softmax|logits?|uncertainty|entropy|dist|distance|sdf|(mask|seg|label)[ _.-]soft"
+    r"|soft[ _.-](mask|seg|label))(map)?(?![a-z])"
+)
+"""Words in the name of a volume of shares or distances instead of classes."""
 COUNTED = re.compile(r"[_-]mask[_-]?\d{1,2}$")
 GONE = (FileNotFoundError, NotADirectoryError)
 """What a look at a file or folder raises that is there no more."""
@@ -191,7 +201,9 @@ def owner_folders(relative: str) -> tuple[str, ...]:
 def without_visit(number: str) -> str:
     """Return a patient's number, `folded`, without what says of which visit it is, as long as digits are left."""
     found = VISITED.sub("", number)
-    return found if re.search(r"\d{2}", found) and not re.search(r"[ _.-][vmw]$", number) else number
+    counted_by_year = re.search(r"[ _.-](19|20)\d\d$", number) and not re.search(r"[^\W\d_]", found)  # the twelfth of 2020
+    sure = re.search(r"\d{2}", found) and not counted_by_year and not re.search(r"[ _.-][vmw]$", number)
+    return found if sure else number
 
 
 def _without_visit(folder: str) -> str:
@@ -230,10 +242,29 @@ def _looks(relative: str) -> dict[str, set[str]]:
 
 def of_another_organ(relative: str, other: str) -> bool:
     """Return whether a mask is called for an organ, by the end of its name or a folder, and an image is not."""
-    name, folders = stem(relative), [*map(folded, own_folders(other))]
-    called = [name, *(end for _, end in parted(name))]
-    lies = [folder for folder in map(folded, own_folders(relative)) if folder not in folders]
-    return any(map(ORGAN.fullmatch, lies)) or any(ORGAN.fullmatch(end) and end not in stem(other) for end in called)
+    name, folders = stem(relative), [*map(kindless, own_folders(other))]
+    called = [_organ_in(part) for part in (name, *(end for _, end in parted(name)))]
+    lies = [_organ_in(folder) for folder in map(kindless, own_folders(relative)) if folder not in folders]
+    return any(lies) or any(organ and organ not in stem(other) for organ in called)
+
+
+def of_what_is_not(relative: str, other: str) -> bool:
+    """Return whether a mask is called for what is beside or about something, and an image is not: no_lesion, lesion_bbox."""
+    found = NEGATED.search(stem(relative))
+    return found is not None and found.group() not in stem(other)
+
+
+def kindless(name: str) -> str:
+    """Return a name, `folded`, without a word for masks, also one that is written together with it: brain of brainmasks."""
+    return re.sub(r"(?<=[a-z])masks?(?=$|[ _.-])", "", WHAT.sub("", folded(name)))
+
+
+def _organ_in(name: str) -> str:
+    """Return the organ that a name says beside words for masks, readings and readers: liver of liver_seg_final; empty if none."""
+    name = kindless(name)
+    while not ORGAN.fullmatch(name) and (shorter := READING.sub("", name)) != name:
+        name = shorter
+    return name if ORGAN.fullmatch(name) else ""
 
 
 def case_names(relative: str, masks: Mapping[str, Collection[PurePosixPath]]) -> Iterator[str]:
@@ -279,10 +310,15 @@ def of_one_visit(path: str, targets: Mapping[str, str]) -> list[str]:
     return found.get(frozenset()) or (next(iter(found.values())) if len(found) == 1 else [])
 
 
-def called_image(relative: str) -> bool:
-    """Return whether a picture lies in a folder called images under a name that is no mask's: a dark one has few values too."""
+def called_image(relative: str, *, called: bool = False) -> bool:
+    """Return whether a picture lies in a folder called images under a name that is no mask's: a dark one has few values too.
+
+    The folder may have others for patients in it, where what is `called` like a class is a mask.
+    """
     path = PurePosixPath(relative)
-    return bool(IMAGES.fullmatch(path.parent.name)) and not MASK.search(path.name)
+    folders = path.parent.parts[-1:] if called else reversed(path.parent.parts)
+    kind = next((name for name in folders if MASK.search(name) or not re.search(r"\d", name)), "")
+    return bool(IMAGES.fullmatch(kind)) and not MASK.search(path.name)
 
 
 def called_mask(relative: str) -> bool:
@@ -294,6 +330,16 @@ def called_mask(relative: str) -> bool:
     kinds = (name for name in folders if MASKS.fullmatch(name) or (GENERIC.fullmatch(name) and not VISIT.fullmatch(name)))
     kind = next(kinds, "")
     return bool(MASKS.fullmatch(kind) or MASKED.search(_without_ending(relative)))
+
+
+def is_channel(relative: str) -> bool:
+    """Return whether a volume is a channel of a case in a folder for images, as nnU-Net writes it: imagesTr/case_0001.nii.gz."""
+    return called_image(relative) and case(relative) != stem(relative)
+
+
+def called_marks(relative: str) -> bool:
+    """Return whether a volume lies where masks lie, or is called for shares of one: its values are no grey values."""
+    return not called_image(relative) and (called_mask(relative) or bool(SHARES.search(stem(relative))))
 
 
 def called_scan(relative: str) -> bool:

@@ -1,0 +1,234 @@
+"""Marks of something else than a class: shares, organs, what is beside a lesion, and masks that were kept as images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from dicom_builders import (
+    MASKS,
+    VOLUME,
+    contour,
+    item,
+    lying,
+    numbers,
+    plain_segmentation,
+    put,
+    same,
+    save,
+    scaled,
+    structures,
+    used,
+    volume,
+)
+from dicom_builders import common as shared_groups
+from pydicom.dataset import Dataset
+from pydicom.uid import generate_uid
+from test_ingest_masks import as_nifti, square
+from test_names_of_masks import CLASSES, GREYS, MARKED, ONE, OTHER, named, picture
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+SHARES = np.linspace(0.0, 1.0, GREYS.size, dtype=np.float32).reshape(GREYS.shape)
+SHARED = [
+    ("imagesTr/c1_0000", "labelsTr/c1", "labelsTr/c1_prob"),
+    ("images/c1_ct", "masks/c1", "masks/c1_soft"),
+    ("c1/ct", "c1/mask", "c1/mask_soft"),
+    ("P1/c1_flair", "P1/c1_seg", "P1/c1_prob"),
+    ("P1/c1", "P1/c1_seg", "P1/c1_distance_map"),
+]
+
+
+@pytest.mark.parametrize(("image", "mask", "shares"), SHARED, ids=[shares for _, _, shares in SHARED])
+def test_a_volume_of_shares_beside_a_mask_is_no_image(image: str, mask: str, shares: str, tmp_path: Path):
+    for name, voxels in ((image, GREYS), (mask, ONE), (shares, SHARES)):
+        named(tmp_path, f"{name}.nii.gz", voxels)
+    pictures, masks, data = used(tmp_path)
+    assert same(pictures, scaled(GREYS))
+    assert same(masks, ONE)
+    assert numbers(data) == [106]
+
+
+def test_shares_do_not_take_the_place_of_a_series(tmp_path: Path):
+    put(tmp_path, volume(VOLUME), "P1/z{}")
+    named(tmp_path, "P1/seg.nii.gz", MASKS)
+    named(tmp_path, "P1/seg_prob.nii.gz", MASKS * np.linspace(0.1, 0.9, MASKS.size, dtype=np.float32).reshape(MASKS.shape))
+    pictures, masks, _ = used(tmp_path)
+    assert same(pictures, scaled(VOLUME))
+    assert same(masks, MASKS)
+
+
+def test_a_mask_that_was_kept_as_a_series_of_images_is_no_image(tmp_path: Path):
+    put(tmp_path, volume(VOLUME, SeriesDescription="t1"), "P1/mr/z{}")
+    put(tmp_path, volume(MASKS.astype(np.uint16), SeriesDescription="mask"), "P1/seg/z{}")
+    named(tmp_path, "P1/seg/seg.nii.gz", MASKS)
+    pictures, _, data = used(tmp_path)
+    assert not pictures
+    assert {113, 119, 124} <= set(numbers(data))
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".png"])
+@pytest.mark.parametrize("folder", ["edema_masks", "masks_edema", "edema-seg", "Edema Mask", "edemas", "edemamasks"])
+def test_a_folder_may_say_class_and_kind(folder: str, ending: str, tmp_path: Path):
+    named(tmp_path, f"images/a{ending}", GREYS)
+    named(tmp_path, f"{folder}/a{ending}", ONE)
+    assert same(used(tmp_path, CLASSES)[1], 2 * ONE if ending != ".png" else 2 * ONE[1:2])
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".png"])
+@pytest.mark.parametrize("name", ["a_edema_final", "a-edema-v2", "a_edema_r1", "a_edemamask", "a_Edema_JD"])
+def test_a_name_may_go_on_behind_its_class(name: str, ending: str, tmp_path: Path):
+    named(tmp_path, f"P1/a{ending}", GREYS)
+    named(tmp_path, f"P1/{name}{ending}", ONE)
+    assert same(used(tmp_path, CLASSES)[1], 2 * ONE if ending != ".png" else 2 * ONE[1:2])
+
+
+def test_a_name_with_two_classes_means_neither(tmp_path: Path):
+    named(tmp_path, "P1/a.nii.gz", GREYS)
+    named(tmp_path, "P1/a_edema_lesion_both.nii.gz", ONE)
+    assert same(used(tmp_path, CLASSES)[1], ONE)
+
+
+ORGANS = ["P1/a_brainmask", "P1/brainmask", "P1/a_bet_mask", "P1/lungmask", "P1/liver_seg_final", "P1/liver_contour"]
+ORGANS += ["P1/seg_liver_JD", "P1/a_fov_mask", "brain_masks/a", "brainmasks/a", "lung_masks/a", "masks_liver/a"]
+
+
+@pytest.mark.parametrize("organ", ORGANS)
+def test_the_mask_of_an_organ_is_no_lesion_however_it_is_called(organ: str, tmp_path: Path):
+    folder = "P1" if organ.startswith("P1") else "images"
+    named(tmp_path, f"{folder}/a.nii.gz", GREYS)
+    named(tmp_path, f"{organ}.nii.gz", OTHER)
+    assert numbers(used(tmp_path)[2]) == [108, 120, 124]
+    named(tmp_path, f"{folder}/a_lesion.nii.gz", ONE)
+    _, masks, data = used(tmp_path)
+    assert same(masks, ONE)
+    assert numbers(data) == [120]
+
+
+@pytest.mark.parametrize("name", ["heart_mr_{}/a", "{}/liver_007", "liver_7_{}"])
+def test_an_organ_that_the_image_is_called_for_too_is_that_of_the_study(name: str, tmp_path: Path):
+    named(tmp_path, f"{name.format('images')}.nii.gz", GREYS)
+    named(tmp_path, f"{name.format('labels')}.nii.gz", ONE)
+    assert same(used(tmp_path)[1], ONE)
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".png"])
+@pytest.mark.parametrize("name", ["a_no_lesion", "a_not_lesion", "a_peri_lesion", "a_non-lesion", "a_lesion_bbox"])
+def test_marks_of_what_is_not_the_class_in_their_name_are_refused(name: str, ending: str, tmp_path: Path):
+    named(tmp_path, f"P1/a{ending}", GREYS)
+    named(tmp_path, f"P1/{name}{ending}", ONE)
+    assert numbers(used(tmp_path)[2]) == [108, 120, 124]
+
+
+@pytest.mark.parametrize("case", ["no_lesion_001", "t1_non_contrast", "slice_no_3"])
+def test_a_case_may_be_called_for_what_it_lacks(case: str, tmp_path: Path):
+    picture(tmp_path, f"images/{case}.png", GREYS[0])
+    picture(tmp_path, f"masks/{case}.png", MARKED)
+    assert same(used(tmp_path)[1], [MARKED])
+
+
+def test_a_channel_of_few_values_and_a_dark_picture_of_a_patient_are_images(tmp_path: Path):
+    few = np.random.default_rng(5).integers(0, 4, GREYS.shape).astype(np.uint8)
+    named(tmp_path, "imagesTr/c1_0000.nii.gz", few)
+    named(tmp_path, "labelsTr/c1.nii.gz", ONE)
+    assert same(used(tmp_path)[1], ONE)
+    picture(tmp_path / "dark", "images/P1/a.png", few[0])
+    picture(tmp_path / "dark", "masks/P1/a.png", MARKED)
+    picture(tmp_path / "dark", "images/P1/b.png", GREYS[1])
+    picture(tmp_path / "dark", "images/P1/b_lesion.png", MARKED)
+    assert same(used(tmp_path / "dark")[1], [MARKED, MARKED])
+
+
+def two_spaces(made: Dataset, spaces: dict[str, list[Dataset]], own: str) -> Dataset:
+    """Let a structure set list images in two frames of reference and have its region in one of them."""
+    made.ReferencedFrameOfReferenceSequence = [
+        item(
+            FrameOfReferenceUID=space,
+            RTReferencedStudySequence=[
+                item(
+                    RTReferencedSeriesSequence=[
+                        item(
+                            SeriesInstanceUID=shown[0].SeriesInstanceUID,
+                            ContourImageSequence=[
+                                item(ReferencedSOPClassUID=one.SOPClassUID, ReferencedSOPInstanceUID=one.SOPInstanceUID)
+                                for one in shown
+                            ],
+                        )
+                    ]
+                )
+            ],
+        )
+        for space, shown in spaces.items()
+    ]
+    made.StructureSetROISequence[0].ReferencedFrameOfReferenceUID = own
+    return made
+
+
+@pytest.mark.parametrize("drawn_on", ["ct", "mr", "both", "unknown"])
+def test_a_contour_lies_on_images_of_its_own_frame_of_reference(drawn_on: str, tmp_path: Path):
+    """PS3.3 C.8.8.5: a region is defined in its Referenced Frame of Reference; here the MR was not exported."""
+    ct = volume(VOLUME)
+    mr = volume(VOLUME, FrameOfReferenceUID=generate_uid(), StudyInstanceUID=ct[0].StudyInstanceUID)
+    spaces = {str(shown[0].FrameOfReferenceUID): shown for shown in (ct, mr)}
+    first, second = spaces
+    own = {"ct": first, "mr": second, "both": first, "unknown": str(generate_uid())}
+    made = structures([contour(square(ct[2], 2.5, 2.5, 10.5, 10.5))])
+    two_spaces(made, spaces, own[drawn_on])
+    if drawn_on == "both":
+        made.StructureSetROISequence.append(item(ROINumber=2, ROIName="lesion", ReferencedFrameOfReferenceUID=second))
+        again = item(ReferencedROINumber=2, ContourSequence=[contour(square(ct[3], 2.5, 2.5, 10.5, 10.5))])
+        made.ROIContourSequence.append(again)
+    put(tmp_path, [*ct, made])
+    _, masks, data = used(tmp_path)
+    if drawn_on in {"mr", "both"}:
+        assert not masks
+        assert {"mr": 123, "both": 122}[drawn_on] in numbers(data)
+    else:  # or an anonymiser wrote other UIDs for the region than for the images
+        assert [bool(mask.any()) for mask in masks] == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_segmentation_in_the_space_of_a_series_that_is_not_there_marks_no_other(there: bool, tmp_path: Path):
+    ct = volume(VOLUME)
+    mr = volume(VOLUME[::-1], FrameOfReferenceUID=generate_uid(), StudyInstanceUID=ct[0].StudyInstanceUID)
+    groups = [lying(one.ImagePositionPatient) for one in mr]
+    made = plain_segmentation(
+        MASKS,
+        groups,
+        SharedFunctionalGroupsSequence=[shared_groups()],
+        FrameOfReferenceUID=mr[0].FrameOfReferenceUID,
+    )
+    made.ReferencedSeriesSequence = [
+        item(
+            SeriesInstanceUID=shown[0].SeriesInstanceUID,
+            ReferencedInstanceSequence=[
+                item(ReferencedSOPClassUID=one.SOPClassUID, ReferencedSOPInstanceUID=one.SOPInstanceUID) for one in shown
+            ],
+        )
+        for shown in (ct, mr)
+    ]
+    put(tmp_path, ct, "ct/{}")
+    put(tmp_path, mr if there else [], "mr/{}")
+    save(made, tmp_path / "export" / "seg")
+    pictures, masks, data = used(tmp_path)
+    assert same(pictures, scaled(VOLUME[::-1]) if there else [])
+    assert same(masks, MASKS if there else [])
+    assert there or 122 in numbers(data)
+
+
+def test_a_class_that_a_label_map_numbers_0_is_refused(tmp_path: Path):
+    shown = volume(VOLUME)
+    groups = [lying(one.ImagePositionPatient) for one in shown]
+    made = plain_segmentation(
+        MASKS, groups, SharedFunctionalGroupsSequence=[shared_groups()], FrameOfReferenceUID=shown[0].FrameOfReferenceUID
+    )
+    made.SegmentSequence[0].SegmentNumber = 0
+    put(tmp_path, [*shown, made])
+    assert numbers(used(tmp_path)[2]) == [108, 117, 124]
+
+
+def test_a_volume_in_a_folder_for_images_that_is_called_like_a_class_is_a_mask(tmp_path: Path):
+    named(tmp_path, "images/a.nii.gz", GREYS)
+    nibabel.save(as_nifti(ONE, (2, 1, 0), []), tmp_path / "export/images/a_lesion.nii.gz")
+    assert same(used(tmp_path)[1], ONE)
