@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -24,10 +25,14 @@ from dicom_builders import (
     volume,
 )
 from dicom_builders import common as shared_groups
+from exports import LESION, export_of, taken
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 from test_ingest_masks import as_nifti, square
 from test_names_of_masks import CLASSES, GREYS, MARKED, ONE, OTHER, named, picture
+
+from icmoe.data.slices import load_mask
+from icmoe.study import Label
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 SHARES = np.linspace(0.0, 1.0, GREYS.size, dtype=np.float32).reshape(GREYS.shape)
@@ -38,6 +43,14 @@ SHARED = [
     ("P1/c1_flair", "P1/c1_seg", "P1/c1_prob"),
     ("P1/c1", "P1/c1_seg", "P1/c1_distance_map"),
 ]
+
+
+def meant(place: Path, labels: tuple[Label, ...], names: dict[str, tuple[str, ...]]) -> tuple[list[np.ndarray], list[int]]:
+    """Ingest with what the site says that masks are called; return classes and the numbers of what was left out."""
+    export = export_of(place / "export", place / "kept", labels, shares=(1.0, 0.0, 0.0))
+    data = taken(replace(export, settings=export.settings.model_copy(update={"labels": names})))
+    items = sorted(data.slices, key=lambda one: (one.patient, one.index))
+    return [load_mask(one.mask, labels) for one in items], numbers(data)
 
 
 @pytest.mark.parametrize(("image", "mask", "shares"), SHARED, ids=[shares for _, _, shares in SHARED])
@@ -92,6 +105,7 @@ def test_a_name_with_two_classes_means_neither(tmp_path: Path):
 
 ORGANS = ["P1/a_brainmask", "P1/brainmask", "P1/a_bet_mask", "P1/lungmask", "P1/liver_seg_final", "P1/liver_contour"]
 ORGANS += ["P1/seg_liver_JD", "P1/a_fov_mask", "brain_masks/a", "brainmasks/a", "lung_masks/a", "masks_liver/a"]
+ORGANS += ["P1/a_brain_parenchyma_segmentation"]
 
 
 @pytest.mark.parametrize("organ", ORGANS)
@@ -118,7 +132,81 @@ def test_an_organ_that_the_image_is_called_for_too_is_that_of_the_study(name: st
 def test_marks_of_what_is_not_the_class_in_their_name_are_refused(name: str, ending: str, tmp_path: Path):
     named(tmp_path, f"P1/a{ending}", GREYS)
     named(tmp_path, f"P1/{name}{ending}", ONE)
+    astray = name.endswith("box") and ending == ".png"  # no picture is called so up to a class
+    assert numbers(used(tmp_path)[2]) == sorted([108, 123 if astray else 120, 124])
+
+
+SAID = ["lesion_without_edema", "lesion_no_necrosis", "lesion_brain", "lesion_liver_seg", "a_lesion_box_free"]
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_lesion_may_say_what_it_lacks_and_where_it_is(name: str, tmp_path: Path):
+    named(tmp_path, "P1/a.nii.gz", GREYS)
+    named(tmp_path, f"P1/{name}.nii.gz", ONE)
+    assert same(used(tmp_path)[1], ONE)
+
+
+def test_a_site_may_say_that_a_name_means_a_class_whatever_its_words(tmp_path: Path):
+    named(tmp_path, "P1/a.nii.gz", GREYS)
+    named(tmp_path, "P1/no_name.nii.gz", ONE)
     assert numbers(used(tmp_path)[2]) == [108, 120, 124]
+    assert same(meant(tmp_path, LESION, {"lesion": ("no name",)})[0], ONE)
+
+
+LIVER = (CLASSES[0], Label(name="liver", values=(1,)))
+
+
+def test_what_lies_in_an_organ_is_not_the_organ(tmp_path: Path):
+    named(tmp_path, "s1/ct.nii.gz", GREYS)
+    named(tmp_path, "s1/segmentations/liver.nii.gz", ONE)
+    for other in ("liver_vessels", "liver_tumor", "spleen", "lung_upper_lobe_left"):
+        named(tmp_path, f"s1/segmentations/{other}.nii.gz", OTHER)
+    _, masks, data = used(tmp_path, LIVER)
+    assert same(masks, ONE)
+    assert numbers(data) == [120] * 4
+
+
+@pytest.mark.parametrize("name", ["liver_seg_final", "liver_reader2", "liver_left", "a_liver_JD"])
+def test_an_organ_that_is_a_class_may_be_called_with_its_reading(name: str, tmp_path: Path):
+    named(tmp_path, "P1/a.nii.gz", GREYS)
+    named(tmp_path, f"P1/{name}.nii.gz", ONE)
+    assert same(used(tmp_path, LIVER)[1], ONE)
+
+
+KIDNEYS = (CLASSES[0], Label(name="kidney", values=(1, 255)))
+PARTS = {
+    "sides in names": ("s1/ct", ("s1/kidney_left", "s1/kidney_right")),
+    "sides in folders": ("CXR/a", ("Manual/leftMask/a", "Manual/rightMask/a")),
+    "names of a class": ("s1/ct", ("s1/kidney_one", "s1/kidney_two")),
+}
+
+
+@pytest.mark.parametrize("form", PARTS)
+def test_two_parts_of_one_class_add_up(form: str, tmp_path: Path):
+    """As TotalSegmentator writes them; two masks of one part are two readings."""
+    image, parts = PARTS[form]
+    ending, said = (".png" if "a" in image.split("/") else ".nii.gz"), {"kidney": ("kidney one", "kidney two")}
+    named(tmp_path, image + ending, GREYS)
+    for part, marks in zip(parts, (ONE, OTHER), strict=True):
+        named(tmp_path, part + ending, marks)
+    masks = meant(tmp_path, KIDNEYS, said)[0]
+    assert same(masks, np.maximum(ONE, OTHER)[slice(1, 2) if ending == ".png" else slice(None)])
+    named(tmp_path, parts[1] + ending, np.roll(ONE, 2, axis=2))  # overlaps the other side
+    assert 122 in meant(tmp_path, KIDNEYS, said)[1]
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("imagesTr/CHUM-001__CT", "labelsTr/CHUM-001"),
+        ("images_structural/X_11/X_11_T1", "images_segm/X_11/X_11_segm"),
+        ("P1/X_FLAIR", "P1/X_msk"),
+    ],
+)
+def test_words_for_masks_and_gaps_in_names_are_passed_over(image: str, mask: str, tmp_path: Path):
+    named(tmp_path, f"{image}.nii.gz", GREYS)
+    named(tmp_path, f"{mask}.nii.gz", ONE)
+    assert same(used(tmp_path)[1], ONE)
 
 
 @pytest.mark.parametrize("case", ["no_lesion_001", "t1_non_contrast", "slice_no_3"])

@@ -21,7 +21,7 @@ from icmoe.data.ingest.records import FrameResult, Kind, Patch
 from icmoe.data.ingest.refusals import ACROSS, CHANGED, OFF_IMAGE, Refusal, refusing
 from icmoe.data.ingest.same_instance import agreeing
 from icmoe.data.ingest.volumes import SCALING_ERROR, read_volume, through_axis
-from icmoe.data.ingest.walking import is_counted
+from icmoe.data.ingest.walking import is_another_part, is_counted
 from icmoe.data.picture import Picture, marks_digest, picture_digest, picture_of, ranks_digest
 from icmoe.data.store import Stored, entry_path, read_stored, smallest, write_stored
 from icmoe.errors import IcmoeError
@@ -215,6 +215,12 @@ def _are_two_readings(classes: Classes, other: Classes, *, whole: bool) -> bool:
     return any(bool((one & two).any()) and not np.array_equal(one, two) for one, two in both)
 
 
+def _are_parts(use: Use, other: Use) -> bool:
+    """Return whether two masks are of two parts of a class, by a side or by which of the names of the class they have."""
+    names, others = ({patch.group for patch in one.patches} for one in (use, other))
+    return is_another_part(use.path, other.path) or (bool(names and others) and not names & others and 0 not in names | others)
+
+
 class _Masks:
     """The masks of a series, each file opened once."""
 
@@ -240,7 +246,8 @@ class _Masks:
             named = self._classes_in(use)
             known = known and (use.form != "picture" or bool(use.patches))
             apart = use.form in {"volume", "picture"} and known and not named & others  # a file for each class
-            whole = use.form in {"volume", "picture"} and not counted
+            parts = all(_are_parts(use, other) for other in frame.uses[:place])
+            whole = use.form in {"volume", "picture"} and not (counted or parts)
             if place and not apart and _are_two_readings(classes, own, whole=whole):
                 raise Refusal(122, TWO_READINGS)
             others |= named

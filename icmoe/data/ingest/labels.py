@@ -6,13 +6,22 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 from icmoe.data.ingest.folding import folded
-from icmoe.data.ingest.walking import SEPARATOR, kindless, parted, stem
+from icmoe.data.ingest.walking import SEPARATOR, SIDES, kindless, organ_in, parted, says_reading, stem
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Label
 
 LETTERS = re.compile(r"[^\W\d_]{2}")
+
+
+class Called(NamedTuple):
+    """The class that a path names, None if none; where, as in `FileRecord.called_at`; by which of all names, counted from 1."""
+
+    label: int | None
+    at: int
+    name: int
 
 
 class LabelNames:
@@ -46,17 +55,17 @@ class LabelNames:
             faults += [Fault(number=210, where="ingest.labels", what="one synonym for two classes", value=name) for name in twice]
         if faults:
             raise IcmoeError(*faults)
+        self._order = {name: number for number, name in enumerate(self._index, 1)}
 
     def index(self, names: Iterable[str]) -> int | None:
         """Return the class of the first name that is known, else of the first that is known without its number, else None.
 
         Who draws several objects of a class counts them: "lesion 1", "Lesion_2", "GTV-3".
         """
-        plain = [_plain(name) for name in names]
-        return next((self._index[name] for name in (*plain, *map(_uncounted, plain)) if name in self._index), None)
+        return None if (name := self._known(names)) is None else self._index[name]
 
-    def said_by(self, relative: str) -> tuple[int | None, int]:
-        """Return the class that a path names, and where it does: 0 by the file's name, -1 by its end, n by its nth folder.
+    def said_by(self, relative: str) -> Called:
+        """Return the class that a path names, and where.
 
         Programs write a file for each class under the name of the case (case1_edema), or a folder for each; they may go on
         with whose reading it is (case1_edema_final).
@@ -67,22 +76,42 @@ class LabelNames:
             Path of a mask.
         """
         name, folders = stem(relative), PurePosixPath(relative).parent.parts
-        ends = ((self.index([end, kindless(end)]), -1) for end in _ends(name))
+        ends = ((self._known([end, kindless(end)]), -1) for end in _ends(name))
         lies = ((self._of_folder(folder), len(folders) - at) for at, folder in enumerate(reversed(folders)))
-        found = itertools.chain([(self.index([name]), 0)], ends, [(self._within(name), -1)], lies)
-        return next(((label, at) for label, at in found if label is not None), (None, 0))
+        found = itertools.chain([(self._known([name]), 0)], ends, [(self._within(name), -1)], lies)
+        known = ((called, at) for called, at in found if called is not None)
+        return next((Called(self._index[called], at, self._order[called]) for called, at in known), Called(None, 0, 0))
 
-    def _of_folder(self, folder: str) -> int | None:
-        """Return the class that a folder is called like, also beside a word for masks or in the plural: edema_masks, edemas."""
+    def _known(self, names: Iterable[str]) -> str | None:
+        plain = [_plain(name) for name in names]
+        return next((name for name in (*plain, *map(_uncounted, plain)) if name in self._index), None)
+
+    def _of_folder(self, folder: str) -> str | None:
+        """Return the name by which a folder is called, also beside a word for masks or in the plural: edema_masks, edemas."""
         called = kindless(folder)
-        return self.index([folder, called, called.removesuffix("s")])
+        return self._known([folder, called, called.removesuffix("s")])
 
-    def _within(self, name: str) -> int | None:
-        """Return the one class that stands in a name as words of its own behind others; None if none does, or several do."""
+    def _within(self, name: str) -> str | None:
+        """Return the name of the one class that stands in a name between others, None of none or of several.
+
+        Behind it follows which reading it is (case1_edema_final) or, where it is the first word, a side or the organ that
+        it is in (lesion_brain): liver_tumor is no liver.
+        """
         plain = " ".join(SEPARATOR.split(_plain(name)))
-        words = {called: index for called, index in self._index.items() if index and LETTERS.search(called)}
-        found = {index for called, index in words.items() if re.search(rf"\w {re.escape(called)}(?!\w)", plain)}
-        return found.pop() if len(found) == 1 else None
+        words = [called for called, index in self._index.items() if index and LETTERS.search(called)]
+        parts = ((called, part) for called in words for part in re.finditer(rf"(?<!\w){re.escape(called)}(?!\w)", plain))
+        found = [called for called, part in parts if _goes_on(called, plain[part.end() :], first=not part.start())]
+        return found[0] if len({self._index[called] for called in found}) == 1 else None
+
+
+def _goes_on(called: str, rest: str, *, first: bool) -> bool:
+    """Return whether a name may go on so behind a class: with a reading, or behind the first word with a side or the organ.
+
+    Where a number comes last, a case may be called like the class: lesion_001.
+    """
+    if first and (rest.strip() in SIDES or (organ_in(rest) and not organ_in(called))):
+        return True
+    return says_reading(rest) and not (first and re.search(r"(^| )\d+$", rest))
 
 
 def _ends(name: str) -> Iterable[str]:

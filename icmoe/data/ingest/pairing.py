@@ -158,7 +158,7 @@ def _by_grid(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     for name in best:
         require_its_box(record.shape, _grid_of(series[name]), images.extents(name), images.places(series[name]))
     if record.single:
-        _require_meant(path, found[best[0]], called=record.called)
+        _require_meant(path, found[best[0]], called=record.called, whole=record.called and record.called_at == 0)
     if not (fitting.called or fitting.homed or fitting.is_patients) and _is_one_of_many(path, images):
         raise Refusal(120, "it is one of several masks of one thing each, and none is called like a class of the study")
     return {key: use for name in best for key, use in _seen_once(series[name], images).items()}
@@ -322,11 +322,11 @@ def _by_name(path: str, record: FileRecord, images: Images) -> dict[Key, Use]:
     return found
 
 
-def _require_meant(path: str, target: str, *, called: bool) -> None:
+def _require_meant(path: str, target: str, *, called: bool, whole: bool = False) -> None:
     """Refuse marks of something else than a class, by a name that their image has not; not of an organ where it names a class."""
     if not called and of_another_organ(path, target):
         raise Refusal(120, "it is called for an organ that is no class of the study")
-    if of_what_is_not(path, target):
+    if not whole and of_what_is_not(path, target):
         raise Refusal(120, "it is called for what is beside or about a class, or not it")
 
 

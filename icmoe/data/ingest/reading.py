@@ -74,7 +74,7 @@ class Reader:
             case "dicom":
                 return self._dicom(path)
             case content if content in VOLUMES:
-                called, at = self.names.said_by(relative)
+                called, at, name = self.names.said_by(relative)
                 record = volume_record(path, called, self.names.values, is_scan=called_scan(relative))
                 if record.mask and called is None and is_channel(relative):
                     record = record.model_copy(update={"mask": False, "single": False, "unnamed": ""})
@@ -82,18 +82,17 @@ class Reader:
                     raise Refusal(106, "it lies or is called as marks do, and its values are no classes")
                 if called == 0 and at < 1 and record.mask and record.single:
                     raise Refusal(120, "it is called like the background, and what it does not mark may be anything")
-                patches = (
-                    record.patches if record.single or at < 1 else ()
-                )  # a folder of label maps may be called like one of them
+                kept = record.patches if record.single or at < 1 else ()  # a folder of label maps may be called like one of them
+                patches = tuple(patch.model_copy(update={"group": name}) for patch in kept)
                 update = {**self._owner(relative), "called_at": at, "patches": patches}
                 return record.model_copy(update={**update, "series": self.hashes.of("file", relative)})
             case "png":
                 record = picture_record(path)
                 owner = self._owner(relative)
-                called, at = self.names.said_by(relative)
+                called, at, name = self.names.said_by(relative)
                 mask = (record.mask or called_mask(relative)) and not called_image(relative, called=bool(called))
                 series = f"{PurePosixPath(composed(relative)).parent}\0{owner['patient']}"
-                patches = (Patch(number=0, label=called),) if mask and called and at else ()
+                patches = (Patch(number=0, label=called, group=name),) if mask and called and at else ()
                 update = {**owner, "mask": mask, "patches": patches, "called_at": at}
                 return record.model_copy(update={**update, "series": self.hashes.of("folder", series)})
             case _:

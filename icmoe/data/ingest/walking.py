@@ -25,7 +25,7 @@ GENERIC = re.compile(
 )
 """Folder names that say what lies in them or when it was taken, not whose it is: visits of one patient stay together."""
 
-TAKEN = re.compile(rf"[_-](({TIMES}|frame|phase)[-_]?\d*|ses[-_]?\d+|e[ds]|{DATE})$")
+TAKEN = re.compile(rf"[_-](({TIMES}|frame|phase)[-_]?\d*|ses[-_]?\d+|e[ds]|{DATE}|{YEAR_LAST}-.*)$")
 """What the name of a volume ends with that says when it was taken: ED and ES are the ends of a heartbeat."""
 
 VISITED = re.compile(rf"[ _.-]+((v|m|w|fu|bl|scan|exam|run|{TIMES})[ _-]?\d{{0,3}}|ses[ _-]?\d+|pre|post|(19|20)\d\d|{DATE})$")
@@ -64,13 +64,17 @@ ORGAN = re.compile(
     r"((left|right|l|r)[ _.-]+)?(liver|spleen|kidney|pancreas|lung|heart|brain|prostate|bladder|stomach|gall[ _-]?bladder"
     r"|o?esophagus|duodenum|colon|rectum|bowel|uterus|breast|thyroid|adrenal([ _-]?gland)?|aorta|pelvis|spine|spinal[ _-]?cord"
     r"|vertebra(e|l.*)?|rib|skull|skin|body|bone|muscle|femur|femoral[ _-]?head|trachea|brain[ _-]?stem|cerebellum|parotid"
-    r"|mandible|eye|lens|vessel|artery|vein|bet|fov)s?([ _.-]+(left|right|l|r|\d+))?"
+    r"|mandible|eye|lens|vessel|artery|vein|bet|fov)s?([ _.-]+(parenchyma|tissue|matter|lobes?|capsule|cavity|glands?|field))?"
+    r"([ _.-]+(left|right|l|r|\d+))?"
 )
 """Names of what scans show beside what a study is about, as masks of one thing are called: organs, what a program left of the
 head (bet), the field of view."""
-READING = re.compile(rf"[ _.-]+({KINDS}|contours?|final|auto|automatic|manual|corrected|edited|[vr]?\d+|[a-z]{{2,3}})$")
+READING = re.compile(
+    rf"[ _.-]+({KINDS}|contours?|final|auto|automatic|manual|corrected|edited|(reader|rater|observer|expert)\d*|[vr]?\d+"
+    r"|[a-z]{2,3})$"
+)
 """Last word in the name of a mask that says which reading it is, or whose."""
-NEGATED = re.compile(r"(?<![a-z])((no|non|not|without|peri)[ _.-]+(?!contrast|enhanc)[a-z]{3}|(b|bounding[ _.-]?)?box(?![a-z]))")
+NEGATED = re.compile(r"(?<![a-z])((no|non|not|without|peri)[ _.-]+(?!contrast|enhanc)[a-z]{3}|(?P<box>(b|bounding[ _.-]?)?box$))")
 """Words in the name of a mask for what is not what they stand beside."""
 
 ENDING = re.compile(
@@ -82,6 +86,7 @@ SHARES = re.compile(
     r"|soft[ _.-](mask|seg|label))(map)?(?![a-z])"
 )
 """Words in the name of a volume of shares or distances instead of classes."""
+SIDES = {"left": "l", "right": "r", "l": "l", "r": "r", "lt": "l", "rt": "r"}
 COUNTED = re.compile(r"[_-]mask[_-]?\d{1,2}$")
 GONE = (FileNotFoundError, NotADirectoryError)
 """What a look at a file or folder raises that is there no more."""
@@ -147,7 +152,7 @@ def stem(relative: str) -> str:
     A mask may keep the ending of its image: x.dcm.png, x.dcm_mask.png.
     """
     name = COUNTED.sub("", _without_ending(relative))
-    return ENDING.sub("", re.sub(r"[_-](mask|seg|segmentation|label|labels|gt|roi)$", "", name))
+    return ENDING.sub("", re.sub(r"[_-](mask|msk|seg|segm|segmentation|label|labels|anno|gt|roi)$", "", name))
 
 
 def bare(relative: str) -> str:
@@ -229,7 +234,7 @@ def _looks(relative: str) -> dict[str, set[str]]:
     for part in LOOK.finditer(name):
         before, after = name[: part.start()], name[part.end() :]
         starts = name[: part.start() + 1].endswith("/")
-        ends = not after or (after[0] == "/" and not MASK.match(before.rpartition("/")[2]))
+        ends = not after or (after[0] == "/" and not MASK.search(before.rpartition("/")[2]))
         if part["date"] and not (starts or ends):
             continue  # masks_20220131 says when they were drawn
         said = {name: re.sub(r"\W|_", "", value).lstrip("0") for name, value in part.groupdict().items() if value}
@@ -243,15 +248,31 @@ def _looks(relative: str) -> dict[str, set[str]]:
 def of_another_organ(relative: str, other: str) -> bool:
     """Return whether a mask is called for an organ, by the end of its name or a folder, and an image is not."""
     name, folders = stem(relative), [*map(kindless, own_folders(other))]
-    called = [_organ_in(part) for part in (name, *(end for _, end in parted(name)))]
-    lies = [_organ_in(folder) for folder in map(kindless, own_folders(relative)) if folder not in folders]
+    called = [organ_in(part) for part in (name, *(end for _, end in parted(name)))]
+    lies = [organ_in(folder) for folder in map(kindless, own_folders(relative)) if folder not in folders]
     return any(lies) or any(organ and organ not in stem(other) for organ in called)
 
 
 def of_what_is_not(relative: str, other: str) -> bool:
-    """Return whether a mask is called for what is beside or about something, and an image is not: no_lesion, lesion_bbox."""
+    """Return whether a mask is called for what is beside or about something, and an image is not: no_lesion, lesion_bbox.
+
+    tumor_no_necrosis is a tumour: before the negation stands a word that is not the image's.
+    """
     found = NEGATED.search(stem(relative))
-    return found is not None and found.group() not in stem(other)
+    if found is None or found.group() in stem(other):
+        return False
+    before = re.findall(r"[^\W\d_]{4,}", stem(relative)[: found.start()])
+    return found["box"] is not None or all(word in folded(other) for word in before)
+
+
+def is_another_part(relative: str, other: str) -> bool:
+    """Return whether two masks are of two sides of one thing, by a word of their names or their folders: left and right."""
+    sides = [{SIDES[word] for word in _words(path) if word in SIDES} for path in (relative, other)]
+    return all(len(found) == 1 for found in sides) and sides[0] != sides[1]
+
+
+def _words(relative: str) -> list[str]:
+    return [word for name in (stem(relative), *map(kindless, own_folders(relative))) for word in SEPARATOR.split(name)]
 
 
 def kindless(name: str) -> str:
@@ -259,7 +280,14 @@ def kindless(name: str) -> str:
     return re.sub(r"(?<=[a-z])masks?(?=$|[ _.-])", "", WHAT.sub("", folded(name)))
 
 
-def _organ_in(name: str) -> str:
+def says_reading(rest: str) -> bool:
+    """Return whether the end of a mask's name says which reading it is and whose, and no more."""
+    while (shorter := READING.sub("", rest)) != rest:
+        rest = shorter
+    return not rest.strip()
+
+
+def organ_in(name: str) -> str:
     """Return the organ that a name says beside words for masks, readings and readers: liver of liver_seg_final; empty if none."""
     name = kindless(name)
     while not ORGAN.fullmatch(name) and (shorter := READING.sub("", name)) != name:
@@ -280,7 +308,7 @@ def case_names(relative: str, masks: Mapping[str, Collection[PurePosixPath]]) ->
         Folders of the masks by `stem`.
     """
     name, folder = stem(relative), PurePosixPath(relative).parent
-    for found in reversed([*re.finditer(r"[_-]", name)]):
+    for found in reversed([*re.finditer(r"[_-]+", name)]):
         folders = masks.get(name[: found.start()], ())
         if folder in folders or (folders and re.fullmatch(SEQUENCES, name[found.end() :])):
             yield name[: found.start()]
