@@ -11,24 +11,16 @@ import pytest
 from dicom_builders import (
     MASKS,
     VOLUME,
-    contour,
-    item,
-    lying,
     numbers,
-    plain_segmentation,
     put,
     same,
-    save,
     scaled,
-    structures,
+    segmentation,
     used,
     volume,
 )
-from dicom_builders import common as shared_groups
 from exports import LESION, export_of, taken
-from pydicom.dataset import Dataset
-from pydicom.uid import generate_uid
-from test_ingest_masks import as_nifti, square
+from test_ingest_masks import as_nifti
 from test_names_of_masks import CLASSES, GREYS, MARKED, ONE, OTHER, named, picture
 
 from icmoe.data.slices import load_mask
@@ -228,95 +220,84 @@ def test_a_channel_of_few_values_and_a_dark_picture_of_a_patient_are_images(tmp_
     assert same(used(tmp_path / "dark")[1], [MARKED, MARKED])
 
 
-def two_spaces(made: Dataset, spaces: dict[str, list[Dataset]], own: str) -> Dataset:
-    """Let a structure set list images in two frames of reference and have its region in one of them."""
-    made.ReferencedFrameOfReferenceSequence = [
-        item(
-            FrameOfReferenceUID=space,
-            RTReferencedStudySequence=[
-                item(
-                    RTReferencedSeriesSequence=[
-                        item(
-                            SeriesInstanceUID=shown[0].SeriesInstanceUID,
-                            ContourImageSequence=[
-                                item(ReferencedSOPClassUID=one.SOPClassUID, ReferencedSOPInstanceUID=one.SOPInstanceUID)
-                                for one in shown
-                            ],
-                        )
-                    ]
-                )
-            ],
-        )
-        for space, shown in spaces.items()
-    ]
-    made.StructureSetROISequence[0].ReferencedFrameOfReferenceUID = own
-    return made
-
-
-@pytest.mark.parametrize("drawn_on", ["ct", "mr", "both", "unknown"])
-def test_a_contour_lies_on_images_of_its_own_frame_of_reference(drawn_on: str, tmp_path: Path):
-    """PS3.3 C.8.8.5: a region is defined in its Referenced Frame of Reference; here the MR was not exported."""
-    ct = volume(VOLUME)
-    mr = volume(VOLUME, FrameOfReferenceUID=generate_uid(), StudyInstanceUID=ct[0].StudyInstanceUID)
-    spaces = {str(shown[0].FrameOfReferenceUID): shown for shown in (ct, mr)}
-    first, second = spaces
-    own = {"ct": first, "mr": second, "both": first, "unknown": str(generate_uid())}
-    made = structures([contour(square(ct[2], 2.5, 2.5, 10.5, 10.5))])
-    two_spaces(made, spaces, own[drawn_on])
-    if drawn_on == "both":
-        made.StructureSetROISequence.append(item(ROINumber=2, ROIName="lesion", ReferencedFrameOfReferenceUID=second))
-        again = item(ReferencedROINumber=2, ContourSequence=[contour(square(ct[3], 2.5, 2.5, 10.5, 10.5))])
-        made.ROIContourSequence.append(again)
-    put(tmp_path, [*ct, made])
-    _, masks, data = used(tmp_path)
-    if drawn_on in {"mr", "both"}:
-        assert not masks
-        assert {"mr": 123, "both": 122}[drawn_on] in numbers(data)
-    else:  # or an anonymiser wrote other UIDs for the region than for the images
-        assert [bool(mask.any()) for mask in masks] == [False, False, True, False, False]
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_a_segmentation_in_the_space_of_a_series_that_is_not_there_marks_no_other(there: bool, tmp_path: Path):
-    ct = volume(VOLUME)
-    mr = volume(VOLUME[::-1], FrameOfReferenceUID=generate_uid(), StudyInstanceUID=ct[0].StudyInstanceUID)
-    groups = [lying(one.ImagePositionPatient) for one in mr]
-    made = plain_segmentation(
-        MASKS,
-        groups,
-        SharedFunctionalGroupsSequence=[shared_groups()],
-        FrameOfReferenceUID=mr[0].FrameOfReferenceUID,
-    )
-    made.ReferencedSeriesSequence = [
-        item(
-            SeriesInstanceUID=shown[0].SeriesInstanceUID,
-            ReferencedInstanceSequence=[
-                item(ReferencedSOPClassUID=one.SOPClassUID, ReferencedSOPInstanceUID=one.SOPInstanceUID) for one in shown
-            ],
-        )
-        for shown in (ct, mr)
-    ]
-    put(tmp_path, ct, "ct/{}")
-    put(tmp_path, mr if there else [], "mr/{}")
-    save(made, tmp_path / "export" / "seg")
-    pictures, masks, data = used(tmp_path)
-    assert same(pictures, scaled(VOLUME[::-1]) if there else [])
-    assert same(masks, MASKS if there else [])
-    assert there or 122 in numbers(data)
-
-
-def test_a_class_that_a_label_map_numbers_0_is_refused(tmp_path: Path):
-    shown = volume(VOLUME)
-    groups = [lying(one.ImagePositionPatient) for one in shown]
-    made = plain_segmentation(
-        MASKS, groups, SharedFunctionalGroupsSequence=[shared_groups()], FrameOfReferenceUID=shown[0].FrameOfReferenceUID
-    )
-    made.SegmentSequence[0].SegmentNumber = 0
-    put(tmp_path, [*shown, made])
-    assert numbers(used(tmp_path)[2]) == [108, 117, 124]
-
-
 def test_a_volume_in_a_folder_for_images_that_is_called_like_a_class_is_a_mask(tmp_path: Path):
     named(tmp_path, "images/a.nii.gz", GREYS)
     nibabel.save(as_nifti(ONE, (2, 1, 0), []), tmp_path / "export/images/a_lesion.nii.gz")
     assert same(used(tmp_path)[1], ONE)
+
+
+SAID_TWICE = [
+    ("P1/a_tumor", "P1/a_gtv", {"lesion": ("tumor", "gtv")}),
+    ("reader1/lesion/a", "reader2/gtv/a", {"lesion": ("gtv",)}),
+    ("masks/reader_left/a", "masks/reader_right/a", {}),
+    ("P1/a_lesion_L", "P1/a_lesion_R", {}),
+]
+
+
+@pytest.mark.parametrize(("one", "two", "names"), SAID_TWICE, ids=[two for _, two, _ in SAID_TWICE])
+def test_two_words_or_readers_of_one_thing_are_two_readings(
+    one: str, two: str, names: dict[str, tuple[str, ...]], tmp_path: Path
+):
+    named(tmp_path, "P1/a.nii.gz" if one.startswith("P1") else "images/a.nii.gz", GREYS)
+    named(tmp_path, f"{one}.nii.gz", ONE)
+    named(tmp_path, f"{two}.nii.gz", OTHER)
+    masks, found = meant(tmp_path, LESION, names)
+    assert not masks
+    assert 122 in found
+
+
+def test_an_index_that_is_kept_gives_what_a_new_one_would_when_a_name_comes_or_goes(tmp_path: Path):
+    named(tmp_path, "P1/a.nii.gz", GREYS)
+    named(tmp_path, "P1/a_left_upper.nii.gz", ONE)
+    named(tmp_path, "P1/a_left_lower.nii.gz", OTHER)
+    both, one = {"lesion": ("left upper", "left lower")}, {"lesion": ("left upper", "lower")}
+    assert same(meant(tmp_path, LESION, both)[0], np.maximum(ONE, OTHER))
+    assert not meant(tmp_path, LESION, one)[0]
+    assert same(meant(tmp_path, LESION, both)[0], np.maximum(ONE, OTHER))
+
+
+@pytest.mark.parametrize("name", ["a_liver_met", "a_liver_hcc", "a_liver_rim", "a_lung_nod", "a_brain_wmh", "a_prostate_pz"])
+def test_a_short_word_behind_an_organ_is_what_is_marked_in_it(name: str, tmp_path: Path):
+    named(tmp_path, "P1/a.nii.gz", GREYS)
+    named(tmp_path, f"P1/{name}.nii.gz", ONE)
+    assert same(used(tmp_path)[1], ONE)
+    classes = (*LESION, Label(name="liver", values=(2,)))
+    assert same(used(tmp_path, classes)[1], ONE)
+
+
+SCANS = ["Prob_01", "prob01_t1", "femur_dist_01", "GT/ct", "labels/a_ct", "P1/ct_seg"]
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_a_scan_may_lie_or_be_called_as_if_it_were_none(name: str, tmp_path: Path):
+    named(tmp_path, f"{name}.nii.gz", GREYS)
+    named(tmp_path, f"{name.removesuffix('_seg')}_lesion.nii.gz", ONE)
+    pictures, masks, _ = used(tmp_path)
+    assert same(pictures, scaled(GREYS))
+    assert same(masks, ONE)
+
+
+def test_a_mask_in_the_folder_of_a_patients_images_is_none_of_them(tmp_path: Path):
+    for name in ("P1/images/ct_0001", "P1/images/gtv_0001"):
+        named(tmp_path, f"{name}.nii.gz", GREYS if "ct" in name else ONE)
+    assert same(meant(tmp_path, LESION, {"lesion": ("gtv",)})[0], ONE)
+
+
+def test_a_phantom_that_equals_its_mask_is_an_image_where_the_mask_names_it(tmp_path: Path):
+    shown = volume(MASKS.astype(np.uint16))
+    put(tmp_path, [*shown, segmentation(shown, MASKS, "BINARY")])
+    assert len(used(tmp_path)[0]) == len([mask for mask in MASKS if mask.any()])
+
+
+@pytest.mark.parametrize(("name", "birth"), [("ANONYMOUS", "19500101"), ("Doe^Jo", "19000101")])
+def test_placeholders_for_name_and_birth_date_link_nobody(name: str, birth: str, tmp_path: Path):
+    splits = set()
+    for at in range(8):
+        for number in ("A11", "B22"):
+            greys = np.random.default_rng(ord(number[0])).integers(0, 3000, VOLUME.shape).astype(np.uint16)
+            shown = volume(greys, PatientID=number, PatientName=name, PatientBirthDate=birth)
+            put(tmp_path / str(at), [*shown, segmentation(shown, MASKS, "BINARY")], f"{number}/{{}}")
+        place = tmp_path / str(at)
+        data = taken(export_of(place / "export", place / "kept", shares=(0.5, 0.0, 0.5)))
+        splits.add(len({part.split for part in data.slices}))
+    assert 2 in splits, "by chance once in 256 runs"

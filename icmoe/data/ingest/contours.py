@@ -64,7 +64,8 @@ def record(path: Path, header: Dataset, names: LabelNames, hashes: Pseudonyms) -
         labels = {number: names.index(called) for number, called in _regions(header).items() if called}
         if not any(label is not None for label in labels.values()):
             raise Refusal(120, f"no region is called like a class of the study (it has {len(labels)})")
-        patches, (own, spaces) = _drawn(header, labels, hashes), _spaces(header, labels)
+        patches = _drawn(header, labels, hashes)
+        own, spaces = _spaces(header, {patch.group for patch in patches})
         apart = len(spaces) > 1 and own <= spaces  # else an anonymiser wrote other UIDs here than there
         if apart and len(own) > 1 and not all(patch.image for patch in patches):
             raise Refusal(122, "regions lie in several frames of reference, and parts of them name no image")
@@ -278,12 +279,12 @@ def _rounded_mm(item: Dataset) -> float:
     return float(3.0**0.5 * 0.5 * 10.0 ** -max(2, decimals))  # along each axis
 
 
-def _spaces(data: Dataset, labels: Mapping[int, int | None]) -> tuple[set[str], set[str]]:
-    """Return the frames of reference of the regions that have a label, which each of them names (PS3.3 C.8.8.5), and all listed.
+def _spaces(data: Dataset, drawn: Collection[int]) -> tuple[set[str], set[str]]:
+    """Return the frames of reference of the regions that are drawn, which each of them names (PS3.3 C.8.8.5), and all listed.
 
     The object may list further ones, such as those of images that were registered. Where it lists one alone, that is meant.
     """
-    regions = [item for item in sequence(data, "StructureSetROISequence") if labels.get(integer(item, "ROINumber")) is not None]
+    regions = [item for item in sequence(data, "StructureSetROISequence") if integer(item, "ROINumber") in drawn]
     own = {text(item, "ReferencedFrameOfReferenceUID") for item in regions}
     listed = {text(item, "FrameOfReferenceUID") for item in sequence(data, "ReferencedFrameOfReferenceSequence")} - {""}
     return own - {""}, listed
@@ -293,7 +294,7 @@ def _listed(data: Dataset, spaces: Collection[str]) -> tuple[set[str], set[str]]
     """Return the instances and the series that the object lists in these frames of reference, in all where there is none."""
     instances, listed = set[str](), set[str]()
     for space in sequence(data, "ReferencedFrameOfReferenceSequence"):
-        if spaces and text(space, "FrameOfReferenceUID") not in spaces:
+        if spaces and text(space, "FrameOfReferenceUID") not in {"", *spaces}:
             continue
         for study in sequence(space, "RTReferencedStudySequence"):
             for series in sequence(study, "RTReferencedSeriesSequence"):

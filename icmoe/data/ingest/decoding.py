@@ -16,12 +16,13 @@ from icmoe.data.ingest.catalogue import Use
 from icmoe.data.ingest.forms import MASKS, module_of
 from icmoe.data.ingest.geometry import share_within, upright
 from icmoe.data.ingest.jobs import SeriesJob, Wanted, file_state
+from icmoe.data.ingest.marked import is_a_reading, is_another_part
 from icmoe.data.ingest.pixels import Shown, read_pictures
 from icmoe.data.ingest.records import FrameResult, Kind, Patch
 from icmoe.data.ingest.refusals import ACROSS, CHANGED, OFF_IMAGE, Refusal, refusing
 from icmoe.data.ingest.same_instance import agreeing
 from icmoe.data.ingest.volumes import SCALING_ERROR, read_volume, through_axis
-from icmoe.data.ingest.walking import is_another_part, is_counted
+from icmoe.data.ingest.walking import is_counted
 from icmoe.data.picture import Picture, marks_digest, picture_digest, picture_of, ranks_digest
 from icmoe.data.store import Stored, entry_path, read_stored, smallest, write_stored
 from icmoe.errors import IcmoeError
@@ -100,7 +101,8 @@ def _first_pass(
     except Refusal as refusal:
         return FrameResult(fault=refusal.number, why=refusal.why, lettered=lettered)
     ranks_HW = turn.turn(picture.ranks_HW)
-    if classes.any() and len(values_V) <= len(job.labels) and _tells_classes(ranks_HW, classes, len(job.labels)):
+    by_place = job.kinds[frame.path] == "image" and all(use.form == "volume" for use in frame.uses)
+    if by_place and _is_kept_mask(values_V, ranks_HW, classes, job):
         return FrameResult(fault=119, why="its values are the marks themselves: it is a mask that was kept as an image")
     counts.add_counts(values_V, picture.counts_V)
     ranks = ranks_digest(ranks_HW)
@@ -119,8 +121,11 @@ def _first_pass(
     )
 
 
-def _tells_classes(ranks_HW: npt.NDArray[Any], classes: Classes, labels: int) -> bool:
-    """Return whether each value of a picture has a class of its own."""
+def _is_kept_mask(values_V: npt.NDArray[Any], ranks_HW: npt.NDArray[Any], classes: Classes, job: SeriesJob) -> bool:
+    """Return whether a frame holds what masks do, each value where a class of its own is marked."""
+    labels, known = len(job.labels), {0, 1, 255, *(value for label in job.labels for value in label.values)}
+    if not classes.any() or len(values_V) > labels or not known.issuperset(values_V.tolist()):
+        return False
     pairs = np.flatnonzero(np.bincount(ranks_HW.ravel().astype(np.intp) * labels + classes.ravel()))
     return len(pairs) == len({*(pairs // labels).tolist()}) == len({*(pairs % labels).tolist()})
 
@@ -217,6 +222,8 @@ def _are_two_readings(classes: Classes, other: Classes, *, whole: bool) -> bool:
 
 def _are_parts(use: Use, other: Use) -> bool:
     """Return whether two masks are of two parts of a class, by a side or by which of the names of the class they have."""
+    if is_a_reading(use.path) or is_a_reading(other.path):
+        return False
     names, others = ({patch.group for patch in one.patches} for one in (use, other))
     return is_another_part(use.path, other.path) or (bool(names and others) and not names & others and 0 not in names | others)
 

@@ -9,7 +9,8 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from icmoe.data.ingest.folding import folded
-from icmoe.data.ingest.walking import SEPARATOR, SIDES, kindless, organ_in, parted, says_reading, stem
+from icmoe.data.ingest.marked import SIDES, kindless, organ_in, says_reading
+from icmoe.data.ingest.walking import SEPARATOR, parted, stem
 from icmoe.errors import Fault, IcmoeError
 from icmoe.study import Label
 
@@ -17,11 +18,11 @@ LETTERS = re.compile(r"[^\W\d_]{2}")
 
 
 class Called(NamedTuple):
-    """The class that a path names, None if none; where, as in `FileRecord.called_at`; by which of all names, counted from 1."""
+    """The class that a path names, None if none, where, as in `FileRecord.called_at`, and of which part, 0 of the whole."""
 
     label: int | None
     at: int
-    name: int
+    part: int
 
 
 class LabelNames:
@@ -55,7 +56,9 @@ class LabelNames:
             faults += [Fault(number=210, where="ingest.labels", what="one synonym for two classes", value=name) for name in twice]
         if faults:
             raise IcmoeError(*faults)
-        self._order = {name: number for number, name in enumerate(self._index, 1)}
+        self._part = _parts(self._index)
+        words = (name for name, index in self._index.items() if index and LETTERS.search(name))
+        self._words = {name: re.compile(rf"(?<!\w){re.escape(name)}(?!\w)") for name in words}
 
     def index(self, names: Iterable[str]) -> int | None:
         """Return the class of the first name that is known, else of the first that is known without its number, else None.
@@ -80,7 +83,7 @@ class LabelNames:
         lies = ((self._of_folder(folder), len(folders) - at) for at, folder in enumerate(reversed(folders)))
         found = itertools.chain([(self._known([name]), 0)], ends, [(self._within(name), -1)], lies)
         known = ((called, at) for called, at in found if called is not None)
-        return next((Called(self._index[called], at, self._order[called]) for called, at in known), Called(None, 0, 0))
+        return next((Called(self._index[called], at, self._part.get(called, 0)) for called, at in known), Called(None, 0, 0))
 
     def _known(self, names: Iterable[str]) -> str | None:
         plain = [_plain(name) for name in names]
@@ -98,8 +101,7 @@ class LabelNames:
         it is in (lesion_brain): liver_tumor is no liver.
         """
         plain = " ".join(SEPARATOR.split(_plain(name)))
-        words = [called for called, index in self._index.items() if index and LETTERS.search(called)]
-        parts = ((called, part) for called in words for part in re.finditer(rf"(?<!\w){re.escape(called)}(?!\w)", plain))
+        parts = ((called, part) for called, word in self._words.items() for part in word.finditer(plain))
         found = [called for called, part in parts if _goes_on(called, plain[part.end() :], first=not part.start())]
         return found[0] if len({self._index[called] for called in found}) == 1 else None
 
@@ -109,9 +111,22 @@ def _goes_on(called: str, rest: str, *, first: bool) -> bool:
 
     Where a number comes last, a case may be called like the class: lesion_001.
     """
-    if first and (rest.strip() in SIDES or (organ_in(rest) and not organ_in(called))):
+    if rest.strip() in SIDES or (first and organ_in(rest) and not organ_in(called)):
         return True
     return says_reading(rest) and not (first and re.search(r"(^| )\d+$", rest))
+
+
+def _parts(index: Mapping[str, int]) -> dict[str, int]:
+    """Return a number for each name that is of a part: several words, the first also that of another name of its class.
+
+    As in vertebra L1 and vertebra L2, but not in tumor and gtv, which are two words for one thing.
+    """
+    begins: dict[tuple[int, str], list[str]] = {}
+    for name, label in index.items():
+        if " " in name:
+            begins.setdefault((label, name.split()[0]), []).append(name)
+    several = (name for names in begins.values() if len(names) > 1 for name in names)
+    return {name: number for number, name in enumerate(several, 1)}
 
 
 def _ends(name: str) -> Iterable[str]:

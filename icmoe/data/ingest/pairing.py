@@ -12,6 +12,7 @@ from icmoe.data.ingest.catalogue import Catalogue, Key, Use
 from icmoe.data.ingest.folding import folded
 from icmoe.data.ingest.geometry import Grid, grid_between, matrix_of, slice_distance_mm
 from icmoe.data.ingest.known_images import Images
+from icmoe.data.ingest.marked import of_another_organ, of_what_is_not
 from icmoe.data.ingest.placing import is_across, overlaps, patch_grid, require_its_box, same_plane
 from icmoe.data.ingest.records import FileRecord, Patch, Plane
 from icmoe.data.ingest.references import by_reference, nearest_frames, same_patient, use_of
@@ -27,9 +28,7 @@ from icmoe.data.ingest.walking import (
     is_named_after,
     is_sequence,
     of_another_look,
-    of_another_organ,
     of_one_visit,
-    of_what_is_not,
     own_folders,
     parted,
     stem,

@@ -38,14 +38,12 @@ SITE = re.compile(r"(site|center|centre|hospital|clinic|institution)[-_ ]?\w{0,3
 """Folders that are named for where patients come from: equal numbers there are several persons'."""
 GROUP = re.compile(
     r"(.*[^a-z])?(data|database|dataset|exports?|archive|project|batch|fold|split|sets?|cohort|group|part|train|test|val|training"
-    r"|trainingdata|rawdata|task|subset|volumes|studies)([^a-z].*)?"
+    r"|trainingdata)([^a-z].*)?"
     r"|([^\d]*[^a-z\d])?(patients|subjects|cases|raw|processed|preprocessed|nii|hgg|lgg|benign|malignant|normal|abnormal|healthy"
     r"|controls?|positive|negative|lesions?|tumou?rs?|(un)?labell?ed|(fe)?male)([^a-z\d][^\d]*)?"
 )
 """Folders that are named for what their files have in common; the latter words are a patient's with a number."""
 YEAR, DIGIT, BARE = (re.compile(form) for form in (r"(19|20)\d\d", r"\d", r"^\d+$"))
-CASES = 3
-"""Numbered volumes in a folder of a data set from which on they are of a patient each; two may be two looks at one."""
 UNDECIDED = "?"
 """In place of a pseudonym, where nobody can tell whose a file is."""
 
@@ -72,7 +70,6 @@ class Persons:
                 names.add(self._called(path))
         self._named = _named(volumes)
         self._doubtful = _called_by_file(volumes, self._named)
-        self._collections = {folders for folders, names in volumes.items() if not _own(folders) and _are_cases(names)}
 
     def of(self, path: str, *, volume: bool) -> str | None:
         """Return the name of a file's patient, None where its folders do not tell.
@@ -88,8 +85,6 @@ class Persons:
         if volume and folders in self._doubtful:
             return None
         own = _without_series(self._called(path)) if volume else "."
-        if volume and folders in self._collections:
-            return "/".join([*filter(SITE.fullmatch, folders), own])
         return self._named[folders] if self._named[folders] != "" else own
 
     def numbered(self, path: str) -> str:
@@ -129,12 +124,6 @@ class Persons:
 
     def _called(self, path: str) -> str:
         return person(self._cases.get(path) or stem(path))
-
-
-def _are_cases(names: Iterable[str]) -> bool:
-    """Return whether volumes of a folder are numbered cases rather than series of one: three at least."""
-    cases = {_without_series(name) for name in names}
-    return len(cases) >= CASES and all(DIGIT.search(name) and not _is_series(name) for name in cases)
 
 
 def _named(folders: Iterable[Names]) -> dict[Names, str | None]:

@@ -148,9 +148,9 @@ def _job(
     return mark, SeriesJob(series, site.root, site.store, site.labels, kinds, wanted, states)
 
 
-def _meant(use: Use) -> list[tuple[int, int, int]]:
+def _meant(use: Use) -> list[tuple[int, int, int, int]]:
     """Return which part of a mask counts as which class: the site's names for the classes may change where no file does."""
-    return [(patch.number, patch.value, patch.label) for patch in use.patches]
+    return [(patch.number, patch.value, patch.label, patch.group) for patch in use.patches]
 
 
 def _whole(owner: str, names: set[str], held: str, site: Site) -> Refusal | None:

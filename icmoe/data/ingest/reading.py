@@ -19,12 +19,13 @@ from icmoe.data.ingest.opening import Refusal, content_of, foreign_form, refusin
 from icmoe.data.ingest.pixels import plain_pixels_of
 from icmoe.data.ingest.pseudonyms import Pseudonyms
 from icmoe.data.ingest.records import FileRecord, FramePlace, Patch, refused
-from icmoe.data.ingest.volumes import MASK_VALUES, looks_like_classes, volume_record
+from icmoe.data.ingest.volumes import MASK_VALUES, NO_CLASSES, looks_like_classes, volume_record
 from icmoe.data.ingest.walking import (
+    NOBODYS,
     called_image,
-    called_marks,
     called_mask,
     called_scan,
+    called_shares,
     is_channel,
     owner,
     person,
@@ -33,6 +34,9 @@ from icmoe.data.ingest.walking import (
     without_visit,
 )
 from icmoe.errors import IcmoeError
+
+NO_BIRTHS = ("19000101", "00010101")
+"""Dates that systems write where they know none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +79,12 @@ class Reader:
                 return self._dicom(path)
             case content if content in VOLUMES:
                 called, at, name = self.names.said_by(relative)
-                record = volume_record(path, called, self.names.values, is_scan=called_scan(relative))
+                among = called_mask(relative) and not called_image(relative)
+                record = volume_record(path, called, self.names.values, is_scan=called_scan(relative), among_masks=among)
                 if record.mask and called is None and is_channel(relative):
                     record = record.model_copy(update={"mask": False, "single": False, "unnamed": ""})
-                if not record.mask and called_marks(relative):
-                    raise Refusal(106, "it lies or is called as marks do, and its values are no classes")
+                if not record.mask and called_shares(relative):
+                    raise Refusal(106, NO_CLASSES)
                 if called == 0 and at < 1 and record.mask and record.single:
                     raise Refusal(120, "it is called like the background, and what it does not mark may be anything")
                 kept = record.patches if record.single or at < 1 else ()  # a folder of label maps may be called like one of them
@@ -139,7 +144,8 @@ def _further_numbers(header: Dataset) -> frozenset[str]:
     """
     items, own = sequence(header, "OtherPatientIDsSequence"), text(header, "PatientID")
     name, birth = person_name(header), text(header, "PatientBirthDate")
-    known_as = {f"{name}\0{birth}"} if name and birth and own else set[str]()
+    known = name and own and birth not in {"", *NO_BIRTHS} and not NOBODYS.fullmatch(folded(name))
+    known_as = {f"{name}\0{birth}"} if known else set[str]()
     at_any_visit = {whole} if (whole := without_visit(folded(own))) != folded(own) else set[str]()
     return terms(header, "OtherPatientIDs") | {text(item, "PatientID") for item in items} - {""} | at_any_visit | known_as
 

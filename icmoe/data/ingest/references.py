@@ -90,7 +90,8 @@ def _listed(record: FileRecord, images: Images) -> list[str]:
     named = {images[target].series for patch in record.patches if patch.image for target in images.by_uid(patch.image)}
     listed = [target for target in listed if images[target].series in named] or listed
     absent = not MASKS[record.kind].on_planes and not named and not all(map(images.by_uid, record.listed))
-    spaces = {images[target].space for target in listed} | ({record.space} if absent else set())  # of what it was drawn on
+    spaces = {images[target].space for target in listed}
+    spaces |= {record.space} - {""} if absent and "" not in spaces else set()  # of what it was drawn on
     if len(spaces) < 2:
         return listed
     own = [target for target in listed if images[target].space == record.space and not MASKS[record.kind].on_planes]

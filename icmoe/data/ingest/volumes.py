@@ -23,6 +23,7 @@ ALIKE, BY_ONE = 0.4, 0.5
 """Least share of neighbours in a parcellation that are equal (images: below 0.1), and most of the others that differ by one."""
 PAIRS = 2**20
 """About as many neighbours are compared along an axis."""
+NO_CLASSES = "it lies or is called as marks do, and its values are no classes"
 SCALING_ERROR = 1e-3
 """How far from a whole number a class may lie that a file stores with a scale, such as 255 times 1/255 in float32."""
 
@@ -44,7 +45,12 @@ def read_volume(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
 
 
 def volume_record(
-    path: Path, called: int | None = None, named: Mapping[int, int] = MappingProxyType({}), *, is_scan: bool = False
+    path: Path,
+    called: int | None = None,
+    named: Mapping[int, int] = MappingProxyType({}),
+    *,
+    is_scan: bool = False,
+    among_masks: bool = False,
 ) -> FileRecord:
     """Return the record of a volume, whether it looks like a mask or an image.
 
@@ -59,11 +65,13 @@ def volume_record(
         Values that mean a class, and which.
     is_scan
         Whether its path says that it is an image: wholly black, it is no mask without a mark.
+    among_masks
+        Whether its path says that it is a mask: shares from 0 to 1 are no grey values.
 
     Raises
     ------
     Refusal
-        116, 117 or 119.
+        106 for shares among masks; 116, 117 or 119.
     """
     voxels, matrix = read_volume(path)
     axis = through_axis(matrix, voxels.shape)
@@ -71,6 +79,8 @@ def volume_record(
     few = looks_like_classes(voxels)
     black = few and is_scan and called is None and len(_distinct(voxels)) == 1
     mask = not black and (few or looks_like_parcels(voxels))
+    if among_masks and not mask and 0.0 <= float(voxels.min()) <= float(voxels.max()) <= 1.0:
+        raise Refusal(106, NO_CLASSES)
     values = _distinct(voxels) if mask else np.empty(0)
     single = mask and few and {*np.rint(values).tolist()} in ({0}, {0, 1}, {0, 255})
     frames = tuple(

@@ -28,7 +28,7 @@ GENERIC = re.compile(
 TAKEN = re.compile(rf"[_-](({TIMES}|frame|phase)[-_]?\d*|ses[-_]?\d+|e[ds]|{DATE}|{YEAR_LAST}-.*)$")
 """What the name of a volume ends with that says when it was taken: ED and ES are the ends of a heartbeat."""
 
-VISITED = re.compile(rf"[ _.-]+((v|m|w|fu|bl|scan|exam|run|{TIMES})[ _-]?\d{{0,3}}|ses[ _-]?\d+|pre|post|(19|20)\d\d|{DATE})$")
+VISITED = re.compile(rf"[ _.-]+((v|m|w|fu|bl|scan|exam|run|{TIMES})[ _-]?\d{{0,3}}|ses[ _-]?\d+|pre|post|{DATE})$")
 """What a patient's number ends with that says of which visit it is, as in trials; a letter alone is none."""
 
 FURTHER = re.compile(rf"[_-](({TIMES})[_-]?\d*|v\d+|ses[_-]?\d+|{DATE}|left|right|\d{{1,2}}(?=[_-]))(?=$|[_-])")
@@ -60,33 +60,15 @@ KINDS = "images?|imgs?|im|scan|slice|frame|volume|vol|masks?|seg|segmentation|la
 NOBODYS = re.compile(rf"({KINDS}|{SEQUENCES}|case|patient|pat|subject|subj|sub|person|exam|study|series|anon\w*|unknown)?")
 WHAT = re.compile(rf"^({KINDS})[ _.-]*(?=\d)|^({KINDS})[ _.-]+|[ _.-]+({KINDS})$")
 
-ORGAN = re.compile(
-    r"((left|right|l|r)[ _.-]+)?(liver|spleen|kidney|pancreas|lung|heart|brain|prostate|bladder|stomach|gall[ _-]?bladder"
-    r"|o?esophagus|duodenum|colon|rectum|bowel|uterus|breast|thyroid|adrenal([ _-]?gland)?|aorta|pelvis|spine|spinal[ _-]?cord"
-    r"|vertebra(e|l.*)?|rib|skull|skin|body|bone|muscle|femur|femoral[ _-]?head|trachea|brain[ _-]?stem|cerebellum|parotid"
-    r"|mandible|eye|lens|vessel|artery|vein|bet|fov)s?([ _.-]+(parenchyma|tissue|matter|lobes?|capsule|cavity|glands?|field))?"
-    r"([ _.-]+(left|right|l|r|\d+))?"
-)
-"""Names of what scans show beside what a study is about, as masks of one thing are called: organs, what a program left of the
-head (bet), the field of view."""
-READING = re.compile(
-    rf"[ _.-]+({KINDS}|contours?|final|auto|automatic|manual|corrected|edited|(reader|rater|observer|expert)\d*|[vr]?\d+"
-    r"|[a-z]{2,3})$"
-)
-"""Last word in the name of a mask that says which reading it is, or whose."""
-NEGATED = re.compile(r"(?<![a-z])((no|non|not|without|peri)[ _.-]+(?!contrast|enhanc)[a-z]{3}|(?P<box>(b|bounding[ _.-]?)?box$))")
-"""Words in the name of a mask for what is not what they stand beside."""
-
 ENDING = re.compile(
     "|".join(re.escape(end) for form in VOLUMES.values() for end in form.endings).join(("(", r"|\.png|\.dcm|\.dicom|\.ima)+$"))
 )
 SEPARATOR = re.compile(r"[ _.-]+")
 SHARES = re.compile(
-    r"(?<![a-z])(probs?|probabilit(y|ies)|softmax|logits?|uncertainty|entropy|dist|distance|sdf|(mask|seg|label)[ _.-]soft"
-    r"|soft[ _.-](mask|seg|label))(map)?(?![a-z])"
+    r"(?<![a-z])(probs?(?![ _.-]?\d)|probabilit(y|ies)|softmax|logits?|uncertainty|entropy|distance|sdf"
+    r"|(mask|seg|label)[ _.-]soft|soft[ _.-](mask|seg|label))(map)?(?![a-z])"
 )
 """Words in the name of a volume of shares or distances instead of classes."""
-SIDES = {"left": "l", "right": "r", "l": "l", "r": "r", "lt": "l", "rt": "r"}
 COUNTED = re.compile(r"[_-]mask[_-]?\d{1,2}$")
 GONE = (FileNotFoundError, NotADirectoryError)
 """What a look at a file or folder raises that is there no more."""
@@ -206,9 +188,7 @@ def owner_folders(relative: str) -> tuple[str, ...]:
 def without_visit(number: str) -> str:
     """Return a patient's number, `folded`, without what says of which visit it is, as long as digits are left."""
     found = VISITED.sub("", number)
-    counted_by_year = re.search(r"[ _.-](19|20)\d\d$", number) and not re.search(r"[^\W\d_]", found)  # the twelfth of 2020
-    sure = re.search(r"\d{2}", found) and not counted_by_year and not re.search(r"[ _.-][vmw]$", number)
-    return found if sure else number
+    return found if re.search(r"\d{2}", found) and not re.search(r"[ _.-][vmw]$", number) else number
 
 
 def _without_visit(folder: str) -> str:
@@ -243,56 +223,6 @@ def _looks(relative: str) -> dict[str, set[str]]:
         plain = {"t2f": "flair", "pet": "pt", "mri": "mr"}.get(value, value)
         found.setdefault(kind, set()).add(next((name for name in ("t1", "t1c", "t2") if name in said), plain))
     return found
-
-
-def of_another_organ(relative: str, other: str) -> bool:
-    """Return whether a mask is called for an organ, by the end of its name or a folder, and an image is not."""
-    name, folders = stem(relative), [*map(kindless, own_folders(other))]
-    called = [organ_in(part) for part in (name, *(end for _, end in parted(name)))]
-    lies = [organ_in(folder) for folder in map(kindless, own_folders(relative)) if folder not in folders]
-    return any(lies) or any(organ and organ not in stem(other) for organ in called)
-
-
-def of_what_is_not(relative: str, other: str) -> bool:
-    """Return whether a mask is called for what is beside or about something, and an image is not: no_lesion, lesion_bbox.
-
-    tumor_no_necrosis is a tumour: before the negation stands a word that is not the image's.
-    """
-    found = NEGATED.search(stem(relative))
-    if found is None or found.group() in stem(other):
-        return False
-    before = re.findall(r"[^\W\d_]{4,}", stem(relative)[: found.start()])
-    return found["box"] is not None or all(word in folded(other) for word in before)
-
-
-def is_another_part(relative: str, other: str) -> bool:
-    """Return whether two masks are of two sides of one thing, by a word of their names or their folders: left and right."""
-    sides = [{SIDES[word] for word in _words(path) if word in SIDES} for path in (relative, other)]
-    return all(len(found) == 1 for found in sides) and sides[0] != sides[1]
-
-
-def _words(relative: str) -> list[str]:
-    return [word for name in (stem(relative), *map(kindless, own_folders(relative))) for word in SEPARATOR.split(name)]
-
-
-def kindless(name: str) -> str:
-    """Return a name, `folded`, without a word for masks, also one that is written together with it: brain of brainmasks."""
-    return re.sub(r"(?<=[a-z])masks?(?=$|[ _.-])", "", WHAT.sub("", folded(name)))
-
-
-def says_reading(rest: str) -> bool:
-    """Return whether the end of a mask's name says which reading it is and whose, and no more."""
-    while (shorter := READING.sub("", rest)) != rest:
-        rest = shorter
-    return not rest.strip()
-
-
-def organ_in(name: str) -> str:
-    """Return the organ that a name says beside words for masks, readings and readers: liver of liver_seg_final; empty if none."""
-    name = kindless(name)
-    while not ORGAN.fullmatch(name) and (shorter := READING.sub("", name)) != name:
-        name = shorter
-    return name if ORGAN.fullmatch(name) else ""
 
 
 def case_names(relative: str, masks: Mapping[str, Collection[PurePosixPath]]) -> Iterator[str]:
@@ -341,12 +271,12 @@ def of_one_visit(path: str, targets: Mapping[str, str]) -> list[str]:
 def called_image(relative: str, *, called: bool = False) -> bool:
     """Return whether a picture lies in a folder called images under a name that is no mask's: a dark one has few values too.
 
-    The folder may have others for patients in it, where what is `called` like a class is a mask.
+    The folder may have one for each patient in it, where what is `called` like a class is a mask.
     """
     path = PurePosixPath(relative)
-    folders = path.parent.parts[-1:] if called else reversed(path.parent.parts)
-    kind = next((name for name in folders if MASK.search(name) or not re.search(r"\d", name)), "")
-    return bool(IMAGES.fullmatch(kind)) and not MASK.search(path.name)
+    *_, above, own = ("", "", *path.parent.parts)
+    of_patient = not called and re.search(r"\d", own) and not MASK.search(own)
+    return bool(IMAGES.fullmatch(own) or (of_patient and IMAGES.fullmatch(above))) and not MASK.search(path.name)
 
 
 def called_mask(relative: str) -> bool:
@@ -361,13 +291,14 @@ def called_mask(relative: str) -> bool:
 
 
 def is_channel(relative: str) -> bool:
-    """Return whether a volume is a channel of a case in a folder for images, as nnU-Net writes it: imagesTr/case_0001.nii.gz."""
-    return called_image(relative) and case(relative) != stem(relative)
+    """Return whether a volume is a channel of a case as nnU-Net writes it: imagesTr/case_0001.nii.gz."""
+    folder = PurePosixPath(relative).parent.name
+    return bool(re.fullmatch(r"images(tr|ts)", folder, re.I)) and called_image(relative) and case(relative) != stem(relative)
 
 
-def called_marks(relative: str) -> bool:
-    """Return whether a volume lies where masks lie, or is called for shares of one: its values are no grey values."""
-    return not called_image(relative) and (called_mask(relative) or bool(SHARES.search(stem(relative))))
+def called_shares(relative: str) -> bool:
+    """Return whether a volume is called for shares of a mask or distances from it: its values are no grey values."""
+    return not called_image(relative) and bool(SHARES.search(stem(relative)))
 
 
 def called_scan(relative: str) -> bool:
