@@ -10,9 +10,7 @@ from dicom_builders import (
     VOLUME,
     contour,
     item,
-    lying,
     numbers,
-    plain_segmentation,
     put,
     same,
     save,
@@ -21,35 +19,17 @@ from dicom_builders import (
     used,
     volume,
 )
-from dicom_builders import common as shared_groups
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
-from test_ingest_masks import square
+from test_ingest_masks import referring, square
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 def two_spaces(made: Dataset, spaces: dict[str, list[Dataset]], own: str) -> Dataset:
     """Let a structure set list images in two frames of reference and have its region in one of them."""
-    made.ReferencedFrameOfReferenceSequence = [
-        item(
-            FrameOfReferenceUID=space,
-            RTReferencedStudySequence=[
-                item(
-                    RTReferencedSeriesSequence=[
-                        item(
-                            SeriesInstanceUID=shown[0].SeriesInstanceUID,
-                            ContourImageSequence=[
-                                item(ReferencedSOPClassUID=one.SOPClassUID, ReferencedSOPInstanceUID=one.SOPInstanceUID)
-                                for one in shown
-                            ],
-                        )
-                    ]
-                )
-            ],
-        )
-        for space, shown in spaces.items()
-    ]
+    listing = (structures([], listed=shown, space=space) for space, shown in spaces.items())
+    made.ReferencedFrameOfReferenceSequence = [one.ReferencedFrameOfReferenceSequence[0] for one in listing]
     made.StructureSetROISequence[0].ReferencedFrameOfReferenceUID = own
     return made
 
@@ -81,22 +61,8 @@ def test_a_contour_lies_on_images_of_its_own_frame_of_reference(drawn_on: str, t
 def test_a_segmentation_in_the_space_of_a_series_that_is_not_there_marks_no_other(there: bool, tmp_path: Path):
     ct = volume(VOLUME)
     mr = volume(VOLUME[::-1], FrameOfReferenceUID=generate_uid(), StudyInstanceUID=ct[0].StudyInstanceUID)
-    groups = [lying(one.ImagePositionPatient) for one in mr]
-    made = plain_segmentation(
-        MASKS,
-        groups,
-        SharedFunctionalGroupsSequence=[shared_groups()],
-        FrameOfReferenceUID=mr[0].FrameOfReferenceUID,
-    )
-    made.ReferencedSeriesSequence = [
-        item(
-            SeriesInstanceUID=shown[0].SeriesInstanceUID,
-            ReferencedInstanceSequence=[
-                item(ReferencedSOPClassUID=one.SOPClassUID, ReferencedSOPInstanceUID=one.SOPInstanceUID) for one in shown
-            ],
-        )
-        for shown in (ct, mr)
-    ]
+    made, further = referring("as a list", mr), referring("as a list", ct)
+    made.ReferencedSeriesSequence.extend(further.ReferencedSeriesSequence)
     put(tmp_path, ct, "ct/{}")
     put(tmp_path, mr if there else [], "mr/{}")
     save(made, tmp_path / "export" / "seg")
@@ -108,10 +74,7 @@ def test_a_segmentation_in_the_space_of_a_series_that_is_not_there_marks_no_othe
 
 def test_a_class_that_a_label_map_numbers_0_is_refused(tmp_path: Path):
     shown = volume(VOLUME)
-    groups = [lying(one.ImagePositionPatient) for one in shown]
-    made = plain_segmentation(
-        MASKS, groups, SharedFunctionalGroupsSequence=[shared_groups()], FrameOfReferenceUID=shown[0].FrameOfReferenceUID
-    )
+    made = referring("as a list", shown)
     made.SegmentSequence[0].SegmentNumber = 0
     put(tmp_path, [*shown, made])
     assert numbers(used(tmp_path)[2]) == [108, 117, 124]
@@ -135,15 +98,9 @@ def test_what_a_structure_set_lists_and_does_not_draw_changes_nothing(odd: str, 
 @pytest.mark.parametrize("space", ["images", "mask"])
 def test_a_missing_slice_matters_not_where_nobody_names_a_frame_of_reference(space: str, tmp_path: Path):
     shown = volume(VOLUME)
+    made = referring("as a list", shown)
     for one in shown if space == "images" else ():
         del one.FrameOfReferenceUID
-    made = plain_segmentation(
-        MASKS,
-        [lying(one.ImagePositionPatient) for one in shown],
-        SharedFunctionalGroupsSequence=[shared_groups()],
-        FrameOfReferenceUID="" if space == "mask" else generate_uid(),
-    )
-    references = [item(ReferencedSOPClassUID=one.SOPClassUID, ReferencedSOPInstanceUID=one.SOPInstanceUID) for one in shown]
-    made.ReferencedSeriesSequence = [item(SeriesInstanceUID=shown[0].SeriesInstanceUID, ReferencedInstanceSequence=references)]
+    made.FrameOfReferenceUID = "" if space == "mask" else generate_uid()
     put(tmp_path, [*shown[:4], made])
     assert same(used(tmp_path)[1], MASKS[:4])

@@ -123,8 +123,10 @@ def _first_pass(
 
 def _is_kept_mask(values_V: npt.NDArray[Any], ranks_HW: npt.NDArray[Any], classes: Classes, job: SeriesJob) -> bool:
     """Return whether a frame holds what masks do, each value where a class of its own is marked."""
-    labels, known = len(job.labels), {0, 1, 255, *(value for label in job.labels for value in label.values)}
-    if not classes.any() or len(values_V) > labels or not known.issuperset(values_V.tolist()):
+    labels = len(job.labels)
+    if len(values_V) > labels or not classes.any():
+        return False
+    if not {0, 1, 255, *(value for label in job.labels for value in label.values)}.issuperset(values_V.tolist()):
         return False
     pairs = np.flatnonzero(np.bincount(ranks_HW.ravel().astype(np.intp) * labels + classes.ravel()))
     return len(pairs) == len({*(pairs // labels).tolist()}) == len({*(pairs % labels).tolist()})
@@ -253,10 +255,10 @@ class _Masks:
             named = self._classes_in(use)
             known = known and (use.form != "picture" or bool(use.patches))
             apart = use.form in {"volume", "picture"} and known and not named & others  # a file for each class
-            parts = all(_are_parts(use, other) for other in frame.uses[:place])
-            whole = use.form in {"volume", "picture"} and not (counted or parts)
-            if place and not apart and _are_two_readings(classes, own, whole=whole):
-                raise Refusal(122, TWO_READINGS)
+            if place and not apart:
+                parts = counted or all(_are_parts(use, other) for other in frame.uses[:place])
+                if _are_two_readings(classes, own, whole=use.form in {"volume", "picture"} and not parts):
+                    raise Refusal(122, TWO_READINGS)
             others |= named
             np.maximum(classes, own, out=classes)
         return classes

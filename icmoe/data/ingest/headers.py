@@ -141,12 +141,12 @@ def identity(data: Dataset, hashes: Pseudonyms) -> dict[str, Any]:
 
     A patient without number is known by name and birth date, without these by the study.
     """
-    study, name = text(data, "StudyInstanceUID"), person_name(data)
-    person = f"{name}\0{text(data, 'PatientBirthDate')}" if name else study
+    study, named = text(data, "StudyInstanceUID"), name_and_birth(data)
+    person = named or study
     image, space = text(data, "SOPInstanceUID"), text(data, "FrameOfReferenceUID")
     return {
         "patient": hashes.patient(person) if person else "",
-        "nameless": not (name or text(data, "PatientID")),
+        "nameless": not (named or text(data, "PatientID")),
         **{key: value for key, value in named_patient(data, hashes).items() if value},
         "pattern": hashes.of("pattern", unnumbered(text(data, "PatientID"))),
         "study": hashes.of("uid", study) if study else "",
@@ -156,9 +156,10 @@ def identity(data: Dataset, hashes: Pseudonyms) -> dict[str, Any]:
     }
 
 
-def person_name(data: Dataset) -> str:
-    """Return the first way of writing a person's name that is there, of those in Latin letters, in others and by its sound."""
-    return next(filter(None, (group.strip().rstrip("^ ") for group in text(data, "PatientName").split("="))), "")
+def name_and_birth(data: Dataset) -> str:
+    """Return name, zero byte and birth date, empty without a name: its first group, of Latin letters, others and its sound."""
+    name = next(filter(None, (group.strip().rstrip("^ ") for group in text(data, "PatientName").split("="))), "")
+    return f"{name}\0{text(data, 'PatientBirthDate')}" if name else ""
 
 
 def named_patient(data: Dataset, hashes: Pseudonyms) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 from icmoe.data.images import DEEP_COLOUR, TURNED, read_grey
 from icmoe.data.ingest.folding import composed, folded
 from icmoe.data.ingest.forms import MASKS, VOLUMES, mask_of, module_of
-from icmoe.data.ingest.headers import image_record, person_name, read_header, sequence, terms, text
+from icmoe.data.ingest.headers import image_record, name_and_birth, read_header, sequence, terms, text
 from icmoe.data.ingest.labels import LabelNames
 from icmoe.data.ingest.opening import Refusal, content_of, foreign_form, refusing
 from icmoe.data.ingest.pixels import plain_pixels_of
@@ -78,7 +78,7 @@ class Reader:
             case "dicom":
                 return self._dicom(path)
             case content if content in VOLUMES:
-                called, at, name = self.names.said_by(relative)
+                called, at, part = self.names.said_by(relative)
                 among = called_mask(relative) and not called_image(relative)
                 record = volume_record(path, called, self.names.values, is_scan=called_scan(relative), among_masks=among)
                 if record.mask and called is None and is_channel(relative):
@@ -88,16 +88,16 @@ class Reader:
                 if called == 0 and at < 1 and record.mask and record.single:
                     raise Refusal(120, "it is called like the background, and what it does not mark may be anything")
                 kept = record.patches if record.single or at < 1 else ()  # a folder of label maps may be called like one of them
-                patches = tuple(patch.model_copy(update={"group": name}) for patch in kept)
+                patches = tuple(patch.model_copy(update={"group": part}) for patch in kept)
                 update = {**self._owner(relative), "called_at": at, "patches": patches}
                 return record.model_copy(update={**update, "series": self.hashes.of("file", relative)})
             case "png":
                 record = picture_record(path)
                 owner = self._owner(relative)
-                called, at, name = self.names.said_by(relative)
+                called, at, part = self.names.said_by(relative)
                 mask = (record.mask or called_mask(relative)) and not called_image(relative, called=bool(called))
                 series = f"{PurePosixPath(composed(relative)).parent}\0{owner['patient']}"
-                patches = (Patch(number=0, label=called, group=name),) if mask and called and at else ()
+                patches = (Patch(number=0, label=called, group=part),) if mask and called and at else ()
                 update = {**owner, "mask": mask, "patches": patches, "called_at": at}
                 return record.model_copy(update={**update, "series": self.hashes.of("folder", series)})
             case _:
@@ -143,11 +143,15 @@ def _further_numbers(header: Dataset) -> frozenset[str]:
     `identity` knows the files without any number by.
     """
     items, own = sequence(header, "OtherPatientIDsSequence"), text(header, "PatientID")
-    name, birth = person_name(header), text(header, "PatientBirthDate")
-    known = name and own and birth not in {"", *NO_BIRTHS} and not NOBODYS.fullmatch(folded(name))
-    known_as = {f"{name}\0{birth}"} if known else set[str]()
+    name, _, birth = (known_as := name_and_birth(header)).partition("\0")
+    sure = name and own and birth not in {"", *NO_BIRTHS} and not NOBODYS.fullmatch(folded(name))
     at_any_visit = {whole} if (whole := without_visit(folded(own))) != folded(own) else set[str]()
-    return terms(header, "OtherPatientIDs") | {text(item, "PatientID") for item in items} - {""} | at_any_visit | known_as
+    return (
+        terms(header, "OtherPatientIDs")
+        | {text(item, "PatientID") for item in items} - {""}
+        | at_any_visit
+        | ({known_as} if sure else set())
+    )
 
 
 def picture_record(path: Path) -> FileRecord:
