@@ -57,6 +57,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "consensus 1": {"model": {"consensus": 1.0}},
     "consensus 4": {"model": {"consensus": 4.0}},
     "contrast 0.3": {"loss": {"contrast": 0.3}},
+    "contrast 1": {"loss": {"contrast": 1.0}},
     "router anchor 0.1": {"loss": {"router_anchor": 0.1}},
     "proximal term 0.01": {"training": {"proximal_mu": 0.01}},
     "four views": {"training": {"views": ["identity", "flip", "dark", "bright"]}},
