@@ -158,7 +158,8 @@ def _spend(request: Request, incoming: str) -> None:
         patients = _patients(site)
         if study.privacy.site is not None and (faults := patient_faults(study.privacy.site, patients)):
             raise IcmoeError(*faults)
-        require_room(site.budget, book, study, kind, round_number, patients=patients)
+        most = site.policy.max_epsilon
+        require_room(site.budget, book, study, kind, round_number, patients=patients, max_epsilon=most)
         return new_entry(study, kind, round_number, incoming, releases_of(round_spending(study, kind)))
 
     if site.records is not None:

@@ -65,12 +65,13 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
     study = read_study(study_file)
     records = records_of(path, settings)
     book, lines = records.agreement()
-    if faults := [*study_faults(path, settings, study), *budget_faults(settings.budget, book, study)]:
+    most = settings.policy.max_epsilon
+    if faults := [*study_faults(path, settings, study), *budget_faults(settings.budget, book, study, most)]:
         raise IcmoeError(*faults)
     bundle = bundle_digest(bundle_files())
     last = _approved_last(records.state, lines, study.name)
     console = Console()
-    budget = {"budget": prospect(settings.budget, book, study)}
+    budget = {"budget": prospect(settings.budget, book, study, most)}
     data, unread = _data(path, settings, study)
     console.print(_table({**_terms(study), **budget, **_site_terms(settings, data, unread)}, study.name))
     for what, digest in (("study", study.digest), ("app bundle", bundle)):

@@ -13,11 +13,15 @@ from typing import Annotated
 from pydantic import Field
 
 from fl_client.ledger import Book, Entry, Releases
-from icmoe.accounting import Spending, epsilon, merged, score_spending, training_spending
+from icmoe.accounting import Spending, epsilon, merged, score_spending, study_spending, training_spending
 from icmoe.config import Section
 from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.study import Study
 from icmoe.study_privacy import Accountant
+
+ATTEMPTS = 2
+"""What a study may spend at a site, in multiples of its plan: a round is asked for again where a site or the coordinator was
+stopped in it, and is drawn anew where another model comes in. Without an end to that the study's epsilon would bind nobody."""
 
 
 class Budget(Section):
@@ -68,6 +72,26 @@ def rounds_that_fit(budget: Budget, history: Sequence[Spending], study: Study, m
     return most if fits(most) else bisect_left(range(1, most), True, key=lambda rounds: not fits(rounds))  # noqa: FBT003
 
 
+def most_of_study(study: Study, max_epsilon: float | None = None) -> float:
+    """Return the epsilon up to which a private study may spend at a site, at its own delta.
+
+    Parameters
+    ----------
+    study
+        With privacy at the site.
+    max_epsilon
+        The site's own limit for a study, which holds where it is smaller.
+    """
+    twice = _at_its_delta(study, study_spending(study) * ATTEMPTS)
+    return twice if max_epsilon is None else min(twice, max_epsilon)
+
+
+def _at_its_delta(study: Study, history: Sequence[Spending]) -> float:
+    privacy = study.privacy.site
+    assert privacy is not None
+    return epsilon(merged(history), delta=privacy.delta, accountant=privacy.accountant)
+
+
 def require_fit(budget: Budget | None, study: Study, *, patients: int) -> None:
     """Refuse a study that does not go with the budget, whatever is spent already.
 
@@ -97,11 +121,20 @@ def require_fit(budget: Budget | None, study: Study, *, patients: int) -> None:
         raise IcmoeError(Fault(number=202, where="[budget]", value=f"delta = {budget.delta:g}", limit=limit, did=NOTHING_SENT))
 
 
-def require_room(budget: Budget | None, book: Book, study: Study, kind: str, round_number: int, *, patients: int) -> None:
+def require_room(
+    budget: Budget | None,
+    book: Book,
+    study: Study,
+    kind: str,
+    round_number: int,
+    *,
+    patients: int,
+    max_epsilon: float | None = None,
+) -> None:
     """Refuse what the budget does not allow.
 
     Before its first round here a study must fit whole, with all rounds that are left of it: half a study costs patients
-    and brings little. Once begun, each round must fit by itself.
+    and brings little. Once begun, each round must fit by itself, and all of them into what the study may spend.
 
     Parameters
     ----------
@@ -115,18 +148,22 @@ def require_room(budget: Budget | None, book: Book, study: Study, kind: str, rou
         "train" or "evaluate", and its round.
     patients
         Training patients of the site, at least 1.
+    max_epsilon
+        The site's limit for a study, where it has one.
 
     Raises
     ------
     IcmoeError
-        As `require_fit`; 411 where the study would cross the budget.
+        As `require_fit`; 411 where the study would cross the budget, or what it may spend itself.
     """
     require_fit(budget, study, patients=patients)
     spending = round_spending(study, kind)
     if spending is None or budget is None:
         return
-    history = history_of(book.entries)
-    begun = any(entry.study == study.digest for entry in book.entries)
+    history, own = history_of(book.entries), [entry for entry in book.entries if entry.study == study.digest]
+    begun, most = bool(own), most_of_study(study, max_epsilon)
+    if _at_its_delta(study, [*history_of(own), *spending]) > most:
+        raise IcmoeError(_repeated(study, own, most))
     if begun or kind == "evaluate":
         if epsilon_of_history(budget, [*history, *spending]) > budget.epsilon:
             raise IcmoeError(_crossing(budget, study, history, 0, 1))
@@ -136,16 +173,17 @@ def require_room(budget: Budget | None, book: Book, study: Study, kind: str, rou
         raise IcmoeError(_crossing(budget, study, history, fitting, needed))
 
 
-def budget_faults(budget: Budget | None, book: Book, study: Study) -> list[Fault]:
+def budget_faults(budget: Budget | None, book: Book, study: Study, max_epsilon: float | None = None) -> list[Fault]:
     """Return why the budget does not allow the next round of a study, nothing where it does; patients are not counted yet."""
     try:
-        require_room(budget, book, study, "train", 1, patients=1)  # the number counts before the first round alone
+        # The number of patients counts before the first round alone.
+        require_room(budget, book, study, "train", 1, patients=1, max_epsilon=max_epsilon)
     except IcmoeError as error:
         return list(error.faults)
     return []
 
 
-def prospect(budget: Budget | None, book: Book, study: Study) -> str:
+def prospect(budget: Budget | None, book: Book, study: Study, max_epsilon: float | None = None) -> str:
     """Return in words what is left of a study would spend of the budget, for whoever approves it."""
     if budget is None or study.privacy.site is None:
         return "none: nothing is promised to patients"
@@ -153,7 +191,9 @@ def prospect(budget: Budget | None, book: Book, study: Study) -> str:
     left = rounds_left_spending(study, study.rounds - _last_round(book, study))
     before, after = (epsilon_of_history(budget, [*history, *more]) for more in ((), left))
     limit = f"epsilon {budget.epsilon:g} at delta {budget.delta:g} per patient, all studies together"
-    return f"{limit}: {before:.3g} is spent, {after:.3g} after this study"
+    most = most_of_study(study, max_epsilon)
+    again = f"a round that is asked for again spends again, up to epsilon {most:.3g} for this study at its delta"
+    return f"{limit}: {before:.3g} is spent, {after:.3g} after this study; {again}"
 
 
 def _last_round(book: Book, study: Study) -> int:
@@ -171,3 +211,12 @@ def _crossing(budget: Budget, study: Study, history: Sequence[Spending], fitting
     value = f"epsilon {spent:.3g} is spent, {fitting} of {needed} rounds still fit"
     limit = f"epsilon {budget.epsilon:g} at delta {budget.delta:g}, {budget.accountant}, per patient"
     return Fault(number=411, where=study.name, value=value, limit=limit, did=NOTHING_SENT)
+
+
+def _repeated(study: Study, own: Sequence[Entry], most: float) -> Fault:
+    value = f"epsilon {_at_its_delta(study, history_of(own)):.3g} is spent in {len(own)} answers"
+    what, limit = "study would spend more than it may at this site", f"epsilon {most:.3g}"
+    todo = (
+        "Ask the coordinator why rounds were asked for again; agree on a new study for more, or raise max_epsilon under [policy]."
+    )
+    return Fault(number=411, where=study.name, what=what, value=value, limit=limit, did=NOTHING_SENT, todo=todo)

@@ -28,7 +28,7 @@ class Policy(Section):
     require_dp: bool = False
     """Whether only studies with differential privacy at the site may run."""
     max_epsilon: Annotated[float, Field(gt=0.0, le=1000.0)] | None = None
-    """Largest epsilon of a study; a study without differential privacy is above every limit."""
+    """Largest epsilon of a study, as planned and as spent; a study without differential privacy is above every limit."""
     labels: tuple[str, ...] = ()
     """Labels that a study may name besides its background; all where empty."""
     hours: str | None = None

@@ -221,7 +221,7 @@ def _budget_faults(path: Path, settings: SiteFile, study: Study) -> list[Fault]:
         book = records_of(path, settings).book()
     except IcmoeError:
         return []  # said of the ledger itself
-    return budget_faults(settings.budget, book, study)
+    return budget_faults(settings.budget, book, study, settings.policy.max_epsilon)
 
 
 def _backbone(path: Path, settings: SiteFile, study: Study) -> list[Check]:

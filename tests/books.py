@@ -44,11 +44,12 @@ def pay(
     receipt: Head | None = None,
     kind: str = "train",
     patients: int = 20,
+    max_epsilon: float | None = None,
 ) -> Entry:
     """Spend as the ClientApp does."""
 
     def make(book: Book) -> Entry:
-        require_room(budget, book, study, kind, round_number, patients=patients)
+        require_room(budget, book, study, kind, round_number, patients=patients, max_epsilon=max_epsilon)
         return new_entry(study, kind, round_number, "0" * 64, releases_of(round_spending(study, kind)))
 
     return records.spend(make, receipt)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from fl_client.budget import epsilon_of_history, history_of, prospect, rounds_left_spending, rounds_that_fit
 from fl_client.ledger import FILE, keep_audit_head, new_entry, read_ledger, spend
 from fl_client.records import Records
-from icmoe.accounting import Spending, epsilon
+from icmoe.accounting import Spending, epsilon, study_epsilon
 from icmoe.errors import IcmoeError
 from icmoe.receipts import EMPTY, Head, head_of, numbers_of, receipt_of, receipt_text
 from icmoe.study import Study, canonical
@@ -125,6 +125,27 @@ def test_a_study_that_began_may_use_what_is_left_round_by_round(records: Records
         pay(records, private, number, budget=budget)
     assert number_of(records, private, 5, budget=budget)[0] == 411
     assert number_of(records, private, 4, budget=budget)[0] == 411  # nor can a round be repeated
+
+
+def test_a_round_that_is_asked_for_again_and_again_spends_no_more_than_twice_the_study(records: Records, private: Study) -> None:
+    budget = budget_of(100.0)
+    for _ in range(2 * private.rounds):
+        pay(records, private, 1, budget=budget)
+    number, faults = number_of(records, private, 1, budget=budget)
+    spent = epsilon([Spending(2.0, 0.2, 2 * 25)], delta=1e-3, accountant="rdp")
+    assert number == 411
+    assert f"epsilon {spent:.3g} is spent in 10 answers" in str(faults)
+
+
+def test_the_sites_own_limit_for_a_study_binds_what_is_spent_and_not_only_what_is_planned(
+    records: Records, private: Study
+) -> None:
+    budget, limit = budget_of(100.0), study_epsilon(private)
+    for number in (1, 1, 2, 3, 4):  # the first round broke off once
+        pay(records, private, number, budget=budget, max_epsilon=limit)
+    with pytest.raises(IcmoeError, match="ICM411"):
+        pay(records, private, 5, budget=budget, max_epsilon=limit)
+    assert f"up to epsilon {limit:.3g} for this study" in prospect(budget, records.book(), private, limit)
 
 
 @pytest.mark.parametrize("scores", ["withheld", "noised"])
@@ -329,7 +350,7 @@ except IcmoeError as error:
 
 def test_two_processes_cannot_spend_the_same_budget(records: Records, private: Study) -> None:
     pay(records, private, budget=ROOMY)
-    most = 12
+    most = 9  # below twice the study's five rounds, which it may spend itself
     limit = epsilon([Spending(2.0, 0.2, 5 * most)], delta=1e-3, accountant="rdp")
     words = [str(records.state), str(records.signer.path), canonical(private), repr(limit)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
