@@ -1,9 +1,9 @@
 """A hospital's Flower ClientApp: it introduces and, if allowed, summarises itself, trains, evaluates; nothing else can be asked.
 
 Every setting comes from the site's own approved copy of the study. A message carries study digest, round and tensors, and
-may carry the coordinator's receipt for the site's ledger; any other record or key is refused by number, and the run's
-configuration is not looked at. Every answer leaves through `fl_client/egress.py`. What leaves on an error is a number and
-its catalogue title, never the text of an exception, which Flower would send to the coordinator.
+may carry the coordinator's receipts for the site's ledger and audit log; any other record or key is refused by number, and
+the run's configuration is not looked at. Every answer leaves through `fl_client/egress.py`. What leaves on an error is a
+number and its catalogue title, never the text of an exception, which Flower would send to the coordinator.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from icmoe.messages import ARRAYS, CONFIG, ROUND_KEY, SITE_KEY, SLICES_KEY, STUD
 from icmoe.model import ICMoE, build_model
 from icmoe.packing import tensors_in
 from icmoe.privacy import patient_faults
-from icmoe.receipts import RECEIPT_KEY, receipt_of
+from icmoe.receipts import AUDIT_RECEIPT_KEY, RECEIPT_KEY, receipt_of
 from icmoe.study import Study
 from icmoe.summary import summarise
 
@@ -97,7 +97,7 @@ def train(request: Request) -> Outgoing:
     model = model_of(request, start)
     if request.site.records is None:
         return _trained(request, start, model)
-    request.site.records.require(request.receipt)
+    request.site.records.require(request.receipt, request.audit_receipt)
     incoming = state_digest(start)
 
     def spend_and_train() -> Outgoing:
@@ -175,23 +175,30 @@ def _request(site_of: SiteOf, kind: str, message: Message, context: Context) -> 
     rounds = kind in {"train", "evaluate"}
     records, keys = ({ARRAYS, CONFIG}, {STUDY_KEY, ROUND_KEY}) if rounds else ({CONFIG}, {STUDY_KEY})
     config: Mapping[str, object] = message.content.config_records.get(CONFIG, {})
-    asked = set(config) - ({RECEIPT_KEY} if kind == "train" else set())
+    asked = set(config) - ({RECEIPT_KEY, AUDIT_RECEIPT_KEY} if kind == "train" else set())
     untyped = records - {CONFIG, *message.content.array_records}
     if extra := sorted((set(message.content) ^ records) | untyped | (asked ^ keys)):
         raise IcmoeError(Fault(number=301, value=", ".join(extra)[:80], did=NOTHING_SENT))
     site = site_of(context, str(config[STUDY_KEY]))
     study = site.approved(config[STUDY_KEY])
-    round_number, receipt = config.get(ROUND_KEY, 1), receipt_of(config.get(RECEIPT_KEY))
+    round_number = config.get(ROUND_KEY, 1)
+    receipts = {key: receipt_of(config[key]) for key in (RECEIPT_KEY, AUDIT_RECEIPT_KEY) if key in config}
     if type(round_number) is not int or not 1 <= round_number <= study.rounds:  # True is an int, and no round
         limit = f"1 to {study.rounds}"
         raise IcmoeError(
             Fault(number=301, where=site.name, what="round is outside the study", value=str(round_number), limit=limit)
         )
-    if RECEIPT_KEY in config and receipt is None:
+    if None in receipts.values():
         raise IcmoeError(Fault(number=301, where=site.name, what="receipt cannot be read", did=NOTHING_SENT))
     torch.set_num_threads(site.threads)
     return Request(
-        site=site, study=study, kind=kind, round_number=round_number if rounds else 0, message=message, receipt=receipt
+        site=site,
+        study=study,
+        kind=kind,
+        round_number=round_number if rounds else 0,
+        message=message,
+        receipt=receipts.get(RECEIPT_KEY),
+        audit_receipt=receipts.get(AUDIT_RECEIPT_KEY),
     )
 
 

@@ -124,7 +124,7 @@ def record(state: Path, event: str, values: Mapping[str, Any], *, signer: Signer
     return add_line(state / LOG, following)
 
 
-def require_line(state: Path, known: Head, count: int, found: Entry | None) -> None:
+def require_line(state: Path, known: Head, count: int, found: Entry | None, by: str = "the ledger") -> None:
     """Refuse a log that lacks a line that is known to have been in it.
 
     Parameters
@@ -137,6 +137,8 @@ def require_line(state: Path, known: Head, count: int, found: Entry | None) -> N
         Lines in the log.
     found
         The line of that number, None where the log is shorter.
+    by
+        Who knows it.
 
     Raises
     ------
@@ -145,7 +147,7 @@ def require_line(state: Path, known: Head, count: int, found: Entry | None) -> N
     """
     if count < known.count:
         what = "lines are missing at the end of the audit log"
-        value, limit = f"{count} lines", f"at least {known.count}, as the ledger says"
+        value, limit = f"{count} lines", f"at least {known.count}, as {by} says"
         raise IcmoeError(Fault(number=321, where=str(state / LOG), what=what, value=value, limit=limit, did=NOTHING_SENT))
     if found is not None and found["hash"] != known.digest:
         raise IcmoeError(_broken(state, known.count))

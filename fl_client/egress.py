@@ -44,8 +44,8 @@ class Request:
         Round of the study; 0 for a query.
     message
         As it came.
-    receipt
-        The coordinator's for the site's ledger, where it sent one.
+    receipt, audit_receipt
+        The coordinator's for the site's ledger and for its audit log, where it sent them.
     """
 
     site: Participant
@@ -54,6 +54,7 @@ class Request:
     round_number: int
     message: Message
     receipt: Head | None = None
+    audit_receipt: Head | None = None
 
     def about(self) -> dict[str, str | int]:
         """Return what the audit log says of it; the run's number is the same at the coordinator."""

@@ -1,7 +1,8 @@
 """A site's two records, ledger and audit log, each of which shows what is missing from the other.
 
 The ledger keeps number and hash of the audit log's last line; the audit log has a line for each entry of the ledger, with
-its hash. A folder restored as a whole agrees with itself: that it is old shows against the coordinator's receipt.
+its hash. A folder restored as a whole agrees with itself: that it is old, or was written
+anew without the site's key, shows against the coordinator's receipts.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from fl_client.signing import Signer, fingerprint_of
 from icmoe import chain
 from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.receipts import AUDIT_KEY, LEDGER_KEY, Head, numbers_of
+
+COORDINATOR = "the coordinator's receipt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,21 +103,29 @@ class Records:
         IcmoeError
             As `agreement` and `write`; 413 where the receipt is for entries that the ledger lacks; what `make` raises.
         """
-        self.require(receipt)
+        require_receipt(self.agreement()[0], receipt, self.state / ledger.FILE)
         entry = ledger.spend(self.state, self.site, make, deadline_s=self.deadline_s)
         about = {"study": entry.study, "name": entry.name, "kind": entry.kind, "round": entry.round}
         self.write("spent", {**about, "entry": entry.count, "entry_hash": entry.hash, "releases": entry.releases})
         return entry
 
-    def require(self, receipt: Head | None) -> None:
-        """Refuse records that do not agree with each other or fall behind the coordinator's receipt.
+    def require(self, receipt: Head | None, line: Head | None = None) -> None:
+        """Refuse records that do not agree with each other or do not go on from what the coordinator was told.
+
+        Parameters
+        ----------
+        receipt, line
+            The coordinator's receipts for the ledger and for the audit log, where it sent any.
 
         Raises
         ------
         IcmoeError
-            As `agreement`; 413 where the receipt is for entries that the ledger lacks.
+            As `agreement`; 413 where the receipt is for entries that the ledger lacks, 321 where the log lacks the line.
         """
-        require_receipt(self.agreement()[0], receipt, self.state / ledger.FILE)
+        book, lines = self.agreement()
+        require_receipt(book, receipt, self.state / ledger.FILE)
+        if line is not None and line.count:
+            require_line(self.state, line, len(lines), lines[line.count - 1] if line.count <= len(lines) else None, COORDINATOR)
 
     def agreement(self) -> tuple[Book, list[chain.Entry]]:
         """Return ledger and audit log after checking both chains and comparing them.

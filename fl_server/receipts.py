@@ -1,4 +1,4 @@
-"""Receipts for the sites' ledgers: how far each site's records had come when it last answered, handed back with each round.
+"""Receipts for the sites' ledgers and audit logs: how far these had come at the last answer, handed back with each round.
 
 A hospital that restored an old backup of its records would spend its privacy budget twice. It notices when a receipt is for
 entries that its ledger does not have; an answer that falls behind the receipt it was given is refused here. Receipts are
@@ -20,7 +20,20 @@ from icmoe.atomic import regular, write_atomically
 from icmoe.errors import Fault, print_faults
 from icmoe.locks import hold
 from icmoe.messages import CONFIG, ERROR_CODE, NUMBERS, ROUND_KEY, error_reason
-from icmoe.receipts import EMPTY, LEDGER_KEY, RECEIPT_KEY, Head, head_of, receipt_of, receipt_text
+from icmoe.receipts import (
+    AUDIT_KEY,
+    AUDIT_RECEIPT_KEY,
+    EMPTY,
+    LEDGER_KEY,
+    RECEIPT_KEY,
+    Head,
+    head_of,
+    receipt_of,
+    receipt_text,
+)
+
+LEDGER, AUDIT = ".receipt", ".audit"
+"""Endings of the files with receipts for ledgers and for audit logs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +89,21 @@ class Receipted(InFront):
         }
 
     def _put_receipt(self, message: Message) -> Head:
-        """Put the site's receipt into the message itself, which others know by its identity, and return it."""
-        head = receipt(self._folder, self._sites.get(message.metadata.dst_node_id, ""))
-        if message.metadata.message_type != "train" or head == EMPTY:
+        """Put the site's receipts into the message itself, which others know by its identity, and return the ledger's."""
+        if message.metadata.message_type != "train":
             return EMPTY
-        config = ConfigRecord({**message.content.config_records[CONFIG], RECEIPT_KEY: receipt_text(head)})
-        message.content = RecordDict({**message.content, CONFIG: config})  # the old content may be shared with other sites
-        return head
+        site = self._sites.get(message.metadata.dst_node_id, "")
+        heads = {RECEIPT_KEY: receipt(self._folder, site), AUDIT_RECEIPT_KEY: receipt(self._folder, site, AUDIT)}
+        given = {key: receipt_text(head) for key, head in heads.items() if head != EMPTY}
+        if given:
+            config = ConfigRecord({**message.content.config_records[CONFIG], **given})
+            message.content = RecordDict({**message.content, CONFIG: config})  # the old content may be shared with other sites
+        return heads[RECEIPT_KEY]
 
     def _taken(self, reply: Message) -> Message:
         site = self._sites.get(reply.metadata.src_node_id, "")
         asked = self._sent.pop(reply.metadata.reply_to_message_id, None)
-        head = _head_in(reply)
+        head = _head_in(reply, LEDGER_KEY)
         if not site or reply.has_error():
             return reply
         if asked is not None and behind(head, asked.receipt):
@@ -98,6 +114,8 @@ class Receipted(InFront):
             return Message(Error(ERROR_CODE + fault.number, error_reason(fault.number)), reply_to=asked.message)
         if head is not None:
             keep_receipt(self._folder, site, head)
+        if (line := _head_in(reply, AUDIT_KEY)) is not None:
+            keep_receipt(self._folder, site, line, AUDIT)
         return reply
 
 
@@ -118,22 +136,22 @@ def behind(head: Head | None, given: Head) -> bool:
     return given != EMPTY and (head is None or head.count < given.count or (head.count == given.count and head != given))
 
 
-def receipt(folder: Path, site: str) -> Head:
+def receipt(folder: Path, site: str, kind: str = LEDGER) -> Head:
     """Return how far the records of a site had come; the empty head where there is no receipt, or none that can be read."""
-    path = folder / f"{site}.receipt"
+    path = folder / f"{site}{kind}"
     return (receipt_of(path.read_text(encoding="utf-8", errors="replace")) if site and path.is_file() else None) or EMPTY
 
 
-def keep_receipt(folder: Path, site: str, head: Head) -> None:
+def keep_receipt(folder: Path, site: str, head: Head, kind: str = LEDGER) -> None:
     """Keep the further one of a site's receipt and this head; several studies may run at once."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a", opener=regular) as lock:
         hold(lock, name=folder)
-        if head.count > receipt(folder, site).count:
-            write_atomically(folder / f"{site}.receipt", receipt_text(head).encode())
+        if head.count > receipt(folder, site, kind).count:
+            write_atomically(folder / f"{site}{kind}", receipt_text(head).encode())
 
 
-def _head_in(reply: Message) -> Head | None:
+def _head_in(reply: Message, key: str) -> Head | None:
     numbers = reply.content.metric_records.get(NUMBERS) if reply.has_content() else None
-    value = None if numbers is None else numbers.get(LEDGER_KEY)
+    value = None if numbers is None else numbers.get(key)
     return head_of(list(value)) if isinstance(value, list) else None

@@ -1,8 +1,8 @@
 """How far a site's records have come, in numbers that travel with an update, and the coordinator's receipt for them.
 
 A site's ledger and audit log are chains: each entry holds the digest of the one before. Count and digest of the last entry
-therefore speak for all. A site sends both with each update; the coordinator keeps the furthest it saw and hands it back
-as a receipt, from which a site notices that its records are older than what it once sent.
+therefore speak for all. A site sends both with each update; the coordinator keeps the furthest of each that it saw and hands
+them back as receipts, from which a site notices that its records are older than what it once sent, or were written anew.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from icmoe.chain import START
 
-LEDGER_KEY, AUDIT_KEY, RECEIPT_KEY = "ledger", "audit", "receipt"
+LEDGER_KEY, AUDIT_KEY = "ledger", "audit"
+RECEIPT_KEY, AUDIT_RECEIPT_KEY = "receipt", "audit_receipt"
 WORDS, WORD_BITS = 8, 32
 MOST = 10**15  # fifteen digits, as a receipt has at most
 _RECEIPT = re.compile(r"(0|[1-9][0-9]{0,14}):([0-9a-f]{64})")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import sqlite3
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +16,25 @@ from hypothesis import strategies as st
 from test_client import ask, hospital, number_of, request, site
 from test_rounds import SITES, Wire
 
-from fl_client.ledger import read_ledger
+from fl_client.audit import LOG, read_log
+from fl_client.ledger import FILE, read_ledger
 from fl_client.participant import Participant
+from fl_client.records import Records
 from fl_server.receipts import Receipted, behind, keep_receipt, receipt
+from icmoe.chain import digest_of
 from icmoe.messages import ARRAYS, CONFIG, NUMBERS, ROUND_KEY, STUDY_KEY
-from icmoe.receipts import EMPTY, LEDGER_KEY, RECEIPT_KEY, Head, numbers_of, receipt_of, receipt_text
+from icmoe.receipts import (
+    AUDIT_KEY,
+    AUDIT_RECEIPT_KEY,
+    EMPTY,
+    LEDGER_KEY,
+    RECEIPT_KEY,
+    Head,
+    head_of,
+    numbers_of,
+    receipt_of,
+    receipt_text,
+)
 
 __all__ = ["hospital", "site"]
 HEADS = st.builds(Head, st.integers(0, 5), st.sampled_from(["a" * 64, "b" * 64]))
@@ -152,3 +168,38 @@ def test_a_site_refuses_a_receipt_for_what_its_ledger_lacks(site: Participant, t
         )
     assert number_of(ask(audited, request(study, 2, **{RECEIPT_KEY: "soon"}))) == 301
     assert number_of(ask(audited, request(study, 2, **{RECEIPT_KEY: receipt_text(head)}), "evaluate")) == 301
+
+
+def test_the_last_line_of_a_sites_audit_log_is_handed_back_with_the_next_round(tmp_path: Path) -> None:
+    line = Head(7, "c" * 64)
+    network = Wire(
+        lambda message, _: Message(RecordDict({NUMBERS: MetricRecord({AUDIT_KEY: numbers_of(line)})}), reply_to=message)
+    )
+    rounds(Receipted(network, SITES, tmp_path))
+    rounds(Receipted(network, SITES, tmp_path))
+    given = {receipt_of(one.content[CONFIG].get(AUDIT_RECEIPT_KEY)) for one in network.asked[-len(SITES) :]}
+    assert given == {line}
+    assert all(RECEIPT_KEY not in one.content[CONFIG] for one in network.asked), "the ledger has a receipt of its own"
+
+
+def test_an_audit_log_that_was_written_anew_stops_the_site(site: Participant, tmp_path: Path) -> None:
+    """Whoever may write the folder, without the site's key, can make a log that agrees with itself and with the ledger."""
+    audited = replace(site, audited=True, state_folder=tmp_path / "state")
+    study, records = audited.studies[0], audited.records
+    told = head_of(list(ask(audited, request(study)).content[NUMBERS][AUDIT_KEY]))
+    next_round = request(study, 2, **{AUDIT_RECEIPT_KEY: receipt_text(told)})
+    _write_anew(records, digest="f" * 64)
+    records.verify()  # finds nothing
+    assert number_of(ask(audited, next_round)) == 321
+    assert number_of(ask(audited, request(study, 2, **{AUDIT_RECEIPT_KEY: "soon"}))) == 301
+
+
+def _write_anew(records: Records, digest: str) -> None:
+    """Write another digest of what was sent, chain the lines again and let the ledger know of the last one."""
+    *before, last = read_log(records.state)
+    entry = {**last, "digest": digest}
+    entry["hash"] = digest_of(entry)
+    (records.state / LOG).write_text("".join(json.dumps(one) + "\n" for one in [*before, entry]))
+    with sqlite3.connect(records.state / FILE) as connection:
+        connection.execute("update audit set digest = ?", (entry["hash"],))
+    connection.close()
