@@ -44,7 +44,7 @@ class Approval(Section):
     study: Study
     """The approved study, whole."""
     bundle: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    """Digest of the installed package's app bundle when the study was approved."""
+    """`icmoe.bundle.installed_digest` when the study was approved."""
     approved_at: Time
     """Time, ISO 8601 with offset."""
     withdrawn_at: Time | None = None
@@ -108,7 +108,7 @@ def one_at_a_time(state: Path) -> Iterator[None]:
 
 
 def approve(state: Path, study: Study, bundle: str, now: datetime) -> None:
-    """Keep the study as approved, together with the digest of the bundle that may run it."""
+    """Keep the study as approved, together with the digest of the package that may run it."""
     with approving(state, study, bundle, now):
         pass
 
@@ -124,7 +124,7 @@ def approving(state: Path, study: Study, bundle: str, now: datetime) -> Iterator
     study
         What is approved.
     bundle
-        Digest of the bundle that may run it.
+        `icmoe.bundle.installed_digest` of the package that may run it.
     now
         The time.
 
@@ -220,7 +220,7 @@ def approved_study(state: Path, site: str, digest: str, bundle: str) -> Study:
     digest
         Digest of the study as the message says it.
     bundle
-        Digest of the bundle of the package that is installed now.
+        `icmoe.bundle.installed_digest` of the package that is installed now.
 
     Raises
     ------

@@ -33,7 +33,7 @@ from fl_client.leaves import IN_INT8, LEAVES, RECORDS
 from fl_client.records import Records
 from fl_client.site import SiteFile, read_named, records_of, site_data, study_faults
 from icmoe.accounting import study_epsilon
-from icmoe.bundle import bundle_digest, bundle_files
+from icmoe.bundle import installed_digest
 from icmoe.chain import START, Entry
 from icmoe.data.slices import SiteData
 from icmoe.errors import CATALOGUE, Fault, IcmoeError, faults_of
@@ -42,7 +42,7 @@ from icmoe.study_privacy import SitePrivacy
 
 
 def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> None:
-    """Show a study, ask, and keep a copy of it as approved together with the digest of the installed package's bundle.
+    """Show a study, ask, and keep a copy of it as approved together with the digest of the installed package.
 
     Parameters
     ----------
@@ -68,20 +68,20 @@ def approve_study(path: Path, name: str, study_file: Path, *, agreed: bool) -> N
     most = settings.policy.max_epsilon
     if faults := [*study_faults(path, settings, study), *budget_faults(settings.budget, book, study, most)]:
         raise IcmoeError(*faults)
-    bundle = bundle_digest(bundle_files())
+    package = installed_digest()
     last = _approved_last(records.state, lines, study.name)
     console = Console()
     budget = {"budget": prospect(settings.budget, book, study, most)}
     data, unread = _data(path, settings, study)
     console.print(_table({**_terms(study), **budget, **_site_terms(settings, data, unread)}, study.name))
-    for what, digest in (("study", study.digest), ("app bundle", bundle)):
+    for what, digest in (("study", study.digest), ("package", package)):
         console.print(f"{what:10} {digest}", highlight=False, soft_wrap=True)  # whole lines: they are read out and compared
     console.print(_difference(last, study) if last else "No study of this name was approved before.", soft_wrap=True)
     if not agreed and not _asks(console):
         console.print("Nothing was approved.")
         sys.exit(1)
     told = f"{study.name} {study.digest[:12]} is approved at {name}."
-    _keep(records, study, bundle, partial(console.print, told, highlight=False))
+    _keep(records, study, package, partial(console.print, told, highlight=False))
     for fault in unread:
         later = replace(fault, did="The site cannot take part in it before.")
         console.print(str(later), highlight=False, markup=False, soft_wrap=True)
@@ -94,15 +94,15 @@ def _approved_last(state: Path, lines: Sequence[Entry], name: str) -> Study | No
     return sorted(named, key=lambda one: placed.get(one.digest, -1))[-1].study if named else None
 
 
-def _keep(records: Records, study: Study, bundle: str, tell: Callable[[], None]) -> None:
+def _keep(records: Records, study: Study, package: str, tell: Callable[[], None]) -> None:
     """Keep the approval and its line of the audit log, after the lines that withdrawals before it are owed."""
     state = records.state
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     with one_at_a_time(state):
         for before in unrecorded(read_approvals(state), read_log(state)):
             records.write("withdrawn", withdrawal(before))
-        with approving(state, study, bundle, datetime.now(UTC)):  # neither without the other, on a full disk either
-            head = records.add("approved", {"study": study.digest, "name": study.name, "bundle": bundle})
+        with approving(state, study, package, datetime.now(UTC)):  # neither without the other, on a full disk either
+            head = records.add("approved", {"study": study.digest, "name": study.name, "bundle": package})
         try:
             records.keep(head)
         finally:  # whatever is wrong with the ledger, it is approved
@@ -166,14 +166,14 @@ def _withdrawal_faults(records: Records, approval: Approval) -> list[Fault]:
 def list_approvals(path: Path, name: str, *, as_json: bool) -> None:
     """Print every approval, the oldest first, and whether it stands with the package that is installed now."""
     settings = read_named(path, name)
-    bundle = bundle_digest(bundle_files())
+    package = installed_digest()
     rows = [
         {
             "study": approval.study.name,
             "digest": approval.digest,
             "approved": approval.approved_at,
             "withdrawn": approval.withdrawn_at,
-            "package": "as approved" if approval.bundle == bundle else "changed since: approve again",
+            "package": "as approved" if approval.bundle == package else "changed since: approve again",
         }
         for approval in read_approvals(path.parent / settings.state)
     ]

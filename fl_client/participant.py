@@ -17,7 +17,7 @@ from fl_client.policy import Policy, limit_gpu, require_hour
 from fl_client.records import Records
 from fl_client.signing import Signer
 from fl_client.site import cache_folder_of, key_path, read_site_file, site_file_of_environment, site_slices, study_faults
-from icmoe.bundle import bundle_digest, bundle_files
+from icmoe.bundle import installed_digest
 from icmoe.data.slices import Slice
 from icmoe.device import available_device
 from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
@@ -138,7 +138,7 @@ def read_site(path: Path, digest: str) -> Participant:
     settings = read_site_file(path)
     state_folder = path.parent / settings.state
     before = forgot(state_folder)
-    study = approved_study(state_folder, settings.name, digest, bundle_digest(bundle_files()))
+    study = approved_study(state_folder, settings.name, digest, installed_digest())
     if faults := study_faults(path, settings, study):
         raise IcmoeError(*faults)
     require_hour(settings.policy, datetime.now(UTC).astimezone())

@@ -16,7 +16,7 @@ from fl_server import flower, submit
 from fl_server.beside import lift
 from fl_server.home import read_home
 from fl_server.round_log import RoundRecord
-from icmoe.bundle import bundle_digest, bundle_files
+from icmoe.bundle import installed_digest
 from icmoe.errors import Fault, IcmoeError
 
 
@@ -28,7 +28,7 @@ def run_study(root: Path, path: Path, *, resume: bool, as_json: bool) -> None:
     if folder.is_complete:
         say(f"{study.name} is complete: {folder.model}")
         return
-    say(f"study      {study.name} {study.digest}\napp bundle {bundle_digest(bundle_files())}")
+    say(f"study      {study.name} {study.digest}\npackage    {installed_digest()}")
     say(f"run        {folder.run_id}, deadline of each wait {study.deadline_s:.0f} s")
 
     def tell(record: RoundRecord) -> None:

@@ -26,12 +26,13 @@ from fl_client.leaves import IN_INT8, LEAVES
 from fl_client.participant import site_from_environment
 from fl_client.policy import Policy, limit_gpu, policy_faults, require_hour
 from fl_client.site import ENVIRONMENT
-from icmoe.bundle import PACKAGES, bundle_digest, bundle_files, differences
+from icmoe.bundle import INSTALLED, KINDS, PACKAGES, bundle_digest, bundle_files, differences, installed_digest
 from icmoe.config import parse
 from icmoe.errors import IcmoeError
 
 __all__ = ["hospital"]
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = "b" * 64
 
 
@@ -83,7 +84,7 @@ def test_the_command_shows_what_is_asked_and_what_leaves(hospital: Path, make_st
     said += ["out per round", LEAVES, "No study of this name was approved before."]
     assert [word for word in said if word not in text] == []
     assert study.digest in text.replace(" ", "")
-    assert bundle_digest(bundle_files()) in text.replace(" ", "")
+    assert installed_digest() in text.replace(" ", "")
 
     file.write_text(file.read_text().replace("rounds = 7", "rounds = 9"))
     again = " ".join(command(path, "approve", str(file), "--yes").output.split())
@@ -229,7 +230,7 @@ def test_an_approval_is_listed_withdrawn_and_then_refused(ready) -> None:
 
 def test_a_changed_package_needs_a_new_approval(ready, monkeypatch: pytest.MonkeyPatch) -> None:
     path, study = ready
-    monkeypatch.setattr("fl_client.participant.bundle_digest", lambda _: BUNDLE)
+    monkeypatch.setattr("fl_client.participant.installed_digest", lambda: BUNDLE)
     assert number_of(ask(request(study))) == 318
     monkeypatch.undo()
     monkeypatch.setenv(ENVIRONMENT, str(path))
@@ -340,6 +341,21 @@ def test_equal_trees_make_equal_bundles_and_any_change_shows(tmp_path: Path) -> 
     (tmp_path / "fl_client/app.py").write_bytes(files["fl_client/app.py"] + b" ")
     assert differences(files, bundle_files(tmp_path)) == ["fl_client/app.py", "fl_client/extra.py"]
     assert bundle_digest(bundle_files(tmp_path)) != bundle_digest(files)
+
+
+def test_what_is_approved_holds_all_three_packages_and_their_templates(tmp_path: Path) -> None:
+    for package in INSTALLED:
+        for path in (one for one in (ROOT / package).rglob("*") if one.suffix in {*KINDS, ".pyc"}):
+            copy = tmp_path / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    assert installed_digest(tmp_path) == installed_digest()
+    seen = {installed_digest()}
+    for name in ("icmoe/privacy.py", "icmoe/model_card.md.j2", "fl_client/app.py", "fl_server/app.py"):
+        with (tmp_path / name).open("ab") as file:
+            file.write(b" ")
+        seen.add(installed_digest(tmp_path))
+    assert len(seen) == 5
 
 
 def test_the_name_of_a_site_is_not_taken_from_elsewhere(ready) -> None:
