@@ -163,8 +163,16 @@ def _ask_everything(address: str, ca: Path, key: ec.EllipticCurvePrivateKey | No
         if key is not None and all(check.ok for check in checks):  # a wrong clock spoils the signature
             content, headers = flower.signed_request(key)
             checks.append(_admission(_ask(client, "POST", flower.SIGNED, content, headers), address))
-        answers = {path: _ask(client, method, path) for method, path in flower.OTHER_APIS}
-    return [*checks, _other_apis(answers, address)]
+        answers = {path: _answer_to(client, method, path) for method, path in flower.OTHER_APIS}
+    return [*checks, _other_apis({path: answer for path, answer in answers.items() if answer is not None}, address)]
+
+
+def _answer_to(client: httpx.Client, method: str, path: str) -> Answer | None:
+    """Return the answer to a request that need not pass, None where a firewall cuts it off."""
+    try:
+        return _ask(client, method, path)
+    except httpx.HTTPError:
+        return None
 
 
 def _ask(client: httpx.Client, method: str, path: str, content: bytes = b"", headers: Mapping[str, str] | None = None) -> Answer:

@@ -7,7 +7,7 @@ from textwrap import fill
 
 from fl_client.connection import proxy_of
 from fl_client.credentials import Coordinator
-from fl_client.flower_private import AHEAD_S, BEHIND_S
+from fl_client.flower_private import AHEAD_S, BEHIND_S, OTHER_APIS
 from fl_client.leaves import LEAVES
 from fl_client.site import SiteFile, cache_folder_of, read_site_file, require_name
 from icmoe.errors import Fault, IcmoeError
@@ -26,6 +26,8 @@ This machine takes part in training a segmentation model between hospitals. Imag
 | this machine | your DNS and NTP servers | as usual | DNS, NTP |
 
 * It asks for work every few seconds and sends updates in pieces of up to 5 MiB.
+* `check`, which also runs before each start, asks once for {others}: the coordinator
+  must refuse them with 404. Whoever drops them on the way changes nothing.
 * The clock may be at most {ahead_s} s ahead of the coordinator's and {behind_s} s behind it.
 * No inbound port. Nothing on this machine listens to the network; Flower's own local port is on 127.0.0.1.
 * Outbound proxy: {proxy}. It is taken from HTTPS_PROXY; NO_PROXY must name 127.0.0.1 and localhost.
@@ -89,7 +91,9 @@ def _network(path: Path, chosen: Coordinator) -> dict[str, str]:
     found = proxy_of(host)
     proxy = f"{found[0]}:{found[1]}, by CONNECT" if found else "none is set"
     files = {"ca": str(path.parent / chosen.ca), "key": str(path.parent / chosen.key)}
-    return {"host": host, "port": str(port), "proxy": proxy, "ahead_s": str(AHEAD_S), "behind_s": str(BEHIND_S), **files}
+    others = ", ".join(f"{method} {path}" for method, path in OTHER_APIS)
+    seconds = {"ahead_s": str(AHEAD_S), "behind_s": str(BEHIND_S)}
+    return {"host": host, "port": str(port), "proxy": proxy, "others": others, **seconds, **files}
 
 
 def _folders(path: Path, settings: SiteFile) -> dict[str, str]:

@@ -51,7 +51,10 @@ class Authority:
 def http_server(
     answers: dict[str, tuple[int, Any]] = FLEET, *, tls: ssl.SSLContext | None, ahead_s: float = 0.0
 ) -> Iterator[tuple[int, list[str]]]:
-    """Serve the answers by path, 404 elsewhere, and say which lines were asked; `ahead_s` is how far its clock is wrong."""
+    """Serve the answers by path, 404 elsewhere, and say which lines were asked; a status of 0 closes the connection.
+
+    `ahead_s` is how far its clock is wrong.
+    """
     asked: list[str] = []
 
     class Requests(BaseHTTPRequestHandler):
@@ -61,6 +64,9 @@ def http_server(
             body = self.rfile.read(int(self.headers.get("content-length") or 0))
             asked.append(f"{self.command} {self.path} {len(body)}")
             status, values = answers.get(self.path, (404, {"detail": "Not Found"}))
+            if not status:
+                self.close_connection = True
+                return
             data = values if isinstance(values, bytes) else json.dumps(values).encode()
             self.send_response(status)
             self.send_header("content-length", str(len(data)))

@@ -18,6 +18,7 @@ from loopback import FLEET, HOSTS, NOW, Authority, closed_port, http_server, raw
 
 from fl_client import connection
 from fl_client.connection import proxy_of
+from fl_client.flower_private import OTHER_APIS
 from fl_client.preflight import run_preflight
 from icmoe.errors import IcmoeError
 
@@ -194,6 +195,13 @@ def test_an_open_control_api_is_a_loud_warning(path: str, hospital: Hospital, au
     assert code == 0
     assert "ICM312" in output
     assert f"anybody could submit code to all sites: {path}." in output
+
+
+def test_a_firewall_that_cuts_off_whatever_is_not_the_fleet_api_is_no_fault(hospital: Hospital, authority: Authority) -> None:
+    others = {path: (0, b"") for _, path in OTHER_APIS}
+    with http_server({**FLEET, **others}, tls=authority.server(*HOSTS)) as (port, asked):
+        assert hospital.at(port).faults() == []
+    assert {line.split()[1] for line in asked} >= others.keys()
 
 
 @pytest.mark.parametrize(

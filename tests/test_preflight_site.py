@@ -24,6 +24,7 @@ from loopback import HOSTS, Authority, closed_port, http_server
 from typer.testing import CliRunner
 
 from fl_client import check, cli, preflight
+from fl_client.flower_private import OTHER_APIS
 from fl_client.leaves import LEAVES
 from fl_client.preflight import run_preflight
 
@@ -250,6 +251,7 @@ def test_the_it_sheet_names_host_port_files_and_what_never_leaves(hospital: Hosp
     for words in ("coordinator.example | TCP 8443, outbound only", str(hospital.key), "No inbound port", "What never leaves"):
         assert words in done.output
     assert LEAVES[1:] in " ".join(done.output.split())
+    assert all(path in done.output for _, path in OTHER_APIS), "whoever watches the network is told of every request"
     hospital.path.write_text(hospital.text)
     done = CliRunner().invoke(cli.app, ["--site", "Alder", "--config", str(hospital.path), "it-sheet"])
     assert (done.exit_code, done.output[:7]) == (1, "ICM203 ")
