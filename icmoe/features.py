@@ -145,17 +145,9 @@ class FeatureCache:
         Raises
         ------
         IcmoeError
-            102 where a value does not fit into fp16; such features would turn into infinity.
+            102 as `in_half`.
         """
-        tensors = {"embedding": embedding_CHW, **{f"block{index}": block for index, block in enumerate(blocks)}}
-        for name, tensor in tensors.items():
-            largest = float(tensor.abs().max())
-            if not largest <= HALF_MAX:
-                fault = Fault(
-                    number=102, what=f"features ({name}) leave the range of fp16", value=str(largest), limit=str(HALF_MAX)
-                )
-                raise IcmoeError(fault)
-        halves = {name: tensor.to("cpu", torch.float16).contiguous() for name, tensor in tensors.items()}
+        halves = {name: half.to("cpu").contiguous() for name, half in in_half(embedding_CHW, blocks).items()}
         # One metadata key: safetensors writes several in random order, and equal features shall be equal bytes.
         header = json.dumps({"format": FORMAT, "key": key, "crc32": _checksum(halves)}, sort_keys=True)
         write_atomically(self.path(key), save(halves, metadata={METADATA_KEY: header}), durable=False, private=True)
@@ -256,6 +248,24 @@ class FeatureCache:
                 raise ValueError("damaged")
             _CHECKED.add(self.path(key))
         return tensors
+
+
+def in_half(embedding: Tensor, blocks: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return features in half precision, as training and prediction use them, by the names that they have in an entry.
+
+    Raises
+    ------
+    IcmoeError
+        102 where a value does not fit into fp16: it would turn into infinity, and all that follows into no number.
+    """
+    tensors = {"embedding": embedding, **{f"block{index}": block for index, block in enumerate(blocks)}}
+    for name, tensor in tensors.items():
+        largest = float(tensor.abs().max())
+        if not largest <= HALF_MAX:
+            what = f"features ({name}) leave the range of fp16"
+            todo = "Look at the picture; where others fail as well, the backbone's weights are of no use here."
+            raise IcmoeError(Fault(number=102, what=what, value=str(largest), limit=f"at most {HALF_MAX:g}", todo=todo))
+    return {name: tensor.half() for name, tensor in tensors.items()}
 
 
 def _checksum(tensors: dict[str, Tensor]) -> int:

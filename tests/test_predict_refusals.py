@@ -24,6 +24,7 @@ from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 
+from icmoe.backbone import Backbone
 from icmoe.errors import IcmoeError
 from icmoe.predict.output import staged
 from icmoe.predict.stacks import find_series
@@ -337,6 +338,22 @@ def test_a_series_without_any_grey_values_is_not_said_to_be_free_of_findings(mod
     assert numbers(refusal(model, tmp_path / "export", tmp_path / "out")) == [113]
     nibabel.save(nibabel.Nifti1Image(np.full((8, 8, 3), np.nan, np.float32), np.eye(4)), tmp_path / "a.nii")
     assert numbers(refusal(model, tmp_path / "a.nii", tmp_path / "out", "nifti")) == [113]
+
+
+@pytest.mark.parametrize(("factor", "told"), [(1e9, "fp16"), (float("nan"), "fp16"), (1.0, "")])
+def test_features_outside_half_precision_are_refused_as_in_training_and_are_no_finding_of_nothing(
+    factor: float, told: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    encode = Backbone.encode
+    monkeypatch.setattr(Backbone, "encode", lambda self, images: encode(self, images).each(lambda tensor: factor * tensor))
+    put(tmp_path, slices("axial"))
+    if not told:
+        assert not predicted(model, tmp_path / "export", tmp_path / "out", "png")[1]
+        return
+    error = refusal(model, tmp_path / "export", tmp_path / "out", "png")
+    assert numbers(error) == [102]
+    assert all(part in str(error) for part in (told, error.faults[0].where, "at most 65504", "It was not segmented."))
+    assert (tmp_path / "export" / error.faults[0].where).is_file()
 
 
 def test_what_is_taken_for_no_image_is_named(model: Path, tmp_path: Path):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from icmoe.backbone import Backbone
 from icmoe.evaluation import ALONE, mean_logits
-from icmoe.features import Features
+from icmoe.features import Features, in_half
 from icmoe.mixture import Mixture
 from icmoe.model import ICMoE
 from icmoe.preprocess import apply_view, prepare, restore, view_target
@@ -53,6 +53,11 @@ def maps_of(model: ICMoE | Mixture, backbone: Backbone, image_HW: npt.NDArray[np
         Upright grey values in [0, 1] on the scale of the series.
     views
         Views of the picture whose class probabilities, gates and disagreements are averaged.
+
+    Raises
+    ------
+    IcmoeError
+        102 where the features do not fit into half precision.
     """
     prepared_3SS = prepare(image_HW, backbone.image_size)
     said = [_said(model, backbone, prepared_3SS, view) for view in views]
@@ -86,8 +91,9 @@ def _said(model: ICMoE | Mixture, backbone: Backbone, prepared_3SS: Tensor, view
 
 
 def _rounded(features: Features) -> Features:
-    """Return features as the cache of training keeps them: in half precision."""
-    return features.each(lambda tensor: tensor.half().float())
+    """Return features as the cache of training keeps them: in half precision, and refused where they do not fit into it."""
+    embedding_BCHW, *blocks = (half.float() for half in in_half(features.embedding_BCHW, features.blocks).values())
+    return Features(embedding_BCHW, tuple(blocks), features.rest)
 
 
 def _largest(maps_XHW: Tensor) -> npt.NDArray[np.uint8]:

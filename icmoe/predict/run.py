@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -94,7 +94,8 @@ class Prediction:
                 # `shown` again: inverted frames are turned about the value about which those that made the window were.
                 self.stacks.append(self._stack(series, stack, windows, blank, folder, shown))
             except IcmoeError as error:
-                self.faults += error.faults
+                path = stack.frames[0].path  # for what the backbone or the model refuses: they know no file
+                self.faults += [replace(one, where=one.where or path, did=one.did or LEFT_OUT) for one in error.faults]
             except Refusal as refusal:
                 self.faults.append(Fault(number=refusal.number, where=stack.frames[0].path, what=refusal.why, did=LEFT_OUT))
             if not self.stacks or self.stacks[-1]["folder"] != folder.name:
