@@ -6,6 +6,7 @@ import json
 import shutil
 import stat
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -33,6 +34,9 @@ from pydicom.dataset import Dataset
 
 from icmoe.data.ingest.geometry import plane_matrix, upright
 from icmoe.data.ingest.nifti import read
+from icmoe.errors import IcmoeError
+from icmoe.predict.nifti import nifti_bytes
+from icmoe.predict.stacks import find_series
 from icmoe.study import Label
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -195,6 +199,30 @@ def test_a_nifti_volume_comes_back_on_its_own_grid(model: Path, tmp_path: Path):
     assert image.shape == (24, 5, 25)
     assert image.affine == pytest.approx(affine, abs=1e-5)
     assert set(np.unique(image.dataobj)) == {0, 1}
+
+
+@pytest.mark.parametrize("form", ["nifti", "png"])
+@pytest.mark.parametrize("step_mm", [0.002, -0.004, 0.005, 0.012, -5.0])
+def test_slices_of_a_volume_are_planes_of_their_own_however_near(step_mm: float, form: str, model: Path, tmp_path: Path):
+    affine = np.diag([0.004, 0.004, step_mm, 1.0])
+    affine[2, 3] = 0.00251
+    nibabel.save(nibabel.Nifti1Image(BLOBS.transpose(2, 1, 0).astype(np.int16), affine), tmp_path / "scan.nii.gz")
+    record, faults = predicted(model, tmp_path / "scan.nii.gz", tmp_path / "out", form)
+    assert not faults
+    (stack,) = record["stacks"]
+    assert [number for _, number in stack["sources"]] == [1, 2, 3, 4, 5][:: 1 if step_mm > 0 else -1]
+    if form == "nifti":
+        image = nibabel.load(tmp_path / "out/001/segmentation.nii.gz")
+        assert image.shape == (25, 24, 5)
+        assert image.affine == pytest.approx(affine, abs=1e-7)
+
+
+def test_a_volume_of_which_slices_are_missing_is_refused_as_nifti(tmp_path: Path):
+    nibabel.save(nibabel.Nifti1Image(BLOBS.transpose(2, 1, 0).astype(np.int16), np.eye(4)), tmp_path / "scan.nii")
+    ((series,), _) = find_series(tmp_path, ["scan.nii"], ())
+    cut = replace(series.stacks[0], frames=series.stacks[0].frames[1:])
+    with pytest.raises(IcmoeError, match=r"ICM143 scan\.nii: .*: 4 slices \(allowed: its 5\)"):
+        nifti_bytes(tmp_path, series, cut, np.zeros((4, 24, 25), np.uint8))
 
 
 @pytest.mark.parametrize("ending", ["nii", "nii.gz"])

@@ -68,9 +68,12 @@ def affine_of(series: Series, stack: Stack) -> npt.NDArray[np.float64]:
     Raises
     ------
     IcmoeError
-        143 where the frames' places are unknown or not evenly spaced.
+        143 where the frames' places are unknown or not evenly spaced, or are not all of a volume's.
     """
     if series.first.kind == "volume":
+        extent = len(series.first.frames)
+        if len(stack.frames) != extent:
+            raise _refused(stack, "a volume comes back whole", f"{len(stack.frames)} slices", f"its {extent}")
         return np.asarray(RAS_TO_LPS @ matrix_of(series.first))
     planes = stack.planes
     first = planes[0]
@@ -88,5 +91,5 @@ def affine_of(series: Series, stack: Stack) -> npt.NDArray[np.float64]:
     return np.asarray(RAS_TO_LPS @ matrix)
 
 
-def _refused(stack: Stack, what: str) -> IcmoeError:
-    return IcmoeError(Fault(number=143, where=stack.frames[0].path, what=what))
+def _refused(stack: Stack, what: str, value: str = "", limit: str = "") -> IcmoeError:
+    return IcmoeError(Fault(number=143, where=stack.frames[0].path, what=what, value=value, limit=limit))

@@ -137,6 +137,9 @@ def find_series(
 
 
 def _stacks(files: dict[str, FileRecord]) -> tuple[Stack, ...]:
+    path, record = next(iter(files.items()))
+    if record.kind == "volume":  # a series of its own
+        return (_of_volume(path, record),)
     places = [(path, number, place) for path, record in files.items() for number, place in enumerate(record.frames)]
     grids: list[tuple[tuple[int, int, str], Plane | None]] = []
     taken: Counter[tuple[int, int]] = Counter()
@@ -164,6 +167,14 @@ def _stacks(files: dict[str, FileRecord]) -> tuple[Stack, ...]:
         )
         for (grid, repeat), frames in stacks.items()
     )
+
+
+def _of_volume(path: str, record: FileRecord) -> Stack:
+    """Return the stack of a volume: its slices are distinct planes in their order, however near each other (a microscope's)."""
+    places = [(path, number, place) for number, place in enumerate(record.frames)]
+    if ordered([places[0], places[-1]])[0] is not places[0]:
+        places.reverse()
+    return Stack(tuple(Frame(path, number, place.plane) for _, number, place in places), (record.rows, record.columns))
 
 
 def _some_have_fewer(counts: Sequence[int]) -> bool:
