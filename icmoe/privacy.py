@@ -30,7 +30,7 @@ from icmoe.patient_batches import Sample, draw_samples, grouped
 from icmoe.patient_gradients import BackEnd, Objective, back_end_for
 from icmoe.study import Study
 from icmoe.study_privacy import SitePrivacy
-from icmoe.training import RoundResult, anchor_of, learning_rate
+from icmoe.training import RoundResult, anchor_of, learning_rate, require_finite
 
 
 def private_round(
@@ -88,7 +88,7 @@ def private_round(
                 on_step(step + 1, privacy.steps)
         descent.finish()
     model.eval()
-    _require_finite(model)
+    require_finite(model)
     usage = usage_of(usage_M / privacy.steps, privacy)
     return RoundResult(loss=None, terms={}, usage_M=usage, steps=privacy.steps, train_s=time.perf_counter() - began)
 
@@ -250,8 +250,3 @@ def _sgd_step(optimizer: torch.optim.SGD, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
-
-
-def _require_finite(model: ICMoE) -> None:
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in model.parameters()):
-        raise IcmoeError(Fault(number=304, what="the trained model is not finite", did="The round's update was not sent."))

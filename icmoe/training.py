@@ -113,7 +113,7 @@ def train_round(
     Raises
     ------
     IcmoeError
-        304 where the loss is not finite; the update must not be used then.
+        304 where the loss or the model is not finite; the update must not be used then.
     """
     steps = steps or data.steps(study.training.local_epochs)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -138,7 +138,21 @@ def train_round(
         if on_step is not None:
             on_step(step, steps)
     model.eval()
-    return sums.result(steps, time.perf_counter() - began)
+    result = sums.result(steps, time.perf_counter() - began)
+    require_finite(model)  # the last step may have broken it, after the loss was taken
+    return result
+
+
+def require_finite(model: ICMoE) -> None:
+    """Refuse a model that training broke; waits for its device once.
+
+    Raises
+    ------
+    IcmoeError
+        304 where a parameter is not finite.
+    """
+    if not bool(torch.stack([torch.isfinite(tensor).all() for tensor in model.parameters()]).all()):
+        raise IcmoeError(Fault(number=304, what="the trained model is not finite", did="The round's update was not sent."))
 
 
 def anchor_of(model: ICMoE, study: Study) -> Router | None:
