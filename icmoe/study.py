@@ -314,6 +314,14 @@ class Study(Section):
         return self
 
     @model_validator(mode="after")
+    def _something_is_learned(self) -> Study:
+        every = set(LossWeights.model_fields) if self.model.experts else {"cross_entropy", "dice", "contrast"}
+        if not any(getattr(self.loss, name) for name in every):
+            kind = "every loss term" if self.model.experts else "every loss term that needs no experts"
+            raise ValueError(f"{kind} is off: one of {', '.join(f'loss.{name}' for name in sorted(every))} above 0")
+        return self
+
+    @model_validator(mode="after")
     def _private_sum_depends_on_no_two_sites(self) -> Study:
         rule = self.aggregation
         coupled = rule.cap < 1.0 or rule.min_contributors > 1 or rule.shrinkage or rule.balance_step > 0.0

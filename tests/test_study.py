@@ -165,6 +165,28 @@ def test_a_file_in_utf16_is_told_to_be_saved_as_utf8(tmp_path: Path, encoding: s
     assert str(caught.value).startswith(told)
 
 
+OFF = "\n[loss]\n" + "".join(
+    f"{name} = 0.0\n"
+    for name in ("cross_entropy", "dice", "contrast", "vote", "label_consistency", "load_balance", "router_z", "router_anchor")
+)
+ALONE = "\n[model]\nbasic_experts = 0\nsemantic_experts = 0\nadaptive_experts = 0\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (OFF, "loss.contrast, loss.cross_entropy, loss.dice, loss.label_consistency, loss.load_balance, loss.router_anchor"),
+        (ALONE + OFF.replace("vote = 0.0", "vote = 0.3"), "needs no experts is off: one of loss.contrast, loss.cross_entropy,"),
+    ],
+)
+def test_a_study_that_learns_nothing_is_refused_before_it_is_approved(change: str, said: str, tmp_path: Path) -> None:
+    (line,) = faults_of(tmp_path, SMALL + change)
+    assert line.startswith("ICM202")
+    assert said in line
+    assert read_study(write(tmp_path, SMALL + change.replace("contrast = 0.0", "contrast = 0.1"))).loss.dice == 0.0
+    assert read_study(write(tmp_path, SMALL + OFF.replace("router_z = 0.0", "router_z = 0.1"))).loss.dice == 0.0
+
+
 @pytest.mark.parametrize("value", ["2020-01-01", "12:30:00", "2020-01-01 12:30:00+00:00", "1979-05-27 07:32:00"])
 def test_a_date_that_nobody_quoted_is_no_text(value: str, tmp_path: Path) -> None:
     path = tmp_path / "study.toml"
