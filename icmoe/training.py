@@ -100,7 +100,8 @@ def train_round(
     round_number
         From 1; places the round in the learning-rate schedule.
     seed
-        Of order, views, router noise and contrast anchors; same seed, same bytes on one machine and thread count.
+        Of order, views, router noise and contrast anchors. On one machine, CPU and thread count the same seed gives the same
+        bytes, where memory suffices for as many slices at once; on CUDA sums of some operations come in any order.
     device
         CPU or CUDA; autocast to bfloat16 on CUDA.
     steps
@@ -128,7 +129,7 @@ def train_round(
     began = time.perf_counter()
     step = 0
     for batch in data.batches(steps=steps, seed=seed, device=device):
-        measured = parts.run(partial(gradient.of, batch))
+        measured = parts.run(partial(gradient.of, batch, noise.get_state()))
         torch.nn.utils.clip_grad_norm_(trained, study.training.clip_norm)
         optimizer.step(learning_rate(study, round_number=round_number, step=step, steps=steps))
         for part in measured:
@@ -174,7 +175,10 @@ class _Measured:
 
 @dataclass(frozen=True, slots=True)
 class _Gradient:
-    """The gradient of a batch, in one part or, where memory is short, in several whose gradients add up to the same."""
+    """The gradient of a batch, in one part or, where memory is short, in several whose gradients add up.
+
+    To the same where nothing is drawn: parts draw router noise and anchors in another order than a whole batch.
+    """
 
     model: ICMoE
     study: Study
@@ -184,8 +188,12 @@ class _Gradient:
     generator: torch.Generator
     unknown: Sequence[int]
 
-    def of(self, batch: Batch, at_once: int) -> list[_Measured]:
-        """Leave the batch's gradient in the trained tensors and return what was measured."""
+    def of(self, batch: Batch, state: Tensor, at_once: int) -> list[_Measured]:
+        """Leave the batch's gradient in the trained tensors and return what was measured; draws begin at the generator's state.
+
+        An attempt that memory did not suffice for has drawn already, which no later draw shall hang on.
+        """
+        self.generator.set_state(state)
         for tensor in self.trained:
             tensor.grad = None
         return [self._part(batch, at, min(at + at_once, len(batch))) for at in range(0, len(batch), at_once)]
