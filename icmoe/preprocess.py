@@ -18,6 +18,8 @@ from icmoe.study import View
 
 DARK_GAMMA = 1.5
 BRIGHT_GAMMA = 0.67
+MATRICES = 8
+"""Kept of each kind: slices of a series need the same few. Radiographs have a size each, and one of theirs takes some 10 MB."""
 
 
 def prepare(image_HW: npt.NDArray[np.float32], size: int) -> Tensor:
@@ -150,7 +152,7 @@ def _covered(pixels: int, side: int, longest: int) -> int:
     return max(1, -((longest - 2 * pixels * side) // (2 * longest)))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=MATRICES)
 def _resize(out: int, cells: int, scale: float) -> Tensor:
     """Return the matrix (out x cells) of an anti-aliased bilinear resize by `scale` along one axis; rows sum to 1."""
     # A centre beyond the last cell's (the short side rarely ends on a cell's edge) takes that cell's value.
@@ -161,7 +163,7 @@ def _resize(out: int, cells: int, scale: float) -> Tensor:
     return (weights / weights.sum(1, keepdim=True)).float()
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=MATRICES)
 def _overlap(side: int, pixels: int, longest: int) -> Tensor:
     """Return the matrix (side x pixels, float64) of the share of each cell that each source pixel covers along one axis."""
     edges = torch.arange(pixels + 1, dtype=torch.float64) * (side / longest)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
-from icmoe.preprocess import apply_view, prepare, restore, target, view_target
+from icmoe.preprocess import MATRICES, _overlap, _resize, apply_view, prepare, restore, target, view_target
 from icmoe.window import Window, normalise
 
 sides = st.integers(1, 70)
@@ -166,3 +166,14 @@ def test_windows_without_pixels_or_width_are_refused():
         Window(1.0, 1.0)
     with pytest.raises(ValueError, match="H x W"):
         prepare(normalise(np.zeros((2, 2, 3)), Window(0.0, 1.0)), 8)
+
+
+def test_pictures_of_many_sizes_leave_few_matrices_in_memory() -> None:
+    for pixels in range(30, 50):
+        image_HW = np.zeros((pixels, pixels + 7), np.float32)
+        prepare(image_HW, 32)
+        restore(torch.zeros(2, 32, 32), image_HW.shape)
+        target(image_HW.astype(np.uint8), 2, 16)
+    assert _resize.cache_info().currsize <= MATRICES
+    assert _overlap.cache_info().currsize <= MATRICES
+    assert MATRICES <= 16
