@@ -124,6 +124,8 @@ def common_spacing(slices: Sequence[Slice]) -> tuple[float, float, float] | None
     """
     first = slices[0]
     steps = {after.index - before.index for before, after in pairwise(slices)}
+    if first.step is not None:  # as listed: of slices that lack every other one all steps are equal, and too wide
+        steps.add(first.step)
     known = [item.spacing_mm for item in slices if item.spacing_mm is not None and item.shape == first.shape]
     if len(known) < len(slices) or len(steps) > 1 or 0 in steps:
         return None

@@ -380,3 +380,16 @@ def test_real_hospitals_are_used_whole():
     }
     assert all(item.window.high - item.window.low > 20 for site in sites.values() for item in site.slices)
     assert isinstance(sites["CS"].slices[0].window, Window)
+
+
+@pytest.mark.parametrize("fault", ["cut", "listed twice"])
+def test_a_slice_that_was_left_out_is_noticed_between_its_neighbours(fault: str, root: Path) -> None:
+    rows = _rows(root, "train")
+    _save(root / "A/images/p1_3.png", _image(9))
+    middle = rows[1][4]
+    rows.append([*rows[1][:3], "3", "A/images/p1_3.png" if fault == "cut" else rows[2][4], rows[1][5]])
+    if fault == "cut":
+        _cut(root / middle)
+    _write(root, "train", rows)
+    steps = {(item.patient, item.index): item.step for item in read_folder(root, LABELS)["A"].of("train")}
+    assert steps == {("p1", 1): 1, ("p1", 3 if fault == "cut" else 2): 1, ("p2", 1): None}

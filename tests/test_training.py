@@ -106,6 +106,7 @@ def _smaller(item: Slice) -> Slice:
 
 UNEVEN = {
     "a slice was left out": lambda rows: rows[:2] + rows[3:],
+    "every other slice was left out": lambda rows: rows[::2],
     "two series": lambda rows: [*rows[:2], replace(rows[2], index=1), *rows[3:]],
     "all in one place": lambda rows: [replace(item, index=1) for item in rows],
     "other pixels": lambda rows: [*rows[:4], replace(rows[4], spacing_mm=(5.0, 0.5, 0.5))],
@@ -121,7 +122,8 @@ def test_distances_are_measured_only_where_the_slices_are_one_even_stack(change:
     model = build_model(study, seed=1)
     (whole,) = score_slices(model, even, study.labels, cache, CPU)
     assert whole.hd95_mm is not None
-    assert common_spacing(even[::2]) == common_spacing(even) == (5.0, 1.0, 1.0)
+    thin = [replace(item, step=2) for item in even[::2]]  # listed so
+    assert common_spacing(thin) == common_spacing(even) == common_spacing(even[:1]) == (5.0, 1.0, 1.0)
     assert common_spacing([*even[:4], replace(even[4], spacing_mm=(5.0, 1.0005, 1.0))]) == (5.0, 1.0, 1.0)  # rounded otherwise
     assert score_slices(model, [even[2], *even[3:], *even[:2]], study.labels, cache, CPU) == [whole]
     (part,) = score_slices(model, UNEVEN[change](even), study.labels, cache, CPU)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,6 +110,8 @@ def _read_sites(
 ) -> dict[str, SiteData]:
     first, twice = _twice(root, rows)
     slices, faults = _read_patients(root, first, labels, progress)
+    steps = _steps(rows)
+    slices = [replace(item, step=steps[item.site, item.patient, item.split]) for item in slices]
     return {
         name: SiteData(
             name=name,
@@ -118,6 +121,14 @@ def _read_sites(
         )
         for name in names
     }
+
+
+def _steps(rows: Sequence[Row]) -> dict[tuple[str, str, str], int | None]:
+    """Return by site, patient and split the least difference of indices, which is that of neighbours; None where there is one."""
+    indices: dict[tuple[str, str, str], set[int]] = {}
+    for row in rows:
+        indices.setdefault((row.site, row.patient, row.split), set()).add(row.index)
+    return {key: min((b - a for a, b in pairwise(sorted(found))), default=None) for key, found in indices.items()}
 
 
 def _twice(root: Path, rows: Sequence[Row]) -> tuple[list[Row], dict[str, list[Fault]]]:

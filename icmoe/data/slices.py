@@ -43,6 +43,9 @@ class Slice:
         Grey values mapped to 0 and 1, common to all slices of the patient.
     spacing_mm
         Distance of neighbouring slices, rows and columns, or None where unknown.
+    step
+        Difference of neighbours' indices as the patient is listed, whatever was left out of the list; None for one slice, and
+        where `spacing_mm` was measured between the slices that are there.
     modality
         A term of DICOM, empty for PNG files.
     classes
@@ -61,6 +64,7 @@ class Slice:
     shape: tuple[int, int]
     window: Window
     spacing_mm: tuple[float, float, float] | None
+    step: int | None = None
     modality: str = ""
     classes: tuple[int, ...] = ()
     marks: str = ""
