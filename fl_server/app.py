@@ -18,6 +18,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fl_server import audit
 from fl_server.aggregate import IDENTITY
+from fl_server.arriving import one_by_one
 from fl_server.beside import audit_path, lock_path, read_lifted, waiting_path
 from fl_server.data_check import check_data
 from fl_server.guard import Guard, Note
@@ -107,7 +108,7 @@ def main(grid: Grid, context: Context) -> None:
     try:
         with only_run_of(path):
             sweep_often()
-            run_study(grid, path, run=str(context.run_id))
+            run_study(one_by_one(grid), path, run=str(context.run_id))
     except (IcmoeError, OSError) as error:
         found = faults_of(error)
         with suppress(OSError):  # the disk may be full

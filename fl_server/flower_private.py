@@ -1,4 +1,4 @@
-"""Private names of Flower that the coordinator's side needs, in one place, for one version."""
+"""Private names of Flower for the register of sites, in one place, for one version; `flower_replies` has those of replies."""
 
 # ruff: noqa: E402  (the version is looked at before any private name)
 from __future__ import annotations

@@ -31,6 +31,8 @@ from icmoe.errors import Fault
 from icmoe.packing import tensors_digest
 from icmoe.study import Study
 
+UNREADABLE = 504
+"""Stands in the place of an update that could not be read at all (`fl_server.arriving`)."""
 MOST_REFUSALS = 3
 LEAST_COMPARED = 3
 """Of two updates of different norm neither is the odd one."""
@@ -188,6 +190,8 @@ class Guard(Wrapping):
                     faults.append(Fault(number=513, where=site, did="It was not used; the site may take part in this round."))
             elif reply.has_error():
                 faults.append(site_fault(site, reply.error.reason))
+                if faults[-1].number == UNREADABLE:
+                    self.memory.refuse(site, server_round)
             elif not self.memory.sits_out(site):
                 try:
                     candidate = self._checked(reply, site)

@@ -91,7 +91,7 @@ def contents_of(draw: st.DrawFn, right: Callable[[], RecordDict]) -> RecordDict:
             wrong[name] = _record_of(kind, {key: draw(WHOLE | TEXTS) for key in [PACKED, *list(wrong[name])[:2]]})
     try:
         return copied(wrong)
-    except (ValueError, TypeError):  # no wire carries it
+    except (ValueError, TypeError):  # refused before anything here sees it: tests/test_arriving.py
         assume(False)
         raise
 

@@ -184,7 +184,7 @@ def test_sites_are_admitted_replaced_and_revoked_one_by_one_at_a_real_superlink(
         socket.create_connection(("127.0.0.1", port), timeout=5)
 
 
-@pytest.mark.parametrize("module", ["fl_client.flower_private", "fl_server.flower_private"])
+@pytest.mark.parametrize("module", ["fl_client.flower_private", "fl_server.flower_private", "fl_server.flower_replies"])
 def test_another_version_of_flower_is_refused_before_its_private_names_are_used(
     module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
