@@ -11,10 +11,12 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import logging
+import lzma
 import math
 import sys
 import time
 import zipfile
+import zlib
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,6 +46,7 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.run import Run
 from flwr.supernode import start_client_internal
 
+from fl_client.callbacks import Connect, Connection, watched
 from icmoe.atomic import write_atomically
 from icmoe.bundle import differences
 from icmoe.errors import CATALOGUE, Fault
@@ -58,11 +61,11 @@ LARGEST_BYTES = 50_000_000
 SOON_S, BETWEEN_S = 20.0, 0.5
 """After an answer the next question is near: for so long a site asks so often, and then every 3 s as Flower does."""
 
-Connection = tuple[Any, ...]
 Received = tuple[Message, Any]
-Connect = Callable[..., Any]
 
 _EQUAL = "equal"
+# What Python's reader of zip files raises beside the usual: by format, method, password, and damage to what is packed.
+_NO_BUNDLE = (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, lzma.LZMAError)
 # What Flower's own code says in an error reply, and the number that says the same.
 _FLOWERS_OWN = {"The FAB could not be verified.": 317, "ClientApp stopped responding.": 323}
 
@@ -79,7 +82,7 @@ def unpack(content: bytes) -> dict[str, bytes]:
             if sum(item.file_size for item in archive.infolist()) > LARGEST_BYTES:
                 return {}
             return {item.filename: archive.read(item) for item in archive.infolist()}
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, OSError) as error:
+    except (*_NO_BUNDLE, ValueError, EOFError, OSError) as error:
         log.error("what the coordinator shipped is no app bundle: %s", type(error).__name__)
         return {}
 
@@ -154,7 +157,7 @@ def run_supernode(files: Mapping[str, bytes], fab_id: str, fab_version: str, hom
     content = pack(files)
     mine = Fab(hashlib.sha256(content).hexdigest(), content, {})
     connect = start_client_internal.http_request_response  # type: ignore[attr-defined]
-    start_client_internal.http_request_response = guarded(connect, mine, fab_id, fab_version)  # type: ignore[attr-defined]
+    start_client_internal.http_request_response = guarded(watched(connect), mine, fab_id, fab_version)  # type: ignore[attr-defined]
     start_client_internal._verify_fab = _verdict
     sys.argv = ["flower-supernode", *arguments, "--trusted-entities", str(_write_entities(home))]
     sweep_often()

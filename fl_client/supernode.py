@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -16,14 +17,16 @@ from fl_client.connection import is_refused
 from fl_client.credentials import read_node_key
 from fl_client.flower_private import run_supernode
 from fl_client.site import read_site_file, site_file_of_environment
-from fl_client.supervisor import KEY_NOT_KNOWN, SUPEREXEC_GONE
-from fl_client.watchdog import end_with_child, end_with_parent
+from fl_client.supervisor import CONNECTION_ENDED, KEY_NOT_KNOWN, SUPEREXEC_GONE
+from fl_client.watchdog import end_with_child, end_with_parent, leave
 from icmoe.bundle import NAME, PUBLISHER, VERSION, bundle_files
 from icmoe.errors import exit_on_fault
 
+log = logging.getLogger("fl_client")
+
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the SuperNode until it ends.
+    """Run the SuperNode until it ends, and this process with it.
 
     Parameters
     ----------
@@ -32,21 +35,28 @@ def main(arguments: Sequence[str]) -> None:
     """
     parent, *flags = arguments
     end_with_parent(int(parent))
-    with exit_on_fault():
-        path = site_file_of_environment()
-        chosen = read_site_file(path).coordinator
-        # Flower's own refusal is the same for a key that is not known and for a last connection that has not run out.
-        if chosen and is_refused(chosen.address, path.parent / chosen.ca, read_node_key(path.parent / chosen.key)):
-            sys.exit(KEY_NOT_KNOWN)
-        home = Path(os.environ["FLWR_HOME"])
-        shutil.rmtree(home / "apps", ignore_errors=True)  # Flower would run what lies there without another look
-        gone = end_with_child("flower-superexec")  # what starts the ClientApps; Flower would stay connected and never answer
-        try:
-            run_supernode(bundle_files(), f"{PUBLISHER}/{NAME}", VERSION, home, flags)
-        except SystemExit:
-            if gone.is_set():
-                sys.exit(SUPEREXEC_GONE)
-            raise
+    gone = end_with_child("flower-superexec")  # what starts the ClientApps; Flower would stay connected and never answer
+    try:
+        with exit_on_fault():
+            _run(flags)
+        code: object = CONNECTION_ENDED
+    except SystemExit as end:
+        code = end.code
+    except Exception:
+        log.exception("Flower's SuperNode failed")
+        code = 1
+    leave(SUPEREXEC_GONE if gone.is_set() else code)
+
+
+def _run(flags: Sequence[str]) -> None:
+    path = site_file_of_environment()
+    chosen = read_site_file(path).coordinator
+    # Flower's own refusal is the same for a key that is not known and for a last connection that has not run out.
+    if chosen and is_refused(chosen.address, path.parent / chosen.ca, read_node_key(path.parent / chosen.key)):
+        sys.exit(KEY_NOT_KNOWN)
+    home = Path(os.environ["FLWR_HOME"])
+    shutil.rmtree(home / "apps", ignore_errors=True)  # Flower would run what lies there without another look
+    run_supernode(bundle_files(), f"{PUBLISHER}/{NAME}", VERSION, home, flags)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ KEY_NOT_KNOWN = 3
 """Exit code of the child where the coordinator does not know the site's key."""
 SUPEREXEC_GONE = 4
 """Exit code of the child where Flower's SuperExec, without which nothing is trained, has ended."""
+CONNECTION_ENDED = 5
+"""Exit code of the child where Flower gave the connection up for an error that it does not try again."""
 
 GRACE_S = 5.0
 LOOK_S = "0.25"
@@ -41,6 +43,7 @@ LOG = "supernode.log"
 _TURNED_AWAY = "the coordinator turned the site away: its clock differs by more than 5 s, or its key was revoked"
 _NOT_LET_IN = "the coordinator does not let the site in: its key is not admitted, or its last connection runs out first (60 s)"
 _NOTHING_TRAINS = "Flower's SuperExec at this site ended, which starts the training: killed, or short of memory"
+_GIVEN_UP = "Flower gave the connection up, for what the line above names"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _LEVEL = re.compile(r"^[A-Z]+\s*:\s+")
 _RUN = re.compile(r"^\[RUN (\d+)")
@@ -163,7 +166,7 @@ def supervise(start: Callable[[], subprocess.Popen[str]], hear: Say, say: Say) -
 def _fault_of(exit_code: int, did: str) -> Fault:
     if exit_code == KEY_NOT_KNOWN:
         return Fault(number=333, did=did)
-    known = {0: _TURNED_AWAY, SUPEREXEC_GONE: _NOTHING_TRAINS}
+    known = {0: _TURNED_AWAY, SUPEREXEC_GONE: _NOTHING_TRAINS, CONNECTION_ENDED: _GIVEN_UP}
     return Fault(number=324, what=known.get(exit_code, f"the connection ended with exit code {exit_code}"), did=did)
 
 
