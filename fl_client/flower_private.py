@@ -61,6 +61,9 @@ LARGEST_BYTES = 50_000_000
 SOON_S, BETWEEN_S = 20.0, 0.5
 """After an answer the next question is near: for so long a site asks so often, and then every 3 s as Flower does."""
 
+NO_SECONDS = 0.0
+"""What stands in each answer for how long it took, a field that Flower adds up for the coordinator."""
+
 Received = tuple[Message, Any]
 
 _EQUAL = "equal"
@@ -130,8 +133,9 @@ def guarded(connect: Connect, mine: Fab, fab_id: str, fab_version: str) -> Conne
 
             def send_numbers(message: Message, tree: object, runtime_s: float) -> tuple[set[str], str]:
                 nonlocal answered_s
+                del runtime_s  # Flower's seconds of this answer: they tell how many patients were drawn, and nobody needs them
                 answered_s = time.monotonic()
-                return _send_error(message, runtime_s, send, push) if message.has_error() else send(message, tree, runtime_s)
+                return _send_error(message, send, push) if message.has_error() else send(message, tree, NO_SECONDS)
 
             yield (node_id, receive_soon, send_numbers, get_own_run, get_own_fab, pull, push, confirm)
 
@@ -177,14 +181,12 @@ def _is_mine(offered: bytes, mine: bytes) -> bool:
     return not names
 
 
-def _send_error(
-    message: Message, runtime_s: float, send: Callable[..., tuple[set[str], str]], push: Callable[..., None]
-) -> tuple[set[str], str]:
+def _send_error(message: Message, send: Callable[..., tuple[set[str], str]], push: Callable[..., None]) -> tuple[set[str], str]:
     """Send an error reply as a number and its title, whatever text Flower gave it."""
     number = _number_of(message.error.reason or "")
     clean = make_message(copy(message.metadata), error=Error(ERROR_CODE + number, error_reason(number)))
     clean.metadata.__dict__["_message_id"] = clean.object_id
-    wanted, session = send(clean, get_object_tree(clean), runtime_s)
+    wanted, session = send(clean, get_object_tree(clean), NO_SECONDS)
     if clean.object_id in wanted:
         push(clean.metadata.run_id, session, clean.object_id, clean.deflate())
     return set(), session

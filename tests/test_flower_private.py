@@ -52,6 +52,7 @@ class Wire:
     def __init__(self, shipped: bytes) -> None:
         self.shipped = shipped
         self.sent: list[tuple[Message, Any]] = []
+        self.seconds: list[float] = []
         self.pushed: dict[str, bytes] = {}
         self.asked: list[str] = []
         self.waiting: list[str] = []
@@ -78,6 +79,7 @@ class Wire:
 
     def send(self, message: Message, tree: Any, runtime_s: float) -> tuple[set[str], str]:
         self.sent.append((message, tree))
+        self.seconds.append(runtime_s)
         return {tree.object_id}, "session"
 
     def push(self, run_id: int, session: str, object_id: str, content: bytes) -> None:
@@ -229,6 +231,14 @@ def test_an_answer_passes_untouched() -> None:
     with through(wire) as (_, _, send, *_):
         assert send(reply, Tree, 1.0) == ({"x"}, "session")
     assert wire.sent == [(reply, Tree)]
+
+
+def test_no_answer_tells_how_long_it_took() -> None:
+    wire, answer, refusal = Wire(b""), Message(RecordDict(), reply_to=question()), Message(Error(2, ""), reply_to=question())
+    with through(wire) as (_, _, send, *_):
+        send(answer, SimpleNamespace(object_id="reply"), 12.345)
+        send(refusal, SimpleNamespace(object_id="reply"), 12.345)
+    assert wire.seconds == [0.0, 0.0]
 
 
 def test_the_entities_file_holds_one_key_that_flower_accepts(tmp_path: Path) -> None:
