@@ -5,7 +5,7 @@ A score of a site is the mean Dice of its test patients; of a method, the mean o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -162,7 +162,7 @@ def _worst(patients: Patients) -> float:
     return min(site_means(patients).values())
 
 
-def unseen_bars(base: Rows, held_out: Mapping[str, Rows]) -> list[Bar]:
+def unseen_bars(base: Rows, held_out: Mapping[str, Rows], planned: Collection[str] = ()) -> list[Bar]:
     """Return, per hospital left out and for their mean, the federation's model minus the best single hospital's.
 
     All patients of the hospital count, since neither model saw one of them. The best single hospital is chosen on the
@@ -174,6 +174,8 @@ def unseen_bars(base: Rows, held_out: Mapping[str, Rows]) -> list[Bar]:
         Scores of the rehearsal with all hospitals: its local models.
     held_out
         Scores of the rehearsals without one, by its name.
+    planned
+        Hospitals that shall be left out; while one is missing, the mean has no bar, for it would depend on which are there.
     """
     gains: dict[str, list[float]] = {}
     seeds = [
@@ -193,7 +195,18 @@ def unseen_bars(base: Rows, held_out: Mapping[str, Rows]) -> list[Bar]:
         for name, values in gains.items()
     ]
     means = [fmean(values) for values in zip(*gains.values(), strict=True)]
+    if missing := sorted(set(planned) - set(gains)):
+        return [*bars, Bar(question=f"unseen hospital, mean, {', '.join(missing)} missing", seeds=over_seeds(means))]
     return [*bars, Bar(question="unseen hospital, mean", seeds=over_seeds(means), bar=0.05)]
+
+
+def patients_unseen(rows: Rows, method: str, site: str) -> set[tuple[str, str]]:
+    """Return which patients of a site, each with its split, a method's models were scored on that never saw the site."""
+    return {
+        (row["patient"], row["split"])
+        for row in rows
+        if (row["method"], row["site"]) == (method, site) and row["trained_at"] != site
+    }
 
 
 def _unseen(rows: Rows, method: str, seed: int, site: str) -> dict[str, dict[str, float]]:

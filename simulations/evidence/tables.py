@@ -23,6 +23,7 @@ from simulations.evidence.bars import (
     common_bars,
     dice_of,
     lacking,
+    patients_unseen,
     seeds_of,
     site_means,
     unseen_bars,
@@ -69,11 +70,31 @@ def section(plan: Plan, out: Path) -> list[str]:
             lines += [f"Methods are not compared, since scores are missing: {'; '.join(gaps)}.", ""]
         bars = common_bars(rows, mean_gain=plan.mean_gain) if plan.claims and not gaps else []
         if run is plan.runs[0]:
-            held_out = {run.held_out: found[run.name]["scores"] for run in plan.runs if run.held_out and run.name in found}
-            bars += unseen_bars(rows, held_out)
+            told, unseen = _unseen(plan, found)
+            lines, bars = lines + told, bars + unseen
         if bars or not plan.claims:
             lines += [*bar_table(bars), ""] if bars else ["Too few patients for claims.", ""]
     return lines
+
+
+def _unseen(plan: Plan, found: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[Bar]]:
+    """Return where each run without a hospital is from, and the bars of those that the first run can be compared with."""
+    base, alike, lines = found[plan.runs[0].name], {}, list[str]()
+    for run in (run for run in plan.runs if run.held_out and run.name in found):
+        record = found[run.name]
+        other = _differs(base, record, run.held_out)
+        if not other:
+            alike[run.held_out] = record["scores"]
+        verdict = f" Not compared with {plan.runs[0].name}: other {', '.join(other)}." if other else ""
+        lines += [f"{run.name}: {_stamp(record, record['scores'])}{verdict}", ""]
+    return lines, unseen_bars(base["scores"], alike, [run.held_out for run in plan.runs if run.held_out])
+
+
+def _differs(base: Mapping[str, Any], other: Mapping[str, Any], site: str) -> list[str]:
+    """Return what a run without a site must share with the run of all and does not; their data digests cannot be alike."""
+    found = [name for name in ("study", "backbone") if base[f"{name}_digest"] != other[f"{name}_digest"]]
+    same = patients_unseen(base["scores"], LOCAL, site) == patients_unseen(other["scores"], OURS, site)
+    return found if same else [*found, "patients"]
 
 
 def _read(path: Path) -> dict[str, Any] | None:
