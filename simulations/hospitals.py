@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,10 +80,7 @@ def find_hospitals(simulation: Simulation, study: Study, phantom_root: Path, pro
     if simulation.data is None:
         draw = require_drawn_alike if root.exists() else write_phantoms
         draw(root, seed=simulation.phantom_seed, size_px=study.backbone.image_size)
-    sites = sources = read_sites(root, study.labels, progress=progress)
-    if simulation.held_out:
-        unseen = choose_sites(sites, simulation.held_out)
-        sites = sources = sites | {name: replace(site, slices=site.of("test")) for name, site in unseen.items()}
+    sites = sources = held_apart(read_sites(root, study.labels, progress=progress), simulation.held_out)
     if simulation.alpha is not None:
         sites = dirichlet_sites(sites, simulation.sites or len(sites), simulation.alpha, simulation.seeds[0])
     elif simulation.sites is not None:
@@ -93,6 +90,18 @@ def find_hospitals(simulation: Simulation, study: Study, phantom_root: Path, pro
         faults = [fault for site in sites.values() for fault in site.exclusions][:20]
         raise IcmoeError(*faults, Fault(number=108, where=root.name, what="no site has a usable training image"))
     return hospitals
+
+
+def held_apart(sites: dict[str, SiteData], names: Sequence[str]) -> dict[str, SiteData]:
+    """Return the sites, those named with their test patients alone.
+
+    Raises
+    ------
+    IcmoeError
+        210 for names that no site has.
+    """
+    unseen = choose_sites(sites, names) if names else {}
+    return sites | {name: replace(site, slices=site.of("test")) for name, site in unseen.items()}
 
 
 def make_sites(

@@ -30,6 +30,7 @@ from icmoe.prepare import encode_slices
 from icmoe.study import Study
 from simulations.alone import POOLED, of_site, part_of
 from simulations.cards import write_cards
+from simulations.commit import commit
 from simulations.exhibits import overlays
 from simulations.expert_use import expert_use
 from simulations.federation import Engine, Job, require_cluster, run_jobs, write_sites
@@ -127,7 +128,7 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
     IcmoeError
         With its faults; no results are written then, and --resume continues.
     """
-    clock, began = Clock(screen), time.perf_counter()
+    clock, began, origin = Clock(screen), time.perf_counter(), commit()
     device = available_device(simulation.device)
     require_cluster(simulation.address)
     torch.set_num_threads(os.cpu_count() or 1)
@@ -163,6 +164,7 @@ def rehearse(study: Study, simulation: Simulation, folder: RunFolder, screen: Sc
         expert_use=use,
         seconds=clock.seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        commit=origin,
     )
     _publish(results, shown, staged, folder)
     return results

@@ -80,6 +80,7 @@ def results_record(
     expert_use: Record | None,
     seconds: Mapping[str, float],
     created: str,
+    commit: str,
 ) -> Record:
     """Return the whole record.
 
@@ -101,12 +102,15 @@ def results_record(
         By phase.
     created
         ISO 8601.
+    commit
+        Of the code that trained last.
     """
     summary = {name: summary_of(list(by_seed.values())) for name, by_seed in methods.items()}
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "icmoe-simulation",
         "created": created,
+        "commit": commit,
         "phantoms": hospitals.phantoms,
         "test_only": study.test_only,
         "configuration": {"study": study.model_dump(mode="json"), "simulation": simulation.model_dump(mode="json")},

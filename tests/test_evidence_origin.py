@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from test_evidence import rows_of, score
 
+from icmoe.data.splits import SPLITS
+from icmoe.errors import IcmoeError
+from simulations import commit
+from simulations.evidence.patients import score_run
 from simulations.evidence.tables import write_tables
+from simulations.folder import RunFolder
+from simulations.hospitals import find_hospitals
+from simulations.phantoms import PhantomSite, write_phantoms
+from simulations.scenario import Simulation, read_scenario
 
 HOSPITALS = ("CS", "DU", "HT")
 DIGESTS = {f"{name}_digest": name[0] * 64 for name in ("study", "data", "backbone")}
@@ -81,3 +93,91 @@ def test_a_mean_has_its_bar_only_where_every_planned_run_is_there(tmp_path: Path
     mean = next(line for line in table(tmp_path).splitlines() if "unseen hospital, mean" in line)
     assert mean.startswith("| unseen hospital, mean, CS, HT missing | "), mean
     assert mean.endswith("| - | - |  |")
+
+
+def test_scores_of_other_data_are_not_compared(tmp_path: Path) -> None:
+    put(tmp_path, "lgg-base", base_scores(), scored_data="1:2")
+    put(tmp_path, "lgg-without-DU", without("DU"), scored_data="1:3")
+    assert "Not compared with lgg-base: other data." in table(tmp_path)
+
+
+def test_a_stamp_tells_the_commit_that_trained_and_the_one_that_scored(tmp_path: Path) -> None:
+    put(tmp_path, "lgg-base", base_scores(), scored_by="beef")
+    assert "\nCommit `c0ffee`, scored by `beef`, study `ssssssssssss`, " in table(tmp_path)
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A finished run without any method over two phantom hospitals, one of them left out, with the test backbone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    hospitals = [PhantomSite(name=name, train_patients=1, val_patients=1, test_patients=1) for name in ("CS", "DU")]
+    write_phantoms(data, seed=1, size_px=32, sites=hospitals)
+    options = {"test_only": True, "backbone": {"name": "sam-vit-test", "image_size": 32}}
+    study, simulation = read_scenario(None, options, {"data": str(data), "held_out": ["DU"]})
+    found = find_hospitals(simulation, study, tmp_path / "phantoms")
+    results = {
+        "created": "2026-01-02",
+        "commit": "c0ffee",
+        "study_digest": study.digest,
+        "data_digest": found.digest(),
+        "masks_digest": found.masks_digest(),
+        "configuration": {"study": study.model_dump(mode="json"), "simulation": simulation.model_dump(mode="json")},
+        "backbone": {"digest": study.backbone.digest},
+        "sites": {name: {"slices": {split: len(site.of(split)) for split in SPLITS}} for name, site in found.sites.items()},
+        "methods": {},
+    }
+    folder = RunFolder(tmp_path / "lgg-without-DU")
+    folder.root.mkdir()
+    folder.results.write_text(json.dumps(results))
+    return folder
+
+
+def change(folder: RunFolder, **changes: object) -> None:
+    folder.results.write_text(json.dumps({**json.loads(folder.results.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("changes", [{"masks_digest": "0" * 64}, {"created": "2026-01-03"}])
+def test_scores_of_a_former_training_are_made_again(changes: dict[str, str], trained: RunFolder) -> None:
+    kept = score_run(trained, personal=False)
+    assert (kept["commit"], kept["created"]) == ("c0ffee", "2026-01-02")
+    (trained.root / "patients.json").write_text(json.dumps({**kept, **changes, "scores": ["of a former training"]}))
+    assert score_run(trained, personal=False)["scores"] == []
+    (trained.root / "patients.json").write_text(json.dumps({**kept, "scores": ["kept"]}))
+    assert score_run(trained, personal=False)["scores"] == ["kept"]
+
+
+def test_scores_name_the_data_of_all_hospitals_also_where_one_was_left_out(trained: RunFolder) -> None:
+    everybody = json.loads(trained.results.read_text())["configuration"]["simulation"] | {"held_out": []}
+    simulation = Simulation.model_validate_json(json.dumps(everybody))
+    study, _ = read_scenario(None, {"test_only": True, "backbone": {"name": "sam-vit-test", "image_size": 32}}, {})
+    found = find_hospitals(simulation, study, trained.root / "phantoms")
+    assert score_run(trained, personal=False)["scored_data"] == f"{found.digest()}:{found.masks_digest()}"
+
+
+@pytest.mark.parametrize(("kind", "what"), [("images", "pictures"), ("masks", "masks")])
+def test_other_pictures_or_masks_are_other_data_however_many_they_are(kind: str, what: str, trained: RunFolder) -> None:
+    path = sorted((trained.root.parent / "data" / "CS" / kind).glob("*.png"))[0]
+    pixels = np.array(Image.open(path))
+    Image.fromarray(pixels[::-1].copy()).save(path)
+    with pytest.raises(IcmoeError, match=f"ICM520 .*{what} ") as caught:
+        score_run(trained, personal=False)
+    assert "Nothing was scored." in str(caught.value)
+    assert not (trained.root / "patients.json").exists()
+
+
+def test_results_of_a_former_version_name_neither_masks_nor_commit(trained: RunFolder) -> None:
+    results = json.loads(trained.results.read_text())
+    del results["masks_digest"], results["commit"]
+    trained.results.write_text(json.dumps(results))
+    assert score_run(trained, personal=False)["commit"] == "unknown"
+
+
+def test_a_copy_in_somebody_elses_repository_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "commit.py"
+    shutil.copy(commit.__file__, copy)
+    (tmp_path / "of-others").write_text("")
+    for words in (["init", "-q"], ["add", "of-others"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(commit, "__file__", str(copy))
+    assert commit.commit() == "unknown"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from simulations.commit import commit
 from simulations.phantoms import PhantomSite, write_phantoms
 
 ROOT = Path(__file__).parents[1]
@@ -127,6 +129,13 @@ def test_results_hold_what_the_schema_promises(rehearsed: tuple[Path, str]) -> N
     assert set(check["summaries"]) == {"Alder", "Birch", "Cedar", "Dogwood"}  # the pooled reference is no hospital
     assert check["summaries"]["Alder"]["images"] == 20  # eighteen
     assert check["findings"] == check["declined"] == check["faults"] == []
+
+
+def test_every_key_of_the_results_is_documented_and_the_commit_is_the_codes(rehearsed: tuple[Path, str]) -> None:
+    results = json.loads((rehearsed[0] / "results.json").read_text())
+    page = (ROOT / "simulations" / "README.md").read_text()
+    assert [key for key in results if not re.search(rf"`{key}\b", page)] == ["schema_version"]  # in the heading
+    assert results["commit"] == commit()
 
 
 def test_the_matrix_of_models_and_sites_holds_the_scores_of_each(rehearsed: tuple[Path, str]) -> None:

@@ -6,7 +6,6 @@ Test patients always; of a hospital that a model never saw, all patients, since 
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,11 +29,17 @@ from icmoe.modelfile import read_model
 from icmoe.personalise import GLOBAL, OWN, TUNED, OwnData, personalise, tune
 from icmoe.prepare import encode_slices
 from icmoe.study import Study
+from simulations.commit import UNKNOWN, commit
 from simulations.folder import RunFolder
+from simulations.hospitals import Hospitals, held_apart
 
 Record = dict[str, Any]
 FILE = "patients.json"
 CPU = torch.device("cpu")
+ORIGIN = ("study_digest", "data_digest", "configuration")
+"""Keys of results.json that scores share with the training that they are of."""
+LATER = ("masks_digest", "created")
+"""The same; a former version wrote no masks_digest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +82,11 @@ def score_run(folder: RunFolder, *, personal: bool) -> Record:
     IcmoeError
         217 where a file of the run is damaged; 520 where the results were made of other data than those that are there now.
     """
-    path, origin = folder.root / FILE, ("study_digest", "data_digest", "configuration")
-    results = read_record(folder.results, *origin)
+    path = folder.root / FILE
+    results = read_record(folder.results, *ORIGIN)
     if path.exists():
-        kept = read_record(path, *origin, "scores")
-        if all(kept[key] == results[key] for key in origin):  # the folder may have been trained anew since
+        kept = read_record(path, *ORIGIN, "scores")
+        if all(kept.get(key) == results.get(key) for key in (*ORIGIN, *LATER)):  # the folder may have been trained anew since
             return kept
     bench = Bench.of(results)
     scores = [asdict(score) for score in _scores(results, bench, folder)]
@@ -91,11 +96,11 @@ def score_run(folder: RunFolder, *, personal: bool) -> Record:
             scores += [asdict(score) for score in own]
             chosen.setdefault(site, {})[seed] = found
     record = {
-        "commit": commit(),
-        "study_digest": results["study_digest"],
-        "data_digest": results["data_digest"],
+        "commit": results.get("commit", UNKNOWN),
+        "scored_by": commit(),
         "backbone_digest": results["backbone"]["digest"],
-        "configuration": results["configuration"],
+        "scored_data": bench.digest,
+        **{key: results.get(key) for key in (*ORIGIN, *LATER)},
         "scores": scores,
         "chosen": chosen,
     }
@@ -140,12 +145,15 @@ class Bench:
         Labels and backbone.
     cache
         With the identity view of every slice.
+    digest
+        Of all patients of all hospitals, pictures and masks; runs without a hospital share it with the run of all.
     """
 
     sites: dict[str, SiteData]
     training: tuple[str, ...]
     study: Study
     cache: FeatureCache
+    digest: str
 
     @staticmethod
     def of(results: Record) -> Bench:
@@ -156,12 +164,12 @@ class Bench:
         )
         sites = read_sites(Path(simulation["data"]), study.labels)
         training = tuple(name for name, row in results["sites"].items() if row["slices"]["train"])
-        _require_same(results, sites, training)
+        _require_same(results, sites)
         cache = FeatureCache.of(default_cache_folder(), study)
         backbone = chosen_backbone(study.backbone, checkpoint=None, device=CPU)
         everything = [item for site in sites.values() for item in site.slices]
         encode_slices(everything, study, backbone, cache, views=("identity",))
-        return Bench(sites, training, study, cache)
+        return Bench(sites, training, study, cache, ":".join(_digests(sites)))
 
     def scores(self, model: nn.Module, *, method: str, seed: int, trained_at: str, sites: Iterable[str]) -> Iterator[Score]:
         """Yield the score of each patient of the sites named."""
@@ -181,12 +189,22 @@ class Bench:
                     )
 
 
-def _require_same(results: Record, sites: dict[str, SiteData], training: tuple[str, ...]) -> None:
-    for name in training:
-        found = {split: len(sites[name].of(split)) for split in SPLITS} if name in sites else {}
-        if found != results["sites"][name]["slices"]:
-            value, limit = f"{name}: {found}", str(results["sites"][name]["slices"])
-            raise IcmoeError(Fault(number=520, where=results["study_digest"][:12], value=value, limit=limit))
+def _require_same(results: Record, sites: dict[str, SiteData]) -> None:
+    """Refuse data whose pictures or masks are not those that the run was made of."""
+    held_out = results["configuration"]["simulation"]["held_out"]
+    found = _digests(held_apart(sites, held_out))
+    made_of = results["data_digest"], results.get("masks_digest", found[1])
+    for name, now, then in zip(("pictures", "masks"), found, made_of, strict=True):
+        if now != then:
+            value, did = f"{name} {now[:12]}", "Nothing was scored."
+            raise IcmoeError(
+                Fault(number=520, where=results["study_digest"][:12], value=value, limit=f"{name} {then[:12]}", did=did)
+            )
+
+
+def _digests(sites: dict[str, SiteData]) -> tuple[str, str]:
+    hospitals = Hospitals(root=Path(), phantoms=False, sites=sites, sources=sites)
+    return hospitals.digest(), hospitals.masks_digest()
 
 
 def _scores(results: Record, bench: Bench, folder: RunFolder) -> Iterator[Score]:
@@ -226,20 +244,3 @@ def _personal(results: Record, bench: Bench, folder: RunFolder) -> Iterator[tupl
                 about,
                 list(bench.scores(mixed, method="personalised", seed=int(seed), trained_at=site, sites=[site])),
             )
-
-
-def commit() -> str:
-    """Return the commit of the code, with "+" where files differ from it, or "unknown" outside a repository."""
-    here = Path(__file__).parent
-    try:
-        line = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty=+"],  # noqa: S607  (the git of whoever runs this)
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return line.stdout.strip()

@@ -93,6 +93,8 @@ def _unseen(plan: Plan, found: Mapping[str, Mapping[str, Any]]) -> tuple[list[st
 def _differs(base: Mapping[str, Any], other: Mapping[str, Any], site: str) -> list[str]:
     """Return what a run without a site must share with the run of all and does not; their data digests cannot be alike."""
     found = [name for name in ("study", "backbone") if base[f"{name}_digest"] != other[f"{name}_digest"]]
+    if base.get("scored_data") != other.get("scored_data"):
+        found.append("data")
     same = patients_unseen(base["scores"], LOCAL, site) == patients_unseen(other["scores"], OURS, site)
     return found if same else [*found, "patients"]
 
@@ -110,7 +112,9 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _stamp(record: Mapping[str, Any], rows: Rows) -> str:
     digests = ", ".join(f"{name} `{record[f'{name}_digest'][:12]}`" for name in ("study", "data", "backbone"))
-    return f"Commit `{record['commit']}`, {digests}, seeds {', '.join(map(str, seeds_of(rows)))}."
+    scored = record.get("scored_by", record["commit"])
+    commits = f"`{record['commit']}`" + ("" if scored == record["commit"] else f", scored by `{scored}`")
+    return f"Commit {commits}, {digests}, seeds {', '.join(map(str, seeds_of(rows)))}."
 
 
 def score_table(rows: Rows) -> list[str]:

@@ -18,7 +18,7 @@ from icmoe.backbone import chosen_backbone, weights_path
 from icmoe.cache_entries import default_cache_folder
 from icmoe.errors import Fault, IcmoeError
 from icmoe.features import FeatureCache
-from simulations.evidence.patients import commit
+from simulations.commit import commit
 from simulations.evidence.rivals.regimes import CPU
 from simulations.evidence.rivals.run import Bench, Job, run
 from simulations.hospitals import find_hospitals
