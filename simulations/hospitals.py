@@ -92,6 +92,12 @@ def find_hospitals(simulation: Simulation, study: Study, phantom_root: Path, pro
     return hospitals
 
 
+def digests_of(sites: dict[str, SiteData]) -> tuple[str, str]:
+    """Return the digests of the sites' pictures and of what is marked on them."""
+    hospitals = Hospitals(root=Path(), phantoms=False, sites=sites, sources=sites)
+    return hospitals.digest(), hospitals.masks_digest()
+
+
 def held_apart(sites: dict[str, SiteData], names: Sequence[str]) -> dict[str, SiteData]:
     """Return the sites, those named with their test patients alone.
 

@@ -31,7 +31,7 @@ from icmoe.prepare import encode_slices
 from icmoe.study import Study
 from simulations.commit import UNKNOWN, commit
 from simulations.folder import RunFolder
-from simulations.hospitals import Hospitals, held_apart
+from simulations.hospitals import digests_of, held_apart
 
 Record = dict[str, Any]
 FILE = "patients.json"
@@ -169,7 +169,7 @@ class Bench:
         backbone = chosen_backbone(study.backbone, checkpoint=None, device=CPU)
         everything = [item for site in sites.values() for item in site.slices]
         encode_slices(everything, study, backbone, cache, views=("identity",))
-        return Bench(sites, training, study, cache, ":".join(_digests(sites)))
+        return Bench(sites, training, study, cache, ":".join(digests_of(sites)))
 
     def scores(self, model: nn.Module, *, method: str, seed: int, trained_at: str, sites: Iterable[str]) -> Iterator[Score]:
         """Yield the score of each patient of the sites named."""
@@ -192,7 +192,7 @@ class Bench:
 def _require_same(results: Record, sites: dict[str, SiteData]) -> None:
     """Refuse data whose pictures or masks are not those that the run was made of."""
     held_out = results["configuration"]["simulation"]["held_out"]
-    found = _digests(held_apart(sites, held_out))
+    found = digests_of(held_apart(sites, held_out))
     made_of = results["data_digest"], results.get("masks_digest", found[1])
     for name, now, then in zip(("pictures", "masks"), found, made_of, strict=True):
         if now != then:
@@ -200,11 +200,6 @@ def _require_same(results: Record, sites: dict[str, SiteData]) -> None:
             raise IcmoeError(
                 Fault(number=520, where=results["study_digest"][:12], value=value, limit=f"{name} {then[:12]}", did=did)
             )
-
-
-def _digests(sites: dict[str, SiteData]) -> tuple[str, str]:
-    hospitals = Hospitals(root=Path(), phantoms=False, sites=sites, sources=sites)
-    return hospitals.digest(), hospitals.masks_digest()
 
 
 def _scores(results: Record, bench: Bench, folder: RunFolder) -> Iterator[Score]:

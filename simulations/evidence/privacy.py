@@ -52,6 +52,7 @@ from icmoe.profiles import merged, spelled_out
 from icmoe.study import Label, Study, derived_seed
 from icmoe.training import train_round
 from icmoe.usage import OneCommand
+from simulations.hospitals import digests_of
 from simulations.phantoms import DEFAULT_SITES, write_phantoms
 from simulations.scenario import DEFAULT_LABELS, chosen
 
@@ -109,6 +110,10 @@ class Run:
         Largest resident set of the process so far.
     source
         Where the patients are from: "phantoms" or a folder's name.
+    recipe_digest
+        Of the study but its seed; empty in runs of a former version.
+    data_digest
+        Of pictures and masks; empty in runs of a former version.
     """
 
     patients: int
@@ -121,6 +126,8 @@ class Run:
     cpu_s: float
     peak_mb: float
     source: str = PHANTOMS
+    recipe_digest: str = ""
+    data_digest: str = ""
 
 
 _RUNS = TypeAdapter(list[Run])
@@ -146,6 +153,10 @@ class Cohort:
     smallest: int
     slices: int
     sites: dict[str, SiteData]
+
+    def digest(self) -> str:
+        """Return what the data are known by."""
+        return ":".join(digests_of(self.sites))
 
 
 def study_of(cohort: Cohort, target: float | None, variant: str, seed: int) -> Study:
@@ -270,7 +281,14 @@ def one_run(source: str, cohort: Cohort, target: float | None, variant: str, see
         noise_multiplier=0.0 if privacy is None else training_spending(privacy, rounds=study.rounds).noise_multiplier,
         cpu_s=cpu_s,
         peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        recipe_digest=recipe_digest(study),
+        data_digest=cohort.digest(),
     )
+
+
+def recipe_digest(study: Study) -> str:
+    """Return the digest of a study but its seed, which runs of one row have in common."""
+    return study.model_copy(update={"seed": 0}).digest
 
 
 def test_dice(study: Study, cohort: Cohort, cache: FeatureCache, state: State) -> float:
@@ -281,27 +299,48 @@ def test_dice(study: Study, cohort: Cohort, cache: FeatureCache, state: State) -
 
 
 def wanted(seeds: int, variants: list[str]) -> Iterator[tuple[float | None, str, int]]:
-    """Yield every run of a cohort; variants are tried at epsilon 8 alone."""
-    for target, seed in product((None, 8.0, 3.0, 1.0), range(1, seeds + 1)):
-        yield target, "base", seed
-    for variant, seed in product(variants, range(1, seeds + 1)):
-        yield None if variant == WARM_ALONE else 8.0, variant, seed
+    """Yield every run of a cohort once; variants are tried at epsilon 8 alone."""
+    kinds = [(target, "base") for target in (None, 8.0, 3.0, 1.0)]
+    kinds += [(None if variant == WARM_ALONE else 8.0, variant) for variant in variants]
+    for (target, variant), seed in product(dict.fromkeys(kinds), range(1, seeds + 1)):
+        yield target, variant, seed
+
+
+def missing(runs: list[Run], cohort: Cohort, seeds: int, variants: list[str]) -> list[tuple[float | None, str, int]]:
+    """Return the runs of a cohort that were not kept; one of other data or of another recipe is none of them."""
+    data = cohort.digest()
+    done = {(run.target, run.variant, run.seed, run.recipe_digest) for run in runs if run.data_digest == data}
+    return [key for key in wanted(seeds, variants) if (*key, recipe_digest(study_of(cohort, *key))) not in done]
 
 
 def table_of(runs: list[Run]) -> Table:
     """Return mean and spread over the seeds."""
-    columns = ("source", "patients", "variant", "epsilon", "delta", "noise", "test Dice", "seeds", "CPU s", "peak MB")
+    columns = (
+        "source",
+        "patients",
+        "variant",
+        "epsilon",
+        "delta",
+        "noise",
+        "test Dice",
+        "seeds",
+        "CPU s",
+        "peak MB",
+        "data, study",
+    )
     table = Table(*columns)
-    groups: dict[tuple[str, int, float | None, str], list[Run]] = {}
+    groups: dict[tuple[str, int, float | None, str, str], list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.source, run.patients, run.target, run.variant), []).append(run)
-    for (source, patients, target, variant), group in groups.items():
+        origin = f"{run.data_digest[:6]} {run.recipe_digest[:6]}".strip() or "not known"
+        groups.setdefault((run.source, run.patients, run.target, run.variant, origin), []).append(run)
+    for (source, patients, target, variant, origin), group in groups.items():
         dice = [run.dice for run in group]
         spread = f" +-{stdev(dice):.3f}" if len(dice) > 1 else ""
         shown = ("none", "-") if target is None else (f"{group[0].epsilon:.2f}", f"{1 / (10 * patients):g}")
         table.add_row(
             *(source, str(patients), variant, *shown, f"{group[0].noise_multiplier:.2f}", f"{fmean(dice):.3f}{spread}"),
             *(str(len(dice)), f"{fmean(run.cpu_s for run in group):.0f}", f"{max(run.peak_mb for run in group):.0f}"),
+            origin,
         )
     table.caption = "unit: the patient; adjacency: add or remove one patient of a site; accountant: prv"
     return table
@@ -339,14 +378,10 @@ def main(
         tried = [name for word in variants or [] for name in chosen(word, [*VARIANTS, WARM_ALONE], "--variants")]
         for source, count in [(data.name, 0)] if data else [(PHANTOMS, count) for count in patients or [100, 500, 2000]]:
             cohort = real_hospitals(data) if data else phantoms_of(count, out)
-            done = {
-                (run.target, run.variant, run.seed) for run in runs if (run.source, run.patients) == (source, cohort.patients)
-            }
-            for key in wanted(seeds, tried):
-                if key not in done:
-                    runs.append(one_run(source, cohort, *key, out))
-                    write_atomically(kept, json.dumps([asdict(run) for run in runs], indent=1).encode())
-                    sys.stderr.write(f"{runs[-1]}\n")
+            for key in missing(runs, cohort, seeds, tried):
+                runs.append(one_run(source, cohort, *key, out))
+                write_atomically(kept, json.dumps([asdict(run) for run in runs], indent=1).encode())
+                sys.stderr.write(f"{runs[-1]}\n")
     Console(width=140).print(table_of(runs))
 
 
