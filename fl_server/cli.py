@@ -171,7 +171,7 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Stop a live run of the study first, then go on with it.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Submit a study and follow its rounds; exits with 0 only when the study completed. A stopped study goes on where it was."""
+    """Submit a study and follow its rounds; exits with 0 only when it completed, with 3 where it was stopped."""
     from fl_server.commands import run_study
 
     with exit_on_fault():

@@ -17,11 +17,14 @@ from fl_server.beside import lift
 from fl_server.home import read_home
 from fl_server.round_log import RoundRecord
 from icmoe.bundle import installed_digest
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import Fault, IcmoeError, print_faults
+
+STOPPED = 3
+"""Exit code of `fl_server run` where the run was stopped: a service must not go on with it at once, as after a failure."""
 
 
 def run_study(root: Path, path: Path, *, resume: bool, as_json: bool) -> None:
-    """Submit a study and follow it; the exit code is 0 only where it completed."""
+    """Submit a study and follow it; the exit code is 0 only where it completed, `STOPPED` where a person stopped it."""
     home = read_home(root)
     study, folder = submit.start(home, path, resume=resume)
     say = Console(stderr=as_json, highlight=False, markup=False, soft_wrap=True).print
@@ -42,6 +45,11 @@ def run_study(root: Path, path: Path, *, resume: bool, as_json: bool) -> None:
     except KeyboardInterrupt:
         say(f"The run goes on. See fl_server status {folder.run_id}, or fl_server stop {folder.run_id}.")
         sys.exit(130)
+    except IcmoeError as error:
+        if 509 not in {fault.number for fault in error.faults}:
+            raise
+        print_faults(error.faults)
+        sys.exit(STOPPED)
     state = folder.progress()
     scored = [record for record in state.history if record["val_dice"] is not None] if state is not None else []
     for record in scored:

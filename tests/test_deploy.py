@@ -14,6 +14,7 @@ from typer.main import get_command
 
 from fl_client.cli import app as fl_client
 from fl_server.cli import app as fl_server
+from fl_server.commands import STOPPED
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 UNITS = sorted((DEPLOY / "systemd").iterdir())
@@ -88,6 +89,14 @@ def test_units_are_valid_and_confined(tmp_path: Path) -> None:
     for path in paths:
         command = ["systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=25", str(path)]
         assert subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0, path.name
+
+
+def test_a_study_that_a_person_stopped_is_not_gone_on_with_by_its_service() -> None:
+    text = (DEPLOY / "systemd" / "icmoe-study@.service").read_text()
+    assert re.findall(r"^RestartPreventExitStatus=(.*)$", text, re.MULTILINE) == [str(STOPPED)]
+    assert STOPPED not in {0, 1, 2, 130}, "other endings of fl_server run"
+    for page in ("README.md", "coordinator.md"):
+        assert f"exit code {STOPPED}" in (DEPLOY / page).read_text(), page
 
 
 def test_every_command_of_the_guide_and_the_units_exists() -> None:

@@ -23,7 +23,7 @@ from fl_server.beside import audit_path, waiting_path
 from fl_server.new_study import study_toml
 from fl_server.submit import StudyFolder, follow
 from icmoe.atomic import write_atomically
-from icmoe.errors import Fault, IcmoeError
+from icmoe.errors import Fault, IcmoeError, exit_on_fault
 
 REASON = Fault(number=515, where="tiny", value="1", limit="2").record()
 KILLED = "Task failed with unknown error."
@@ -49,6 +49,23 @@ def test_a_run_that_ended(make_study, tmp_path: Path, monkeypatch: pytest.Monkey
         follow(None, study, folder, print, print)
     assert [fault.number for fault in caught.value.faults] == numbers
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("status", "code"), [("finished:stopped", commands.STOPPED), ("finished:failed", 1)])
+def test_a_run_that_a_person_stopped_has_an_exit_code_of_its_own(
+    status: str, code: int, make_study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    study, folder = make_study(), StudyFolder(tmp_path)
+    folder.study.write_text(study_toml(study))
+    folder.note_run("5")
+    ended = flower.Run(run_id="5", status=status, details="", since="", fab_sha256="")
+    monkeypatch.setattr(submit.flower, "run_of", lambda home, run_id: ended)
+    monkeypatch.setattr(commands, "read_home", lambda root: None)
+    monkeypatch.setattr(submit, "start", lambda home, path, resume: (study, folder))
+    with pytest.raises(SystemExit) as caught, exit_on_fault():
+        commands.run_study(tmp_path, tmp_path / "study.toml", resume=True, as_json=False)
+    assert caught.value.code == code
+    assert ("ICM509" if code == commands.STOPPED else "ICM507") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", ["study.state.safetensors", "study.waiting.json"])

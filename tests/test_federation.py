@@ -19,6 +19,8 @@ from consortium import (
 )
 from federated import coordinator, end_and_leave_nothing, sites, studies
 
+from fl_server.commands import STOPPED
+
 __all__ = ["coordinator", "sites", "studies"]
 pytestmark = [pytest.mark.network, BEHIND_NGINX]
 
@@ -31,7 +33,7 @@ def test_a_run_that_is_stopped_ends_as_stopped(coordinator: Coordinator) -> None
         wait_until(lambda: "running" in fl_server("status", "--home", home).stdout, "the run to be running", 60)
         number = json.loads(fl_server("status", "--home", home, "--json").stdout)[0]["run"]
         assert fl_server("stop", number, "--home", home).returncode == 0
-        assert run.wait(timeout=60) == 1
+        assert run.wait(timeout=60) == STOPPED
     assert f"ICM509 run was stopped: run {number}" in log.read_text()
     assert "Traceback" not in log.read_text()
 
@@ -43,12 +45,12 @@ def test_resume_stops_a_live_run_of_the_study_first(coordinator: Coordinator) ->
         wait_until(lambda: "run        " in first.read_text(), "the run to be submitted", 60)
         wait_until(lambda: "waiting for" in first.read_text(), "the run to say whom it waits for", 120)
         with running([*FL_SERVER, "run", study, "--home", home, "--resume"], second, environment()) as resumed:
-            assert live.wait(timeout=120) == 1
+            assert live.wait(timeout=120) == STOPPED
             wait_until(lambda: "run        " in second.read_text(), "the second run to be submitted", 120)
             number = json.loads(fl_server("status", "--home", home, "--json").stdout)[0]["run"]
             assert number not in first.read_text()
             assert fl_server("stop", number, "--home", home).returncode == 0
-            assert resumed.wait(timeout=120) == 1
+            assert resumed.wait(timeout=120) == STOPPED
     assert "ICM509" in first.read_text()
 
 
