@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
 from fl_server.flower_private import Refused, Registry
 from fl_server.home import Home, find_home
-from icmoe.atomic import write_atomically
+from icmoe.atomic import regular, write_atomically
 from icmoe.errors import Fault, IcmoeError
 from icmoe.joining import (
     UNREADABLE,
@@ -25,6 +25,7 @@ from icmoe.joining import (
     proven_key,
     public_text,
 )
+from icmoe.locks import hold
 from icmoe.private import read_small
 
 
@@ -48,7 +49,9 @@ class Admission:
 
 
 def admit(path: Path, folder: Path, *, expected: str | None = None) -> Admission:
-    """Register a site's key under the site's name; asking twice changes nothing.
+    """Write a site's key down and register it under the site's name; asking twice changes nothing.
+
+    In this order no key is live that `revoke` does not know of, whenever the command is ended.
 
     Parameters
     ----------
@@ -68,18 +71,31 @@ def admit(path: Path, folder: Path, *, expected: str | None = None) -> Admission
     home = find_home(folder)
     request = parse_request(read_small(path), where=str(path))
     key = proven_key(request, where=str(path))
-    _refuse_strangers(home, request, key, path, expected)
-    with _registry(home) as registry:
+    with _alone(home), _registry(home) as registry:
+        _refuse_strangers(home, request, key, path, expected)
         found = registry.find(key)
-        node_id = found[0] if found is not None else _registered(registry, request, key, path)
-    if found is not None and found[1] == "unregistered":
-        raise _refusal(path, "key has been revoked", request.site, "a key that was never registered")
-    write_atomically(home.public_key(request.site), (public_text(key) + "\n").encode())
+        if found is not None and found[1] == "unregistered":
+            raise _refusal(path, "key has been revoked", request.site, "a key that was never registered")
+        for other in registry.live(request.site).values():
+            if other != key:
+                raise _refusal(path, "another key is registered for this site", fingerprint(key), fingerprint(other))
+        written = home.public_key(request.site)
+        is_new = not written.exists()
+        write_atomically(written, (public_text(key) + "\n").encode())
+        try:
+            node_id = found[0] if found is not None else registry.register(key, request.site)
+        except Refused as refused:
+            if is_new:
+                written.unlink()
+            value = f"code {refused.code}"
+            raise _refusal(path, "Flower refused the key", value, "a key that was never registered") from None
     return Admission(request.site, fingerprint(key), node_id)
 
 
 def revoke(name: str, folder: Path) -> str:
     """Take a site's key out of the federation, keep it as revoked and return its fingerprint.
+
+    So is every other key that is registered under the site's name, as where the file of one was lost.
 
     Raises
     ------
@@ -88,18 +104,39 @@ def revoke(name: str, folder: Path) -> str:
     """
     home = find_home(folder)
     path = home.public_key(name)
-    if not path.exists():
-        admitted = sorted(found.parent.name for found in (home.root / "sites").glob("*/node.pub"))
-        raise _refusal(path, "site has no admitted key", name, ", ".join(admitted) or "none")
-    key = _public_key(path)
+    with _alone(home):
+        keys = [_public_key(path)] if path.exists() else []
+        try:
+            keys += [key for key in _unregistered(home, name, keys) if key not in keys]
+        except IcmoeError:
+            if keys:
+                raise  # without a key on file the site counts as not admitted, also where the SuperLink cannot say
+        if not keys:
+            admitted = sorted(found.parent.name for found in (home.root / "sites").glob("*/node.pub"))
+            raise _refusal(path, "site has no admitted key", name, ", ".join(admitted) or "none")
+        for key in keys:
+            revoked = home.site(name) / "revoked" / f"{fingerprint(key).removeprefix('SHA256:').replace('/', '_')}.pub"
+            write_atomically(revoked, (public_text(key) + "\n").encode())
+        path.unlink(missing_ok=True)
+    return ", ".join(map(fingerprint, keys))
+
+
+def _unregistered(home: Home, name: str, keys: list[ec.EllipticCurvePublicKey]) -> list[ec.EllipticCurvePublicKey]:
+    """Take these keys and all under the name out of the SuperLink; return the latter."""
     with _registry(home) as registry:
-        found = registry.find(key)
-        if found is not None and found[1] != "unregistered":
-            registry.unregister(found[0])
-    revoked = home.site(name) / "revoked" / f"{fingerprint(key).removeprefix('SHA256:').replace('/', '_')}.pub"
-    revoked.parent.mkdir(exist_ok=True)
-    path.replace(revoked)
-    return fingerprint(key)
+        live = registry.live(name)
+        known = [found for key in keys if (found := registry.find(key)) is not None]
+        for number in {*live, *(number for number, status in known if status != "unregistered")}:
+            registry.unregister(number)
+    return list(live.values())
+
+
+@contextmanager
+def _alone(home: Home) -> Iterator[None]:
+    """Hold the register: of two people who admit two keys for one site, the second is refused."""
+    with open(home.root / ".admission.lock", "a", opener=regular) as lock:
+        hold(lock, name=home.root)
+        yield
 
 
 def _refuse_strangers(
@@ -133,13 +170,6 @@ def _public_key(path: Path) -> ec.EllipticCurvePublicKey:
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise IcmoeError(Fault(number=307, where=str(path), did="Nothing was changed.", todo="Restore the file from its backup."))
     return key
-
-
-def _registered(registry: Registry, request: JoinRequest, key: ec.EllipticCurvePublicKey, path: Path) -> int:
-    try:
-        return registry.register(key, request.site)
-    except Refused as refused:
-        raise _refusal(path, "Flower refused the key", f"code {refused.code}", "a key that was never registered") from None
 
 
 @contextmanager

@@ -9,7 +9,7 @@ require_flower()
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
 from flwr.supercore.control import ControlHttpClient
 
@@ -56,6 +56,16 @@ class Registry:
         """
         nodes = self._client.ListNodes(ListNodesRequest()).nodes_info
         return next(((node.node_id, node.status) for node in nodes if node.public_key == _pem(key)), None)
+
+    def live(self, name: str) -> dict[int, ec.EllipticCurvePublicKey]:
+        """Return the keys that are registered under a name now, by node id; raises as `find`."""
+        nodes = self._client.ListNodes(ListNodesRequest()).nodes_info
+        keys = {
+            node.node_id: load_pem_public_key(node.public_key)
+            for node in nodes
+            if node.name == name and node.status != "unregistered"
+        }
+        return {number: key for number, key in keys.items() if isinstance(key, ec.EllipticCurvePublicKey)}
 
     def register(self, key: ec.EllipticCurvePublicKey, name: str) -> int:
         """Register a key under a name and return its node id.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import importlib
 import json
 import socket
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 from loopback import Authority, closed_port
 
 from fl_client.preflight import run_preflight
+from fl_server import admission as admitting
+from fl_server.flower_private import Refused
 from fl_server.home import find_home
 from icmoe.errors import IcmoeError
 from icmoe.joining import (
@@ -182,6 +185,56 @@ def test_sites_are_admitted_replaced_and_revoked_one_by_one_at_a_real_superlink(
         assert (out / "sites" / "Birch" / "node.pub").read_bytes() == before
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def test_a_key_is_written_down_before_it_is_live_and_revoke_takes_out_every_key_of_the_site(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = closed_port()
+    make(tmp_path, port=port, text=TEXT.replace("coordinator.example:443", f"localhost:{port}"))
+    out, request = tmp_path / "out", request_of(tmp_path, "Alder")
+    written = out / "sites" / "Alder" / "node.pub"
+    with serving(find_home(out), tmp_path / "superlink.log"):
+        wait_until(lambda: listens(port), "SuperLink on its port")
+        with monkeypatch.context() as full:
+            full.setattr(admitting, "write_atomically", no_room)
+            with pytest.raises(OSError, match="No space"):
+                admitting.admit(request, out)
+        assert not admission(tmp_path, "Alder")[0], "a key that is not written down is not live"
+        with monkeypatch.context() as refusing:
+            refusing.setattr(admitting.Registry, "register", refused)
+            with pytest.raises(IcmoeError, match="Flower refused the key: code 7"):
+                admitting.admit(request, out)
+        assert not written.exists()
+        with monkeypatch.context() as killed:
+            killed.setattr(admitting.Registry, "register", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                admitting.admit(request, out)
+        assert written.exists()
+        assert serve("admit", request, "--home", out)[0] == 0
+        assert admission(tmp_path, "Alder") == (True, "")
+        written.unlink()  # lost, or never written by an earlier version
+        other = ec.generate_private_key(ec.SECP384R1())
+        ca = x509.load_pem_x509_certificate((out / "ca" / "ca.crt").read_bytes())
+        (tmp_path / "other.json").write_text(make_request("Alder", other, ca).model_dump_json())
+        code, output = serve("admit", tmp_path / "other.json", "--home", out)
+        assert (code, "another key is registered for this site" in output, written.exists()) == (1, True, False)
+        assert serve("revoke", "Alder", "--home", out)[0] == 0
+        assert not admission(tmp_path, "Alder")[0]
+        assert "key has been revoked" in serve("admit", request, "--home", out)[1]
+        assert serve("admit", tmp_path / "other.json", "--home", out)[0] == 0
+
+
+def no_room(path: Path, *_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
+def refused(*_: object) -> int:
+    raise Refused(7)
+
+
+def interrupted(*_: object) -> int:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("module", ["fl_client.flower_private", "fl_server.flower_private", "fl_server.flower_replies"])
