@@ -100,7 +100,7 @@ def revoke(name: str, folder: Path) -> str:
     Raises
     ------
     IcmoeError
-        314 where the site has no admitted key, 311 where the SuperLink cannot be reached: then nothing changed.
+        314 where the site has no admitted key, 311 where the SuperLink cannot be reached: then its file stays.
     """
     home = find_home(folder)
     path = home.public_key(name)
@@ -181,8 +181,8 @@ def _registry(home: Home) -> Iterator[Registry]:
     except httpx.HTTPError as error:
         what = "SuperLink cannot be reached"
         todo = "Start it on this machine, then repeat the command; behind a proxy NO_PROXY must name 127.0.0.1."
-        where, value = f"127.0.0.1:{port}", type(error).__name__
-        raise IcmoeError(Fault(number=311, where=where, what=what, value=value, did="Nothing was changed.", todo=todo)) from None
+        where, value, did = f"127.0.0.1:{port}", type(error).__name__, "No key is live that is not written down."
+        raise IcmoeError(Fault(number=311, where=where, what=what, value=value, did=did, todo=todo)) from None
     finally:
         registry.close()
 
