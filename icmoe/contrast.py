@@ -23,8 +23,9 @@ def draw_anchors(
 ) -> tuple[Tensor, Tensor]:
     """Return anchor pixels and which of them are real: indices B A and a mask B A.
 
-    Half of a class's places go to wrong pixels where there are enough; the rest is drawn among all others of the class,
-    right or wrong. A class with fewer pixels than places leaves places empty (mask False).
+    Half of a class's places go to wrong pixels where there are enough. The rest goes to others of the class by the same draw,
+    most of them right: the luckiest of the wrong ones have their places already. A class with fewer pixels than places leaves
+    places empty (mask False).
 
     Parameters
     ----------

@@ -94,7 +94,10 @@ class TrainingSet:
                 yield Batch(self._cache.widened(ahead.take(), device), self._target(rows, views, device))
 
     def _draws(self, steps: int, seed: int) -> list[tuple[list[int], list[int]]]:
-        """Return slice and view indices per step: one endless chain of permutations cut into batches."""
+        """Return slice and view indices per step: one endless chain of permutations cut into batches.
+
+        Within a pass no slice comes twice; a batch that ends one pass and begins the next may hold one twice.
+        """
         rng = np.random.default_rng(seed)
         wanted = steps * self.batch_size
         order = np.concatenate([rng.permutation(len(self)) for _ in range(-(-wanted // len(self)) or 1)])[:wanted]
@@ -130,7 +133,7 @@ def unknown_classes(slices: Iterable[Slice], study: Study) -> tuple[int, ...]:
 
 
 def steps_of(slices: int, batch_size: int, epochs: int) -> int:
-    """Return the number of steps of `epochs` passes over `slices` slices; a batch never holds a slice twice."""
+    """Return the number of steps of `epochs` passes over `slices` slices; a batch is never larger than a pass."""
     return epochs * -(-slices // min(batch_size, slices))
 
 

@@ -25,7 +25,7 @@ SMOOTH_SHARE = 0.025
 def counted_as_background(log_p: Tensor, unknown: Sequence[int], *, dim: int) -> Tensor:
     """Return log probabilities in which those of some classes are the background's, and those classes have none.
 
-    A class that no training picture of a site shows may still be the right answer elsewhere: the site neither teaches nor
+    A class that no training picture of a site shows may still be the right answer elsewhere: a loss of these neither teaches nor
     unlearns it (marginal loss, Shi et al., arXiv 2007.03868, section 3.2).
 
     Parameters

@@ -161,8 +161,9 @@ class Training(Section):
     proximal_mu: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
     """FedProx: weight of half the squared distance to the round's global tensors."""
     untaught: Literal["unknown", "background"] = "unknown"
-    """Whether classes that no training slice of a site shows, others being shown, count as unknown there: it neither teaches nor
-    unlearns them. Background where privacy is per patient, for which classes are shown depends on all patients together."""
+    """Whether classes that no training slice of a site shows, others being shown, count as unknown there: cross-entropy, Dice,
+    votes and router neither teach nor unlearn them, while the contrast moves their prototypes all the same. Background where
+    privacy is per patient, for which classes are shown depends on all patients together."""
     views: Annotated[tuple[View, ...], Field(min_length=1)] = ("identity", "flip")
     """Fixed views of each image that are encoded; one is drawn per step."""
 

@@ -101,7 +101,8 @@ def train_round(
         From 1; places the round in the learning-rate schedule.
     seed
         Of order, views, router noise and contrast anchors. On one machine, CPU and thread count the same seed gives the same
-        bytes, where memory suffices for as many slices at once; on CUDA sums of some operations come in any order.
+        bytes, where memory suffices for as many slices at once; on CUDA the gradients of bilinear interpolation and of
+        gathering add up in any order.
     device
         CPU or CUDA; autocast to bfloat16 on CUDA.
     steps
@@ -139,7 +140,7 @@ def train_round(
         if on_step is not None:
             on_step(step, steps)
     model.eval()
-    result = sums.result(steps, time.perf_counter() - began)
+    result = sums.result(steps, began)
     require_finite(model)  # the last step may have broken it, after the loss was taken
     return result
 
@@ -228,8 +229,9 @@ class _Sums:
             usage_M = part.share * part.usage_M
             self.usage_M = usage_M if self.usage_M is None else self.usage_M + usage_M
 
-    def result(self, steps: int, train_s: float) -> RoundResult:
-        loss = self.loss.item() / steps
+    def result(self, steps: int, began: float) -> RoundResult:
+        loss = self.loss.item() / steps  # waits for the device, which may have much to do yet
+        train_s = time.perf_counter() - began
         if not math.isfinite(loss):
             raise IcmoeError(
                 Fault(number=304, what="the training loss is not finite", value=str(loss), did="The round's update was not sent.")

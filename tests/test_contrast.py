@@ -48,6 +48,14 @@ def test_the_loss_is_the_weighted_mean_over_anchors(per_class: int, *, full: boo
         assert found[b].item() == pytest.approx(slow_loss(z[b], frozen[b], label[b], prototypes, anchors), rel=1e-4)
 
 
+def test_beyond_the_half_that_is_wrong_most_anchors_are_right() -> None:
+    label, wrong = torch.ones(300, 200, dtype=torch.long), torch.arange(200).expand(300, 200) < 100
+    index, _ = draw_anchors(label, wrong, 2, torch.Generator().manual_seed(0), per_class=64)
+    hard, rest = index[:, 64:].split(32, dim=1)
+    assert bool(wrong.gather(1, hard).all())
+    assert wrong.gather(1, rest).float().mean() < 0.2  # 68 of the 168 others are wrong: drawn anew it would be 0.4
+
+
 def test_anchors_are_of_their_class_distinct_and_half_of_them_wrong() -> None:
     generator = torch.Generator().manual_seed(0)
     label = torch.cat([torch.zeros(1, 50), torch.ones(1, 50)], dim=1).long()

@@ -1,6 +1,8 @@
-"""A round of local training on seeded patients: what a broken step or a lack of memory ends in."""
+"""A round of local training on seeded patients: what a broken step or a lack of memory ends in, and how long it took."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from icmoe.exchange import global_state, state_digest
 from icmoe.model import build_model
 from icmoe.parts import Parts
 from icmoe.privacy_audit.seeded import seeded_rows
-from icmoe.training import _Gradient, train_round
+from icmoe.training import _Gradient, _Sums, train_round
 
 CPU = torch.device("cpu")
 
@@ -57,3 +59,17 @@ def test_a_lack_of_memory_leaves_no_trace_in_what_the_seed_draws(make_study, mon
         return state_digest(global_state(model))
 
     assert after(4, short=True) == after(2, short=False) != after(4, short=False)
+
+
+def test_the_seconds_of_a_round_end_when_the_device_has_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1.0]
+
+    class Busy:
+        def item(self) -> float:
+            clock[0] += 5.0
+            return 2.0
+
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    sums = _Sums()
+    sums.loss = Busy()
+    assert sums.result(2, 1.0).train_s == 5.0

@@ -141,13 +141,15 @@ def test_cached_features_are_the_backbones_own(prepared) -> None:
             assert torch.allclose(kept.blocks[0], fresh.blocks[0], rtol=2e-3, atol=2e-3)
 
 
-def test_every_slice_is_seen_once_per_epoch_and_never_twice_in_a_batch(prepared) -> None:
+def test_every_slice_is_seen_once_per_epoch_and_never_twice_in_a_batch_of_one_pass(prepared) -> None:
     study, site, cache, _ = prepared
     data = TrainingSet(site.of("train"), study, cache)
     draws = data._draws(data.steps(1), 4)
     rows = [row for batch, _ in draws for row in batch]
     assert set(rows) == set(range(10))
     assert all(len(set(batch)) == len(batch) for batch, _ in draws[:3])
+    spanning = [data._draws(data.steps(2), seed)[3][0] for seed in range(20)]  # the last slice of a pass, two of the next
+    assert {len(set(batch)) for batch in spanning} == {2, 3}
     assert {view for _, views in draws for view in views} == set(range(len(study.training.views)))
     assert data._draws(5, 4) == data._draws(5, 4) != data._draws(5, 5)
     tiny = TrainingSet(site.of("train")[:2], study, cache)
