@@ -106,6 +106,7 @@ def results_record(
         Of the code that trained last.
     """
     summary = {name: summary_of(list(by_seed.values())) for name, by_seed in methods.items()}
+    found = comparisons(summary, methods, usage_exponent=study.aggregation.usage_exponent)
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "icmoe-simulation",
@@ -132,7 +133,7 @@ def results_record(
         "summary": summary,
         "cross_site": cross_site(methods, list(hospitals.sites)),
         "privacy": (promise := privacy_record(study)),
-        "comparisons": comparisons(summary, methods) + ([] if promise is None else [privacy_comparison(promise)]),
+        "comparisons": found + ([] if promise is None else [privacy_comparison(promise)]),
         "seconds": dict(seconds),
     }
 
@@ -186,10 +187,12 @@ def summary_of(runs: Sequence[Record]) -> Record:
     return record
 
 
-def comparisons(summary: Mapping[str, Record], methods: Mapping[str, Mapping[str, Record]]) -> list[Record]:
+def comparisons(
+    summary: Mapping[str, Record], methods: Mapping[str, Mapping[str, Record]], *, usage_exponent: float
+) -> list[Record]:
     """Return the questions that the rehearsal answers, with their numbers, whatever they show.
 
-    Dice is the mean over all test patients.
+    Dice is the mean over all test patients; `usage_exponent` is that of the router-aware study.
     """
     dice = {name: row["dice_pooled"] for name, row in summary.items() if row["dice_pooled"] is not None}
     found: list[Record] = []
@@ -207,7 +210,7 @@ def comparisons(summary: Mapping[str, Record], methods: Mapping[str, Mapping[str
         found += _own_sites(summary)
     found += _personalised(summary)
     if ours is not None and "fedavg" in dice:
-        found.append(_usage_sentence(methods))
+        found.append(_usage_sentence(methods, usage_exponent))
     return found
 
 
@@ -263,8 +266,8 @@ def _personalised(summary: Mapping[str, Record]) -> list[Record]:
     ]
 
 
-def _usage_sentence(methods: Mapping[str, Mapping[str, Record]]) -> Record:
-    """Say whether usage weights (t=1) beat plain ones (t=0), seed by seed."""
+def _usage_sentence(methods: Mapping[str, Mapping[str, Record]], exponent: float) -> Record:
+    """Say whether usage weights beat FedAvg, seed by seed."""
     aware, plain = methods["router-aware"], methods["fedavg"]
     gains = [aware[seed]["test"]["pooled"]["dice"] - plain[seed]["test"]["pooled"]["dice"] for seed in aware if seed in plain]
     mean, std = _mean_std(gains)
@@ -272,7 +275,8 @@ def _usage_sentence(methods: Mapping[str, Mapping[str, Record]]) -> Record:
     assert mean is not None
     seeds = f"{len(gains)} seeds, standard deviation {std:.4f}" if std is not None else "one seed, so no spread is known"
     sentence = (
-        f"usage weights (t=1) change Dice by {mean:+.4f} against FedAvg ({seeds}); usage differs between sites by {spread:.3f}"
+        f"usage weights (t={exponent:g}) change Dice by {mean:+.4f} against FedAvg ({seeds}); "
+        f"usage differs between sites by {spread:.3f}"
     )
     return {"sentence": sentence, "value": mean, "bar": None, "met": None}
 

@@ -45,7 +45,9 @@ def rehearse_command(
     backbone: Annotated[str | None, Option(help=f"{choices(seeded=True)}.")] = None,
     checkpoint: Annotated[Path | None, Option(help="Weights file of a backbone that brings none.")] = None,
     image_size: Annotated[int | None, Option(help="Side of the encoder's input, pixels, a multiple of 32.")] = None,
-    t: Annotated[float | None, Option(help="Exponent of the usage weights; 0 is FedAvg.")] = None,
+    t: Annotated[
+        float | None, Option(help="Exponent of the usage weights; 0 leaves usage out. FedAvg is --methods fedavg.")
+    ] = None,
     seed: Annotated[int | None, Option(help="One seed.")] = None,
     seeds: Annotated[int | None, Option(help="Number of seeds 1..N, for mean and spread.")] = None,
     device: Annotated[str | None, Option(help="cpu, cuda or cuda:N.")] = None,

@@ -106,6 +106,13 @@ def test_a_stamp_tells_the_commit_that_trained_and_the_one_that_scored(tmp_path:
     assert "\nCommit `c0ffee`, scored by `beef`, study `ssssssssssss`, " in table(tmp_path)
 
 
+@pytest.mark.parametrize(("t", "told"), [(0.5, " (t=0.5)"), (1.0, " (t=1)"), (None, "")])
+def test_the_bar_of_the_usage_weights_names_the_exponent_of_the_study(t: float | None, told: str, tmp_path: Path) -> None:
+    configuration = {} if t is None else {"configuration": {"study": {"aggregation": {"usage_exponent": t}}}}
+    put(tmp_path, "lgg-base", rows_of(0.03), **configuration)
+    assert f"\n| router-aware{told} minus FedAvg, mean of sites | " in table(tmp_path)
+
+
 @pytest.fixture
 def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """A finished run without any method over two phantom hospitals, one of them left out, with the test backbone."""

@@ -244,7 +244,7 @@ def test_the_printed_answers_follow_from_the_numbers_whatever_they_show() -> Non
     assert summary["router-aware"]["dice_std"] == pytest.approx(0.01414, abs=1e-4)
     assert summary["router-aware"]["dice_mean"] == pytest.approx(0.65)
     assert summary["router-aware"]["dice_worst_site"] == pytest.approx(0.6)
-    found = comparisons(summary, methods)
+    found = comparisons(summary, methods, usage_exponent=1.0)
     assert json.loads(json.dumps(found)) == found
     pooled, local, honest, *sites, usage = found
     assert pooled["value"] == pytest.approx(0.66 / 0.70)
@@ -256,6 +256,9 @@ def test_the_printed_answers_follow_from_the_numbers_whatever_they_show() -> Non
     assert [line["value"] for line in sites] == pytest.approx([0.6 - 0.65, 0.7 - 0.6])
     assert [line["bar"] for line in (pooled, local, honest)] == [0.95, 0.03, 0.03]
     assert usage["sentence"].endswith("usage differs between sites by 0.010")  # in the last round
+    assert usage["sentence"].startswith("usage weights (t=1) change Dice by ")
+    half = comparisons(summary, methods, usage_exponent=0.5)[-1]["sentence"]
+    assert half.startswith("usage weights (t=0.5) change Dice by "), "the study's exponent, whatever it is"
     assert usage["value"] == pytest.approx(0.0, abs=1e-9)
     assert "+0.0000" in usage["sentence"] or "-0.0000" in usage["sentence"]
 
@@ -266,7 +269,8 @@ def test_a_sites_own_model_is_compared_with_its_local_one_at_the_site_that_gains
         return {"1": {"test": own, "own_test": own, "everywhere": {"A": a, "B": b, "Tiny": None}, "rounds": []}}
 
     methods = {"personalised": runs(0.60, 0.75), "local": runs(0.62, 0.70)}
-    least, mean = comparisons({name: summary_of(list(by_seed.values())) for name, by_seed in methods.items()}, methods)
+    summary = {name: summary_of(list(by_seed.values())) for name, by_seed in methods.items()}
+    least, mean = comparisons(summary, methods, usage_exponent=1.0)
     assert "gains least over its local model is A, -0.020 Dice" in least["sentence"]
     assert (least["value"], least["bar"], least["met"]) == (pytest.approx(-0.02), -0.01, False)
     assert (mean["value"], mean["bar"], mean["met"]) == (pytest.approx(0.015), 0.02, False)

@@ -115,7 +115,7 @@ def lacking(rows: Rows) -> list[str]:
     return found
 
 
-def common_bars(rows: Rows, *, mean_gain: float) -> list[Bar]:
+def common_bars(rows: Rows, *, mean_gain: float, usage_exponent: float | None = None) -> list[Bar]:
     """Return the bars of a set whose hospitals all took part.
 
     Parameters
@@ -124,6 +124,8 @@ def common_bars(rows: Rows, *, mean_gain: float) -> list[Bar]:
         Scores of one rehearsal; `lacking` names nothing in them.
     mean_gain
         Dice by which the sites' own models shall beat local ones, mean of sites.
+    usage_exponent
+        t of the router-aware study; None where it is not known.
     """
     seeds = seeds_of(rows)
 
@@ -134,6 +136,7 @@ def common_bars(rows: Rows, *, mean_gain: float) -> list[Bar]:
         own, alone = (site_means(dice_of(rows, name, seed, own=True)) for name in (PERSONAL, LOCAL))
         return min(value - alone[site] for site, value in own.items())
 
+    weights = "" if usage_exponent is None else f" (t={usage_exponent:g})"
     gain = difference(rows, lambda s: dice_of(rows, PERSONAL, s, own=True), lambda s: dice_of(rows, LOCAL, s, own=True))
     usage = difference(rows, lambda s: dice_of(rows, OURS, s), lambda s: dice_of(rows, PLAIN, s))
     return [
@@ -145,7 +148,7 @@ def common_bars(rows: Rows, *, mean_gain: float) -> list[Bar]:
             seeds=per_seed(lambda s: _worst(dice_of(rows, OURS, s)) - _worst(dice_of(rows, PLAIN, s))),
             bar=0.0,
         ),
-        Bar(question="router-aware (t=1) minus plain averages (t=0)", seeds=usage[0], patients=usage[1]),
+        Bar(question=f"router-aware{weights} minus FedAvg, mean of sites", seeds=usage[0], patients=usage[1]),
     ]
 
 

@@ -68,13 +68,21 @@ def section(plan: Plan, out: Path) -> list[str]:
         lines += [f"### {run.name}", "", _stamp(record, rows), "", *score_table(rows), ""]
         if gaps := lacking(rows) if plan.claims else []:
             lines += [f"Methods are not compared, since scores are missing: {'; '.join(gaps)}.", ""]
-        bars = common_bars(rows, mean_gain=plan.mean_gain) if plan.claims and not gaps else []
+        bars = _common(plan, record) if plan.claims and not gaps else []
         if run is plan.runs[0]:
             told, unseen = _unseen(plan, found)
             lines, bars = lines + told, bars + unseen
         if bars or not plan.claims:
             lines += [*bar_table(bars), ""] if bars else ["Too few patients for claims.", ""]
     return lines
+
+
+def _common(plan: Plan, record: Mapping[str, Any]) -> list[Bar]:
+    try:
+        exponent = float(record["configuration"]["study"]["aggregation"]["usage_exponent"])
+    except (KeyError, TypeError, ValueError):
+        exponent = None
+    return common_bars(record["scores"], mean_gain=plan.mean_gain, usage_exponent=exponent)
 
 
 def _unseen(plan: Plan, found: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[Bar]]:
