@@ -366,7 +366,8 @@ def test_ours_stands_above_the_rivals_with_its_own_cost(bench: Bench) -> None:
     rounds = [{"bytes_up": 600, "sites": {"Alder": {"seconds": 1.5}, "Birch": {"seconds": 0.5}}}] * 2
     runs = {seed: {"rounds": rounds, "test": rival["test"], "own_test": None} for seed in ("1", "2")}
     path = bench.folder / "ours.json"
-    results = {"configuration": {"study": bench.study.model_dump(mode="json")}, "methods": {"router-aware": runs}}
+    digests = {"data_digest": rival["data_digest"], "backbone": {"digest": rival["backbone_digest"]}}
+    results = {"configuration": {"study": bench.study.model_dump(mode="json")}, "methods": {"router-aware": runs}, **digests}
     path.write_text(json.dumps(results))
     ours, *rest = table.read_rows(bench.folder, path)
     assert (ours.ours, ours.regime, ours.seeds, ours.bytes_each_way, ours.cpu_s) == (True, "router-aware", 2, 300, 4.0)

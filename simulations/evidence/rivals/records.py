@@ -51,6 +51,7 @@ class _Rival(_Read):
     short: bool
     data_digest: str
     backbone_digest: str
+    study: dict[str, Any]
     parameters: int
     bytes_each_way: float
     cpu_s: float
@@ -93,7 +94,13 @@ class _Methods(_Read):
     local: _Runs = {}
 
 
+class _Digest(_Read):
+    digest: str
+
+
 class _Ours(_Read):
+    data_digest: str
+    backbone: _Digest
     configuration: _Configuration
     methods: _Methods
 

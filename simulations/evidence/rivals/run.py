@@ -281,6 +281,7 @@ def _record(job: Job, study: Study, bench: Bench, trainer: Trainer, reached: Rea
         "settings": asdict(trainer.regime) | {"learning_rate": study.training.learning_rate},
         "study": study.model_dump(mode="json"),
         "data_digest": bench.hospitals.digest(),
+        "masks_digest": bench.hospitals.masks_digest(),
         "backbone_digest": bench.backbone.digest,
         "commit": bench.commit,
         "torch": torch.__version__,

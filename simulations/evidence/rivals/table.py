@@ -10,17 +10,23 @@ from typing import Any
 
 from icmoe.atomic import write_atomically
 from icmoe.config import parse
-from icmoe.errors import Fault, IcmoeError
 from icmoe.model import build_model
 from icmoe.study import Study
 from simulations.evidence.rivals.catalogue import METHODS
+from simulations.evidence.rivals.origin import require_one_origin
 from simulations.evidence.rivals.records import read_ours, read_rival
 from simulations.evidence.rivals.regimes import REGIMES
 from simulations.evidence.rivals.segmenter import trained_count
 from simulations.results import summary_of
 
 Record = dict[str, Any]
-OURS = {"router-aware": "router-aware", "fedavg": "t = 0", "personal": "personal", "pooled": "pooled", "local": "each site alone"}
+OURS = {
+    "router-aware": "router-aware",
+    "fedavg": "plain averages",
+    "personal": "personal",
+    "pooled": "pooled",
+    "local": "each site alone",
+}
 NOTES = (
     "Dice is the mean over the site's test patients, each scored as a volume; the mean is that of the sites; after ± stands the "
     "standard deviation over the seeds. For sites alone and Ditto it is each site's own model on its own test, otherwise one "
@@ -84,12 +90,13 @@ def read_rows(folder: Path, ours: Path | None) -> list[Row]:
     Raises
     ------
     IcmoeError
-        205 where `ours` is not there, 217 where it is damaged; 525 where a rival's record is; 526 where the results were not
-        made on one study and one set of data.
+        205 where `ours` is not there, 217 where it is damaged; 525 where a rival's record is; 526 where the results, `ours`
+        among them, were not made on one study, one set of data and one backbone.
     """
     records = [read_rival(path) for path in sorted((folder / "results").glob("*.json"))]
-    _require_one_origin(records)
-    rows = [] if ours is None else _rows_of_ours(ours)
+    results = None if ours is None else read_ours(ours)
+    require_one_origin(records, results)
+    rows = [] if results is None else _rows_of_ours(results, where=str(ours))
     found: dict[tuple[str, str, int | None], list[Record]] = {}
     for record in records:
         found.setdefault((record["method"], record["regime"], record["rounds"] if record["short"] else None), []).append(record)
@@ -97,14 +104,6 @@ def read_rows(folder: Path, ours: Path | None) -> list[Row]:
     pairs = [(name, regime) for name, method in METHODS.items() for regime in method.regimes]
     rows += [_row(name, regime, found.get((name, regime, None), [])) for name, regime in pairs]
     return rows + [_row(*pair, found[*pair, rounds]) for rounds in short for pair in pairs if (*pair, rounds) in found]
-
-
-def _require_one_origin(records: Sequence[Record]) -> None:
-    data = {(record["data_digest"], record["backbone_digest"]) for record in records}
-    rounds = {record["rounds"] for record in records if not record["short"]}
-    if len(data) > 1 or len(rounds) > 1:
-        value = f"data and backbones: {len(data)}, lengths of the study: {len(rounds)}"
-        raise IcmoeError(Fault(number=526, value=value, limit="one of each", did="No table was written."))
 
 
 def _row(method: str, way: str, records: Sequence[Record]) -> Row:
@@ -135,9 +134,8 @@ def _dice(tests: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _rows_of_ours(path: Path) -> list[Row]:
-    results = read_ours(path)
-    study = parse(Study, results["configuration"]["study"], where=str(path))
+def _rows_of_ours(results: Record, *, where: str) -> list[Row]:
+    study = parse(Study, results["configuration"]["study"], where=where)
     parameters = trained_count(build_model(study, seed=0))
     rows = []
     for method, title in OURS.items():
