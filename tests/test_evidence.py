@@ -256,7 +256,8 @@ def test_a_finished_run_of_other_seeds_or_another_recipe_is_not_taken_for_what_w
 ) -> None:
     kept = tmp_path / "out" / "lgg-base" / "results.json"
     kept.parent.mkdir(parents=True)
-    kept.write_text(json.dumps({"seeds": [1, 2], "study_digest": "0" * 64}))
+    asked = {name: {"1": {}} for name in PLANS["lgg"].runs[0].methods}
+    kept.write_text(json.dumps({"seeds": [1, 2], "study_digest": "0" * 64, "methods": asked, "phantoms": False}))
     words = ["lgg", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--only", "lgg-base"]
     for options, other in ((["--seeds", "1"], "other seeds"), (["--seeds", "2", "--scenario", evidence[1][6]], "other study")):
         done = CliRunner().invoke(app, [*words, *options])

@@ -10,13 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from click.testing import Result
 from PIL import Image
 from test_evidence import rows_of, score
+from typer.testing import CliRunner
 
+from icmoe.backbone import Backbone
 from icmoe.data.splits import SPLITS
 from icmoe.errors import IcmoeError
+from icmoe.study import BackboneChoice
 from simulations import commit
+from simulations.evidence import dealing, patients
+from simulations.evidence.__main__ import app
 from simulations.evidence.patients import score_run
+from simulations.evidence.sites import other_cases
 from simulations.evidence.tables import write_tables
 from simulations.folder import RunFolder
 from simulations.hospitals import find_hospitals
@@ -178,6 +186,80 @@ def test_results_of_a_former_version_name_neither_masks_nor_commit(trained: RunF
     del results["masks_digest"], results["commit"]
     trained.results.write_text(json.dumps(results))
     assert score_run(trained, personal=False)["commit"] == "unknown"
+
+
+def ask(trained: RunFolder, data: Path) -> Result:
+    words = ["lgg", "--data", str(data), "--out", str(trained.root.parent), "--only", trained.root.name, "--seeds", "1"]
+    return CliRunner().invoke(app, words)
+
+
+@pytest.fixture
+def finished(trained: RunFolder) -> RunFolder:
+    """The run with the method that its plan asks for, as the command takes it."""
+    change(trained, seeds=[1], phantoms=False, methods={"router-aware": {}})
+    return trained
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({"methods": {"fedavg": {}}}, "other methods"), ({"phantoms": True}, "other data: phantoms")],
+)
+def test_a_finished_run_of_other_methods_or_of_phantoms_is_refused(
+    changes: dict[str, Any], told: str, finished: RunFolder, tmp_path: Path
+) -> None:
+    change(finished, **changes)
+    done = ask(finished, tmp_path / "data")
+    assert (done.exit_code, "ICM502" in done.stderr, told in done.stderr) == (1, True, True), done.output
+    assert not (tmp_path / "evidence.md").exists()
+
+
+def test_a_finished_run_is_scored_with_the_data_that_are_named_and_with_no_others(finished: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "data").rename(tmp_path / "moved")
+    done = ask(finished, tmp_path / "moved")
+    assert done.exit_code == 0, done.output
+    assert (finished.root / "patients.json").exists()
+    hospitals = [PhantomSite(name=name, train_patients=1, val_patients=1, test_patients=1) for name in ("CS", "DU")]
+    write_phantoms(tmp_path / "other", seed=2, size_px=32, sites=hospitals)
+    done = ask(finished, tmp_path / "other")
+    assert (done.exit_code, "ICM502" in done.stderr, "other data" in done.stderr) == (1, True, True), done.output
+
+
+def test_the_checkpoint_that_a_run_was_trained_with_is_the_one_that_scores_it(
+    trained: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named, loaded = list[Path | None](), patients.chosen_backbone
+
+    def load(choice: BackboneChoice, *, checkpoint: Path | None, device: torch.device) -> Backbone:
+        named.append(checkpoint)
+        return loaded(choice, checkpoint=None, device=device)
+
+    monkeypatch.setattr(patients, "chosen_backbone", load)
+    results = json.loads(trained.results.read_text())
+    results["configuration"]["simulation"]["checkpoint"] = "weights.pth"
+    change(trained, configuration=results["configuration"])
+    score_run(trained, personal=False)
+    assert named == [Path("weights.pth")]
+
+
+def test_other_cases_of_a_split_file_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dealing, "FOLDER", tmp_path)
+    rows = ["A,volume,train", "A,series,train", "D,cut,train", "D,whole,test", "D,absent,test"]
+    (tmp_path / "x-one-class.csv").write_text("\n".join(["site,case,split", *rows, ""]))
+    files = {
+        "A": ["images/volume.nii.gz", "labels/volume.nii.gz", "series/1.dcm"],
+        "D": ["images/cut.nii.gz", "labels/whole.nii.gz"],
+    }
+    for site, names in files.items():
+        for name in names:
+            for root in (tmp_path / "source", tmp_path / "place" / "exports" / site):
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                (root / name).write_text(name)
+    asked = (tmp_path / "source", "x-one-class", tmp_path / "place")
+    (tmp_path / "source" / "images" / "cut.nii.gz").write_text("the copy was cut, as it shall be")
+    assert other_cases(*asked) == []
+    (tmp_path / "source" / "series" / "1.dcm").write_text("another picture")
+    (tmp_path / "source" / "labels" / "whole.nii.gz").unlink()
+    assert other_cases(*asked) == ["series", "whole"]
 
 
 def test_a_copy_in_somebody_elses_repository_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

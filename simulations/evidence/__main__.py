@@ -13,21 +13,25 @@ import typer
 from rich.console import Console
 
 from icmoe.atomic import write_atomically
+from icmoe.data.sources import read_sites
 from icmoe.errors import Fault, IcmoeError, exit_on_fault
 from icmoe.study import Study
 from icmoe.usage import Commands
 from simulations.evidence.dealing import FOLDER, hippocampus_splits, split_text
 from simulations.evidence.patients import read_record, score_run
 from simulations.evidence.plan import PLANS, SEEDS, Plan, Run
-from simulations.evidence.sites import made_sites
+from simulations.evidence.sites import made_sites, other_cases
 from simulations.evidence.tables import section, write_tables
 from simulations.folder import RunFolder
+from simulations.hospitals import digests_of, held_apart
 from simulations.interruption import exit_on_interruption
 from simulations.rehearsal import rehearse
 from simulations.scenario import chosen, read_scenario
 from simulations.screen import Screen
 
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+DID = "No table was drawn."
+TODO = "Give the --data, --seeds and --scenario that it was made with, or choose another --out."
 Data = Annotated[Path, typer.Option(help="Folder of the data set.")]
 Out = Annotated[Path, typer.Option(help="Folder of runs and tables; finished work in it is kept.")]
 Seeds = Annotated[int, typer.Option(min=1, max=10, help="Number of seeds, 1..N.")]
@@ -89,7 +93,7 @@ def _table(name: str, data: Path, out: Path, seeds: int, only: str | None, scena
         names = chosen(only, [run.name for run in plan.runs], "--only")
         for run in (run for run in plan.runs if run.name in names):
             _rehearse(plan, run, data, out, seeds, scenario)
-            score_run(RunFolder(out / run.name), personal="local" in run.methods)
+            score_run(RunFolder(out / run.name), personal="local" in run.methods, data=None if run.split else data)
         write_tables(out)
         for line in section(plan, out):
             print(line)
@@ -109,25 +113,47 @@ def _rehearse(plan: Plan, run: Run, data: Path, out: Path, seeds: int, scenario:
     }
     study, simulation = read_scenario(scenario, {"labels": [label.model_dump(mode="json") for label in plan.labels]}, options)
     if finished:
-        _require_asked_for(folder, study if scenario else None, options["seeds"])
+        _require_asked_for(folder, run, study if scenario else None, options["seeds"])
+        _require_same_data(folder, run, study, data, out / "data" / run.name)
         return
     with folder.claimed(resume=True), Screen(Console(stderr=True)) as screen:
         rehearse(study, simulation, folder, screen)
 
 
-def _require_asked_for(folder: RunFolder, study: Study | None, seeds: object) -> None:
-    """Refuse a finished run of other seeds, or of another recipe than the scenario's: its table would answer something else.
+def _require_asked_for(folder: RunFolder, run: Run, study: Study | None, seeds: object) -> None:
+    """Refuse a finished run of other seeds or methods, of phantoms, or of another recipe than the scenario's.
+
+    Its table would answer something else.
 
     Raises
     ------
     IcmoeError
         502 with what differs, 217 where its results are damaged.
     """
-    results = read_record(folder.results, "seeds", "study_digest")
+    results = read_record(folder.results, "seeds", "study_digest", "methods", "phantoms")
     other = ["seeds"] if results["seeds"] != seeds else []
     other += ["study"] if study is not None and results["study_digest"] != study.digest else []
-    todo = "Give the --seeds and --scenario that it was made with, or choose another --out."
-    folder.require_none(other, did="No table was drawn.", todo=todo)
+    other += ["methods"] if set(run.methods) - set(results["methods"]) else []
+    other += ["data: phantoms"] if results["phantoms"] else []
+    folder.require_none(other, did=DID, todo=TODO)
+
+
+def _require_same_data(folder: RunFolder, run: Run, study: Study, data: Path, place: Path) -> None:
+    """Refuse a finished run of other pictures or masks than those of `data`; `place` holds the copies of a split file's cases.
+
+    Raises
+    ------
+    IcmoeError
+        502, 217 where its results are damaged; 1xx where the data cannot be read.
+    """
+    results = read_record(folder.results, "data_digest")
+    if run.split:
+        same = not other_cases(data, run.split, place)
+    else:
+        held_out = [run.held_out] if run.held_out else []
+        pictures, masks = digests_of(held_apart(read_sites(data, study.labels), held_out))
+        same = (results["data_digest"], results.get("masks_digest", masks)) == (pictures, masks)
+    folder.require_none([] if same else ["data"], did=DID, todo=TODO)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ class Score:
     dice: float
 
 
-def score_run(folder: RunFolder, *, personal: bool) -> Record:
+def score_run(folder: RunFolder, *, personal: bool, data: Path | None = None) -> Record:
     """Return the scores of a finished rehearsal; read where they are written already.
 
     Parameters
@@ -76,6 +76,8 @@ def score_run(folder: RunFolder, *, personal: bool) -> Record:
         With results.json and models.
     personal
         Whether to make and score each site's own model.
+    data
+        Where the data of the run are by now; where they were if absent.
 
     Raises
     ------
@@ -88,7 +90,7 @@ def score_run(folder: RunFolder, *, personal: bool) -> Record:
         kept = read_record(path, *ORIGIN, "scores")
         if all(kept.get(key) == results.get(key) for key in (*ORIGIN, *LATER)):  # the folder may have been trained anew since
             return kept
-    bench = Bench.of(results)
+    bench = Bench.of(results, data)
     scores = [asdict(score) for score in _scores(results, bench, folder)]
     chosen: Record = {}
     if personal:
@@ -156,17 +158,18 @@ class Bench:
     digest: str
 
     @staticmethod
-    def of(results: Record) -> Bench:
+    def of(results: Record, data: Path | None) -> Bench:
         """Return the bench of a run, its features computed."""
         simulation, study = (
             results["configuration"]["simulation"],
             Study.model_validate_json(json.dumps(results["configuration"]["study"])),
         )
-        sites = read_sites(Path(simulation["data"]), study.labels)
+        sites = read_sites(data or Path(simulation["data"]), study.labels)
         training = tuple(name for name, row in results["sites"].items() if row["slices"]["train"])
         _require_same(results, sites)
         cache = FeatureCache.of(default_cache_folder(), study)
-        backbone = chosen_backbone(study.backbone, checkpoint=None, device=CPU)
+        checkpoint = Path(simulation["checkpoint"]) if simulation.get("checkpoint") else None
+        backbone = chosen_backbone(study.backbone, checkpoint=checkpoint, device=CPU)
         everything = [item for site in sites.values() for item in site.slices]
         encode_slices(everything, study, backbone, cache, views=("identity",))
         return Bench(sites, training, study, cache, ":".join(digests_of(sites)))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import filecmp
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import nibabel
@@ -50,9 +51,39 @@ def made_sites(source: Path, split: str, labels: Sequence[Label], place: Path) -
         mine = [row for row in rows if row["site"] == site]
         export, folder = place / "exports" / site, place / "sites" / site
         for row in mine:
-            _copy(source, row, export, cut=split.endswith("one-class") and site == ONE_CLASS_SITE and row["split"] != "test")
+            _copy(source, row, export, cut=_is_cut(row, split))
         ingest(_export(site, mine, export, folder, tuple(labels)))
     return place / "sites"
+
+
+def other_cases(source: Path, split: str, place: Path) -> list[str]:
+    """Return the cases whose copies in `place` are not what the source holds; one without a copy is passed over.
+
+    Parameters
+    ----------
+    source, split, place
+        As for `made_sites`.
+    """
+    return [row["case"] for row in read_split(split) if any(_is_other(source, *pair) for pair in _copies(row, split, place))]
+
+
+def _copies(row: dict[str, str], split: str, place: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield each file that was copied for a case, with the export that it lies in."""
+    case, export = row["case"], place / "exports" / row["site"]
+    if _is_cut(row, split):
+        return
+    single = [nifti(export, kind, case) for kind in ("images", "labels")]
+    yield from ((path, export) for path in (*single, *(export / case).rglob("*")) if path.is_file())
+
+
+def _is_other(source: Path, path: Path, export: Path) -> bool:
+    origin = source / path.relative_to(export)
+    return not origin.is_file() or not filecmp.cmp(origin, path, shallow=False)
+
+
+def _is_cut(row: dict[str, str], split: str) -> bool:
+    """Return whether a case is written without one class."""
+    return split.endswith("one-class") and row["site"] == ONE_CLASS_SITE and row["split"] != "test"
 
 
 def nifti(root: Path, kind: str, case: str) -> Path:
