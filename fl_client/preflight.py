@@ -43,6 +43,7 @@ from icmoe.device import available_device
 from icmoe.errors import Fault, IcmoeError, print_faults
 from icmoe.features import FeatureCache
 from icmoe.joining import fingerprint, validity_fault
+from icmoe.memory import free_bytes
 from icmoe.prepare import wanted_views
 from icmoe.private import read_small
 from icmoe.rest import size_bytes
@@ -149,7 +150,7 @@ def check_records(path: Path, settings: SiteFile) -> list[Check]:
 
 def check_memory() -> Check:
     """Look at the memory that is free now; a warning only, since it may be free again in a minute."""
-    free = min(filter(None, (_available_bytes(), _group_bytes())), default=None)
+    free = free_bytes()
     if free is None:
         return Check("memory", ok=True, note="not known")
     note = f"{free / GB:.1f} GB free"
@@ -281,24 +282,3 @@ def _disk(folder: Path, needed_bytes: int) -> Check:
 def _view_bytes(study: Study) -> int:
     channels, blocks, _ = widths(study.backbone, block_features=True)
     return 2 * (channels + sum(blocks)) * grid_of(study.backbone) ** 2
-
-
-def _available_bytes() -> int | None:
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _group_bytes() -> int | None:
-    """Return what a container's limit leaves, None without one."""
-    group = Path("/sys/fs/cgroup")
-    limit, used = _lines(group / "memory.max"), _lines(group / "memory.current")
-    return int(limit[0]) - int(used[0]) if limit and used and limit[0].isdigit() else None
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []

@@ -17,7 +17,7 @@ from icmoe.privacy_audit.canaries import audit_canaries
 from icmoe.privacy_audit.checks import Finding
 from icmoe.privacy_audit.inversion import invert_gradient
 from icmoe.privacy_audit.membership import balanced_halves, likelihood_ratios, membership_attack, roc
-from icmoe.privacy_audit.seeded import objective_of, seeded_rows, seeded_study
+from icmoe.privacy_audit.seeded import objective_of, seeded_bytes, seeded_rows, seeded_study
 from icmoe.study_privacy import SitePrivacy
 
 SITE = SitePrivacy(noise_multiplier=4.0, delta=1e-3, patients=12, sample_rate=0.25, steps=4)
@@ -171,6 +171,24 @@ def test_a_mixture_is_refused(private, tmp_path) -> None:
     result = CliRunner().invoke(app, ["audit-privacy", "--model", str(tmp_path / "mixture.safetensors")])
     assert result.exit_code == 1
     assert "ICM426" in result.output
+
+
+def test_patients_that_do_not_fit_into_memory_are_refused_before_any_is_drawn(private, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(run, "audit_canaries", lambda *_, **__: pytest.fail("minutes of work are lost"))
+    monkeypatch.setattr(run, "seeded_rows", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr("icmoe.memory._available_bytes", lambda: 2 * 10**6)
+    rare = private.privacy.site.model_copy(update={"sample_rate": 0.001, "patients": 10_000, "delta": 1e-5})
+    study = private.model_copy(update={"privacy": private.privacy.model_copy(update={"site": rare})})
+    result = CliRunner().invoke(app, ["audit-privacy", "--model", write(tmp_path / "model.safetensors", study)])
+    assert result.exit_code == 1
+    assert "ICM315" in result.output
+    assert "for 4000 (allowed: 0.0 GB, which are free). Nothing was audited." in " ".join(result.output.split())
+
+
+def test_the_memory_that_seeded_patients_take_is_foretold(private) -> None:
+    data = seeded_rows(private, [1] * 8, seed=1)
+    tensors = [data.batch.features.embedding_BCHW, *data.batch.features.blocks, data.batch.target_BKhw]
+    assert seeded_bytes(private, 8) == 1.5 * sum(tensor.nbytes for tensor in tensors)
 
 
 def test_a_model_that_cannot_be_audited_is_refused_before_the_checks_run(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from icmoe.accounting import Spending, epsilon, training_spending
 from icmoe.errors import Fault, IcmoeError
+from icmoe.memory import free_bytes
 from icmoe.mixture import Mixture
 from icmoe.model import ICMoE
 from icmoe.modelfile import read_model
@@ -17,7 +18,7 @@ from icmoe.privacy_audit.canaries import CanaryAudit, audit_canaries
 from icmoe.privacy_audit.checks import CHECKS, Finding
 from icmoe.privacy_audit.inversion import invert_gradient
 from icmoe.privacy_audit.membership import membership_attack
-from icmoe.privacy_audit.seeded import seeded_rows
+from icmoe.privacy_audit.seeded import seeded_bytes, seeded_rows
 from icmoe.study import Study
 from icmoe.study_privacy import SitePrivacy
 
@@ -74,12 +75,14 @@ def audit_model(path: Path, *, canaries: int, seed: int, say: Say) -> dict[str, 
     Raises
     ------
     IcmoeError
-        205, 208, 209, 301 where the file cannot be read as a model, 426 for a mixture, 403 and 213 as in accounting.
+        205, 208, 209, 301 where the file cannot be read as a model, 426 for a mixture, 315 where the patients that its sample
+        rate asks for do not fit into memory, 403 and 213 as in accounting.
     """
     model, header = read_model(path)
     if isinstance(model, Mixture):
         raise IcmoeError(Fault(number=426, where=str(path), value="a mixture of models", did="Nothing was audited."))
     study, privacy = header.study, header.study.privacy.site
+    _require_room(study, _patients(study), path)
     record: dict[str, Any] = {"model": header.record(), "seed": seed, "claim": None, "canaries": None}
     sigma = 0.0
     if privacy is not None:
@@ -137,9 +140,8 @@ def _canaries(privacy: SitePrivacy, sigma: float, steps: int, canaries: int, see
 
 
 def _attacks(model: ICMoE, study: Study, sigma: float, seed: int, say: Say) -> dict[str, Any]:
-    patients = _PATIENTS
+    patients = _patients(study)
     if (privacy := study.privacy.site) is not None:
-        patients = max(patients, 4 * math.ceil(1.0 / privacy.sample_rate))
         study = _with_patients(study, privacy, sigma, patients // 2)
     data = seeded_rows(study, [1] * patients, seed=seed)
     say("membership")
@@ -155,6 +157,22 @@ def _attacks(model: ICMoE, study: Study, sigma: float, seed: int, say: Say) -> d
         on_start=lambda number: say(f"inversion, guess {number} of {_STARTS}"),
     )
     return {"membership": asdict(membership), "inversion": asdict(inversion)}
+
+
+def _patients(study: Study) -> int:
+    """Return how many patients the attacks draw: at a small rate most steps of fewer would be empty."""
+    privacy = study.privacy.site
+    return _PATIENTS if privacy is None else max(_PATIENTS, 4 * math.ceil(1.0 / privacy.sample_rate))
+
+
+def _require_room(study: Study, patients: int, path: Path) -> None:
+    needed, free = seeded_bytes(study, patients), free_bytes()
+    if free is None or needed <= free:
+        return
+    what, value = "made-up patients do not fit into memory", f"{needed / 1e9:.1f} GB for {patients}"
+    todo = "Close other programs, or audit it where there is more memory: a sample rate of q asks for 4 / q patients."
+    limit, did = f"{free / 1e9:.1f} GB, which are free", "Nothing was audited."
+    raise IcmoeError(Fault(number=315, where=str(path), what=what, value=value, limit=limit, did=did, todo=todo))
 
 
 def _with_patients(study: Study, privacy: SitePrivacy, sigma: float, patients: int) -> Study:

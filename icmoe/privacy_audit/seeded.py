@@ -97,6 +97,13 @@ def seeded_rows(study: Study, slices: Sequence[int], *, seed: int) -> SeededRows
     return SeededRows(Batch(Features(embedding_BCHW, tuple(drawn(width) for width in blocks), rest), target_BKhw), slices)
 
 
+def seeded_bytes(study: Study, slices: int) -> int:
+    """Return how much memory so many seeded slices take, and a copy of half of them as an attack makes."""
+    channels, blocks, _ = widths(study.backbone)
+    values = grid_of(study.backbone) ** 2 * (channels + sum(blocks) + 4 * study.classes)
+    return round(1.5 * slices * values * torch.float32.itemsize)
+
+
 def seeded_study(privacy: SitePrivacy) -> Study:
     """Return a small study with the given privacy; nothing in it draws at random besides the private step."""
     values = {
