@@ -30,6 +30,7 @@ from fl_client.ledger import Book, Entry, new_entry
 from fl_client.local_round import size_of, train_here, validation_numbers
 from fl_client.manifest import Outgoing
 from fl_client.owed import coarsened, quantised_update
+from fl_client.own_lines import tag_own_lines
 from fl_client.participant import Participant, site_from_environment
 from fl_client.personal import keep_personal, with_personal
 from fl_client.watchdog import START_S, end_after, end_with_parent
@@ -271,4 +272,5 @@ def at_hospital(context: Context, digest: str) -> Participant:
     return site
 
 
+tag_own_lines()
 app = make_client_app(at_hospital)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
+from flwr.app import Message
 
 from icmoe.errors import Fault
 
 log = logging.getLogger("fl_client")
 
+Received = tuple[Message, Any]
 Connection = tuple[Any, ...]
 Connect = Callable[..., Any]
 
 LONGEST_VALUE = 200
+_LABEL = re.compile(r"[\w.:-]{0,128}", re.ASCII)
 
 
 def watched(connect: Connect) -> Connect:
-    """Return Flower's connection to the coordinator, which says in a sentence of the site's why it was lost.
+    """Return Flower's connection to the coordinator, held to labels that Flower may log, and saying why it was lost.
 
     Parameters
     ----------
@@ -30,14 +34,32 @@ def watched(connect: Connect) -> Connect:
 
     @contextmanager
     def connection(*arguments: Any, **settings: Any) -> Iterator[Connection]:  # noqa: ANN401  (Flower's own signature)
-        with connect(*arguments, **settings) as callbacks:
+        with connect(*arguments, **settings) as (node_id, receive, *others):
             try:
-                yield callbacks
+                yield (node_id, _plain(receive), *others)
             except Exception as error:
                 log.error("%s", _loss(error))
                 raise
 
     return connection
+
+
+def _plain(receive: Callable[[], Received | None]) -> Callable[[], Received | None]:
+    """Return what receives a message, and drops one whose labels are not plain: Flower logs them as they come."""
+
+    def receive_plain() -> Received | None:
+        if (found := receive()) is None:
+            return None
+        about = found[0].metadata
+        labels = (about.message_id, about.group_id, about.message_type)
+        if not (odd := [label for label in labels if not _LABEL.fullmatch(label)]):
+            return found
+        what, limit = "message has a label that is not plain", "128 letters, digits and .:-_"
+        value, did = odd[0][:LONGEST_VALUE], "The message was dropped."
+        log.error("%s", Fault(number=301, what=what, value=value, limit=limit, did=did))
+        return None
+
+    return receive_plain
 
 
 def _loss(error: Exception) -> Fault:

@@ -46,7 +46,7 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.run import Run
 from flwr.supernode import start_client_internal
 
-from fl_client.callbacks import Connect, Connection, watched
+from fl_client.callbacks import Connect, Connection, Received, watched
 from icmoe.atomic import write_atomically
 from icmoe.bundle import differences
 from icmoe.errors import CATALOGUE, Fault
@@ -63,8 +63,6 @@ SOON_S, BETWEEN_S = 20.0, 0.5
 
 NO_SECONDS = 0.0
 """What stands in each answer for how long it took, a field that Flower adds up for the coordinator."""
-
-Received = tuple[Message, Any]
 
 _EQUAL = "equal"
 # What Python's reader of zip files raises beside the usual: by format, method, password, and damage to what is packed.

@@ -21,7 +21,7 @@ from rich.text import Text
 from fl_client.doing import doing_now, note_said
 from fl_client.site import SiteFile
 from fl_client.status import now_line, stamp_of, status_of, table_of
-from icmoe.errors import IcmoeError
+from icmoe.errors import IcmoeError, printable
 
 Form = Literal["live", "plain", "json"]
 Say = Callable[[str], None]
@@ -61,6 +61,7 @@ def screen(path: Path, settings: SiteFile, form: Form, run: Run) -> Iterator[Say
     show = _json_lines(settings.name, run) if form == "json" else _sentences(settings.name, console)
 
     def say(sentence: str) -> None:
+        sentence = printable(sentence)  # it may quote the coordinator, and a terminal or a page shows it
         with suppress(OSError):  # a log without room, or that nobody reads any more, is no reason to leave
             show(sentence)
         note_said(state, sentence, run.number)

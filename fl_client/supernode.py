@@ -16,11 +16,12 @@ from pathlib import Path
 from fl_client.connection import is_refused
 from fl_client.credentials import read_node_key
 from fl_client.flower_private import run_supernode
+from fl_client.own_lines import tag_own_lines
 from fl_client.site import read_site_file, site_file_of_environment
 from fl_client.supervisor import CONNECTION_ENDED, KEY_NOT_KNOWN, SUPEREXEC_GONE
 from fl_client.watchdog import end_with_child, end_with_parent, leave
 from icmoe.bundle import NAME, PUBLISHER, VERSION, bundle_files
-from icmoe.errors import exit_on_fault
+from icmoe.errors import IcmoeError, faults_of
 
 log = logging.getLogger("fl_client")
 
@@ -33,15 +34,18 @@ def main(arguments: Sequence[str]) -> None:
     arguments
         Process number of the parent, then flags of `flower-supernode`.
     """
+    tag_own_lines()
     parent, *flags = arguments
     end_with_parent(int(parent))
     gone = end_with_child("flower-superexec")  # what starts the ClientApps; Flower would stay connected and never answer
     try:
-        with exit_on_fault():
-            _run(flags)
+        _run(flags)
         code: object = CONNECTION_ENDED
     except SystemExit as end:
         code = end.code
+    except (IcmoeError, OSError) as error:
+        log.error("%s", "\n".join(map(str, faults_of(error))))
+        code = 1
     except Exception:
         log.exception("Flower's SuperNode failed")
         code = 1

@@ -18,12 +18,13 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from fl_client.approval import approved_studies
+from fl_client.own_lines import TAG, VARIABLE, untagged
 from fl_client.readiness import require_ready
 from fl_client.screen import Form, Run, Say, screen
 from fl_client.site import ENVIRONMENT, SiteFile, read_named
 from fl_client.status import LOCK
 from icmoe.atomic import regular
-from icmoe.errors import NOT_STARTED, Fault, IcmoeError, exit_on_fault
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError, exit_on_fault, printable
 from icmoe.locks import claim
 from icmoe.processes import asked_to_stop, flower_environment, free_port, next_delay, private_files
 
@@ -50,7 +51,6 @@ _RUN = re.compile(r"^\[RUN (\d+)")
 _SENTENCES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), sentence)
     for pattern, sentence in (
-        (r"^(ICM\d{3} .+)", r"\1"),
         (r"^SuperNode ID:", "connected; waiting for the coordinator to ask"),
         (r"^Receiving: query", "asked who is here"),
         (r"^Receiving: train", "asked to train a round"),
@@ -112,8 +112,8 @@ def connection_flags(path: Path, settings: SiteFile) -> list[str]:
 
 
 def child_environment(path: Path, state: Path, base: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of the SuperNode and of what it starts: Flower's, and where the site file is."""
-    own = {ENVIRONMENT: str(path.resolve()), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": LOOK_S}
+    """Return the environment of the SuperNode and of what it starts: Flower's, where the site file is, how own lines begin."""
+    own = {ENVIRONMENT: str(path.resolve()), VARIABLE: TAG, "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": LOOK_S}
     return {**flower_environment(state / "flower", base), **own}
 
 
@@ -218,11 +218,11 @@ class Hearing:
 
     def __call__(self, line: str) -> None:
         """Take one line."""
-        plain = _LEVEL.sub("", _COLOUR.sub("", line)).strip()
+        plain, is_fault = untagged(printable(_LEVEL.sub("", _COLOUR.sub("", line)).strip()))
         self.log(plain)
         if match := _RUN.match(plain):
             self.run.number = match[1]
-        sentence = sentence_of(plain)
+        sentence = plain if is_fault else sentence_of(plain)
         if sentence and sentence != self.last:
             self.say(sentence)
             self.last = sentence

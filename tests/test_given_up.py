@@ -121,7 +121,7 @@ def test_what_ended_the_connection_is_said_in_one_line_and_raised_as_it_was(name
 
     @contextmanager
     def connect() -> Iterator[tuple[object, ...]]:
-        yield (5,)
+        yield (5, lambda: None)
 
     with pytest.raises(type(error)) as raised, watched(connect)():
         raise error

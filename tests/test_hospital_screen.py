@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from fl_client import cli
 from fl_client.doing import FILE, SAID, Doing, doing_now, telling
 from fl_client.history import rounds_of
+from fl_client.own_lines import TAG
 from fl_client.participant import Participant
 from fl_client.screen import Panel, Run, screen
 from fl_client.site import read_named
@@ -159,7 +160,7 @@ def test_json_lines_carry_the_run_that_flower_names(tmp_path: Path, capsys: pyte
     path.write_text('name = "Alder"\ndata = "nowhere"\nstate = "state"\n')
     with screen(path, read_named(path, "Alder"), "json", number) as say:
         hear = Hearing(say, lambda line: None, number)
-        for line in ("SuperNode ID: 5", "[RUN 712, ROUND 1]", "Receiving: train message", "ICM304 Alder: no. Look."):
+        for line in ("SuperNode ID: 5", "[RUN 712, ROUND 1]", "Receiving: train message", f"{TAG} ICM304 Alder: no. Look."):
             hear(f"INFO :      {line}\n")
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["run"], line["number"]) for line in lines] == [(None, None), ("712", None), ("712", 304)]

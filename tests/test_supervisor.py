@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_client import command
 
+from fl_client.own_lines import TAG
 from fl_client.site import ENVIRONMENT, SiteFile
 from fl_client.supervisor import (
     KEY_NOT_KNOWN,
@@ -270,7 +271,7 @@ def test_flowers_lines_become_sentences_said_once_and_all_are_kept() -> None:
         "\x1b[92mINFO \x1b[0m:      SuperNode ID: 5",
         "\x1b[93mWARNING \x1b[0m:   Connection attempt failed, retrying in 0.51 seconds",
         "\x1b[93mWARNING \x1b[0m:   Connection attempt failed, retrying in 1.71 seconds",
-        "ICM302 Alder: study is not approved at this site: 0000.",
+        f"{TAG} ICM302 Alder: study is not approved at this site: 0000.",
         "[code: 20] Node is active.",
         "[code: 2004] Failed to activate SuperNode.",
         "Traceback (most recent call last):",
