@@ -11,6 +11,8 @@ from typing import Any
 import httpx
 from flwr.app import Message
 
+from fl_client.answering import PART_S, Answer
+from fl_client.watchdog import CONNECTION_ENDED, leave
 from icmoe.errors import Fault
 
 log = logging.getLogger("fl_client")
@@ -26,6 +28,8 @@ _LABEL = re.compile(r"[\w.:-]{0,128}", re.ASCII)
 def watched(connect: Connect) -> Connect:
     """Return Flower's connection to the coordinator, held to labels that Flower may log, and saying why it was lost.
 
+    It ends the process where an answer was announced whose parts never come: Flower would wait for them for ever.
+
     Parameters
     ----------
     connect
@@ -34,9 +38,11 @@ def watched(connect: Connect) -> Connect:
 
     @contextmanager
     def connection(*arguments: Any, **settings: Any) -> Iterator[Connection]:  # noqa: ANN401  (Flower's own signature)
-        with connect(*arguments, **settings) as (node_id, receive, *others):
+        with connect(*arguments, **settings) as (node_id, receive, send, get_run, get_fab, pull, push, confirm):
+            answer = Answer(_end, part_s=PART_S)
+            receive, send, push = answer.over(_plain(receive)), answer.begun(send), answer.part(push)
             try:
-                yield (node_id, _plain(receive), *others)
+                yield (node_id, receive, send, get_run, get_fab, pull, push, confirm)
             except Exception as error:
                 log.error("%s", _loss(error))
                 raise
@@ -60,6 +66,12 @@ def _plain(receive: Callable[[], Received | None]) -> Callable[[], Received | No
         return None
 
     return receive_plain
+
+
+def _end() -> None:
+    what, did = "a part of the answer was announced and never came", "The SuperNode ends here."
+    log.error("%s", Fault(number=323, what=what, limit=f"{PART_S:.0f} s", did=did))
+    leave(CONNECTION_ENDED)
 
 
 def _loss(error: Exception) -> Fault:

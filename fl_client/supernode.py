@@ -18,8 +18,8 @@ from fl_client.credentials import read_node_key
 from fl_client.flower_private import run_supernode
 from fl_client.own_lines import tag_own_lines
 from fl_client.site import read_site_file, site_file_of_environment
-from fl_client.supervisor import CONNECTION_ENDED, KEY_NOT_KNOWN, SUPEREXEC_GONE
-from fl_client.watchdog import end_with_child, end_with_parent, leave
+from fl_client.supervisor import KEY_NOT_KNOWN, SUPEREXEC_GONE
+from fl_client.watchdog import CONNECTION_ENDED, end_with_child, end_with_parent, leave
 from icmoe.bundle import NAME, PUBLISHER, VERSION, bundle_files
 from icmoe.errors import IcmoeError, faults_of
 

@@ -23,6 +23,7 @@ from fl_client.readiness import require_ready
 from fl_client.screen import Form, Run, Say, screen
 from fl_client.site import ENVIRONMENT, SiteFile, read_named
 from fl_client.status import LOCK
+from fl_client.watchdog import CONNECTION_ENDED
 from icmoe.atomic import regular
 from icmoe.errors import NOT_STARTED, Fault, IcmoeError, exit_on_fault, printable
 from icmoe.locks import claim
@@ -32,8 +33,6 @@ KEY_NOT_KNOWN = 3
 """Exit code of the child where the coordinator does not know the site's key."""
 SUPEREXEC_GONE = 4
 """Exit code of the child where Flower's SuperExec, without which nothing is trained, has ended."""
-CONNECTION_ENDED = 5
-"""Exit code of the child where Flower gave the connection up for an error that it does not try again."""
 
 GRACE_S = 5.0
 LOOK_S = "0.25"
@@ -44,7 +43,7 @@ LOG = "supernode.log"
 _TURNED_AWAY = "the coordinator turned the site away: its clock differs by more than 5 s, or its key was revoked"
 _NOT_LET_IN = "the coordinator does not let the site in: its key is not admitted, or its last connection runs out first (60 s)"
 _NOTHING_TRAINS = "Flower's SuperExec at this site ended, which starts the training: killed, or short of memory"
-_GIVEN_UP = "Flower gave the connection up, for what the line above names"
+_GIVEN_UP = "the connection was given up, for what the line above names"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _LEVEL = re.compile(r"^[A-Z]+\s*:\s+")
 _RUN = re.compile(r"^\[RUN (\d+)")

@@ -20,6 +20,9 @@ from typing import NoReturn
 START_S = 900.0
 """Seconds in which a site must have read its data, before the study's own deadline counts."""
 
+CONNECTION_ENDED = 5
+"""Exit code of a SuperNode that gave its connection up for what it said last; its supervisor starts it again."""
+
 CHILD_LOOK_S, CHILD_GRACE_S = 1.0, 10.0
 
 _PR_SET_PDEATHSIG = 1

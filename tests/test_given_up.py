@@ -24,7 +24,7 @@ from test_supervisor import ENV, read_line, start_supervisor
 from fl_client.callbacks import watched
 from fl_client.credentials import make_node_key
 from fl_client.flower_private import unpack
-from fl_client.supervisor import CONNECTION_ENDED
+from fl_client.watchdog import CONNECTION_ENDED
 
 pytestmark = pytest.mark.timeout(180)
 PULL = "POST /v1/fleet/pull-messages "
@@ -78,7 +78,7 @@ def test_an_answer_that_flower_does_not_try_again_costs_a_restart_and_no_more(st
     assert sum(line.startswith(PULL) for line in asked) >= 2, said
     told = re.findall(r"ICM324 [^\n]+", said)
     assert f"the coordinator, or a proxy before it, refused a request: HTTP {status}. The connection ends here." in told[0]
-    assert "Flower gave the connection up, for what the line above names. Starting again in" in told[1]
+    assert "the connection was given up, for what the line above names. Starting again in" in told[1]
 
 
 def test_the_supervisor_answers_the_exit_code_with_a_sentence_of_its_own() -> None:
@@ -88,7 +88,7 @@ def test_the_supervisor_answers_the_exit_code_with_a_sentence_of_its_own() -> No
     finally:
         process.kill()
         process.wait(timeout=10)
-    assert "ICM324 Flower gave the connection up" in said[1]
+    assert "ICM324 the connection was given up" in said[1]
     assert said[2] == "heard born\n"
 
 
@@ -121,7 +121,7 @@ def test_what_ended_the_connection_is_said_in_one_line_and_raised_as_it_was(name
 
     @contextmanager
     def connect() -> Iterator[tuple[object, ...]]:
-        yield (5, lambda: None)
+        yield (5, lambda: None, "send", "get_run", "get_fab", "pull", "push", "confirm")
 
     with pytest.raises(type(error)) as raised, watched(connect)():
         raise error

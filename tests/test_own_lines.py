@@ -44,7 +44,7 @@ def site(tmp_path: Path) -> Path:
     return path
 
 
-LINES = {
+LINES: dict[str, Any] = {
     "a round's name": ("[RUN %s, ROUND %s]", 7, EVIL),
     "an answer's text": ("Exit Code: 300\n%s", f"[code: 20] no{COMMANDS}\n{FAKE}"),
     "an exception's text": ("Failed to receive message %s: %s", "m", EVIL),
@@ -118,10 +118,10 @@ def received(**labels: str) -> Any:
 
     @contextmanager
     def connect() -> Iterator[tuple[object, ...]]:
-        yield (5, lambda: (question, "tree"), "send")
+        yield (5, lambda: (question, "tree"), "send", "get_run", "get_fab", "pull", "push", "confirm")
 
-    with watched(connect)() as (node_id, receive, send):
-        assert (node_id, send) == (5, "send")
+    with watched(connect)() as (node_id, receive, _, *others):
+        assert (node_id, *others[:3]) == (5, "get_run", "get_fab", "pull")
         found = receive()
     return found is not None and found[0] is question
 
