@@ -40,9 +40,9 @@ def watched(connect: Connect) -> Connect:
     def connection(*arguments: Any, **settings: Any) -> Iterator[Connection]:  # noqa: ANN401  (Flower's own signature)
         with connect(*arguments, **settings) as (node_id, receive, send, get_run, get_fab, pull, push, confirm):
             answer = Answer(_end, part_s=PART_S)
-            receive, send, push = answer.over(_plain(receive)), answer.begun(send), answer.part(push)
+            asking, announcing, sending = answer.over(_plain(receive)), answer.begun(send), answer.part(push)
             try:
-                yield (node_id, receive, send, get_run, get_fab, pull, push, confirm)
+                yield (node_id, asking, announcing, get_run, get_fab, pull, sending, confirm)
             except Exception as error:
                 log.error("%s", _loss(error))
                 raise

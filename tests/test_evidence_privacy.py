@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from simulations.evidence import privacy
 from simulations.evidence.privacy import Cohort, Run, missing, recipe_digest, study_of, table_of, wanted
+from simulations.phantoms import PhantomSite, write_phantoms
 
 COHORT = Cohort(patients=500, smallest=125, slices=1, sites={})
 
@@ -60,3 +61,27 @@ def test_what_was_kept_is_read_back_and_nothing_is_trained_twice(tmp_path: Path,
         assert trained == [(None, "base", 1), (8.0, "base", 1), (3.0, "base", 1), (1.0, "base", 1), (8.0, "sgd", 1)]
     kept = json.loads((tmp_path / "privacy.json").read_text())
     assert kept == [asdict(run_of(*key)) for key in trained]
+
+
+@pytest.mark.parametrize("patients", ["3", "0", "-4", "7"])
+def test_fewer_patients_than_the_hospitals_can_train_on_are_refused(patients: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(privacy.app, ["--out", str(tmp_path / "out"), "--patients", patients])
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit), done.output
+    assert done.stderr.startswith("ICM202 main: Invalid value for '--patients': "), done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_fewest_patients_make_a_private_study() -> None:
+    fewest = 2 * privacy.HOSPITALS
+    assert study_of(Cohort(fewest, 2, 1, {}), 1.0, "base", 1).privacy.site is not None
+
+
+def test_a_folder_whose_hospitals_are_all_too_small_is_refused_with_their_sizes(tmp_path: Path) -> None:
+    hospitals = [
+        PhantomSite(name=name, train_patients=n, val_patients=1, test_patients=1) for name, n in (("Elm", 3), ("Fir", 1))
+    ]
+    write_phantoms(tmp_path / "data", seed=1, size_px=32, sites=hospitals)
+    done = CliRunner().invoke(privacy.app, ["--out", str(tmp_path / "out"), "--data", str(tmp_path / "data")])
+    assert (done.exit_code, type(done.exception)) == (1, SystemExit), done.output
+    assert done.stderr.startswith("ICM108 data: "), done.stderr
+    assert "Elm 3, Fir 1" in done.stderr

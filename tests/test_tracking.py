@@ -90,6 +90,20 @@ def test_local_and_pooled_are_a_run_each_and_scores_that_come_later_are_told(mak
     assert len(client.get_metric_history(found["pooled-seed3"].info.run_id, "loss/all sites")) == 2
 
 
+@pytest.mark.parametrize(
+    ("site", "told"),
+    [("St. Mary's", "St. Mary_27_s"), ("K\u00f6ln (Nord)", "K\u00f6ln _28_Nord_29_"), ("a,b", "a_2c_b"), ("a;b", "a_3b_b")],
+)
+def test_a_sites_name_that_mlflow_refuses_is_written_down(site: str, told: str, make_study, tmp_path: Path) -> None:
+    job = Job(method="router-aware", study=make_study(), names=(site,), state_path=tmp_path / "s")
+    told_by_site = record(1)
+    told_by_site["sites"] = {site: told_by_site["sites"]["Alder"]}
+    tracked(job, tmp_path, told_by_site)
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("rehearsal").experiment_id])
+    assert run.data.metrics[f"loss/{told}"] == 0.5
+
+
 def test_a_start_that_is_refused_leaves_nothing_of_mlflow(tmp_path: Path) -> None:
     with tracking("mlflow", tmp_path):
         pass

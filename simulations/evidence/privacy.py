@@ -41,7 +41,7 @@ from icmoe.config import parse
 from icmoe.data.folder import read_folder
 from icmoe.data.slices import SiteData
 from icmoe.dataset import TrainingSet
-from icmoe.errors import Fault, IcmoeError, exit_on_fault
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError, exit_on_fault
 from icmoe.evaluation import score_slices
 from icmoe.exchange import State, global_state, update_of
 from icmoe.features import FeatureCache
@@ -62,7 +62,7 @@ TEST_PATIENTS = 60
 FULL_SHARE = 100  # patients up to which a step takes half of them
 ROUNDS = 5
 PHANTOM_SEED = 11
-HOSPITALS = len(DEFAULT_SITES)
+HOSPITALS = len(DEFAULT_SITES)  # of two training patients at least: a private step takes half of them
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
     "frozen router": {"privacy": {"site": {"frozen_router": True}}},
@@ -207,7 +207,11 @@ def phantoms_of(patients: int, out: Path, *, seed: int = PHANTOM_SEED) -> Cohort
 def real_hospitals(folder: Path) -> Cohort:
     """Return the hospitals of a folder that have at least `FEWEST` training patients."""
     sites = read_folder(folder, _labels())
-    return _cohort({name: site for name, site in sites.items() if _training_patients(site) >= FEWEST}, slices=4)
+    counts = {name: _training_patients(site) for name, site in sites.items()}
+    if max(counts.values()) < FEWEST:
+        what, value = "no hospital has enough patients in training", ", ".join(f"{name} {n}" for name, n in counts.items())
+        raise IcmoeError(Fault(number=108, where=folder.name, what=what, value=value, limit=str(FEWEST), did=NOT_STARTED))
+    return _cohort({name: site for name, site in sites.items() if counts[name] >= FEWEST}, slices=4)
 
 
 def _cohort(sites: dict[str, SiteData], *, slices: int) -> Cohort:
@@ -365,7 +369,9 @@ def finished(path: Path) -> list[Run]:
 @app.command(cls=OneCommand)
 def main(
     out: Annotated[Path, Option(help="Folder of phantoms and finished runs.")] = Path("runs/privacy"),
-    patients: Annotated[list[int] | None, Option(help="Training patients of the federation; repeatable.")] = None,
+    patients: Annotated[
+        list[int] | None, Option(min=2 * HOSPITALS, help="Training patients of the federation; repeatable.")
+    ] = None,
     data: Annotated[Path | None, Option(help="Folder of real hospitals, in place of phantoms.", exists=True)] = None,
     seeds: Annotated[int, Option(min=1, help="Seeds 1..N.")] = 3,
     variants: Annotated[list[str] | None, Option(help="Variants to try at epsilon 8; repeatable.")] = None,
