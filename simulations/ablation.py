@@ -7,7 +7,7 @@ model is scored on that site's patients, several times as many. Each variant is 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,17 +20,19 @@ from icmoe.atomic import write_atomically
 from icmoe.cache_entries import default_cache_folder
 from icmoe.config import parse
 from icmoe.device import available_device
-from icmoe.errors import Fault, IcmoeError, exit_on_fault
+from icmoe.errors import NOT_STARTED, Fault, IcmoeError, exit_on_fault
 from icmoe.features import FeatureCache
 from icmoe.prepare import encode_slices
 from icmoe.profiles import merged
 from icmoe.study import Study
 from icmoe.usage import OneCommand
 from simulations.evidence.bars import Patients, by_site, mean_of_sites
+from simulations.evidence.patients import read_record
 from simulations.federation import require_cluster, run_jobs, write_sites
-from simulations.folder import RunFolder
+from simulations.folder import ABLATION, RunFolder
 from simulations.hospitals import Hospitals, find_hospitals, make_sites
 from simulations.interruption import exit_on_interruption
+from simulations.methods import DEFAULT_METHODS
 from simulations.rehearsal import backbone_of, engine_of, report_sites
 from simulations.scenario import Simulation, chosen, read_scenario
 from simulations.screen import Screen
@@ -100,13 +102,50 @@ def ablate(
         options = {"data": str(data) if data else None, "seeds": list(range(1, seeds + 1)) if seeds else None}
         given = {key: value for key, value in options.items() if value is not None}
         study, simulation = read_scenario(scenario, {} if rounds is None else {"rounds": rounds}, given)
-        folder = RunFolder(out)
+        _require_default_methods(simulation)
+        folder, on = RunFolder(out), "unseen" if unseen else "val"
         told, going_on = folder.new_though(resume=resume), exit_on_interruption("Continue with --resume.")
         with going_on, folder.claimed(resume=resume), Screen(Console()) as screen:
             if told:
                 screen.say(escape(told))
+            _require_no_other(folder, names, _settings(study, simulation, on))
             found = _run(names, study, simulation, folder, screen, unseen=unseen)
-        _write(found, study, simulation, folder, on="unseen" if unseen else "val")
+        _write(found, study, simulation, folder, on=on)
+
+
+def _require_default_methods(simulation: Simulation) -> None:
+    """Refuse a scenario's choice of methods, which would be passed over.
+
+    Raises
+    ------
+    IcmoeError
+        210 with the methods.
+    """
+    if simulation.methods != DEFAULT_METHODS:
+        value, limit = ", ".join(simulation.methods), "no choice: each variant is trained as the study says"
+        raise IcmoeError(Fault(number=210, where="simulation.methods", value=value, limit=limit, did=NOT_STARTED))
+
+
+def _settings(study: Study, simulation: Simulation, on: str) -> dict[str, Any]:
+    """Return what an ablation's scores hang on, beside its data and its variants."""
+    whole = study.model_dump(mode="json")
+    return {"rounds": study.rounds, "seeds": list(simulation.seeds), "scored_on": on, "study": whole}
+
+
+def _require_no_other(folder: RunFolder, names: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Refuse to write over what was found with other settings, or for variants that are not asked for again.
+
+    Raises
+    ------
+    IcmoeError
+        502 with what differs, 217 where the file that is there is damaged.
+    """
+    if not (path := folder.root / ABLATION).exists():
+        return
+    kept = read_record(path, *settings, "dice")
+    other = [key.replace("_", " ") for key, value in settings.items() if kept[key] != value]
+    other += ["variants: " + ", ".join(left)] if (left := sorted(set(kept["dice"]) - set(names))) else []
+    folder.require_none(other, did=NOT_STARTED, todo="Name all variants and the former settings, or choose another --out.")
 
 
 def _run(
@@ -121,7 +160,14 @@ def _run(
     trials = _trials(names, study, simulation, hospitals, unseen=unseen)
     _encode(trials, simulation, hospitals, screen)
     # Each variant's state knows its study, but not what it was trained on.
-    folder.check_identity({"data": hospitals.digest(), "masks": hospitals.masks_digest()})
+    folder.check_identity(
+        {
+            "data": hospitals.digest(),
+            "masks": hospitals.masks_digest(),
+            "device": simulation.device,
+            "exact counts": str(simulation.exact_counts),
+        }
+    )
     cache = FeatureCache.of(default_cache_folder(), study)
     studies = tuple({trial.study.digest: trial.study for trial in trials}.values())
     sites = make_sites(hospitals, studies, cache=cache, state_folder=folder.work / "sites", simulation=simulation)[:-1]
@@ -159,16 +205,12 @@ def _encode(trials: Sequence[Trial], simulation: Simulation, hospitals: Hospital
 
 
 def _write(found: dict[str, list[Patients]], study: Study, simulation: Simulation, folder: RunFolder, *, on: str) -> None:
-    whole, dice = study.model_dump(mode="json"), {name: list(map(mean_of_sites, seeds)) for name, seeds in found.items()}
     record = {
-        "rounds": study.rounds,
-        "seeds": list(simulation.seeds),
-        "scored_on": on,
-        "dice": dice,
+        **_settings(study, simulation, on),
+        "dice": {name: list(map(mean_of_sites, seeds)) for name, seeds in found.items()},
         "patients": {name: list(map(by_site, seeds)) for name, seeds in found.items()},
-        "study": whole,
     }
-    write_atomically(folder.root / "ablation.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_atomically(folder.root / ABLATION, (json.dumps(record, indent=1) + "\n").encode())
     patients = "patients of the site left out" if on == "unseen" else "validation patients"
     title = f"Dice of the {patients} after {study.rounds} rounds, mean of sites"
     Console().print(compared(found, {name: variant(study, name, simulation.seeds[0]) for name in found}, title))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from simulations.scenario import Simulation
 
 RESULTS = "results.json"
+ABLATION = "ablation.json"
 REPORT = "report.html"
 FIGURE = "figure.png"
 DECIDING = ("methods", "seeds", "sites", "alpha", "held_out", "exact_counts", "phantom_seed")
@@ -50,7 +51,7 @@ class RunFolder:
 
     def new_though(self, *, resume: bool) -> str:
         """Return what to say where a run shall be continued and there is none: another --out may be meant."""
-        kept = self.results.exists() or (self.work.is_dir() and any(path.name != "lock" for path in self.work.iterdir()))
+        kept = self._holds_results() or (self.work.is_dir() and any(path.name != "lock" for path in self.work.iterdir()))
         return f"{self.root} holds no run to continue: a new one begins." if resume and not kept else ""
 
     @contextmanager
@@ -71,7 +72,7 @@ class RunFolder:
         IcmoeError
             502 where another process holds it, or where it holds a run and `resume` is off.
         """
-        if not resume and (self.results.exists() or self.work.exists()):
+        if not resume and (self._holds_results() or self.work.exists()):
             raise IcmoeError(Fault(number=502, where=str(self.root), what="folder holds a run already", did=NOT_STARTED))
         had_phantoms = self.phantoms.exists()
         try:
@@ -90,6 +91,10 @@ class RunFolder:
             except (IcmoeError, OSError):
                 self._leave_as_found(had_phantoms=had_phantoms)
                 raise
+
+    def _holds_results(self) -> bool:
+        """Return whether a rehearsal or an ablation ended here: its .work may have been deleted since."""
+        return any((self.root / name).exists() for name in (RESULTS, ABLATION))
 
     def finished(self, study: Study, simulation: Simulation) -> dict[str, Any]:
         """Return the results of a run that was completed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,62 @@ def test_an_ablation_is_not_continued_on_other_data(tmp_path: Path, monkeypatch:
     words = ["--scenario", str(scenario), "--data", str(tmp_path / "data"), "--only", "full", "--resume"]
     done = CliRunner().invoke(ablation.app, [*words, "--out", str(tmp_path / "out")])
     assert (done.exit_code, "ICM502" in done.output, "differs: data" in done.output) == (1, True, True), done.output
+
+
+@pytest.mark.parametrize(("changes", "told"), [({"device": "cuda"}, "device"), ({"exact counts": "False"}, "exact counts")])
+def test_an_ablation_is_not_continued_on_another_device_or_with_other_counts(
+    changes: dict[str, str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_phantoms(tmp_path / "data", seed=1, sites=(PhantomSite(name="Elm", train_patients=1, val_patients=1, test_patients=1),))
+    begun = tmp_path / "out" / ".work" / "run.json"
+    begun.parent.mkdir(parents=True)
+    begun.write_text(json.dumps(changes))
+    scenario = tmp_path / "s.toml"
+    scenario.write_text('[study]\ntest_only = true\n[study.backbone]\nname = "sam-vit-test"\nimage_size = 32\n')
+    monkeypatch.setattr(ablation, "run_jobs", lambda *_, **__: pytest.fail("it was continued"))
+    words = ["--scenario", str(scenario), "--data", str(tmp_path / "data"), "--only", "full", "--resume"]
+    done = CliRunner().invoke(ablation.app, [*words, "--out", str(tmp_path / "out")])
+    assert (done.exit_code, f"differs: {told}" in done.output) == (1, True), done.output
+
+
+def test_methods_of_a_scenario_are_refused_where_they_would_be_passed_over(tmp_path: Path) -> None:
+    scenario = tmp_path / "s.toml"
+    scenario.write_text('[simulation]\nmethods = ["fedavg"]\n')
+    done = CliRunner().invoke(ablation.app, ["--scenario", str(scenario), "--out", str(tmp_path / "out")])
+    assert (done.exit_code, "ICM210 simulation.methods" in done.output) == (1, True), done.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The command line of an ablation of two variants that has ended, its .work deleted; nothing is trained."""
+    scores = {"full": 0.5, "one view": 0.4}
+    monkeypatch.setattr(ablation, "_run", lambda names, *_, **__: {name: [{("Elm", "a"): scores[name]}] for name in names})
+    words = ["--out", str(tmp_path / "out"), "--rounds", "3", "--only", "full,one view"]
+    assert CliRunner().invoke(ablation.app, words).exit_code == 0
+    shutil.rmtree(tmp_path / "out" / ".work")
+    return words
+
+
+def test_the_result_of_an_ablation_is_not_written_over(ended: list[str], tmp_path: Path) -> None:
+    kept = (tmp_path / "out" / "ablation.json").read_bytes()
+    done = CliRunner().invoke(ablation.app, ended)
+    assert (done.exit_code, "ICM502" in done.output, "holds a run already" in done.output) == (1, True, True), done.output
+    for changes, told in (
+        (["--rounds", "4"], "other rounds"),
+        (["--seeds", "2"], "other seeds"),
+        (["--unseen"], "other scored on"),
+        (["--only", "full"], "other variants: one view"),
+    ):
+        done = CliRunner().invoke(ablation.app, [*ended, "--resume", *changes])
+        assert (done.exit_code, "ICM502" in done.output, told in done.output) == (1, True, True), done.output
+    assert (tmp_path / "out" / "ablation.json").read_bytes() == kept
+    assert CliRunner().invoke(ablation.app, [*ended, "--resume"]).exit_code == 0
+    assert (tmp_path / "out" / "ablation.json").read_bytes() == kept
+    (tmp_path / "out" / "ablation.json").write_text("{")
+    done = CliRunner().invoke(ablation.app, [*ended, "--resume"])
+    assert (done.exit_code, "ICM217" in done.output) == (1, True), done.output
 
 
 def test_each_variant_is_a_configuration_of_the_same_federation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
