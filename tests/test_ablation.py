@@ -49,21 +49,24 @@ def test_an_ablation_is_not_continued_on_other_data(tmp_path: Path, monkeypatch:
     assert (done.exit_code, "ICM502" in done.output, "differs: data" in done.output) == (1, True, True), done.output
 
 
-@pytest.mark.parametrize(("changes", "told"), [({"device": "cuda"}, "device"), ({"exact counts": "False"}, "exact counts")])
-def test_an_ablation_is_not_continued_on_another_device_or_with_other_counts(
-    changes: dict[str, str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_ablation_is_continued_on_its_device_and_with_its_counts_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_phantoms(tmp_path / "data", seed=1, sites=(PhantomSite(name="Elm", train_patients=1, val_patients=1, test_patients=1),))
-    begun = tmp_path / "out" / ".work" / "run.json"
-    begun.parent.mkdir(parents=True)
-    begun.write_text(json.dumps(changes))
-    scenario = tmp_path / "s.toml"
-    scenario.write_text('[study]\ntest_only = true\n[study.backbone]\nname = "sam-vit-test"\nimage_size = 32\n')
-    monkeypatch.setattr(ablation, "run_jobs", lambda *_, **__: pytest.fail("it was continued"))
+
+    def stop(*_: object, **__: object) -> None:
+        raise IcmoeError(Fault(number=503))
+
+    monkeypatch.setattr(ablation, "run_jobs", stop)
+    scenario, tiny = tmp_path / "s.toml", 'test_only = true\n[study.backbone]\nname = "sam-vit-test"\nimage_size = 32\n'
     words = ["--scenario", str(scenario), "--data", str(tmp_path / "data"), "--only", "full", "--resume"]
-    done = CliRunner().invoke(ablation.app, [*words, "--out", str(tmp_path / "out")])
-    assert (done.exit_code, f"differs: {told}" in done.output) == (1, True), done.output
+    for counts, number in (("true", "ICM503"), ("true", "ICM503"), ("false", "ICM502")):
+        scenario.write_text(f"[simulation]\nexact_counts = {counts}\n[study]\n{tiny}")
+        done = CliRunner().invoke(ablation.app, [*words, "--out", str(tmp_path / "out")])
+        assert (done.exit_code, number in done.output) == (1, True), done.output
+    assert "differs: exact counts" in done.output
+    assert json.loads((tmp_path / "out" / ".work" / "run.json").read_text())["device"] == "cpu"
 
 
 def test_methods_of_a_scenario_are_refused_where_they_would_be_passed_over(tmp_path: Path) -> None:
