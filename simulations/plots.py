@@ -35,9 +35,9 @@ from simulations.findings import (
 )
 
 INK, MUTED, GRID, HEAT = "#010101", "#020202", "#030303", "#040404"
-SERIES = tuple(f"#0a0a{index:02x}" for index in range(8))
-MARKERS = "osD^vPX*"
-SYMBOLS = "●■◆▲▼✚✖★"
+SERIES = tuple(f"#0a0a{index:02x}" for index in range(9))  # as many as there are methods
+MARKERS = "osD^vPX*>"
+SYMBOLS = "●■◆▲▼✚✖★▶"
 """`MARKERS` as characters, for the legend."""
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", HEAT: "--heat"} | {
     colour: f"--series-{index}" for index, colour in enumerate(SERIES)

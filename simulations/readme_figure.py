@@ -19,7 +19,7 @@ from simulations.overlays import Overlay, pictures
 SIZE_LIMIT_BYTES = 300_000
 SIZE_IN, DOTS_PER_INCH = (14.0, 6.0), 100
 INK, MUTED, LINE = "#17202b", "#5a6675", "#dfe4ea"
-COLOURS = ("#1f5fbf", "#d97706", "#7d8794", "#15803d", "#a21caf", "#0891b2", "#be123c", "#4d7c0f")
+COLOURS = ("#1f5fbf", "#d97706", "#7d8794", "#15803d", "#a21caf", "#0891b2", "#be123c", "#4d7c0f", "#5b3a1e")
 STYLE: dict[Any, Any] = {
     "font.size": 13,
     "text.color": INK,
@@ -89,7 +89,10 @@ def _slice(figure: Figure, overlay: Overlay, *, phantoms: bool) -> None:
 
 def _bars(figure: Figure, results: Mapping[str, Any]) -> None:
     axes = figure.add_axes((0.555, 0.2, 0.435, 0.64))
-    names, places = methods(results), sites(results)
+    names = methods(results)
+    places = [
+        site for site in sites(results) if any(site_estimate(results, name, site, "dice").mean is not None for name in names)
+    ]
     width = 0.8 / len(names)
     for index, method in enumerate(names):
         scores = [site_estimate(results, method, site, "dice") for site in places] + [over_sites(results, method, "dice")]
