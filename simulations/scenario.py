@@ -18,7 +18,7 @@ from simulations.methods import AFTERWARDS, DEFAULT_METHODS, METHODS
 
 DEFAULT_LABELS = [{"name": "background", "values": [0]}, {"name": "lesion", "values": [1, 255]}]
 PHANTOM_STUDY: dict[str, Any] = {"rounds": 6, "training": {"local_epochs": 3}}
-"""The embedded default: small enough for two cores and four minutes."""
+"""The embedded default: small enough for two cores and three minutes."""
 
 
 class Simulation(Section):

@@ -87,7 +87,7 @@ class Screen:
         self.say(f"[dim]{name}: {time.monotonic() - began:.1f} s[/dim]")
 
     def progress(self, name: str, done: int, total: int) -> None:
-        """Move the bar called `name`; without a terminal, a line every tenth."""
+        """Move the bar called `name`; without a terminal, a line every fifth."""
         if self._live is None:
             if total >= 20 and done % max(1, total // 5) == 0 and done:
                 self.say(f"{name} {done}/{total}")

@@ -240,6 +240,9 @@ def test_the_printed_answers_follow_from_the_numbers_whatever_they_show() -> Non
     for run in methods["local"].values():
         run["own_test"] = run.pop("own_test")
     summary = {name: summary_of(list(runs.values())) for name, runs in methods.items()}
+    page = (Path(__file__).parents[1] / "simulations" / "README.md").read_text()
+    (line,) = (line for line in page.splitlines() if line.startswith("| `summary.METHOD`"))
+    assert [key for key in summary["local"] if f"`{key}" not in line] == [], "every key is documented"
     assert summary["router-aware"]["dice_pooled"] == pytest.approx(0.66)
     assert summary["router-aware"]["dice_std"] == pytest.approx(0.01414, abs=1e-4)
     assert summary["router-aware"]["dice_mean"] == pytest.approx(0.65)
