@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
 from fl_server.flower_private import Refused, Registry
 from fl_server.home import Home, find_home
-from icmoe.atomic import regular, write_atomically
+from icmoe.atomic import write_atomically
 from icmoe.errors import Fault, IcmoeError
 from icmoe.joining import (
     UNREADABLE,
@@ -134,9 +135,12 @@ def _unregistered(home: Home, name: str, keys: list[ec.EllipticCurvePublicKey]) 
 @contextmanager
 def _alone(home: Home) -> Iterator[None]:
     """Hold the register: of two people who admit two keys for one site, the second is refused."""
-    with open(home.root / ".admission.lock", "a", opener=regular) as lock:
-        hold(lock, name=home.root)
+    held = os.open(home.root, os.O_RDONLY | os.O_DIRECTORY)  # a file for it would be left behind by whoever is refused
+    try:
+        hold(held, name=home.root)
         yield
+    finally:
+        os.close(held)
 
 
 def _refuse_strangers(

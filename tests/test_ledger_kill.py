@@ -30,7 +30,7 @@ PRIVACY = {"noise_multiplier": 2.0, "delta": 0.1, "patients": 2, "sample_rate": 
 @pytest.fixture
 def killed(hospital: Path, make_study, tmp_path: Path) -> tuple[Path, Study]:
     """A hospital that approved a private study, with features, a key and a budget that these tests do not reach."""
-    study = make_study(rounds=2, privacy={"site": PRIVACY})
+    study = make_study(rounds=KILLS, privacy={"site": PRIVACY})  # it may spend twice its rounds, and each kill costs one
     path = write_site_file(tmp_path, hospital)
     make_node_key(tmp_path / "node.key")
     section = '[coordinator]\naddress = "localhost:443"\nca = "ca.crt"\nkey = "node.key"\n'
