@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
+import random
 import signal
 import socket
 import sysconfig
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,6 +20,8 @@ from icmoe.ending import answered
 
 FIRST_DELAY_S, LONGEST_DELAY_S, LONG_LIFE_S = 1.0, 15.0, 120.0
 LOOK_S = 0.1
+PORTS = range(20_000, 32_000)
+"""Below Linux's ports for outgoing connections, 32768 to 60999."""
 
 
 @dataclass(slots=True)
@@ -115,10 +119,15 @@ def next_delay(last_s: float, life_s: float) -> float:
 
 
 def free_port() -> int:
-    """Return a port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port of the loopback interface that nobody listens on.
+
+    A program binds it seconds later: it is none of those that Linux gives to outgoing connections, one of which could take it.
+    """
+    for port in (*random.SystemRandom().sample(PORTS, 20), 0):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), "127.0.0.1")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fl_server.certificates import ca_certificate, key_pem, make_key, server_certificate
+from icmoe.processes import free_port
 
 NOW = dt.datetime.now(tz=dt.UTC)
 HOSTS = ("localhost", "127.0.0.1")
@@ -165,5 +166,4 @@ def recorded(port: int, server: ssl.SSLContext, target: int, upstream: ssl.SSLCo
 
 def closed_port() -> int:
     """Return a port on which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    return free_port()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
+from pathlib import Path
 
 from fresh import printed
 
-from icmoe.processes import asked_to_stop
+from icmoe.processes import asked_to_stop, free_port
 
 
 def collected(*, swept: bool) -> bool:
@@ -62,3 +64,12 @@ def test_a_wait_ends_when_asked_and_the_signals_are_what_they_were_afterwards():
         assert time.monotonic() - began < 30
         assert stop.wait(60), "at once from now on"
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_a_free_port_is_none_that_an_outgoing_connection_takes_before_it_is_bound() -> None:
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    found = {free_port() for _ in range(20)}
+    assert len(found) > 10
+    assert not found & set(range(first, last + 1))
+    with socket.create_server(("127.0.0.1", found.pop())):
+        pass
