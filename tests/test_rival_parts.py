@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +16,7 @@ from test_rivals import backbone, study
 from torch import nn
 
 from simulations.evidence.rivals.averaging import adaptive_step, weighted_mean
+from simulations.evidence.rivals.bench import _begin
 from simulations.evidence.rivals.encoder_adapters import AfterAttention, BesidePerceptron
 from simulations.evidence.rivals.pareto import front
 from simulations.evidence.rivals.sam_decoder import SamDecoder
@@ -58,6 +63,15 @@ def test_adaptive_steps_are_those_of_flower(kind: str) -> None:
         )
         state, moments = adaptive_step(kind, state, mean, moments, rate=0.01, round_number=round_number)
         torch.testing.assert_close(state["w"], torch.tensor(theirs["w"].numpy()).float(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_process_of_a_job_can_take_adaptive_steps() -> None:
+    """Flower's own processes are told who they are before they may make messages, and so are those of these tests."""
+    state = {"w": torch.ones(2)}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)) as pool:
+        step = partial(adaptive_step, "adam", state, {"w": torch.zeros(2)}, {}, rate=0.01, round_number=1)
+        after, _ = pool.submit(step).result(timeout=120)
+    assert (after["w"] < state["w"]).all()
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1), st.booleans()), min_size=1))

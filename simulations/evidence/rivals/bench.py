@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
+from flwr.supercore.task_identity import TaskIdentity
 
 from fl_client.watchdog import end_with_parent
 from icmoe.backbone import chosen_backbone, weights_path
@@ -76,7 +77,8 @@ def run_all(jobs: Sequence[Job], data: Path, out: Path, scenario: Path | None, e
 
 
 def _begin(parent: int) -> None:
-    """Let a job's process leave an interruption to its parent, with which it ends."""
+    """Let a job's process leave an interruption to its parent, with which it ends, and make messages as Flower's processes do."""
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1  # its server optimisers take replies alone
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(parent)
 
