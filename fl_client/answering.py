@@ -44,7 +44,8 @@ class Answer:
         """Return the call to the coordinator that announces an answer."""
 
         def announcing(*arguments: P.args, **settings: P.kwargs) -> R:
-            self.since_s = time.monotonic()
+            with self.lock:
+                self.since_s = time.monotonic()
             return self.part(call)(*arguments, **settings)
 
         return announcing

@@ -13,7 +13,7 @@ from typing import Annotated
 from pydantic import Field
 
 from fl_client.ledger import Book, Entry, Releases
-from icmoe.accounting import Spending, epsilon, merged, score_spending, study_spending, training_spending
+from icmoe.accounting import Spending, epsilon, epsilon_under, merged, score_spending, study_spending, training_spending
 from icmoe.config import Section
 from icmoe.errors import NOTHING_SENT, Fault, IcmoeError
 from icmoe.study import Study
@@ -82,14 +82,8 @@ def most_of_study(study: Study, max_epsilon: float | None = None) -> float:
     max_epsilon
         The site's own limit for a study, which holds where it is smaller.
     """
-    twice = _at_its_delta(study, study_spending(study) * ATTEMPTS)
+    twice = epsilon_under(study, study_spending(study) * ATTEMPTS)
     return twice if max_epsilon is None else min(twice, max_epsilon)
-
-
-def _at_its_delta(study: Study, history: Sequence[Spending]) -> float:
-    privacy = study.privacy.site
-    assert privacy is not None
-    return epsilon(merged(history), delta=privacy.delta, accountant=privacy.accountant)
 
 
 def require_fit(budget: Budget | None, study: Study, *, patients: int) -> None:
@@ -162,7 +156,7 @@ def require_room(
         return
     history, own = history_of(book.entries), [entry for entry in book.entries if entry.study == study.digest]
     begun, most = bool(own), most_of_study(study, max_epsilon)
-    if _at_its_delta(study, [*history_of(own), *spending]) > most:
+    if epsilon_under(study, [*history_of(own), *spending]) > most:
         raise IcmoeError(_repeated(study, own, most))
     if begun or kind == "evaluate":
         if epsilon_of_history(budget, [*history, *spending]) > budget.epsilon:
@@ -214,7 +208,7 @@ def _crossing(budget: Budget, study: Study, history: Sequence[Spending], fitting
 
 
 def _repeated(study: Study, own: Sequence[Entry], most: float) -> Fault:
-    value = f"epsilon {_at_its_delta(study, history_of(own)):.3g} is spent in {len(own)} answers"
+    value = f"epsilon {epsilon_under(study, history_of(own)):.3g} is spent in {len(own)} answers"
     what, limit = "study would spend more than it may at this site", f"epsilon {most:.3g}"
     todo = (
         "Ask the coordinator why rounds were asked for again; agree on a new study for more, or raise max_epsilon under [policy]."

@@ -187,10 +187,13 @@ def study_spending(study: Study) -> tuple[Spending, ...]:
 
 def study_epsilon(study: Study) -> float:
     """Return the epsilon of the whole study at a site; infinite without privacy at the site."""
+    return epsilon_under(study, study_spending(study))
+
+
+def epsilon_under(study: Study, history: Sequence[Spending]) -> float:
+    """Return the epsilon of a history at a study's own delta, by its accountant; infinite without privacy at the site."""
     privacy = study.privacy.site
-    if privacy is None:
-        return math.inf
-    return epsilon(study_spending(study), delta=privacy.delta, accountant=privacy.accountant)
+    return math.inf if privacy is None else epsilon(history, delta=privacy.delta, accountant=privacy.accountant)
 
 
 @lru_cache(maxsize=64)
