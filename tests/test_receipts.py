@@ -22,6 +22,7 @@ from fl_client.participant import Participant
 from fl_client.records import Records
 from fl_server.receipts import Receipted, behind, keep_receipt, receipt
 from icmoe.chain import digest_of
+from icmoe.errors import IcmoeError
 from icmoe.messages import ARRAYS, CONFIG, NUMBERS, ROUND_KEY, STUDY_KEY
 from icmoe.receipts import (
     AUDIT_KEY,
@@ -192,6 +193,16 @@ def test_an_audit_log_that_was_written_anew_stops_the_site(site: Participant, tm
     records.verify()  # finds nothing
     assert number_of(ask(audited, next_round)) == 321
     assert number_of(ask(audited, request(study, 2, **{AUDIT_RECEIPT_KEY: "soon"}))) == 301
+
+
+def test_the_last_line_of_a_log_is_compared_too(site: Participant, tmp_path: Path) -> None:
+    records = replace(site, audited=True, state_folder=tmp_path / "state").records
+    last = [records.write("refused", {"number": number}) for number in (301, 302)][-1]
+    records.require(None, last)
+    with pytest.raises(IcmoeError, match="ICM321"):
+        records.require(None, Head(last.count, "f" * 64))
+    with pytest.raises(IcmoeError, match="as the coordinator's receipt says"):
+        records.require(None, Head(last.count + 1, last.digest))
 
 
 def _write_anew(records: Records, digest: str) -> None:
