@@ -26,8 +26,9 @@ This machine takes part in training a segmentation model between hospitals. Imag
 | this machine | your DNS and NTP servers | as usual | DNS, NTP |
 
 * It asks for work every few seconds and sends updates in pieces of up to 5 MiB.
-* `check`, which also runs before each start, asks once for {others}: the coordinator
-  must refuse them with 404. Whoever drops them on the way changes nothing.
+* `check`, which also runs before each start, asks once for
+  {others}.
+  The coordinator must refuse them with 404; whoever drops them on the way changes nothing.
 * The clock may be at most {ahead_s} s ahead of the coordinator's and {behind_s} s behind it.
 * No inbound port. Nothing on this machine listens to the network; Flower's own local port is on 127.0.0.1.
 * Outbound proxy: {proxy}. It is taken from HTTPS_PROXY; NO_PROXY must name 127.0.0.1 and localhost.
